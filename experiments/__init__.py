@@ -1,0 +1,1 @@
+"""What is run: one file per experiment, one command for all of them."""

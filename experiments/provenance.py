@@ -1,0 +1,41 @@
+"""Where a result comes from: commit, command, versions and hardware."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _git(*args: str) -> str | None:
+  done = subprocess.run(["git", "-C", str(_ROOT), *args], capture_output=True, text=True)
+  return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu() -> str:
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor()
+  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.processor()
+
+
+def describe() -> dict:
+  """A JSON object for the head of a result."""
+  packages = ("jax", "jaxlib", "flax", "numpy")
+  status = _git("status", "--porcelain", "--untracked-files=no")
+  return {
+      "command": " ".join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+      "commit": _git("rev-parse", "HEAD"),
+      "dirty": None if status is None else bool(status),
+      "versions": {"python": platform.python_version()} | {
+          name: importlib.metadata.version(name) for name in packages},
+      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      "cpu": _cpu(), "cores": os.cpu_count(),
+  }

@@ -1,0 +1,21 @@
+"""The network, pure: parameters and shapes, but no data, losses or optimizers."""
+
+from model import balance, hf
+from model.cache import Cache, init_cache
+from model.config import (
+  GQAConfig,
+  LinearScaling,
+  Llama3Scaling,
+  MLAConfig,
+  ModelConfig,
+  MoEConfig,
+  MTPConfig,
+  RopeConfig,
+  YarnScaling,
+)
+from model.generate import Generated, generate
+from model.logprobs import token_logprobs
+from model.numerics import NUMERICS, Numerics
+from model.registry import CONFIGS, get_config
+from model.transformer import REMAT, Output, Transformer
+from model.variables import abstract_variables, init, logical_axes, shardings

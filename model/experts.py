@@ -1,0 +1,268 @@
+"""How tokens meet their experts' weights on one device: three exact ways, one signature.
+
+Every function takes `(weights, x_ND, gates_NK, experts_NK, numerics)` and returns y_ND, each
+token's gated sum over its K experts; an expert number outside 0..E-1 means none, and adds nothing.
+No token is ever dropped. The gate multiplies the hidden units: the down projection is linear, and
+there the width is smallest.
+
+Shape letters:  N tokens  K experts per token  R = N * K assignments  E experts  C slots per expert
+                D model width  F expert width  P rows of an overflow block
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from model.layers import gated
+from model.numerics import Numerics
+from pallas_kernels import grouped_matmul
+
+# Slots per expert over the mean load, and rows of an overflow block. Measured; see
+# experiments/results/bench_moe.
+SLACK = 1.125
+BLOCK = 256
+
+
+class ExpertWeights(NamedTuple):
+  """Every expert's SwiGLU: gate and up projection side by side, then the down projection."""
+
+  w_gate_up: jax.Array  # [E, D, 2, F]
+  w_down: jax.Array     # [E, F, D]
+
+  @property
+  def num_experts(self) -> int:
+    return self.w_down.shape[0]
+
+
+def dense_experts(
+    weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
+    numerics: Numerics) -> jax.Array:
+  """Every expert for every token: the oracle, E / K times the work."""
+  chosen_NKE = jax.nn.one_hot(experts_NK, weights.num_experts, dtype=gates_NK.dtype)
+  gates_NE = jnp.einsum("nk,nke->ne", gates_NK, chosen_NKE, precision=lax.Precision.HIGHEST)
+  hidden_NEF = gated(numerics.einsum("nd,edgf->negf", x_ND, weights.w_gate_up))
+  hidden_NEF *= gates_NE[..., None].astype(hidden_NEF.dtype)
+  return numerics.einsum("nef,efd->nd", hidden_NEF, weights.w_down)
+
+
+# Sorted rows and a grouped matrix product.
+
+
+@jax.custom_vjp
+def _take_rows(x_ND, token_R, place_NK):
+  """x_ND[token_R], where token n's copies went to rows place_NK[n]: gathers both ways."""
+  return x_ND[token_R]
+
+
+def _take_rows_forward(x_ND, token_R, place_NK):
+  return x_ND[token_R], place_NK
+
+
+def _take_rows_backward(place_NK, dy_RD):
+  return dy_RD[place_NK].sum(1, dtype=jnp.float32).astype(dy_RD.dtype), None, None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+@jax.custom_vjp
+def _sum_rows(y_RD, token_R, place_NK):
+  """The transpose of `_take_rows`."""
+  return y_RD[place_NK].sum(1, dtype=jnp.float32).astype(y_RD.dtype)
+
+
+_sum_rows.defvjp(
+    lambda y_RD, token_R, place_NK: (_sum_rows(y_RD, token_R, place_NK), token_R),
+    lambda token_R, dy_ND: (dy_ND[token_R], None, None))
+
+
+def grouped_experts(
+    weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
+    numerics: Numerics) -> jax.Array:
+  """Assignments sorted by expert, then two grouped matrix products."""
+  num_experts, d_ff, d_model = weights.w_down.shape
+  order_R, sizes_E = _sort(experts_NK, num_experts)
+  token_R = order_R // experts_NK.shape[1]
+  place_NK = _inverse(order_R).reshape(experts_NK.shape)
+
+  matmul = functools.partial(
+      grouped_matmul, sizes_G=sizes_E,
+      precision=lax.Precision.HIGHEST if numerics.compute == "float32" else None)
+  cast = lambda x: x.astype(numerics.compute_dtype)
+  rows_RD = _take_rows(cast(x_ND), token_R, place_NK)
+  gate_up = matmul(rows_RD, cast(weights.w_gate_up).reshape(num_experts, d_model, 2 * d_ff))
+  hidden_RF = gated(checkpoint_name(gate_up, "ffn_gate_up").reshape(-1, 2, d_ff))
+  hidden_RF *= gates_NK.reshape(-1)[order_R, None].astype(hidden_RF.dtype)
+  return _sum_rows(matmul(hidden_RF, cast(weights.w_down)), token_R, place_NK)
+
+
+def _sort(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+  """Assignments (n * K + k) in order of their expert, and how many each expert has.
+
+  Those without an expert come last.
+  """
+  experts_R = experts_NK.reshape(-1)
+  experts_R = jnp.where((experts_R < 0) | (experts_R >= num_experts), num_experts, experts_R)
+  sizes_E = jnp.zeros(num_experts, jnp.int32).at[experts_R].add(1, mode="drop")
+  return jnp.argsort(experts_R, stable=True).astype(jnp.int32), sizes_E
+
+
+def _inverse(order_R: jax.Array) -> jax.Array:
+  ranks_R = jnp.arange(order_R.shape[0], dtype=jnp.int32)
+  return jnp.zeros_like(order_R).at[order_R].set(ranks_R, unique_indices=True)
+
+
+# Slots: C rows for every expert, one batched product for all, and a loop for what does not fit.
+
+
+class _Slots(NamedTuple):
+  """Where assignments sit. Those that overflow stay in `order_R`, after their expert's first C."""
+
+  order_R: jax.Array      # assignments, sorted by expert
+  starts_E: jax.Array     # each expert's first place in that order
+  sizes_E: jax.Array
+  assignment_EC: jax.Array  # who sits in each slot ...
+  taken_EC: jax.Array       # ... and whether anyone does
+  slot_NK: jax.Array      # the reverse, e * C + c ...
+  seated_NK: jax.Array    # ... and whether there was room
+
+
+def _assign_slots(experts_NK: jax.Array, num_experts: int, capacity: int) -> _Slots:
+  order_R, sizes_E = _sort(experts_NK, num_experts)
+  starts_E = jnp.cumsum(sizes_E) - sizes_E
+  slot_C = jnp.arange(capacity, dtype=jnp.int32)
+  place_EC = jnp.minimum(starts_E[:, None] + slot_C, order_R.shape[0] - 1)
+  none_NK = (experts_NK < 0) | (experts_NK >= num_experts)
+  expert_NK = jnp.where(none_NK, 0, experts_NK)
+  rank_NK = _inverse(order_R).reshape(experts_NK.shape) - starts_E[expert_NK]
+  return _Slots(
+      order_R, starts_E, sizes_E,
+      assignment_EC=order_R[place_EC], taken_EC=slot_C < sizes_E[:, None],
+      slot_NK=expert_NK * capacity + jnp.minimum(rank_NK, capacity - 1),
+      seated_NK=(rank_NK < capacity) & ~none_NK)
+
+
+def slot_experts(
+    weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
+    numerics: Numerics, *, slack: float = SLACK, block: int = BLOCK) -> jax.Array:
+  """C slots per expert in one batched product, then blocks of the overflow, as many as there are.
+
+  Balanced routing costs `slack` times the useful work and no loop; any other routing is as exact,
+  and slower in proportion to what overflows.
+  """
+  num_experts, d_ff, d_model = weights.w_down.shape
+  assignments = experts_NK.size
+  capacity = -(-int(slack * assignments) // num_experts)
+  capacity = max(1, min(x_ND.shape[0], -(-capacity // 8) * 8))
+  cast = lambda x: x.astype(numerics.compute_dtype)
+  slots = _assign_slots(experts_NK, num_experts, capacity)
+  return _slot_ffn(
+      (numerics, block), cast(x_ND), gates_NK,
+      cast(weights.w_gate_up).reshape(num_experts, d_model, 2 * d_ff), cast(weights.w_down), slots)
+
+
+def _hidden(gate_up: jax.Array, gates: jax.Array) -> jax.Array:
+  """Gated hidden units: [..., 2 F] and [...] to [..., F]."""
+  split = gate_up.reshape(*gate_up.shape[:-1], 2, -1)
+  return gated(split) * gates[..., None].astype(gate_up.dtype)
+
+
+def _from_slots(rows_ED: jax.Array, slots: _Slots) -> jax.Array:
+  """Sums every token's seated rows: [E, C, D] to [N, D], in float32."""
+  flat = rows_ED.reshape(-1, rows_ED.shape[-1])[slots.slot_NK]
+  return jnp.where(slots.seated_NK[..., None], flat, 0).sum(1, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _slot_ffn(static, x_ND, gates_NK, w_gate_up, w_down, slots):
+  return _slot_ffn_forward(static, x_ND, gates_NK, w_gate_up, w_down, slots)[0]
+
+
+def _slot_ffn_forward(static, x_ND, gates_NK, w_gate_up, w_down, slots):
+  numerics, block = static
+  token_EC = slots.assignment_EC // gates_NK.shape[1]
+  gates_EC = jnp.where(slots.taken_EC, gates_NK.reshape(-1)[slots.assignment_EC], 0)
+  gate_up = checkpoint_name(
+      numerics.einsum("ecd,edf->ecf", x_ND[token_EC], w_gate_up), "ffn_gate_up")
+  rows = numerics.einsum("ecf,efd->ecd", _hidden(gate_up, gates_EC), w_down)
+  y_ND = _from_slots(rows, slots)
+
+  capacity = slots.taken_EC.shape[1]
+  blocks_E, last_E = _overflow_blocks(slots, capacity, block)
+
+  def add_block(index, y_ND):
+    expert, assignment_P, real_P = _overflow_block(
+        index, blocks_E, last_E, slots, capacity, block)
+    token_P = assignment_P // gates_NK.shape[1]
+    gates_P = jnp.where(real_P, gates_NK.reshape(-1)[assignment_P], 0)
+    rows = _ffn(numerics, x_ND[token_P], gates_P, w_gate_up[expert], w_down[expert])
+    return y_ND.at[token_P].add(rows.astype(jnp.float32))
+
+  y_ND = lax.fori_loop(0, last_E[-1], add_block, y_ND).astype(x_ND.dtype)
+  return y_ND, (x_ND, gates_NK, w_gate_up, w_down, slots, gate_up)
+
+
+def _ffn(numerics, x_PD, gates_P, w_gate_up, w_down):
+  gate_up = numerics.einsum("pd,df->pf", x_PD, w_gate_up)
+  return numerics.einsum("pf,fd->pd", _hidden(gate_up, gates_P), w_down)
+
+
+def _overflow_blocks(slots: _Slots, capacity: int, block: int) -> tuple[jax.Array, jax.Array]:
+  """Blocks that each expert's overflow fills, and their running total."""
+  blocks_E = -(-jnp.maximum(slots.sizes_E - capacity, 0) // block)
+  return blocks_E, jnp.cumsum(blocks_E)
+
+
+def _overflow_block(index, blocks_E, last_E, slots, capacity, block):
+  """The index-th overflow block: its expert, its assignments, and which of its rows are real."""
+  expert = jnp.searchsorted(last_E, index, side="right").astype(jnp.int32)
+  nth = index - (last_E[expert] - blocks_E[expert])
+  rank_P = capacity + nth * block + jnp.arange(block, dtype=jnp.int32)
+  place_P = jnp.minimum(slots.starts_E[expert] + rank_P, slots.order_R.shape[0] - 1)
+  return expert, slots.order_R[place_P], rank_P < slots.sizes_E[expert]
+
+
+def _slot_ffn_backward(static, residuals, dy_ND):
+  numerics, block = static
+  x_ND, gates_NK, w_gate_up, w_down, slots, gate_up = residuals
+  einsum, num_chosen = numerics.einsum, gates_NK.shape[1]
+  token_EC = slots.assignment_EC // num_chosen
+  gates_EC = jnp.where(slots.taken_EC, gates_NK.reshape(-1)[slots.assignment_EC], 0)
+
+  # An empty slot's gate is zero, so its hidden units and their gradients are: no mask is needed.
+  dy_ECD = dy_ND[token_EC]
+  hidden, hidden_vjp = jax.vjp(_hidden, gate_up, gates_EC)
+  dw_down = einsum("ecf,ecd->efd", hidden, dy_ECD)
+  dgate_up, dgates_EC = hidden_vjp(einsum("ecd,efd->ecf", dy_ECD, w_down))
+  dw_gate_up = einsum("ecd,ecf->edf", x_ND[token_EC], dgate_up)
+  dx_ND = _from_slots(einsum("ecf,edf->ecd", dgate_up, w_gate_up), slots)
+  dgates_NK = jnp.where(slots.seated_NK, dgates_EC.reshape(-1)[slots.slot_NK], 0)
+
+  capacity = slots.taken_EC.shape[1]
+  blocks_E, last_E = _overflow_blocks(slots, capacity, block)
+
+  def add_block(index, totals):
+    dx_ND, dgates_R, dw_gate_up, dw_down = totals
+    expert, assignment_P, real_P = _overflow_block(
+        index, blocks_E, last_E, slots, capacity, block)
+    token_P = assignment_P // num_chosen
+    gates_P = jnp.where(real_P, gates_NK.reshape(-1)[assignment_P], 0)
+    _, vjp = jax.vjp(functools.partial(_ffn, numerics), x_ND[token_P], gates_P,
+                     w_gate_up[expert], w_down[expert])
+    dx_P, dgates_P, dw_gate_up_1, dw_down_1 = vjp(dy_ND[token_P])
+    return (dx_ND.at[token_P].add(dx_P.astype(jnp.float32)),
+            dgates_R.at[assignment_P].add(jnp.where(real_P, dgates_P, 0)),
+            dw_gate_up.at[expert].add(dw_gate_up_1), dw_down.at[expert].add(dw_down_1))
+
+  dx_ND, dgates_R, dw_gate_up, dw_down = lax.fori_loop(
+      0, last_E[-1], add_block, (dx_ND, dgates_NK.reshape(-1), dw_gate_up, dw_down))
+  return (dx_ND.astype(x_ND.dtype), dgates_R.reshape(gates_NK.shape), dw_gate_up, dw_down, None)
+
+
+_slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
+
+EXPERTS = {"dense": dense_experts, "grouped": grouped_experts, "slots": slot_experts}

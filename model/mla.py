@@ -1,0 +1,134 @@
+"""Multi-head latent attention (arXiv:2412.19437, section 2.1.1, eq. 1-11).
+
+Two forms of one function. *Expanded* builds every head's keys and values from the latent: fewest
+operations when many queries share them. *Absorbed* moves W^UK into the query and W^UV behind the
+weighted sum, so that attention runs on the latent itself, as one key head: what decoding wants,
+since the cache is read once for all heads.
+
+Shape letters:  B batch  T query tokens  S key slots  D model width  H heads  Q query latent
+                C key-value latent  K content width of a head (nope)  R rotated width  V value width
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from model.attention import Context, attend
+from model.cache import Cache
+from model.config import MLAConfig, ModelConfig, YarnScaling
+from model.layers import RMSNorm, weight
+from model.rope import rotate
+
+# The latent norms keep this whatever the model's own is; so do the released code and transformers.
+LATENT_NORM_EPS = 1e-6
+
+
+def softmax_scale(cfg: ModelConfig) -> float:
+  """1 / sqrt(head width), times YaRN's temperature (V3: 0.1352 with it, 0.0722 without)."""
+  scaling = cfg.rope.scaling
+  temperature = scaling.softmax_scale if isinstance(scaling, YarnScaling) else 1.0
+  return cfg.attention.score_dim**-0.5 * temperature
+
+
+def choose_form(attention: MLAConfig, num_queries: int, num_slots: int) -> str:
+  """The form with fewer multiply-adds per head for these many queries and keys."""
+  a = attention
+  expanding = num_slots * a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
+  expanded = expanding + num_queries * num_slots * (a.score_dim + a.v_head_dim)
+  absorbing = num_queries * a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
+  absorbed = absorbing + num_queries * num_slots * (a.cache_elements + a.kv_lora_rank)
+  return "absorbed" if absorbed < expanded else "expanded"
+
+
+def attend_expanded(
+    q_BTHK: jax.Array, q_BTHR: jax.Array, latent_BSC: jax.Array, k_BSR: jax.Array,
+    w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
+) -> jax.Array:
+  """Attention as written (eq. 2, 4, 5, 9, 10): every head's own keys and values, one shared key.
+
+  Returns:
+    [B, T, H, V].
+  """
+  einsum = cfg.numerics.einsum
+  k_BSHK = einsum("bsc,chk->bshk", latent_BSC, w_uk_CHK)
+  v_BSHV = einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV)
+  shared_BSHR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSHK.shape[:3], k_BSR.shape[-1]))
+  queries = jnp.concatenate([q_BTHK, q_BTHR], axis=-1)
+  keys = jnp.concatenate([k_BSHK, shared_BSHR.astype(k_BSHK.dtype)], axis=-1)
+  return attend(queries, keys, v_BSHV, context, softmax_scale(cfg), cfg)
+
+
+def attend_absorbed(
+    q_BTHK: jax.Array, q_BTHR: jax.Array, latent_BSC: jax.Array, k_BSR: jax.Array,
+    w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
+) -> jax.Array:
+  """The same function without expanding: multi-query attention over the latent (V2 section 2.1.2).
+
+  Returns:
+    [B, T, H, V].
+  """
+  einsum = cfg.numerics.einsum
+  q_BTHC = einsum("bthk,chk->bthc", q_BTHK, w_uk_CHK)
+  queries = jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
+  keys_BSC = jnp.concatenate([latent_BSC, k_BSR], axis=-1)
+  mixed_BTHC = attend(queries, keys_BSC[:, :, None], latent_BSC[:, :, None], context,
+                      softmax_scale(cfg), cfg)
+  return einsum("bthc,chv->bthv", mixed_BTHC, w_uv_CHV)
+
+
+_FORMS = {"expanded": attend_expanded, "absorbed": attend_absorbed}
+
+
+class MultiHeadLatentAttention(nn.Module):
+  """MLA with its parameters. W^DKV and W^KR are one matrix, and so are W^UQ and W^QR."""
+
+  cfg: ModelConfig
+  form: str | None = None  # "expanded", "absorbed"; None chooses by cost
+
+  @nn.compact
+  def __call__(
+      self, x_BTD: jax.Array, context: Context, cache: Cache | None, layer: jax.Array,
+  ) -> tuple[jax.Array, Cache | None]:
+    cfg, a = self.cfg, self.cfg.attention
+    turn = lambda x: rotate(x, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
+
+    queries = self._queries(x_BTD)
+    q_BTHK, q_BTHR = queries[..., :a.qk_nope_head_dim], turn(queries[..., a.qk_nope_head_dim:])
+
+    w_dkv = weight(self, "w_dkv", cfg, ("embed", "kv_lora"), (x_BTD.shape[-1], a.cache_elements))
+    joint = checkpoint_name(cfg.numerics.einsum("btd,dc->btc", x_BTD, w_dkv), "latent")
+    latent_BSC = self._norm("kv_norm", joint[..., :a.kv_lora_rank])
+    k_BSR = turn(joint[..., None, a.kv_lora_rank:])[..., 0, :]
+    if cache is not None:
+      cache = cache.append(layer, latent=jnp.concatenate([latent_BSC, k_BSR], axis=-1))
+      held = cache.layer("latent", layer)
+      latent_BSC, k_BSR = held[..., :a.kv_lora_rank], held[..., a.kv_lora_rank:]
+
+    up = lambda name, width: weight(
+        self, name, cfg, ("kv_lora", "heads", "head_dim"), (a.kv_lora_rank, a.num_heads, width))
+    w_uk, w_uv = up("w_uk", a.qk_nope_head_dim), up("w_uv", a.v_head_dim)
+    form = self.form or choose_form(a, x_BTD.shape[1], latent_BSC.shape[1])
+    out_BTHV = _FORMS[form](q_BTHK, q_BTHR, latent_BSC, k_BSR, w_uk, w_uv, context, cfg)
+    out_BTHV = checkpoint_name(out_BTHV, "attention")
+
+    w_o = weight(self, "w_o", cfg, ("heads", "head_dim", "embed"),
+                 (a.num_heads, a.v_head_dim, x_BTD.shape[-1]))
+    return cfg.numerics.einsum("bthv,hvd->btd", out_BTHV, w_o), cache
+
+  def _norm(self, name: str, x: jax.Array) -> jax.Array:
+    if not self.cfg.attention.latent_norm:
+      return x
+    return RMSNorm(self.cfg, eps=LATENT_NORM_EPS, name=name)(x)
+
+  def _queries(self, x_BTD: jax.Array) -> jax.Array:
+    """Content and rotated part of every query head (eq. 6-8), not yet turned: [B, T, H, K + R]."""
+    cfg, a = self.cfg, self.cfg.attention
+    heads = (a.num_heads, a.score_dim)
+    if a.q_lora_rank is None:
+      w_q = weight(self, "w_q", cfg, ("embed", "heads", "head_dim"), (x_BTD.shape[-1], *heads))
+      return checkpoint_name(cfg.numerics.einsum("btd,dhk->bthk", x_BTD, w_q), "latent")
+    w_dq = weight(self, "w_dq", cfg, ("embed", "q_lora"), (x_BTD.shape[-1], a.q_lora_rank))
+    latent_BTQ = checkpoint_name(cfg.numerics.einsum("btd,dq->btq", x_BTD, w_dq), "latent")
+    w_uq = weight(self, "w_uq", cfg, ("q_lora", "heads", "head_dim"), (a.q_lora_rank, *heads))
+    return cfg.numerics.einsum("btq,qhk->bthk", self._norm("q_norm", latent_BTQ), w_uq)

@@ -1,0 +1,1 @@
+"""Rewards and policies: what R1 adds to training. Empty so far."""

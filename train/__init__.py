@@ -1,0 +1,1 @@
+"""Tokens and steps. So far: meshes, and what is spread over them."""

@@ -1,0 +1,131 @@
+"""Meshes of devices, and which array axis is spread over which of their axes.
+
+The model names its axes (`model.logical_axes`); ShardingRules say what those names mean here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import model
+
+AXES = ("data", "fsdp", "expert", "tensor", "pipe")
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, pipe: int = 1,
+    devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh with all five axes, in AXES' order.
+
+  Args:
+    data, fsdp, expert, tensor, pipe: devices along each axis; one of them may be -1, for all that
+      the others leave.
+    devices: None for all there are.
+
+  Raises:
+    ValueError: if the product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = [data, fsdp, expert, tensor, pipe]
+  asked = dict(zip(AXES, sizes, strict=True))
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"mesh axes must be positive, and at most one -1, not {asked}")
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+  if math.prod(sizes) != len(devices):
+    raise ValueError(f"a mesh of {asked} does not fit {len(devices)} device(s)")
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+Axes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+  """Mesh axis (or axes, or None) for every logical axis of parameters and activations."""
+
+  batch: Axes = ("data", "fsdp")
+  length: Axes = None
+  layers: Axes = None
+  embed: Axes = "fsdp"
+  vocab: Axes = "tensor"
+  heads: Axes = "tensor"
+  kv_heads: Axes = "tensor"
+  head_dim: Axes = None
+  q_lora: Axes = None
+  kv_lora: Axes = None
+  mlp: Axes = "tensor"
+  expert: Axes = "expert"
+  norm: Axes = None
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      unknown = set((value,) if isinstance(value, str) else value or ()) - set(AXES)
+      if unknown:
+        raise ValueError(f"ShardingRules.{field.name}={value!r} names no mesh axis; there are "
+                         f"{', '.join(AXES)}")
+
+  def pairs(self) -> list[tuple[str, Axes]]:
+    return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedModel:
+  """A model on a mesh: where its variables and batches live, and how to run it there."""
+
+  cfg: model.ModelConfig
+  mesh: Mesh
+  rules: ShardingRules = ShardingRules()
+
+  def variables(self) -> dict:
+    """A NamedSharding for every variable."""
+    return model.shardings(self.cfg, self.mesh, self.rules)
+
+  def batch(self) -> NamedSharding:
+    """Of a [B, T] batch."""
+    return NamedSharding(self.mesh, PartitionSpec(self.rules.batch, self.rules.length))
+
+  def transformer(self, **kwargs) -> model.Transformer:
+    """The network, its tokens routed to experts without leaving their device."""
+    return model.Transformer(self.cfg, dispatch=self.dispatch(), **kwargs)
+
+  def init(self, key: jax.Array) -> dict:
+    """`model.init`, each array made where it belongs."""
+    return jax.jit(lambda key: model.init(self.cfg, key), out_shardings=self.variables())(key)
+
+  def jit(self, function: Callable, **kwargs) -> Callable:
+    """`jax.jit` with the mesh and the rules in force while tracing."""
+    def traced(*args):
+      with nn.logical_axis_rules(self.rules.pairs()):
+        return function(*args)
+
+    jitted = jax.jit(traced, **kwargs)
+
+    def run(*args):
+      with jax.set_mesh(self.mesh):
+        return jitted(*args)
+
+    return run
+
+  def dispatch(self) -> Callable:
+    """Every device runs the experts on its own tokens; their weights are gathered there."""
+    axes = self.rules.batch
+    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    tokens, everywhere = PartitionSpec(axes or None), PartitionSpec()
+
+    def dispatch(experts, weights, x_ND, gates_NK, experts_NK):
+      def local(weights, *tokens):
+        # Marked as varying, so that their gradients are summed over the devices on the way back.
+        varying = jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), weights)
+        return experts(varying, *tokens)
+
+      return jax.shard_map(
+          local, mesh=self.mesh, in_specs=(everywhere, tokens, tokens, tokens),
+          out_specs=tokens)(weights, x_ND, gates_NK, experts_NK)
+
+    return dispatch
