@@ -1,6 +1,6 @@
 """The network, pure: parameters and shapes, but no data, losses or optimizers."""
 
-from model import balance, hf
+from model import balance, hf, moe
 from model.cache import Cache, init_cache
 from model.config import (
   GQAConfig,

@@ -42,8 +42,10 @@ def update_bias(bias_E: jax.Array, load_E: jax.Array, rate: float | jax.Array) -
   Returns:
     The bias for the next step.
   """
-  load_E = load_E.astype(jnp.float32)
-  return bias_E + rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
+  # In integers: a float32 mean of loads like V3's rounds, and would push balanced experts.
+  whole, rest = jnp.divmod(load_E.sum(-1, keepdims=True), load_E.shape[-1])
+  below_mean_E = (load_E == whole) & (rest > 0)
+  return bias_E + rate * (jnp.sign(whole - load_E) + below_mean_E)
 
 
 def max_violation(load_E: jax.Array) -> jax.Array:

@@ -40,6 +40,9 @@ class YarnScaling:
   def __post_init__(self):
     _require_positive(self, "factor", "original_seq_len", "beta_fast", "beta_slow")
     _require(self.beta_fast > self.beta_slow, "YarnScaling.beta_fast must exceed beta_slow")
+    for name in ("mscale", "mscale_all_dim"):
+      _require(self._temperature(getattr(self, name)) > 0,
+               f"YarnScaling.{name}={getattr(self, name)} makes a temperature that is not positive")
 
   def _temperature(self, mscale: float) -> float:
     return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0

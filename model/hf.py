@@ -5,11 +5,13 @@ together. Then every tensor goes straight to its place: a slice of a file at a t
 turned on the device, written into preallocated (stacked, sharded) arrays that are updated in place.
 """
 
+import collections
 import dataclasses
 import functools
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -79,7 +81,7 @@ def load(
 def _check(folder: pathlib.Path):
   """Everything that headers and JSON can show; raises CheckpointError."""
   problems: list[str] = []
-  if not folder.is_dir():
+  if not os.path.isdir(folder):
     raise CheckpointError(folder, ["it is not a folder"])
   config = hf_files.read_json(folder / "config.json", problems)
   stored = hf_files.find_tensors(folder, problems)
@@ -88,7 +90,7 @@ def _check(folder: pathlib.Path):
   is_fp8 = config is not None and hf_config.is_fp8(config, problems)
   layout = None
   if cfg is not None and stored:
-    cfg = _without_absent_mtp(cfg, stored)
+    announced, cfg = cfg.mtp, _without_absent_mtp(cfg, stored)
     if hf_layout.num_tensors(cfg) > 2 * len(stored) + 1000:
       problems.append(f"config.json describes about {hf_layout.num_tensors(cfg)} tensors, "
                       f"but the folder holds {len(stored)}")
@@ -97,16 +99,17 @@ def _check(folder: pathlib.Path):
       _compare(layout, stored, is_fp8, problems)
   if problems:
     raise CheckpointError(folder, list(dict.fromkeys(problems)))
+  if announced and not cfg.mtp:
+    logging.getLogger(__name__).warning("%s announces MTP modules and has no weights for them",
+                                        folder)
   return cfg, layout, stored, is_fp8
 
 
 def _without_absent_mtp(cfg: ModelConfig, stored: dict) -> ModelConfig:
   """Folders written by transformers announce an MTP layer and leave all of it out."""
   prefix = re.compile(rf"model\.layers\.({cfg.num_layers}|{cfg.num_layers + 1})\.")
-  if cfg.mtp and not any(prefix.match(name) for name in stored):
-    logging.getLogger(__name__).warning("the folder's MTP weights were left out; so are ours")
-    return dataclasses.replace(cfg, mtp=None)
-  return cfg
+  absent = cfg.mtp and not any(prefix.match(name) for name in stored)
+  return dataclasses.replace(cfg, mtp=None) if absent else cfg
 
 
 def _compare(layout, stored, is_fp8: bool, problems: list[str]) -> None:
@@ -115,8 +118,10 @@ def _compare(layout, stored, is_fp8: bool, problems: list[str]) -> None:
   scales = {name + _SCALE for name, tensor in expected.items() if tensor.quantizable}
   originals = {copy: expected[original] for copy, original in layout.copies.items()}
   problems.extend(f"{name} is missing" for name in expected if name not in stored)
-  main = stored.get("model.embed_tokens.weight")
-  halves = {"BF16", "F16"} if main is None or main.dtype == "F32" else {main.dtype}
+  # Any tensor may be wider; those that are not share one format.
+  halves = collections.Counter(found.dtype for found in stored.values()
+                               if found.dtype in ("BF16", "F16"))
+  usual = {"F32"} | {dtype for dtype, _ in halves.most_common(1)}
   for name, found in stored.items():
     tensor = expected.get(name) or originals.get(name)
     if tensor is None:
@@ -128,10 +133,10 @@ def _compare(layout, stored, is_fp8: bool, problems: list[str]) -> None:
                       f"{list(tensor.shape)}")
     if found.dtype == "F8_E4M3" and is_fp8 and tensor.quantizable:
       _compare_scale(name, tensor, stored, problems)
-    elif found.dtype not in {"F32"} | halves:
-      usual = main.dtype if main else "F32, BF16 or F16"
-      problems.append(f"{name} has type {found.dtype}; this folder's is {usual}"
-                      + (" or F8_E4M3" if is_fp8 and tensor.quantizable else ""))
+    elif found.dtype not in usual:
+      allowed = usual | ({"F8_E4M3"} if is_fp8 and tensor.quantizable else set())
+      problems.append(f"{name} has type {found.dtype}; it should be "
+                      + " or ".join(sorted(allowed)))
     elif name + _SCALE in stored:
       problems.append(f"{name} has type {found.dtype}, but scales beside it")
 
@@ -177,6 +182,10 @@ class _Target:
       self.pieces[number][device] = _place(
           self.pieces[number][device], values, scales, np.array(start, np.int32),
           axes=piece.axes, take=take)
+
+  def limit(self, path: tuple[str, ...]) -> float:
+    """The largest number that the array at `path` can hold."""
+    return float(jnp.finfo(self.shapes[self.number[path]].dtype).max)
 
   def variables(self) -> dict:
     arrays = [
@@ -232,11 +241,12 @@ def _place(array, values, scales, start, *, axes, take):
 def _read_tensor(tensor, stored, target: _Target, problems: list[str]) -> None:
   """Streams one stored tensor to all the places its parts belong in."""
   source, scale = stored[tensor.name], stored.get(tensor.name + _SCALE)
-  scales = None
+  scales, limit = None, target.limit(tensor.pieces[0].path)
   if scale is not None:
     scales = scale.read(0, hf_files.num_elements(scale)).reshape(scale.shape)
-    if not hf_files.all_finite(scales, "F32") or not (scales > 0).all():
-      problems.append(f"{tensor.name}{_SCALE} holds numbers that are not finite and positive")
+    most = limit / hf_files.largest("F8_E4M3")
+    if not ((scales > 0) & (scales <= most)).all():
+      problems.append(f"{tensor.name}{_SCALE} holds numbers that are not in 0..{most:.3g}")
       return
   view = tensor.pieces[0].view
   unit = math.prod(view[1:])
@@ -246,6 +256,9 @@ def _read_tensor(tensor, stored, target: _Target, problems: list[str]) -> None:
     values = source.read(first * unit, count * unit)
     if not hf_files.all_finite(values, source.dtype):
       problems.append(f"{tensor.name} holds numbers that are not finite")
+      return
+    if limit < hf_files.largest(source.dtype) and np.abs(values).max() > limit:
+      problems.append(f"{tensor.name} holds numbers beyond {limit:.3g}, the asked format's largest")
       return
     row_scales = None if scales is None else _row_scales(scales, tensor.shape, first * unit,
                                                          count * unit)
@@ -303,6 +316,8 @@ def save(path, cfg: ModelConfig, variables: dict) -> None:
     staged = pathlib.Path(temporary)
     _write_shards(staged, hf_layout.layout(cfg), variables, params_dtype)
     (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in staged.glob("*.safetensors"):
+      shutil.copymode(staged / "config.json", file)  # that package makes them private
     for old in folder.glob("model*.safetensors*"):
       old.unlink()
     for new in sorted(staged.iterdir()):

@@ -5,6 +5,8 @@ released code would compute differently from us is refused by name, never ignore
 """
 
 import dataclasses
+import reprlib
+from collections.abc import Callable
 from typing import Any
 
 from model.config import (
@@ -42,124 +44,172 @@ class CheckpointError(ValueError):
 
 
 class _Reader:
-  """Typed access to a JSON object that notes what is wrong instead of raising."""
+  """Typed access to a JSON object that notes what is wrong instead of raising.
+
+  `guessed` tells whether any value had to be made up to go on, `unclear` whether shapes hang on it.
+  """
 
   def __init__(self, values: dict, problems: list[str], where: str = "config.json"):
     self.values, self.problems, self.where = values, problems, where
+    self.guessed = self.unclear = False
 
-  def get(self, key: str, kind: type, default: Any = ...) -> Any:
+  def get(self, key: str, kind: type, default: Any = ..., *, least: float = 1) -> Any:
+    """The value of a key, of type `kind`; numbers not below `least` (floats: positive for 1)."""
     value = self.values.get(key)
-    if value is None:
-      if default is ...:
-        self.problems.append(f"{self.where}: {key} is missing")
-        return kind(1)
+    if value is None and default is not ...:
       return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-      value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-      self.problems.append(f"{self.where}: {key}={value!r} should be of type {kind.__name__}")
-      return kind(1) if default in (..., None) else default
-    return value
+    why = self._wrong(value, kind, least)
+    if why is None:
+      return kind(value)
+    self.guessed = True
+    self.unclear |= kind is not float
+    self.problems.append(
+        f"{self.where}: {key} is missing" if value is None
+        else f"{self.where}: {key}={reprlib.repr(value)} should be {why}")
+    return kind(1) if kind in (int, float) else kind()
+
+  @staticmethod
+  def _wrong(value: Any, kind: type, least: float) -> str | None:
+    """What the value should have been, or None if it is."""
+    if kind in (int, float):
+      numbers = (int, float) if kind is float else int
+      if not isinstance(value, numbers) or isinstance(value, bool):
+        return "a number" if kind is float else "an integer"
+      if kind is int:
+        return None if least <= value < 2**31 else f"in {least}..{2**31 - 1}"
+      within = abs(value) <= 10**30 and (value == 0 or abs(value) >= 1e-30)  # false for NaN
+      if not within or (least == 1 and value <= 0):
+        return "positive and between 1e-30 and 1e30"
+      return None
+    return None if isinstance(value, kind) else f"of type {kind.__name__}"
 
   def refuse(self, key: str, *, unless: Any, why: str = "is not supported") -> None:
     value = self.values.get(key)
-    if value is not None and value != unless:
-      self.problems.append(f"{self.where}: {key}={value!r} {why}; only {unless!r} is")
+    alike = value == unless and isinstance(value, bool) == isinstance(unless, bool)
+    if value is not None and not alike:
+      self.problems.append(
+          f"{self.where}: {key}={reprlib.repr(value)} {why}; only {unless!r} is")
+
+  def build(self, make: Callable, *args, **fields) -> Any:
+    """`make(...)`, its ValueError noted; the error of a made-up value is no news."""
+    try:
+      return make(*args, **fields)
+    except ValueError as error:
+      if not self.guessed:
+        self.problems.append(f"{self.where}: {error}")
+      self.guessed = self.unclear = True
+      return None
 
 
 def parse(config: dict, problems: list[str]) -> ModelConfig | None:
-  """Returns the architecture that a `config.json` describes, or None with `problems` extended."""
+  """Returns the architecture that a `config.json` describes, and extends `problems`.
+
+  None where it cannot even be guessed; with problems that leave the shapes clear, the architecture.
+  """
   model_type = config.get("model_type")
-  if model_type not in ARCHITECTURES:
-    problems.append(f"config.json: unknown architecture model_type={model_type!r}; known: "
-                    + ", ".join(ARCHITECTURES))
+  if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    problems.append(f"config.json: unknown architecture model_type={reprlib.repr(model_type)}; "
+                    "known: " + ", ".join(ARCHITECTURES))
     return None
-  before = len(problems)
   reader = _Reader(config, problems)
+  reader.refuse("architectures", unless=[ARCHITECTURES[model_type]])
   reader.refuse("hidden_act", unless="silu")
   reader.refuse("pretraining_tp", unless=1)
-  try:
-    rope = _parse_rope(reader, model_type)
-    latent = model_type.startswith("deepseek")
-    attention = _parse_mla(reader) if latent else _parse_gqa(reader, model_type)
-    moe = _parse_moe(reader, model_type) if latent else None
-    depth = reader.get("num_nextn_predict_layers", int, 0) if model_type == "deepseek_v3" else 0
-    dense = reader.get("first_k_dense_replace", int) if moe else 0
-    cfg = ModelConfig(
-        vocab_size=reader.get("vocab_size", int), d_model=reader.get("hidden_size", int),
-        num_layers=reader.get("num_hidden_layers", int),
-        ffn_dim=reader.get("intermediate_size", int), attention=attention, moe=moe,
-        num_dense_layers=dense, mtp=MTPConfig(depth, "embedding_first") if depth else None,
-        rope=rope, max_seq_len=reader.get("max_position_embeddings", int, 2048),
-        norm_eps=reader.get("rms_norm_eps", float, 1e-6),
-        tie_embeddings=reader.get("tie_word_embeddings", bool, False),
-        init_std=reader.get("initializer_range", float, 0.02))
-  except ValueError as error:
-    problems.append(f"config.json: {error}")
-    return None
-  return cfg if len(problems) == before else None
+  latent = model_type.startswith("deepseek")
+  fields = {
+      "vocab_size": reader.get("vocab_size", int), "d_model": reader.get("hidden_size", int),
+      "num_layers": reader.get("num_hidden_layers", int),
+      "ffn_dim": reader.get("intermediate_size", int),
+      "max_seq_len": reader.get("max_position_embeddings", int),
+      "norm_eps": reader.get("rms_norm_eps", float),
+      "tie_embeddings": reader.get("tie_word_embeddings", bool, False),
+      "init_std": reader.get("initializer_range", float, 0.02),
+      "rope": _parse_rope(reader, model_type),
+      "attention": _parse_mla(reader) if latent else _parse_gqa(reader, model_type),
+  }
+  if latent:
+    fields["moe"] = _parse_moe(reader, model_type)
+    fields["num_dense_layers"] = reader.get("first_k_dense_replace", int, least=0)
+  if model_type == "deepseek_v3":
+    depth = reader.get("num_nextn_predict_layers", int, 0, least=0)
+    fields["mtp"] = MTPConfig(depth, "embedding_first") if depth else None
+  cfg = reader.build(ModelConfig, **fields)
+  return None if reader.unclear else cfg
 
 
-def _parse_rope(reader: _Reader, model_type: str) -> RopeConfig:
-  key = "rope_parameters" if reader.values.get("rope_parameters") else "rope_scaling"
+def _parse_rope(reader: _Reader, model_type: str) -> RopeConfig | None:
+  key = "rope_parameters" if reader.values.get("rope_parameters") is not None else "rope_scaling"
   given = reader.get(key, dict, {})
+  if not isinstance(reader.values.get(key, {}), dict | None):
+    return None
   rope = _Reader(given, reader.problems, f"config.json: {key}")
-  theta = rope.get("rope_theta", float, reader.get("rope_theta", float, 10000.0))
+  theta = (rope if given.get("rope_theta") is not None else reader).get("rope_theta", float)
   rope.refuse("partial_rotary_factor", unless=1.0)
   interleaved = model_type == "deepseek_v2" or (
       model_type == "deepseek_v3" and reader.get("rope_interleave", bool, True))
-  scaling = _parse_scaling(rope, given.get("rope_type", given.get("type", "default")))
-  return RopeConfig(theta, "interleaved" if interleaved else "half", scaling)
+  scaling = _parse_scaling(rope)
+  built = rope.build(RopeConfig, theta, "interleaved" if interleaved else "half", scaling)
+  reader.guessed |= rope.guessed
+  return built
 
 
-def _parse_scaling(rope: _Reader, kind: Any) -> YarnScaling | Llama3Scaling | LinearScaling | None:
+def _parse_scaling(rope: _Reader) -> YarnScaling | Llama3Scaling | LinearScaling | None:
+  kinds = {rope.values[key] if isinstance(rope.values[key], str) else reprlib.repr(rope.values[key])
+           for key in ("rope_type", "type") if rope.values.get(key) is not None}
+  if len(kinds) > 1:
+    rope.problems.append(f"{rope.where}: rope_type and type disagree: {sorted(kinds)}")
+    return None
+  kind = kinds.pop() if kinds else "default"
   match kind:
     case "default":
+      if rope.values.get("factor") is not None:
+        rope.problems.append(f"{rope.where}: has a factor, but its type is missing or default")
       return None
     case "linear":
-      return LinearScaling(rope.get("factor", float))
+      return rope.build(LinearScaling, rope.get("factor", float))
     case "llama3":
-      return Llama3Scaling(
-          rope.get("factor", float), rope.get("low_freq_factor", float),
+      return rope.build(
+          Llama3Scaling, rope.get("factor", float), rope.get("low_freq_factor", float),
           rope.get("high_freq_factor", float), rope.get("original_max_position_embeddings", int))
     case "yarn":
       rope.refuse("truncate", unless=True)
       if rope.values.get("attention_factor") is not None:
         rope.problems.append(f"{rope.where}: attention_factor is not supported; "
                              "mscale and mscale_all_dim are")
-      return YarnScaling(
-          rope.get("factor", float), rope.get("original_max_position_embeddings", int),
+      return rope.build(
+          YarnScaling, rope.get("factor", float), rope.get("original_max_position_embeddings", int),
           rope.get("beta_fast", float, 32.0), rope.get("beta_slow", float, 1.0),
-          rope.get("mscale", float, 0.0), rope.get("mscale_all_dim", float, 0.0))
+          rope.get("mscale", float, 0.0, least=0), rope.get("mscale_all_dim", float, 0.0, least=0))
   rope.problems.append(
       f"{rope.where}: rope_type={kind!r} is not supported; default, linear, llama3 and yarn are")
   return None
 
 
-def _parse_mla(reader: _Reader) -> MLAConfig:
+def _parse_mla(reader: _Reader) -> MLAConfig | None:
   heads = reader.get("num_attention_heads", int)
   reader.refuse("attention_bias", unless=False)
   reader.refuse("num_key_value_heads", unless=heads, why="does not fit latent attention")
-  return MLAConfig(
-      num_heads=heads, kv_lora_rank=reader.get("kv_lora_rank", int),
+  return reader.build(
+      MLAConfig, num_heads=heads, kv_lora_rank=reader.get("kv_lora_rank", int),
       qk_nope_head_dim=reader.get("qk_nope_head_dim", int),
       qk_rope_head_dim=reader.get("qk_rope_head_dim", int),
       v_head_dim=reader.get("v_head_dim", int), q_lora_rank=reader.get("q_lora_rank", int, None))
 
 
-def _parse_gqa(reader: _Reader, model_type: str) -> GQAConfig:
+def _parse_gqa(reader: _Reader, model_type: str) -> GQAConfig | None:
   heads = reader.get("num_attention_heads", int)
-  hidden = reader.get("hidden_size", int)
+  hidden = reader.values.get("hidden_size")
+  head_dim = hidden // heads if isinstance(hidden, int) else 1
   reader.refuse("mlp_bias", unless=False)
   reader.refuse("use_sliding_window", unless=False)
   bias = model_type == "llama" and reader.get("attention_bias", bool, False)
-  return GQAConfig(
-      num_heads=heads, num_kv_heads=reader.get("num_key_value_heads", int, heads),
-      head_dim=reader.get("head_dim", int, hidden // max(heads, 1)),
+  return reader.build(
+      GQAConfig, num_heads=heads, num_kv_heads=reader.get("num_key_value_heads", int, heads),
+      head_dim=reader.get("head_dim", int, head_dim),
       qkv_bias=bias or model_type == "qwen2", out_bias=bias)
 
 
-def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig:
+def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig | None:
   v3 = model_type == "deepseek_v3"
   reader.refuse("moe_layer_freq", unless=1)
   reader.refuse("scoring_func", unless="sigmoid" if v3 else "softmax")
@@ -168,16 +218,15 @@ def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig:
   else:
     reader.refuse("norm_topk_prob", unless=False,
                   why="means different things in the released code and in transformers")
-  greedy = not v3 and reader.get("topk_method", str, "greedy") == "greedy"
-  if not (v3 or greedy) and reader.values.get("topk_method") != "group_limited_greedy":
-    reader.problems.append(f"config.json: topk_method={reader.values.get('topk_method')!r} is not "
-                           "supported; greedy and group_limited_greedy are")
+  greedy = not v3 and reader.get("topk_method", str) == "greedy"
+  if not (v3 or greedy):
+    reader.refuse("topk_method", unless="group_limited_greedy", why="is neither greedy nor known")
   num_groups = 1 if greedy else reader.get("n_group", int)
-  return MoEConfig(
-      num_experts=reader.get("n_routed_experts", int),
+  return reader.build(
+      MoEConfig, num_experts=reader.get("n_routed_experts", int),
       experts_per_token=reader.get("num_experts_per_tok", int),
       expert_dim=reader.get("moe_intermediate_size", int),
-      num_shared_experts=reader.get("n_shared_experts", int, 0), num_groups=num_groups,
+      num_shared_experts=reader.get("n_shared_experts", int, 0, least=0), num_groups=num_groups,
       groups_per_token=1 if greedy else reader.get("topk_group", int),
       group_score="top2" if v3 else "max", score="sigmoid" if v3 else "softmax",
       normalize_gates=v3 and reader.get("norm_topk_prob", bool),
@@ -193,6 +242,8 @@ def is_fp8(config: dict, problems: list[str]) -> bool:
     problems.append("config.json: quantization_config should be an object")
     return False
   reader = _Reader(quantization, problems, "config.json: quantization_config")
+  reader.get("quant_method", str)
+  reader.get("weight_block_size", list)
   reader.refuse("quant_method", unless="fp8")
   reader.refuse("fmt", unless="e4m3")
   reader.refuse("weight_block_size", unless=[FP8_BLOCK, FP8_BLOCK])

@@ -5,12 +5,15 @@ process's memory, and a 5 GB shard would add 5 GB to its peak. (The numpy reader
 no FP8 either.) The package checks the headers all the same.
 """
 
+import collections
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import reprlib
 import struct
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +47,11 @@ class Stored:
     return data
 
 
+def largest(dtype: str) -> float:
+  """The largest number of a format."""
+  return float(ml_dtypes.finfo(DTYPES[dtype]).max)
+
+
 def all_finite(values: np.ndarray, dtype: str) -> bool:
   """Whether there is no infinity or NaN, by the bits: ml_dtypes' isfinite is far slower."""
   bits = values.view(np.dtype(f"u{values.dtype.itemsize}"))
@@ -51,12 +59,25 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
   return not ((bits & mask) == mask).any()
 
 
+def _parse_json(text: str | bytes) -> Any:
+  """`json.loads`, except that a key given twice is an error and not the last of them."""
+  def once(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    twice = [reprlib.repr(key) for key, count in counts.items() if count > 1]
+    if twice:
+      raise ValueError(f"{', '.join(twice)} appears more than once")
+    return dict(pairs)
+
+  return json.loads(text, object_pairs_hook=once)
+
+
 def read_json(path: pathlib.Path, problems: list[str]) -> dict | None:
   """A JSON object, or None and a problem."""
+  if not os.path.isfile(path):
+    problems.append(f"{path.name} is missing, or no file")
+    return None
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    problems.append(f"{path.name} is missing")
+    value = _parse_json(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
     problems.append(f"{path.name} cannot be read as JSON: {error}")
   else:
@@ -68,13 +89,20 @@ def read_json(path: pathlib.Path, problems: list[str]) -> dict | None:
 
 def find_tensors(folder: pathlib.Path, problems: list[str]) -> dict[str, Stored]:
   """Every tensor in the folder by name, from one file or an index of several."""
-  single = folder / "model.safetensors"
-  if single.exists():
-    return _read_header(single, problems)
-  index_path = folder / "model.safetensors.index.json"
-  if not index_path.exists():
+  single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
+  if os.path.lexists(single):
+    tensors = _read_header(single, problems)
+  elif os.path.lexists(index_path):
+    tensors = _read_shards(folder, index_path, problems)
+  else:
     problems.append("there is neither model.safetensors nor model.safetensors.index.json")
     return {}
+  if not tensors and not problems:
+    problems.append("the folder holds no tensors")
+  return tensors
+
+
+def _read_shards(folder: pathlib.Path, index_path: pathlib.Path, problems: list[str]):
   index = read_json(index_path, problems)
   weight_map = index.get("weight_map") if index else None
   if index is not None and not _is_weight_map(weight_map):
@@ -85,7 +113,7 @@ def find_tensors(folder: pathlib.Path, problems: list[str]) -> dict[str, Stored]
     if pathlib.PurePath(file).name != file:
       problems.append(f"{index_path.name}: {file!r} is not a file name")
       continue
-    if not (folder / file).is_file():
+    if not os.path.lexists(folder / file):
       problems.append(f"shard {file} is missing")
       continue
     for name, stored in _read_header(folder / file, problems).items():
@@ -103,14 +131,17 @@ def _is_weight_map(value) -> bool:
 
 
 def _read_header(path: pathlib.Path, problems: list[str]) -> dict[str, Stored]:
+  if not os.path.isfile(path):
+    problems.append(f"{path.name} is no file")
+    return {}
   try:
     # Its constructor rejects headers that are no JSON, overlaps, gaps and wrong lengths.
     with safe_open(path, "numpy"), open(path, "rb") as file:
       length = struct.unpack("<Q", file.read(8))[0]
-      header = json.loads(file.read(length))
+      header = _parse_json(file.read(length))
   except Exception as error:  # the package raises several types, all meaning a damaged file
-    size = os.path.getsize(path) if path.is_file() else 0
-    problems.append(f"{path.name} ({size} bytes) is damaged or truncated: {error}")
+    problems.append(
+        f"{path.name} ({os.path.getsize(path)} bytes) is damaged or truncated: {error}")
     return {}
   header.pop("__metadata__", None)
   return {name: Stored(path, entry["dtype"], tuple(entry["shape"]),

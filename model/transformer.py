@@ -42,8 +42,8 @@ class Output:
     hidden_BTD: after the final norm: what the head reads.
     logits_BTV: float32, or None if not asked for.
     mtp_hidden: per MTP depth k (from 1), [B, T, D] after that module's norm: position i there knows
-      tokens up to i + k and predicts token i + k + 1. The last k positions have no token to read
-      and are meaningless.
+      tokens up to i + k and predicts token i + k + 1. The last k positions, of the row and of every
+      segment, have no token of theirs to read: they are meaningless.
     mtp_logits: per depth, float32 [B, T, V]; None if not asked for.
     router: RouterStats by the name of the stack or module that the router sits in; those of a
       stack have a leading layer axis. What `model.balance` turns into losses and bias updates.
@@ -237,8 +237,10 @@ class Transformer(nn.Module):
     real_BT = jnp.ones((1, 1), bool) if context.real_BT is None else context.real_BT
     for k, module in enumerate(self.mtp, start=1):
       ahead_BTD = jnp.roll(embedded_BTD, -k, axis=1)
-      has_token_T = jnp.arange(num_tokens) < num_tokens - k
-      real_k = jnp.broadcast_to(real_BT & has_token_T, embedded_BTD.shape[:2])
+      real_k = real_BT & (jnp.arange(num_tokens) < num_tokens - k)
+      if context.segment_ids_BT is not None:
+        real_k &= jnp.roll(context.segment_ids_BT, -k, axis=1) == context.segment_ids_BT
+      real_k = jnp.broadcast_to(real_k, embedded_BTD.shape[:2])
       raw_BTD, normed_BTD, stats = module(
           previous_BTD, ahead_BTD, context.replace(real_BT=real_k))
       previous_BTD = normed_BTD if self.cfg.mtp.hidden == "post_norm" else raw_BTD

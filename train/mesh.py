@@ -90,9 +90,9 @@ class ShardedModel:
     """Of a [B, T] batch."""
     return NamedSharding(self.mesh, PartitionSpec(self.rules.batch, self.rules.length))
 
-  def transformer(self, **kwargs) -> model.Transformer:
+  def transformer(self, **fields) -> model.Transformer:
     """The network, its tokens routed to experts without leaving their device."""
-    return model.Transformer(self.cfg, dispatch=self.dispatch(), **kwargs)
+    return model.Transformer(self.cfg, **({"dispatch": self.dispatch()} | fields))
 
   def init(self, key: jax.Array) -> dict:
     """`model.init`, each array made where it belongs."""

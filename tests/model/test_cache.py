@@ -1,0 +1,88 @@
+"""Cached, uncached, expanded and absorbed attention are one function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import model
+
+AGREE = 1e-4  # fp32, relative to the largest logit
+
+
+def close(a, b):
+  np.testing.assert_allclose(a, b, rtol=0, atol=AGREE * float(jnp.abs(b).max()))
+
+
+FORMS = [(name, form) for name, cfg in tiny.ALL.items()
+         for form in (("expanded", "absorbed") if isinstance(cfg.attention, model.MLAConfig)
+                      else (None,))]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_prefill_and_decode_equal_the_uncached_model(name, form):
+  cfg = tiny.ALL[name]
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
+  whole = tiny.apply(cfg)(v, tokens_BT).logits_BTV
+  run, cache, rows = tiny.apply(cfg, mla_form=form), model.init_cache(cfg, 2, 16), []
+  for part in (tokens_BT[:, :6], tokens_BT[:, 6:9], *jnp.split(tokens_BT[:, 9:], 3, axis=1)):
+    out = run(v, part, cache=cache)
+    cache = out.cache
+    rows.append(out.logits_BTV)
+  close(jnp.concatenate(rows, axis=1), whole)
+  np.testing.assert_array_equal(cache.lengths_B, [12, 12])
+
+
+@pytest.mark.parametrize("name", ["plain mla", "mqa"])
+def test_uncached_forms_agree(name):
+  cfg = tiny.ALL[name]
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
+  close(tiny.apply(cfg, mla_form="absorbed")(v, tokens_BT).logits_BTV,
+        tiny.apply(cfg, mla_form="expanded")(v, tokens_BT).logits_BTV)
+
+
+@pytest.mark.parametrize("name", ["v3", "gqa"])
+def test_rows_advance_on_their_own_and_roll_back(name):
+  cfg = tiny.ALL[name]
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
+  whole = tiny.apply(cfg)(v, tokens_BT).logits_BTV
+  run = tiny.apply(cfg)
+  # Row 0 keeps four of its nine tokens, row 1 seven: the rest was a wrong guess.
+  wrong = tokens_BT.at[0, 4:].set(1).at[1, 7:].set(2)
+  cache = run(v, wrong[:, :9], cache=model.init_cache(cfg, 2, 12)).cache
+  cache = cache.with_lengths(jnp.array([4, 7]))
+  step = jnp.stack([tokens_BT[0, 4:7], tokens_BT[1, 7:10]])
+  out = run(v, step, cache=cache)
+  close(out.logits_BTV, jnp.stack([whole[0, 4:7], whole[1, 7:10]]))
+  np.testing.assert_array_equal(out.cache.lengths_B, [7, 10])
+
+
+def test_mla_caches_the_latent_alone():
+  cfg = model.get_config("deepseek_v3")
+  cache = jax.eval_shape(lambda: model.init_cache(cfg, 1, 4096))
+  assert {name: entry.shape for name, entry in cache.entries.items()} == {
+      "latent": (61, 1, 4096, 576)}
+  size = sum(entry.size * entry.dtype.itemsize for entry in cache.entries.values())
+  assert size / 4096 == 70_272  # bytes a token in bfloat16: arXiv:2505.09343, table 1
+
+
+def test_the_cache_is_updated_in_place():
+  cfg = model.get_config("nano")
+  variables = model.abstract_variables(cfg)
+  cache = jax.eval_shape(lambda: model.init_cache(cfg, 4, 4096))
+  step = jax.jit(lambda v, t, c: model.Transformer(cfg).apply(v, t, cache=c), donate_argnums=2)
+  compiled = step.lower(variables, jax.ShapeDtypeStruct((4, 1), jnp.int32), cache).compile()
+  size = cache.entries["latent"].size * 4
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes >= size
+  # One layer's slice at a time, its scores and mixtures: never a second cache.
+  assert memory.temp_size_in_bytes < 1.5 * size
+
+
+def test_tokens_past_the_end_leave_the_cache_alone():
+  cfg = tiny.GQA
+  v = tiny.variables(cfg)
+  cache = tiny.apply(cfg)(v, tiny.tokens(cfg, length=4), cache=model.init_cache(cfg, 2, 4)).cache
+  after = tiny.apply(cfg)(v, tiny.tokens(cfg, length=1), cache=cache).cache
+  jax.tree.map(np.testing.assert_array_equal, after.entries, cache.entries)

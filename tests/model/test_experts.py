@@ -1,0 +1,103 @@
+"""Every way of computing routed experts equals the dense oracle, whatever the routing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.experts import EXPERTS, ExpertWeights, slot_experts
+from model.numerics import NUMERICS
+
+TOKENS, WIDTH, NUM_EXPERTS, CHOSEN, EXPERT_WIDTH = 96, 12, 8, 3, 10
+WAYS = {"grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"],
+        # One slot an expert: nearly all overflows, in blocks that its rows do not fill.
+        "overflow": functools.partial(slot_experts, slack=0.0, block=16)}
+
+
+def distinct(seed: int, pool: int) -> np.ndarray:
+  """CHOSEN distinct experts a token, out of the first `pool`."""
+  rng = np.random.default_rng(seed)
+  return np.stack([rng.permutation(pool)[:CHOSEN] for _ in range(TOKENS)])
+
+
+ROUTINGS = {
+    "random": distinct(0, NUM_EXPERTS),
+    "same experts for every token": np.tile([5, 0, 3], (TOKENS, 1)),
+    "half the experts idle": distinct(1, 4),
+    "some tokens without an expert": np.where(
+        np.random.default_rng(2).random((TOKENS, CHOSEN)) < 0.4, NUM_EXPERTS,
+        distinct(2, NUM_EXPERTS)),
+    "no token with an expert": np.full((TOKENS, CHOSEN), -1),
+}
+
+
+@functools.cache
+def step(way: str | None):
+  """Output and gradients with respect to weights, tokens and gates; None for the oracle."""
+  experts = WAYS[way] if way else EXPERTS["dense"]
+
+  def run(weights, x_ND, gates_NK, experts_NK, dy_ND):
+    forward = lambda *args: experts(*args, experts_NK, NUMERICS["fp32"])
+    y_ND, vjp = jax.vjp(forward, weights, x_ND, gates_NK)
+    return y_ND, vjp(dy_ND)
+
+  return jax.jit(run)
+
+
+def inputs(seed: int = 0):
+  keys = iter(jax.random.split(jax.random.key(seed), 5))
+  normal = lambda *shape: jax.random.normal(next(keys), shape)
+  weights = ExpertWeights(normal(NUM_EXPERTS, WIDTH, 2, EXPERT_WIDTH),
+                          normal(NUM_EXPERTS, EXPERT_WIDTH, WIDTH))
+  return weights, normal(TOKENS, WIDTH), jax.nn.sigmoid(normal(TOKENS, CHOSEN)), normal(
+      TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("way", WAYS)
+def test_outputs_and_gradients_equal_the_dense_oracle(way, routing):
+  weights, x_ND, gates_NK, dy_ND = inputs()
+  experts_NK = jnp.asarray(ROUTINGS[routing], jnp.int32)
+  ours = step(way)(weights, x_ND, gates_NK, experts_NK, dy_ND)
+  oracle = step(None)(weights, x_ND, gates_NK, experts_NK, dy_ND)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(oracle), strict=True):
+    # Float32 sums of at most TOKENS * CHOSEN products, each rounded once.
+    tolerance = np.finfo(np.float32).eps * np.sqrt(TOKENS * CHOSEN) * float(jnp.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=0, atol=4 * tolerance + 1e-30)
+
+
+def test_slots_do_not_compute_every_expert_for_every_token():
+  # Slots' work does not depend on the number of experts, the dense oracle's does.
+  def flops(experts, num_experts):
+    shapes = (ExpertWeights(jnp.zeros((num_experts, 64, 2, 64)), jnp.zeros((num_experts, 64, 64))),
+              jnp.zeros((512, 64)), jnp.zeros((512, 2)), jnp.zeros((512, 2), jnp.int32))
+    run = functools.partial(experts, numerics=NUMERICS["fp32"])
+    return jax.jit(run).lower(*shapes).compile().cost_analysis()["flops"]
+
+  useful = 2 * 512 * 2 * 3 * 64 * 64
+  assert flops(EXPERTS["dense"], 32) > 15 * useful
+  assert flops(EXPERTS["slots"], 32) < 2 * useful
+
+
+def test_slots_batch_over_a_leading_axis():
+  stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *[inputs(seed)[i] for seed in (0, 1)])
+             for i in range(3)]
+  experts = jnp.stack([ROUTINGS["random"], ROUTINGS["same experts for every token"]]).astype(
+      jnp.int32)
+  run = functools.partial(slot_experts, numerics=NUMERICS["fp32"])
+  both = jax.jit(jax.vmap(run))(*stacked, experts)
+  for seed in (0, 1):
+    alone = jax.jit(run)(*inputs(seed)[:3], experts[seed])
+    np.testing.assert_allclose(both[seed], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_stays_bfloat16_and_near():
+  weights, x_ND, gates_NK, _ = inputs()
+  experts_NK = jnp.asarray(ROUTINGS["random"], jnp.int32)
+  wide = slot_experts(weights, x_ND, gates_NK, experts_NK, NUMERICS["fp32"])
+  narrow = slot_experts(weights, x_ND, gates_NK, experts_NK, NUMERICS["bf16"])
+  assert narrow.dtype == jnp.bfloat16
+  # Four roundings of 2^-9 relative each, on sums of a hundred terms of one size.
+  assert float(jnp.abs(narrow - wide).max() / jnp.abs(wide).max()) < 4 * 2**-8

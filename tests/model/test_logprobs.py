@@ -1,0 +1,62 @@
+"""Chunked token log-probabilities equal those of all logits, and never hold them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import model
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+FP32 = model.NUMERICS["fp32"]
+
+
+def inputs(batch, length, d_model, vocab):
+  return (jax.random.normal(KEYS[0], (batch, length, d_model)),
+          jax.random.normal(KEYS[1], (d_model, vocab)),
+          jax.random.randint(KEYS[2], (batch, length), 0, vocab))
+
+
+def by_all_logits(hidden, head, targets, temperature=1.0):
+  logp = jax.nn.log_softmax(hidden @ head / temperature)
+  return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 11, 64])
+def test_values_and_gradients_do_not_depend_on_the_chunk(chunk_size):
+  hidden, head, targets = inputs(2, 11, 6, 19)
+  weights = jnp.arange(22.0).reshape(2, 11)
+  chunked = lambda h, w: (weights * model.token_logprobs(
+      h, w, targets, numerics=FP32, chunk_size=chunk_size, temperature=0.7)).sum()
+  whole = lambda h, w: (weights * by_all_logits(h, w, targets, 0.7)).sum()
+  ours = jax.value_and_grad(chunked, (0, 1))(hidden, head)
+  reference = jax.value_and_grad(whole, (0, 1))(hidden, head)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4),
+               ours, reference)
+
+
+def test_all_logits_are_never_held_forward_or_backward():
+  batch, length, vocab, chunk = 2, 1024, 8192, 64
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                        jax.eval_shape(lambda: inputs(batch, length, 16, vocab)))
+  chunked = lambda h, w, t: model.token_logprobs(h, w, t, numerics=FP32, chunk_size=chunk).sum()
+  whole = lambda h, w, t: by_all_logits(h, w, t).sum()
+  held = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(
+      *shapes).compile().memory_analysis().temp_size_in_bytes
+  all_logits = 4 * batch * length * vocab
+  assert held(whole) >= all_logits
+  assert held(chunked) < 5 * all_logits * chunk // length
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_models_own_head_is_used(tied):
+  cfg = dataclasses.replace(tiny.GQA, tie_embeddings=tied)
+  tokens_BT, transformer = tiny.tokens(cfg), model.Transformer(cfg)
+  out = tiny.apply(cfg)(tiny.variables(cfg), tokens_BT)
+  ours = transformer.apply(
+      tiny.variables(cfg), out.hidden_BTD, tokens_BT, method="token_logprobs")
+  want = jnp.take_along_axis(jax.nn.log_softmax(out.logits_BTV), tokens_BT[..., None], -1)
+  np.testing.assert_allclose(ours, want[..., 0], rtol=1e-5)

@@ -1,0 +1,169 @@
+"""What the whole network promises: causality, separation of documents, and no needless work."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import model
+
+FLOAT32 = 1e-5  # relative: some hundred operations deep, sums of some tens of terms
+
+
+def close(a, b, tolerance=FLOAT32):
+  np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_logits_depend_on_no_later_token(name):
+  cfg = tiny.ALL[name]
+  tokens_BT = tiny.tokens(cfg)
+  changed_BT = tokens_BT.at[:, 7].add(1) % cfg.vocab_size
+  before, after = (tiny.apply(cfg)(tiny.variables(cfg), t).logits_BTV
+                   for t in (tokens_BT, changed_BT))
+  close(after[:, :7], before[:, :7])
+  assert float(jnp.abs(after[:, 7:] - before[:, 7:]).min(-1).max()) > 0
+
+
+def test_mtp_depth_k_reads_k_tokens_ahead_and_no_more():
+  cfg = tiny.V3
+  tokens_BT = tiny.tokens(cfg)
+  changed_BT = tokens_BT.at[:, 7].add(1) % cfg.vocab_size
+  before, after = (tiny.apply(cfg)(tiny.variables(cfg), t).mtp_logits
+                   for t in (tokens_BT, changed_BT))
+  for k, (one, other) in enumerate(zip(before, after, strict=True), start=1):
+    close(other[:, :7 - k], one[:, :7 - k])
+    assert float(jnp.abs(other[:, 7 - k] - one[:, 7 - k]).max()) > 1e-3
+
+
+def test_mtp_shares_the_trunks_embedding_and_head():
+  cfg = tiny.V3
+  v = tiny.variables(cfg)
+
+  def loss(params, trunk, mtp):
+    out = model.Transformer(cfg).apply(v | {"params": params}, tiny.tokens(cfg))
+    return trunk * (out.logits_BTV**2).sum() + mtp * (out.mtp_logits[0]**2).sum()
+
+  grad = jax.jit(jax.grad(loss))
+  both, trunk, mtp = (grad(v["params"], *w)["embedding"] for w in ((1., 1.), (1., 0.), (0., 1.)))
+  for name in ("embedding", "head"):
+    assert float(jnp.abs(mtp[name]).max()) > 0
+    close(both[name], trunk[name] + mtp[name])
+
+
+def test_both_concat_orders_are_one_function_with_the_halves_swapped():
+  cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(concat="hidden_first"))
+  swapped = dataclasses.replace(cfg, mtp=model.MTPConfig(concat="embedding_first"))
+  v = tiny.variables(cfg)
+  w_proj = v["params"]["mtp_1"]["w_proj"]
+  turned = jnp.concatenate(jnp.split(w_proj, 2)[::-1])
+  other = v | {"params": v["params"] | {"mtp_1": v["params"]["mtp_1"] | {"w_proj": turned}}}
+  close(tiny.apply(swapped)(other, tiny.tokens(cfg)).mtp_logits[0],
+        tiny.apply(cfg)(v, tiny.tokens(cfg)).mtp_logits[0])
+
+
+@pytest.mark.parametrize("name", ["v3", "gqa"])
+def test_segments_keep_packed_documents_apart(name):
+  cfg = tiny.ALL[name]
+  v, (one, two) = tiny.variables(cfg), (tiny.tokens(cfg, 1, 5), tiny.tokens(cfg, 1, 7, seed=3))
+  packed = jnp.concatenate([one, two], axis=1)
+  segments = jnp.array([[1] * 5 + [2] * 7])
+  run = tiny.apply(cfg)
+  apart = jnp.concatenate([run(v, one).logits_BTV, run(v, two).logits_BTV], axis=1)
+  # Rotary positions are relative: the second document need not start at 0.
+  close(run(v, packed, segment_ids_BT=segments).logits_BTV, apart)
+  assert float(jnp.abs(run(v, packed).logits_BTV - apart)[:, 5:].max()) > 0.1
+
+
+def test_padding_counts_in_no_router_statistic():
+  cfg = tiny.V3
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
+  segments = jnp.ones_like(tokens_BT).at[0, 9:].set(0)
+  out = tiny.apply(cfg)(v, tokens_BT, segment_ids_BT=segments)
+  assert (out.expert_load_LE.sum(-1) == (24 - 3) * cfg.moe.experts_per_token).all()
+  np.testing.assert_array_equal(out.router["moe_layers"].tokens_B, [[9, 12]] * 2)
+  # Depth k has no token to read at the last k positions either.
+  np.testing.assert_array_equal(out.router["mtp_2"].tokens_B, [7, 10])
+  alone = tiny.apply(cfg)(v, tokens_BT[:1, :9])
+  np.testing.assert_array_equal(out.router["moe_layers"].load_BE[:, 0],
+                                alone.router["moe_layers"].load_BE[:, 0])
+
+
+def test_the_router_bias_changes_the_choice_and_never_the_gates():
+  cfg = tiny.V3
+  v = tiny.variables(cfg)
+  pushed = v | {"router": jax.tree.map(lambda b: b.at[..., 0].add(10.0), v["router"])}
+  run, tokens_BT = tiny.apply(cfg), tiny.tokens(cfg)
+  assert (run(pushed, tokens_BT).expert_load_LE[:, 0] == tokens_BT.size).all()
+  # A constant added to every expert's bias chooses the same experts, hence the same output.
+  shifted = v | {"router": jax.tree.map(lambda b: b - 3.0, v["router"])}
+  np.testing.assert_array_equal(run(shifted, tokens_BT).logits_BTV, run(v, tokens_BT).logits_BTV)
+  grads = jax.jit(jax.grad(lambda router: (model.Transformer(cfg).apply(
+      v | {"router": router}, tokens_BT).logits_BTV**2).sum()))(v["router"])
+  assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads))
+
+
+def _gradients(cfg, **fields):
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
+
+  def loss(params):
+    out = model.Transformer(cfg, **fields).apply(v | {"params": params}, tokens_BT)
+    return (out.logits_BTV**2).mean() + sum((m**2).mean() for m in out.mtp_logits)
+
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(v["params"]).compile()
+  return compiled, compiled(v["params"])
+
+
+def test_every_remat_policy_gives_the_same_gradients():
+  _, (value, plain) = _gradients(tiny.V3)
+  for remat in set(model.REMAT) - {"none"}:
+    _, (again, grads) = _gradients(tiny.V3, remat=remat)
+    close(again, value)
+    jax.tree.map(close, grads, plain)
+
+
+def test_what_is_not_used_is_not_computed():
+  cfg = dataclasses.replace(tiny.V3, vocab_size=4096)
+  shapes = (model.abstract_variables(cfg), jax.ShapeDtypeStruct((2, 32), jnp.int32))
+  transformer = model.Transformer(cfg)
+
+  def cost(pick, **kwargs):
+    lowered = jax.jit(lambda v, t: pick(transformer.apply(v, t, **kwargs))).lower(*shapes)
+    return lowered.compile().cost_analysis()["flops"]
+
+  head = 2 * 2 * 32 * cfg.d_model * cfg.vocab_size
+  hidden = cost(lambda out: out.hidden_BTD)
+  assert hidden == pytest.approx(cost(lambda out: out.hidden_BTD, logits=False, mtp=False), 0.01)
+  assert hidden < head / 4
+  logits = cost(lambda out: out.logits_BTV)
+  assert head < logits < 1.2 * (head + hidden)
+  assert cost(lambda out: out.mtp_logits) > 2 * head
+  # The balance statistics need a second top-k, which nobody asked for here.
+  text = jax.jit(lambda v, t: transformer.apply(v, t).hidden_BTD).lower(*shapes).compile().as_text()
+  with_stats = jax.jit(lambda v, t: transformer.apply(v, t).router).lower(*shapes).compile()
+  assert text.count("TopK") < with_stats.as_text().count("TopK")
+
+
+def test_initialisation_is_one_std_with_norms_one_and_biases_zero():
+  cfg = dataclasses.replace(model.get_config("nano"), init_std=0.006)
+  variables = model.init(cfg, jax.random.key(3))
+  for path, leaf in jax.tree_util.tree_flatten_with_path(variables["params"])[0]:
+    if path[-1].key == "scale":
+      assert (leaf == 1).all()
+    else:
+      # Within five standard errors of a normal sample's standard deviation and mean.
+      assert abs(leaf.std() / 0.006 - 1) < 5 / np.sqrt(2 * leaf.size)
+      assert abs(leaf.mean()) < 5 * 0.006 / np.sqrt(leaf.size)
+  assert all((leaf == 0).all() for leaf in jax.tree.leaves(variables["router"]))
+
+
+def test_misuse_is_refused():
+  cfg = tiny.V3
+  cache = model.init_cache(cfg, 2, 12)
+  with pytest.raises(ValueError, match="neither MTP modules nor segment"):
+    model.Transformer(cfg).apply(tiny.variables(cfg), tiny.tokens(cfg), cache=cache, mtp=True)
+  with pytest.raises(ValueError, match="num_slots >= 1"):
+    model.init_cache(cfg, 2, 0)

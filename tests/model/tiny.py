@@ -1,0 +1,51 @@
+"""Small models that tests share, with weights loud enough that mistakes show."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import model
+
+V3 = model.ModelConfig(
+    vocab_size=37, d_model=24, num_layers=3, ffn_dim=22, num_dense_layers=1, init_std=0.2,
+    attention=model.MLAConfig(num_heads=3, q_lora_rank=10, kv_lora_rank=14, qk_nope_head_dim=6,
+                              qk_rope_head_dim=4, v_head_dim=8),
+    moe=model.MoEConfig(num_experts=8, experts_per_token=3, expert_dim=9, num_groups=4,
+                        groups_per_token=2),
+    mtp=model.MTPConfig(depth=2), rope=model.RopeConfig(theta=100.0))
+PLAIN_MLA = dataclasses.replace(
+    V3, mtp=None, moe=None, num_dense_layers=0, num_layers=2,
+    attention=dataclasses.replace(V3.attention, q_lora_rank=None),
+    rope=model.RopeConfig(100.0, scaling=model.YarnScaling(4.0, 16, 2.0, 0.5)))
+GQA = dataclasses.replace(
+    PLAIN_MLA, attention=model.GQAConfig(num_heads=6, num_kv_heads=2, head_dim=8, qkv_bias=True),
+    rope=model.RopeConfig(100.0, "half"), tie_embeddings=True)
+MHA = dataclasses.replace(GQA, attention=model.GQAConfig(num_heads=3, num_kv_heads=3, head_dim=8))
+MQA = dataclasses.replace(GQA, attention=model.GQAConfig(num_heads=3, num_kv_heads=1, head_dim=8))
+ALL = {"v3": V3, "plain mla": PLAIN_MLA, "gqa": GQA, "mha": MHA, "mqa": MQA}
+
+
+@functools.cache
+def variables(cfg: model.ModelConfig) -> dict:
+  """Random variables: norms around one, biases (the router's too) around zero."""
+  def shake(path, leaf):
+    key = jax.random.fold_in(jax.random.key(1), hash_of(path))
+    return leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(shake, model.init(cfg, jax.random.key(0)))
+
+
+def hash_of(path) -> int:
+  return sum(ord(letter) * (i + 1) for i, letter in enumerate(str(path))) % 2**31
+
+
+def tokens(cfg: model.ModelConfig, batch: int = 2, length: int = 12, seed: int = 2) -> jax.Array:
+  return jax.random.randint(jax.random.key(seed), (batch, length), 0, cfg.vocab_size, jnp.int32)
+
+
+@functools.cache
+def apply(cfg: model.ModelConfig, **fields):
+  """A jitted forward pass, compiled once for all tests of a file."""
+  return jax.jit(model.Transformer(cfg, **fields).apply, static_argnames=("logits", "mtp"))
