@@ -28,7 +28,7 @@ demo: .venv/.made-$(EXTRAS)
 	$(BIN)/python -m experiments.run --experiment=check_model
 
 test: .venv/.made-$(EXTRAS)
-	$(BIN)/python -m pytest -m 'not long' -q
+	$(BIN)/python -m pytest -m 'not long' -q -n auto --dist worksteal
 
 test-all: .venv/.made-$(EXTRAS)
 	$(BIN)/python -m pytest -q

@@ -3,6 +3,8 @@
 Takes under a minute on two CPU cores.
 """
 
+import dataclasses
+import functools
 import tempfile
 import time
 
@@ -41,12 +43,18 @@ def _round_trip(cfg: model.ModelConfig) -> tuple[model.ModelConfig, dict]:
   with tempfile.TemporaryDirectory() as folder:
     model.hf.save(folder, cfg, variables)
     loaded_cfg, loaded = model.hf.load(folder)
-  tokens_BT = _prompt(cfg)
-  logits = lambda cfg, variables: jax.jit(model.Transformer(cfg).apply, static_argnames="mtp")(
-      variables, tokens_BT, mtp=False).logits_BTV
-  before, after = logits(cfg, variables), logits(loaded_cfg, loaded)
+  before, after = (_forward(cfg)(v, _prompt(cfg)).logits_BTV for v in (variables, loaded))
   _report("logits after writing and reading a Hugging Face folder", before, after, 0.0)
   return loaded_cfg, loaded
+
+
+def _forward(cfg: model.ModelConfig, **fields):
+  return _jitted(dataclasses.replace(cfg, mtp=None), **fields)
+
+
+@functools.cache
+def _jitted(cfg: model.ModelConfig, **fields):
+  return jax.jit(model.Transformer(cfg, **fields).apply)
 
 
 def _prompt(cfg: model.ModelConfig) -> jax.Array:
@@ -72,14 +80,14 @@ def _check_count(cfg: model.ModelConfig, variables: dict) -> None:
 def _check_forms(cfg: model.ModelConfig, variables: dict) -> None:
   """Whole sequence or token by token, expanded or absorbed, sparse or dense: one function."""
   tokens_BT = _prompt(cfg)
-  plain = jax.jit(model.Transformer(cfg).apply)(variables, tokens_BT)
+  plain = _forward(cfg)(variables, tokens_BT)
   if not bool(jnp.isfinite(plain.logits_BTV).all()):
     raise ValueError("some logits are not finite")
   # bfloat16 keeps 8 bits: forms that round in another order differ by a few per cent.
   tolerance = 1e-4 if cfg.numerics.compute == "float32" else 0.05
   latent = isinstance(cfg.attention, model.MLAConfig)
   for form in ("expanded", "absorbed") if latent else (None,):
-    step = jax.jit(model.Transformer(cfg, mla_form=form).apply)
+    step = _forward(cfg, mla_form=form)
     cache, rows = model.init_cache(cfg, len(tokens_BT), _PROMPT_TOKENS), []
     for t in range(_PROMPT_TOKENS):
       output = step(variables, tokens_BT[:, t:t + 1], cache=cache)
@@ -88,7 +96,7 @@ def _check_forms(cfg: model.ModelConfig, variables: dict) -> None:
     _report(f"logits one token at a time, {form or 'cached'}", jnp.concatenate(rows, 1),
             plain.logits_BTV, tolerance)
   if cfg.moe:
-    dense = jax.jit(model.Transformer(cfg, experts="dense").apply)(variables, tokens_BT)
+    dense = _forward(cfg, experts="dense")(variables, tokens_BT)
     _report("logits with every expert computed for every token", plain.logits_BTV,
             dense.logits_BTV, tolerance)
     loads = np.asarray(plain.expert_load_LE).sum(1)

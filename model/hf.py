@@ -155,7 +155,12 @@ def _compare_scale(name, tensor, stored, problems) -> None:
 
 
 class _Target:
-  """The variables being filled: for every array, one preallocated piece on each device."""
+  """The variables being filled.
+
+  A small array is put together on the host, and goes to its devices when it is complete. Of a large
+  one, every device has its piece from the start, updated in place: a compiled step per kind of
+  tensor, which small arrays would not repay.
+  """
 
   def __init__(self, cfg: ModelConfig, mesh, rules):
     abstract = abstract_variables(cfg)
@@ -165,15 +170,23 @@ class _Target:
     self.shardings = _shardings(cfg, self.shapes, mesh, rules)
     self.indices = [sharding.addressable_devices_indices_map(shape.shape)
                     for sharding, shape in zip(self.shardings, self.shapes, strict=True)]
-    self.pieces = [
-        {device: jnp.zeros(_extent(index, shape.shape), shape.dtype, device=device)
-         for device, index in indices.items()}
-        for indices, shape in zip(self.indices, self.shapes, strict=True)]
+    small = lambda shape: shape.size * shape.dtype.itemsize <= _CHUNK_BYTES
+    self.staged = {number: np.zeros(shape.shape, shape.dtype)
+                   for number, shape in enumerate(self.shapes) if small(shape)}
+    self.pieces = {
+        number: {device: jnp.zeros(_extent(index, shape.shape), shape.dtype, device=device)
+                 for device, index in self.indices[number].items()}
+        for number, shape in enumerate(self.shapes) if not small(shape)}
 
   def write(self, piece: hf_layout.Piece, values: np.ndarray, scales: np.ndarray | None) -> None:
     """Puts a run of the piece's view (its first axis cut to `values`) where it belongs."""
     number = self.number[piece.path]
     shape = self.shapes[number].shape
+    if number in self.staged:
+      whole = self.staged[number]
+      whole[piece.index()] = _turn(
+          np, values, scales, whole.dtype, whole.ndim, piece.axes, piece.take)
+      return
     for device, index in self.indices[number].items():
       cut = _intersect(piece, index, shape)
       if cut is None:
@@ -188,11 +201,15 @@ class _Target:
     return float(jnp.finfo(self.shapes[self.number[path]].dtype).max)
 
   def variables(self) -> dict:
-    arrays = [
-        jax.make_array_from_single_device_arrays(
-            shape.shape, sharding, [pieces[device] for device in indices])
-        for shape, sharding, pieces, indices in zip(
-            self.shapes, self.shardings, self.pieces, self.indices, strict=True)]
+    arrays = []
+    for number, (shape, sharding) in enumerate(zip(self.shapes, self.shardings, strict=True)):
+      if number in self.staged:
+        arrays.append(jax.make_array_from_callback(
+            shape.shape, sharding, self.staged[number].__getitem__))
+      else:
+        pieces = [self.pieces[number][device] for device in self.indices[number]]
+        arrays.append(
+            jax.make_array_from_single_device_arrays(shape.shape, sharding, pieces))
     return jax.tree.unflatten(self.tree, arrays)
 
 
@@ -226,16 +243,22 @@ def _intersect(piece: hf_layout.Piece, index: tuple[slice, ...], shape: tuple[in
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "take"))
 def _place(array, values, scales, start, *, axes, take):
+  block = _turn(jnp, values, scales, array.dtype, array.ndim, axes, take)
+  return lax.dynamic_update_slice(array, block, tuple(start))
+
+
+def _turn(xnp, values, scales, dtype, rank: int, axes, take):
+  """What a piece's view, or a run of it, is in our array: dequantised, cut, cast, transposed."""
   if scales is not None:
-    scales = jnp.repeat(scales, FP8_BLOCK, axis=1)
-    flat = values.reshape(scales.shape[0], -1).astype(jnp.float32)
+    scales = xnp.repeat(scales, FP8_BLOCK, axis=1)
+    flat = values.reshape(scales.shape[0], -1).astype(np.float32)
     values = (flat * scales[:, :flat.shape[1]]).reshape(values.shape)
-  values = values[tuple(slice(*part) for part in take)].astype(array.dtype)
+  values = values[tuple(slice(*part) for part in take)].astype(dtype)
   order = sorted(range(len(axes)), key=lambda i: axes[i])
-  shape = [1] * array.ndim
+  shape = [1] * rank
   for axis, size in zip(axes, values.shape, strict=True):
     shape[axis] = size
-  return lax.dynamic_update_slice(array, values.transpose(order).reshape(shape), tuple(start))
+  return values.transpose(order).reshape(shape)
 
 
 def _read_tensor(tensor, stored, target: _Target, problems: list[str]) -> None:

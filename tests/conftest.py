@@ -10,14 +10,25 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-_left_out = collections.Counter()
+_left_out: dict[str, int] = {}
 
 
 def pytest_deselected(items):
+  reasons = collections.Counter()
   for item in items:
     marker = item.get_closest_marker("long")
-    reason = marker.args[0] if marker else "deselected by hand"
-    _left_out[(item.location[0], reason)] += 1
+    reasons[f"{item.location[0]}: {marker.args[0] if marker else 'deselected by hand'}"] += 1
+  _left_out.update(reasons)
+
+
+def pytest_sessionfinish(session):
+  if hasattr(session.config, "workeroutput"):  # one of several processes: tell the first
+    session.config.workeroutput["left_out"] = _left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 @pytest.hookimpl(trylast=True)
@@ -25,5 +36,5 @@ def pytest_terminal_summary(terminalreporter):
   if not _left_out:
     return
   terminalreporter.section("not run here; `make test-all` runs them")
-  for (path, reason), count in sorted(_left_out.items()):
-    terminalreporter.write_line(f"{path}: {count} test(s): {reason}")
+  for what, count in sorted(_left_out.items()):
+    terminalreporter.write_line(f"{count:4} of {what}")

@@ -61,6 +61,13 @@ def _cross_entropy(logits, targets):
   return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
 
 
+def forward_distance(case: str, cfg: model.ModelConfig, variables: dict) -> float:
+  """How far the logits alone are."""
+  tokens_BT = jnp.asarray(hf_cases.tokens({"vocab_size": cfg.vocab_size}), jnp.int32)
+  logits = jax.jit(lambda v: model.Transformer(cfg).apply(v, tokens_BT).logits_BTV)(variables)
+  return relative(logits, reference()[f"{case}/logits"])
+
+
 def distance(case: str, cfg: model.ModelConfig, variables: dict) -> tuple[float, dict[str, float]]:
   """How far logits, and every stored tensor's gradient, are from transformers'."""
   want = reference()

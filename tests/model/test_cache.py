@@ -26,7 +26,7 @@ def test_prefill_and_decode_equal_the_uncached_model(name, form):
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   whole = tiny.apply(cfg)(v, tokens_BT).logits_BTV
   run, cache, rows = tiny.apply(cfg, mla_form=form), model.init_cache(cfg, 2, 16), []
-  for part in (tokens_BT[:, :6], tokens_BT[:, 6:9], *jnp.split(tokens_BT[:, 9:], 3, axis=1)):
+  for part in (tokens_BT[:, :6], *jnp.split(tokens_BT[:, 6:], 6, axis=1)):
     out = run(v, part, cache=cache)
     cache = out.cache
     rows.append(out.logits_BTV)

@@ -9,7 +9,7 @@ import tiny
 import model
 from model.generate import sampling_logits
 
-CFG = tiny.V3
+CFG = tiny.PLAIN_MLA
 TRANSFORMER = model.Transformer(CFG)
 LENGTHS = jnp.array([5, 2, 7])
 
@@ -20,13 +20,13 @@ def prompts():
 
 def test_greedy_continuations_are_the_uncached_argmax_row_by_row():
   v = tiny.variables(CFG)
-  out = model.generate(TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=4, temperature=0)
+  out = model.generate(TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=6, temperature=0)
   run = tiny.apply(CFG)
   for row, length in enumerate(LENGTHS.tolist()):
     text = jnp.concatenate([prompts()[row, :length], out.tokens_BN[row]])[None]
     # Padded to one shape: what follows a token cannot change what was said of it.
-    logits = run(v, jnp.pad(text, ((0, 0), (0, 11 - text.shape[1])))).logits_BTV[0]
-    said = logits[length - 1:length + 3]
+    logits = run(v, jnp.pad(text, ((0, 0), (0, 13 - text.shape[1])))).logits_BTV[0]
+    said = logits[length - 1:length + 5]
     np.testing.assert_array_equal(out.tokens_BN[row], said.argmax(-1))
     np.testing.assert_allclose(out.logprobs_BN[row], jax.nn.log_softmax(said).max(-1), atol=1e-5)
 

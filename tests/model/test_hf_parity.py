@@ -57,6 +57,14 @@ MUTANTS = [(mutant, case) for case in CASES
 
 
 @pytest.mark.parametrize(("mutant", "case"), MUTANTS)
+def test_a_mutant_is_caught_by_logits(mutant, case, loaded, monkeypatch):
+  cfg, variables = loaded[case]
+  mutated = mutant(cfg, monkeypatch)
+  assert hf_reference.forward_distance(case, mutated, variables) > 10 * hf_reference.LOGITS
+
+
+@pytest.mark.long("compiles the gradient of every mutant of every case")
+@pytest.mark.parametrize(("mutant", "case"), MUTANTS)
 def test_a_mutant_is_caught_by_logits_and_by_gradients(mutant, case, loaded, monkeypatch):
   cfg, variables = loaded[case]
   logits, grads = hf_reference.distance(case, mutant(cfg, monkeypatch), variables)

@@ -11,21 +11,22 @@ import sys
 
 import jax
 import numpy as np
+import tiny
 
 import model
 from train.mesh import ShardedModel, ShardingRules, make_mesh
 
 CFG = dataclasses.replace(
-    model.get_config("nano"), init_std=0.08, num_layers=3,
-    moe=dataclasses.replace(model.get_config("nano").moe, num_experts=8))
+    tiny.V3, d_model=32, ffn_dim=24, vocab_size=40, mtp=None,
+    attention=dataclasses.replace(tiny.V3.attention, num_heads=2),
+    moe=dataclasses.replace(tiny.V3.moe, expert_dim=16))
 
 
 def loss(transformer, variables, tokens_BT):
   out = transformer.apply(variables, tokens_BT, logits=False)
-  logp = lambda hidden, ahead: transformer.apply(
-      variables, hidden[:, :-ahead], tokens_BT[:, ahead:], method="token_logprobs").mean()
-  return -logp(out.hidden_BTD, 1) - 0.3 * logp(out.mtp_hidden[0], 2), (
-      out.hidden_BTD, out.expert_load_LE)
+  logp_BT = transformer.apply(
+      variables, out.hidden_BTD[:, :-1], tokens_BT[:, 1:], method="token_logprobs")
+  return -logp_BT.mean(), (out.hidden_BTD, out.expert_load_LE)
 
 
 def step(transformer):
@@ -46,16 +47,14 @@ def apart(a, b) -> float:
 
 def main(folder: str) -> None:
   assert jax.device_count() == 8
-  variables = model.init(CFG, jax.random.key(0))
-  tokens_BT = jax.random.randint(jax.random.key(1), (8, 32), 0, CFG.vocab_size)
+  variables, tokens_BT = tiny.variables(CFG), tiny.tokens(CFG, 8, 32)
   one = jax.jit(step(model.Transformer(CFG)))(
       variables["params"], variables["router"], tokens_BT)
   results = {}
   for name, sizes, fields in (
       ("data x fsdp, token parallel", {"data": 2, "fsdp": 4}, {}),
       ("data x fsdp, left to the compiler", {"data": 2, "fsdp": 4},
-       {"dispatch": model.moe.local_dispatch}),
-      ("fsdp x tensor, token parallel", {"fsdp": 4, "tensor": 2}, {})):
+       {"dispatch": model.moe.local_dispatch})):
     sharded = ShardedModel(CFG, make_mesh(**sizes))
     placed = jax.device_put(variables, sharded.variables())
     batch = jax.device_put(tokens_BT, sharded.batch())
@@ -67,11 +66,12 @@ def main(folder: str) -> None:
         "gradients": apart(grads, want_grads),
         "loads_equal": bool((np.asarray(load) == np.asarray(want_load)).all())}
 
-  sharded = ShardedModel(CFG, make_mesh(data=2, fsdp=-1))
-  made = sharded.init(jax.random.key(0))
-  results["init"] = apart(made, variables)
-  model.hf.save(folder, CFG, made)
-  _, loaded = model.hf.load(folder, mesh=sharded.mesh, rules=ShardingRules())
+  mesh = make_mesh(data=2, fsdp=-1)
+  dense = dataclasses.replace(tiny.MHA, d_model=32, num_layers=1)
+  results["init"] = apart(ShardedModel(dense, mesh).init(jax.random.key(0)),
+                          model.init(dense, jax.random.key(0)))
+  model.hf.save(folder, CFG, variables)
+  _, loaded = model.hf.load(folder, mesh=mesh, rules=ShardingRules())
   _, plain = model.hf.load(folder)
   w_down = loaded["params"]["moe_layers"]["ffn"]["w_down"]
   results["load"] = {
