@@ -13,9 +13,9 @@ from model.config import (
   RopeConfig,
   YarnScaling,
 )
-from model.generate import Generated, generate
+from model.generate import Generated, generate, stream
 from model.logprobs import token_logprobs
 from model.numerics import NUMERICS, Numerics
 from model.registry import CONFIGS, get_config
 from model.transformer import REMAT, Output, Transformer
-from model.variables import abstract_variables, init, logical_axes, shardings
+from model.variables import abstract_variables, init, init_on_host, logical_axes, shardings

@@ -4,6 +4,7 @@ Shape letters:  B rows  T prompt tokens  N new tokens  V vocabulary
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -91,6 +92,14 @@ def generate(
   Raises:
     ValueError: for impossible arguments.
   """
+  _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p)
+  key = jax.random.key(0) if key is None else key
+  return _generate(
+      model, variables, prompts_BT, jnp.asarray(lengths_B, jnp.int32), key, temperature, top_p,
+      -1 if stop_token is None else stop_token, max_new_tokens, temperature == 0)
+
+
+def _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p) -> None:
   if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
     raise ValueError("generate needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
                      f"{temperature}, {top_p} and {max_new_tokens}")
@@ -99,10 +108,6 @@ def generate(
   if prompts_BT.ndim != 2 or prompts_BT.shape[1] < 1 or lengths_B.shape != prompts_BT.shape[:1]:
     raise ValueError(f"generate takes prompts [B, T >= 1] and lengths [B], not {prompts_BT.shape} "
                      f"and {lengths_B.shape}")
-  key = jax.random.key(0) if key is None else key
-  return _generate(
-      model, variables, prompts_BT, jnp.asarray(lengths_B, jnp.int32), key, temperature, top_p,
-      -1 if stop_token is None else stop_token, max_new_tokens, temperature == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
@@ -133,3 +138,34 @@ def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, 
   stops_BN = tokens_BN == stop_token
   lengths_B = jnp.where(stops_BN.any(1), stops_BN.argmax(1) + 1, max_new_tokens)
   return Generated(tokens_BN, lengths_B.astype(jnp.int32), logprobs_BN)
+
+
+def stream(
+    model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
+    key: jax.Array | None = None, temperature: float = 1.0, top_p: float = 1.0,
+    stop_token: int | None = None) -> Iterator[int]:
+  """`generate` for one prompt, a token at a time, as soon as it is known; the same tokens.
+
+  Args and errors are `generate`'s; the prompt is not padded.
+  """
+  _check(prompt_T[None], jnp.array([len(prompt_T)]), max_new_tokens, key, temperature, top_p)
+  row_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)
+  cache = init_cache(model.cfg, 1, len(prompt_T) + max_new_tokens)
+  logits_BV, cache = _prefill(model, variables, prompt_T[None], jnp.array([len(prompt_T)]), cache)
+  for step in range(max_new_tokens):
+    keys_B = jax.random.fold_in(row_key, step)[None]
+    chosen_B, logits_BV, cache = _advance(
+        model, variables, logits_BV, cache, keys_B, temperature, top_p, temperature == 0)
+    yield int(chosen_B[0])
+    if stop_token is not None and chosen_B[0] == stop_token:
+      return
+
+
+_prefill = jax.jit(prefill, static_argnames="model", donate_argnames="cache")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames="cache")
+def _advance(model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy):
+  chosen_B, _ = _choose(logits_BV, keys_B, temperature, top_p, greedy)
+  logits_BV, cache = decode_step(model, variables, chosen_B, cache)
+  return chosen_B, logits_BV, cache

@@ -1,12 +1,14 @@
 """The model's variables as plain trees: making them, their shapes, and their logical axis names."""
 
 import dataclasses
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -20,6 +22,29 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict:
     key: a jax.random key; matrices are normal with std `cfg.init_std`, norms one, biases zero.
   """
   return nn.meta.unbox(_boxed(cfg)(key))
+
+
+def init_on_host(cfg: ModelConfig, seed: int) -> dict:
+  """The same distribution as numpy arrays: no compile, which takes a small model's `init` seconds.
+
+  An array depends on the seed and on its own path alone, so that two architectures start from the
+  same values wherever they share a parameter.
+
+  Args:
+    cfg: the architecture.
+    seed: in 0..2^32 - 1.
+  """
+  def draw(path, shape):
+    name = "/".join(key.key for key in path)
+    if path[0].key != "params" or path[-1].key.startswith("b_"):
+      return np.zeros(shape.shape, shape.dtype)
+    if path[-1].key == "scale":
+      return np.ones(shape.shape, shape.dtype)
+    generator = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+    values = generator.standard_normal(shape.shape, np.float32) * np.float32(cfg.init_std)
+    return values.astype(shape.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_variables(cfg))
 
 
 def abstract_variables(cfg: ModelConfig) -> dict:

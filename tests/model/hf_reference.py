@@ -19,10 +19,11 @@ if str(HERE) not in sys.path:
 import hf_cases  # noqa: E402
 
 LOGITS, GRADIENTS = 1e-5, 1e-4  # max |difference| / max |reference|, in float32
+FIXTURES = HERE / "fixtures" / "hf.npz"
 
 
 @functools.cache
-def reference(path: pathlib.Path = HERE / "fixtures" / "hf.npz") -> dict[str, np.ndarray]:
+def reference(path: pathlib.Path = FIXTURES) -> dict[str, np.ndarray]:
   with np.load(path) as file:
     return dict(file)
 
@@ -30,6 +31,19 @@ def reference(path: pathlib.Path = HERE / "fixtures" / "hf.npz") -> dict[str, np
 def shapes(case: str) -> dict[str, tuple[int, ...]]:
   stored = json.loads(str(reference()[f"{case}/shapes"]))
   return {name: tuple(shape) for name, shape in stored.items()}
+
+
+def gradients(case: str, path: pathlib.Path = FIXTURES) -> dict[str, np.ndarray]:
+  """The reference's gradients by stored name."""
+  flat, by_name, first = reference(path)[f"{case}/grads"], {}, 0
+  for name, shape in shapes(case).items():
+    if "correction_bias" in name:
+      continue
+    size = int(np.prod(shape))
+    by_name[name] = flat[first:first + size].reshape(shape)
+    first += size
+  assert first == flat.size
+  return by_name
 
 
 def write_folder(case: str, folder: pathlib.Path) -> pathlib.Path:
@@ -75,16 +89,9 @@ def distance(case: str, cfg: model.ModelConfig, variables: dict) -> tuple[float,
   apart = relative(logits, want[f"{case}/logits"])
   if mtp_logits:
     apart = max(apart, relative(mtp_logits[0][:, :-1], want[f"{case}/mtp_logits"]))
-  flat, by_name, first = want[f"{case}/grads"], {}, 0
   layout = {tensor.name: tensor for tensor in hf_layout.layout(cfg).tensors}
-  for name, shape in shapes(case).items():
-    if "correction_bias" in name:
-      continue
-    size = int(np.prod(shape))
-    ours = hf._gather(layout[name], {"params": grads})
-    by_name[name] = relative(ours, flat[first:first + size].reshape(shape))
-    first += size
-  assert first == flat.size
+  by_name = {name: relative(hf._gather(layout[name], {"params": grads}), theirs)
+             for name, theirs in gradients(case).items()}
   return apart, by_name
 
 

@@ -21,7 +21,7 @@ def inputs(batch, length, d_model, vocab):
 
 
 def by_all_logits(hidden, head, targets, temperature=1.0):
-  logp = jax.nn.log_softmax(hidden @ head / temperature)
+  logp = jax.nn.log_softmax(jnp.matmul(hidden, head, precision="highest") / temperature)
   return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 
 
