@@ -8,7 +8,6 @@ here.
 
 import functools
 import json
-import pathlib
 import time
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from experiments import provenance
+from experiments.options import Options
 from model.experts import EXPERTS, ExpertWeights, dense_experts, slot_experts
 from model.layers import gated
 from model.numerics import NUMERICS, Numerics
@@ -101,7 +101,8 @@ def _error(ours, reference) -> float:
              for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True))
 
 
-def main(flags) -> None:
+def main(options: Options) -> None:
+  options.refuse("scale", "settings", "seeds", "a", "b", "arms", "profile", "max_minutes")
   useful = 18 * _TOKENS * _CHOSEN * _WIDTH * _EXPERT_WIDTH
   rows = []
   print(f"{'routing':10} {'way':38} {'ms':>7} {'GFLOP/s':>8} {'error':>8}")
@@ -123,8 +124,8 @@ def main(flags) -> None:
                    "useful_gflops": useful / median / 1e9, "error": errors[name]})
       print(f"{routing:10} {name:38} {1e3 * median:7.1f} {useful / median / 1e9:8.0f} "
             f"{errors[name]:8.1e}")
-  if flags.out:
-    out = pathlib.Path(flags.out)
+  if options.out:
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     shape = {"tokens": _TOKENS, "width": _WIDTH, "experts": _EXPERTS, "chosen": _CHOSEN,
              "expert_width": _EXPERT_WIDTH, "rounds": _ROUNDS, "format": "float32"}

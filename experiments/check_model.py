@@ -13,19 +13,32 @@ import jax.numpy as jnp
 import numpy as np
 
 import model
+import train.start
+from experiments import settings
+from experiments.options import Options
 
 _PROMPT_TOKENS, _NEW_TOKENS = 12, 12
 
 
-def main(flags) -> None:
-  if flags.checkpoint is None:
+@dataclasses.dataclass(frozen=True)
+class CheckConfig:
+  """`checkpoint`: a Hugging Face folder, or one that pretrain wrote; None for `nano`."""
+
+  checkpoint: str | None = None
+
+
+def main(options: Options) -> None:
+  options.refuse("scale", "out", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  checkpoint = settings.apply(CheckConfig(), options.settings).checkpoint
+  if checkpoint is None:
     print(_describe("deepseek_v3", model.get_config("deepseek_v3")))
     cfg, variables = _round_trip(model.get_config("nano"))
   else:
     started = time.perf_counter()
-    cfg, variables = model.hf.load(flags.checkpoint)
-    print(f"loaded {flags.checkpoint} in {time.perf_counter() - started:.1f} s")
-  print(_describe(flags.checkpoint or "nano", cfg))
+    start = train.start.load(checkpoint)
+    cfg, variables = start.cfg, start.variables
+    print(f"loaded {checkpoint} in {time.perf_counter() - started:.1f} s")
+  print(_describe(checkpoint or "nano", cfg))
   _check_count(cfg, variables)
   _check_forms(cfg, variables)
   _check_generation(cfg, variables)

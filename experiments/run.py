@@ -2,19 +2,39 @@
 
 import difflib
 import importlib
+import os
+import pathlib
 import sys
 
 from absl import app, flags, logging
 
+from experiments.options import Options
+
 EXPERIMENTS = {
-    "check_model": "build, save, load and check a model, or check a Hugging Face folder",
+    "pretrain": "train a model on text, resume it, report on it (--scale=smoke|cpu|gpu)",
+    "generate": "print text from a checkpoint (--set checkpoint=DIR --set prompt=...)",
+    "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
+    "bench_train": "time training beside transformers (--set bench.peer=transformers)",
+    "bench_seeds": "time several seeds trained together against one",
     "bench_moe": "time the ways of computing routed experts against each other",
+    "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",
 }
+STUDIES = ("load_balancing",)
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "what to run; --list shows all")
-_LIST = flags.DEFINE_bool("list", False, "list the experiments and stop")
-flags.DEFINE_string("checkpoint", None, "check_model: a Hugging Face folder to check")
-flags.DEFINE_string("out", None, "folder for results; none are written without it")
+_LIST = flags.DEFINE_bool("list", False, "list experiments and studies, with claim and cost")
+_SCALE = flags.DEFINE_string("scale", None, "smoke, cpu or gpu: how much work; default smoke")
+_OUT = flags.DEFINE_string(
+    "out", None, "folder for results; the same command on it resumes. Default runs/EXPERIMENT-SCALE"
+    " where something is trained")
+_SEEDS = flags.DEFINE_string("seeds", None, "how many paired seeds; in studies also FROM:TO")
+_SET = flags.DEFINE_multi_string("set", [], "section.field=value, as often as needed")
+_A = flags.DEFINE_multi_string("a", [], "ab: a setting of the first arm, as in --set")
+_B = flags.DEFINE_multi_string("b", [], "ab: a setting of the second arm, as in --set")
+_ARMS = flags.DEFINE_list("arms", [], "studies: run these arms only")
+_MAX_MINUTES = flags.DEFINE_float(
+    "max_minutes", None, "stop, saved, after so long; the same command goes on", lower_bound=0)
+_PROFILE = flags.DEFINE_bool("profile", False, "pretrain: leave a trace of a few steps in --out")
 
 
 def _fail(message: str) -> None:
@@ -22,23 +42,56 @@ def _fail(message: str) -> None:
   sys.exit(2)
 
 
+def _list() -> None:
+  width = max(map(len, (*EXPERIMENTS, *STUDIES)))
+  for name, what in EXPERIMENTS.items():
+    print(f"{name:{width}}  {what}")
+  for name in STUDIES:
+    study = importlib.import_module(f"experiments.{name}").STUDY
+    print(f"\n{name:{width}}  {study.claim}\n{'':{width}}  from {study.source}")
+    for scale in study.scales:
+      print(f"{'':{width}}  --scale={scale}: {study.cost(scale)}")
+
+
+def _options() -> Options:
+  return Options(
+      experiment=_EXPERIMENT.value, scale=_SCALE.value,
+      out=pathlib.Path(_OUT.value) if _OUT.value is not None else None, seeds=_SEEDS.value,
+      settings=tuple(_SET.value), a=tuple(_A.value), b=tuple(_B.value), arms=tuple(_ARMS.value),
+      max_minutes=_MAX_MINUTES.value, profile=_PROFILE.value)
+
+
+def _keep_compiled_programs() -> None:
+  """Compiling takes longer than a smoke run; what one run compiled serves the next."""
+  import jax
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = pathlib.Path(cache) / "deepseek-jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
     _fail(f"unexpected argument {argv[1]!r}; everything is a --flag")
   if _LIST.value:
-    width = max(map(len, EXPERIMENTS))
-    print("\n".join(f"{name:{width}}  {what}" for name, what in EXPERIMENTS.items()))
+    _list()
     return
-  name = _EXPERIMENT.value
+  name, known = _EXPERIMENT.value, (*EXPERIMENTS, *STUDIES)
   if name is None:
     _fail("name an --experiment; --list shows them")
-  if name not in EXPERIMENTS:
-    near = difflib.get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.0)[0]
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     _fail(f"there is no experiment {name!r}; did you mean {near!r}? --list shows them all")
+  _keep_compiled_programs()
+  module = importlib.import_module(f"experiments.{name}")
   try:
-    importlib.import_module(f"experiments.{name}").main(flags.FLAGS)
-  except ValueError as error:
+    if name in STUDIES:
+      importlib.import_module("experiments.study").main(module.STUDY, _options())
+    else:
+      module.main(_options())
+  except (ValueError, OSError) as error:
     _fail(str(error))
 
 

@@ -26,11 +26,14 @@ def test_imports_go_one_way(path):
   for module in imported(ast.parse(path.read_text())):
     package = module.split(".")[0]
     assert package != "tests"
+    assert module.split(".")[1:2] != ["peers"]
     assert package not in LAYERS or LAYERS.index(package) <= here, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
 def test_nothing_needs_what_only_extras_install(path):
+  if path.parent.name == "peers":  # run as programs of another interpreter, imported by nobody
+    return
   for module in imported(ast.parse(path.read_text())):
     assert module.split(".")[0] not in ("torch", "transformers", "libtpu")
 

@@ -1,0 +1,90 @@
+"""Your own idea against the defaults, or two ideas against each other, on paired seeds.
+
+`--a` and `--b` take settings as `--set` does; a side without any is the config as it is. Both sides
+get their learning rate swept.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+
+from experiments.options import Options
+from experiments.pretrain import SCALES
+from experiments.report import FINISHED
+from experiments.stats import Claim
+from experiments.study import Arm, Comparison, Scale, Study, execute
+from train.config import RunConfig
+
+_MARGIN = 0.02  # nats: the difference that is called none
+_EVALUATIONS = 8
+
+
+def main(options: Options) -> None:
+  options.refuse("profile")
+  if not options.a and not options.b:
+    raise ValueError("say what differs: --a key=value, --b key=value or both")
+  scale_name = options.scale or "smoke"
+  if scale_name not in SCALES:
+    raise ValueError(f"--scale={scale_name} does not exist; there are {', '.join(SCALES)}")
+  cfg = SCALES[scale_name]
+  cfg = RunConfig(**{field.name: getattr(cfg, field.name)
+                     for field in dataclasses.fields(RunConfig)})
+  cfg = dataclasses.replace(cfg, train=dataclasses.replace(
+      cfg.train, eval_every=max(1, cfg.train.steps // _EVALUATIONS)))
+  rate = cfg.optimizer.learning_rate
+  scale = Scale(cfg, (rate / 2, rate, rate * 2), seeds=8, minutes=5, hardware="2 CPU cores")
+  study = Study(
+      name="ab", claim=f"b ({' '.join(options.b) or 'as it is'}) reaches a lower validation loss "
+                       f"than a ({' '.join(options.a) or 'as it is'})",
+      source="your idea", arms=(Arm("a", options.a), Arm("b", options.b)), baseline="a",
+      comparisons=(
+          Comparison("b is better than a", "validation_loss", "b", "a", Claim("sign", sign=-1)),
+          Comparison(f"b equals a within {_MARGIN} nats", "validation_loss", "b", "a",
+                     Claim("equivalent", margin=_MARGIN))),
+      scales={scale_name: scale})
+  results = execute(study, scale_name, options, source_hash="none: the claim is the command line")
+  print(_speed_up(results["runs"], results["arms"]))
+
+
+def _speed_up(runs: list[dict], arms: list[dict]) -> str:
+  """FLOPs that a needs for its final loss over those that b needs for the same, over the seeds."""
+  rates = {arm["name"]: float(arm["best learning rate"].split()[0]) for arm in arms
+           if arm["best learning rate"][0].isdigit()}
+  finished = {(run["arm"], run["seed"]): run for run in runs if run["status"] == FINISHED
+              and run["learning_rate"] == rates.get(run["arm"]) and run["seed"] < 1000}
+  ratios = []
+  for (arm, seed), a in finished.items():
+    b = finished.get(("b", seed))
+    if arm == "a" and b:
+      flops = flops_to_loss(b["validation_curve"], b["flops"], a["validation_curve"][-1][1])
+      ratios.append(a["flops"] / flops if flops else math.nan)
+  if not ratios:
+    return "no pair of finished runs to compare FLOPs of"
+  reached = [ratio for ratio in ratios if not math.isnan(ratio)]
+  if len(reached) < len(ratios):
+    return (f"b did not reach a's final loss on {len(ratios) - len(reached)} of {len(ratios)} "
+            "seeds: no speed-up to state")
+  return (f"b reaches a's final loss with {1 / np.mean(reached):.2f} of a's FLOPs: a speed-up of "
+          f"{np.mean(reached):.2f} (from {min(reached):.2f} to {max(reached):.2f} over "
+          f"{len(reached)} seeds)")
+
+
+def flops_to_loss(curve: list[list[float]], flops: float, target: float) -> float | None:
+  """FLOPs at which a validation curve first reaches `target`, linear between evaluations.
+
+  Args:
+    curve: [step, loss] pairs, ascending.
+    flops: of the whole run.
+    target: a loss.
+
+  Returns:
+    None if it never does.
+  """
+  last_step = curve[-1][0]
+  for (step, loss), (next_step, next_loss) in itertools.pairwise(curve):
+    if next_loss <= target:
+      share = 0.0 if loss <= target else (loss - target) / (loss - next_loss)
+      return flops * (step + share * (next_step - step)) / last_step
+  return None

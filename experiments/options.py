@@ -1,0 +1,48 @@
+"""What the command line asked for, as data."""
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The flags of `experiments.run`, which documents them."""
+
+  experiment: str
+  scale: str | None = None
+  out: pathlib.Path | None = None
+  seeds: str | None = None
+  settings: tuple[str, ...] = ()
+  a: tuple[str, ...] = ()
+  b: tuple[str, ...] = ()
+  arms: tuple[str, ...] = ()
+  max_minutes: float | None = None
+  profile: bool = False
+
+  def folder(self, default: str) -> pathlib.Path:
+    return self.out or pathlib.Path("runs") / default
+
+  def num_seeds(self, default: int = 1) -> int:
+    """`--seeds` as a count."""
+    if self.seeds is None:
+      return default
+    if not self.seeds.isdecimal() or int(self.seeds) < 1:
+      raise ValueError(f"--seeds={self.seeds} must be a positive number for "
+                       f"--experiment={self.experiment}")
+    return int(self.seeds)
+
+  def seed_range(self, default: int) -> range:
+    """`--seeds` as `N` (0 to N - 1) or `A:B` (A to B - 1)."""
+    first, colon, last = (self.seeds or str(default)).partition(":")
+    if not colon:
+      first, last = "0", first
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+      raise ValueError(f"--seeds={self.seeds} must be N, or A:B with A < B")
+    return range(int(first), int(last))
+
+  def refuse(self, *names: str) -> None:
+    """Raises ValueError for flags that were given but mean nothing here."""
+    for name in names:
+      if getattr(self, name):
+        flag = "set" if name == "settings" else name
+        raise ValueError(f"--{flag} means nothing to --experiment={self.experiment}")

@@ -1,0 +1,292 @@
+"""Figures of runs and studies: data and a path in, a PNG of 800 pixels' width out.
+
+Drawn on bare `Figure`s, without pyplot: PNG then comes from Agg whatever the display, and nothing
+is global. Colours are Okabe and Ito's, which colour-blind readers can tell apart; line style or
+marker changes with them.
+"""
+
+import itertools
+import math
+import pathlib
+import textwrap
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.stats import Paired
+
+_DPI, _WIDTH, _HEIGHT = 150, 800 / 150, 480 / 150
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = "osD^vPX"
+_VERDICT_COLOURS = {"reproduced": "#0072B2", "contradicted": "#D55E00", "unresolved": "#737373"}
+_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+          "grid.alpha": 0.3, "grid.linewidth": 0.5, "legend.frameon": False, "lines.linewidth": 1.5}
+_styled = matplotlib.rc_context(_STYLE)
+_UNITS = {
+    "loss": "training loss (nats per token)",
+    "loss_mtp": "MTP loss (nats per token)",
+    "grad_norm": "gradient norm (before clipping)",
+    "learning_rate": "learning rate (per step)",
+    "max_violation": "MaxVio (max ÷ mean − 1)",
+    "tokens_per_second": "tokens per second",
+    "utilisation": "share of peak FLOP/s",
+}
+_SMOOTHED_SHARE = 0.03  # of a curve's points, the moving average's time constant
+
+
+class Comparison(NamedTuple):
+  """A line of the forest.
+
+  Attributes:
+    name: what is compared.
+    paired: its interval; infinite bounds are drawn as a lone point.
+    axis: label with unit; lines that have the same share an axis.
+    paper: the paper's own value, on the same axis.
+    margin: half-width of the band around `reference` within which differences do not count.
+    verdict: of `stats.judge`.
+    reference: no effect, or the threshold.
+  """
+
+  name: str
+  paired: Paired
+  axis: str
+  paper: float | None = None
+  margin: float | None = None
+  verdict: str = "unresolved"
+  reference: float = 0.0
+
+
+def _figure(height: float = _HEIGHT, rows: int = 1, columns: int = 1, **ratios):
+  """A figure and its axes as [rows, columns]."""
+  figure = Figure((_WIDTH, height), layout="constrained")
+  return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
+
+
+def _save(figure: Figure, path: str | pathlib.Path) -> None:
+  figure.savefig(path, dpi=_DPI, format="png")
+
+
+def _styles():
+  """Colour and dash; every pair differs for 28 curves."""
+  for i in itertools.count():
+    yield _COLOURS[i % len(_COLOURS)], _DASHES[(i + i // 28) % len(_DASHES)]
+
+
+def _step_axis(axes: Axes) -> None:
+  axes.set_xlabel("step")
+  axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
+
+
+def _legend(axes: Axes) -> None:
+  handles, names = axes.get_legend_handles_labels()
+  if len(names) > 1 or (names and names[0]):
+    axes.legend(handles, names, fontsize=8, ncols=1 + len(names) // 9)
+
+
+def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values, NaN where a row's value is not finite; rows without the key left out."""
+  rows = [row for row in rows if row.get(key) is not None]
+  values = np.array([row[key] for row in rows], float)
+  return np.array([row["step"] for row in rows]), np.where(np.isfinite(values), values, np.nan)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+  """Exponential moving average, shorter at the start, where the loss falls; gaps stay gaps."""
+  longest = max(1.0, _SMOOTHED_SHARE * len(values))
+  average, averages = 0.0, np.full(len(values), np.nan)
+  for seen, i in enumerate(np.flatnonzero(~np.isnan(values))):
+    average += (values[i] - average) / min(longest, 1 + 0.1 * seen)
+    averages[i] = average
+  return averages
+
+
+@_styled
+def loss_curves(
+    rows_by_name: dict[str, list[dict]], path: str | pathlib.Path, key: str = "loss") -> None:
+  """Moving averages, over the faint values of every seed; several curves without their start.
+
+  Args:
+    rows_by_name: a curve's name (empty for no legend) to its rows with "step", `key` and, for
+      several seeds, "per_seed": {key: one value a seed}.
+    path: the PNG.
+    key: what to draw.
+  """
+  figure, ((axes,),) = _figure()
+  settled = []
+  for (name, rows), (colour, dash) in zip(rows_by_name.items(), _styles(), strict=False):
+    steps, values = _series(rows, key)
+    with_seeds = [row for row in rows if key in row.get("per_seed", {})]
+    if with_seeds:
+      axes.plot([row["step"] for row in with_seeds], [row["per_seed"][key] for row in with_seeds],
+                color=colour, alpha=0.3, linewidth=0.6)
+    else:
+      axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.6)
+    smoothed = _smoothed(values)
+    axes.plot(steps, smoothed, color=colour, linestyle=dash, label=name)
+    settled.append(smoothed[len(smoothed) // 10:])
+  # Several curves are there to be told apart, which the fall at the start would not let them be.
+  late = np.concatenate(settled) if len(settled) > 1 else np.empty(0)
+  if np.isfinite(late).any():
+    low, high = np.nanmin(late), np.nanmax(late)
+    axes.set_ylim(low - 0.15 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
+  _step_axis(axes)
+  axes.set_ylabel(_UNITS.get(key, key))
+  _legend(axes)
+  _save(figure, path)
+
+
+def _plain_curve(rows: list[dict], path: str | pathlib.Path, key: str):
+  figure, ((axes,),) = _figure(0.75 * _HEIGHT)
+  axes.plot(*_series(rows, key), color=_COLOURS[0])
+  _step_axis(axes)
+  axes.set_ylabel(_UNITS[key])
+  axes.set_ylim(bottom=0)
+  axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
+  _save(figure, path)
+
+
+@_styled
+def max_violation(rows: list[dict], path: str | pathlib.Path) -> None:
+  """How unevenly experts are used over training, from rows with "step" and "max_violation"."""
+  _plain_curve(rows, path, "max_violation")
+
+
+@_styled
+def learning_rate(rows: list[dict], path: str | pathlib.Path) -> None:
+  """The schedule as it ran, from rows with "step" and "learning_rate"."""
+  _plain_curve(rows, path, "learning_rate")
+
+
+@_styled
+def validation(evaluations: list[dict], path: str | pathlib.Path) -> None:
+  """Held-out bits per byte over training, a curve a domain.
+
+  Args:
+    evaluations: {"step": int, "bits_per_byte": {domain: value}}, by step.
+    path: the PNG.
+  """
+  figure, ((axes,),) = _figure()
+  domains = dict.fromkeys(name for e in evaluations for name in e["bits_per_byte"])
+  for (i, domain), (colour, dash) in zip(enumerate(domains), _styles(), strict=False):
+    points = [(e["step"], e["bits_per_byte"][domain]) for e in evaluations
+              if domain in e["bits_per_byte"]]
+    axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, label=domain,
+              marker=_MARKERS[i % len(_MARKERS)], markersize=4)
+  _step_axis(axes)
+  axes.set_ylabel("validation (bits per byte)")
+  axes.set_ylim(bottom=0)
+  _legend(axes)
+  _save(figure, path)
+
+
+@_styled
+def load_heat_map(
+    loads_by_domain: dict[str, np.ndarray | list], path: str | pathlib.Path) -> None:
+  """Which experts each domain uses: load over the layer's mean, one colour scale for all.
+
+  Args:
+    loads_by_domain: domain to [layers, experts] of tokens received.
+    path: the PNG.
+  """
+  relative = {}
+  for domain, load_LE in loads_by_domain.items():
+    load_LE = np.asarray(load_LE, float)
+    # A layer that received nothing has no mean to compare with, and shows as a gap.
+    mean_L1 = load_LE.mean(1, keepdims=True)
+    relative[domain] = np.divide(load_LE, mean_L1, where=mean_L1 > 0,
+                                 out=np.full_like(load_LE, np.nan))
+  columns = min(3, len(relative))
+  rows = -(-len(relative) // columns)
+  layers, experts = next(iter(relative.values())).shape
+  panel_width = (_WIDTH - 1.2) / columns
+  panel_height = min(max(panel_width * layers / experts, 0.9), 1.6 * panel_width)
+  figure, panels = _figure(rows * (panel_height + 0.5) + 0.4, rows, columns, sharey=True)
+  top = max(2.0, *(np.nanmax(load, initial=0) for load in relative.values()))
+  for panel in panels.flat[len(relative):]:
+    panel.remove()
+  used = list(panels.flat[:len(relative)])
+  for panel, (domain, load_LE) in zip(used, relative.items(), strict=True):
+    image = panel.imshow(load_LE, norm=TwoSlopeNorm(1, 0, top), cmap="PuOr_r", aspect="auto",
+                         interpolation="nearest")
+    panel.set_title(domain, fontsize=9)
+    panel.grid(False)
+    panel.xaxis.set_major_locator(MaxNLocator(12 // columns, integer=True, min_n_ticks=1))
+    panel.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+  figure.supxlabel("expert", fontsize=9)
+  figure.supylabel("MoE layer", fontsize=9)
+  bar = figure.colorbar(image, ax=used, ticks=[0, 0.5, 1, (1 + top) / 2, top], format="%.2g",
+                        aspect=25, pad=0.02)
+  bar.set_label("load ÷ mean")
+  _save(figure, path)
+
+
+def _forest_line(axes: Axes, y: float, line: Comparison) -> None:
+  colour = _VERDICT_COLOURS[line.verdict]
+  if line.margin:
+    axes.fill_between([line.reference - line.margin, line.reference + line.margin],
+                      y - 0.42, y + 0.42, color="#56B4E9", alpha=0.25, linewidth=0)
+  axes.plot([line.reference] * 2, [y - 0.5, y + 0.5], color="black", linewidth=0.8)
+  if math.isfinite(line.paired.low):
+    axes.plot([line.paired.low, line.paired.high], [y, y], color=colour, linewidth=2)
+  axes.plot(line.paired.mean, y, "o", color=colour, markersize=5)
+  if line.paper is not None:
+    axes.plot(line.paper, y, "D", color="black", markerfacecolor="none", markersize=6)
+  seeds = f"{line.paired.n} seed{'s' * (line.paired.n > 1)}"
+  axes.text(1.02, y, f"{line.verdict}\n{seeds}", color=colour, fontsize=8, va="center",
+            transform=axes.get_yaxis_transform())
+
+
+@_styled
+def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> None:
+  """Every comparison's interval beside its margin, the paper's value and the verdict."""
+  groups: dict[str, list[Comparison]] = {}
+  for comparison in comparisons:
+    groups.setdefault(comparison.axis, []).append(comparison)
+  sizes = [len(group) for group in groups.values()]
+  height = 0.42 * sum(sizes) + 0.55 * len(groups) + 0.3
+  figure, panels = _figure(height, len(groups), 1, height_ratios=[size + 0.3 for size in sizes])
+  for axes, (label, group) in zip(panels.flat, groups.items(), strict=True):
+    for y, line in enumerate(group):
+      _forest_line(axes, y, line)
+    axes.set_yticks(range(len(group)), [textwrap.fill(line.name, 26) for line in group])
+    axes.set_ylim(len(group) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(label)
+  keys = [axes.plot([], [], "o-", color="black", markersize=5, label="mean, 95 % interval")[0]]
+  if any(line.paper is not None for line in comparisons):
+    keys += axes.plot([], [], "D", color="black", markerfacecolor="none", label="paper")
+  if any(line.margin for line in comparisons):
+    keys.append(axes.fill_between([], [], color="#56B4E9", alpha=0.25, label="margin"))
+  figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), fontsize=8,
+                frameon=False)
+  _save(figure, path)
+
+
+@_styled
+def scatter_tradeoff(
+    points: list[tuple[str, float, float, float | None, float | None]], xlabel: str, ylabel: str,
+    path: str | pathlib.Path) -> None:
+  """What is gained against what it costs.
+
+  Args:
+    points: name, x, y and the half-widths of their error bars, None for none.
+    xlabel: with unit.
+    ylabel: with unit.
+    path: the PNG.
+  """
+  figure, ((axes,),) = _figure()
+  for i, (name, x, y, xerr, yerr) in enumerate(points):
+    axes.errorbar(x, y, yerr, xerr, color=_COLOURS[i % len(_COLOURS)], label=name, capsize=2,
+                  fmt=_MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)], elinewidth=1)
+  axes.margins(0.1)
+  axes.set_xlabel(xlabel)
+  axes.set_ylabel(ylabel)
+  _legend(axes)
+  _save(figure, path)

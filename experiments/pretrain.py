@@ -1,0 +1,232 @@
+"""The main job: train a model on text, watch it, resume it, judge it.
+
+Scales, timed on two CPU cores or one H200: see SCALES.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+import model
+import train.start
+from experiments import baselines, provenance, settings
+from experiments.generate import write_continuation
+from experiments.options import Options
+from experiments.report import write_run_report
+from train import cost
+from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.config_io import to_dict
+from train.data import Data, load
+from train.loop import Result, TrainingError
+from train.loop import train as run_training
+from train.run_folder import RunFolder, write_json_atomic
+from train.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+  """A run, and what to do with the trained model.
+
+  Attributes:
+    export: write a Hugging Face folder there.
+    prompt: the beginning of the text shown at the end.
+    sample_tokens: its length; 0 for none.
+    baselines: compare with gzip -9 and an n-gram model on the same bytes.
+  """
+
+  export: str | None = None
+  prompt: str = "In the beginning"
+  sample_tokens: int = 80
+  baselines: bool = True
+
+
+def _scaled(name: str, **changes) -> PretrainConfig:
+  return PretrainConfig(model=model.get_config(name), **changes)
+
+
+def _smoke() -> PretrainConfig:
+  """40 steps of a three-layer model: under a minute on two cores."""
+  nano = model.get_config("nano")
+  small = dataclasses.replace(
+      nano, d_model=64, num_layers=2, ffn_dim=128, moe=dataclasses.replace(
+          nano.moe, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1))
+  return PretrainConfig(
+      model=small, data=DataConfig(tokenizer="bytes", seq_len=128, heldout_bytes=30_000),
+      train=TrainConfig(steps=40, batch_size=8, checkpoint_every=20), baselines=False)
+
+
+SCALES = {
+    "smoke": _smoke(),
+    # `nano` for four minutes on two cores.
+    "cpu": _scaled("nano", train=TrainConfig(steps=400, batch_size=16)),
+    # `small` in bfloat16 for about ten minutes on one H200.
+    "gpu": PretrainConfig(
+        model=dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"]),
+        data=DataConfig(bpe_vocab_size=16384, seq_len=1024),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(steps=2000, batch_size=64, eval_every=500)),
+}
+MINUTES = {"smoke": 1, "cpu": 5, "gpu": 10}
+
+
+def configure(options: Options, scales: dict[str, RunConfig] | None = None) -> RunConfig:
+  """The scale's config with all `--set`s applied; the model is `init`'s unless that is set too.
+
+  Raises:
+    ValueError: listing all that is wrong.
+  """
+  scales = scales or SCALES
+  scale = options.scale or "smoke"
+  if scale not in scales:
+    raise ValueError(f"--scale={scale} does not exist; there are {', '.join(scales)}")
+  return settings.apply(scales[scale], options.settings, named={"model": model.get_config})
+
+
+def main(options: Options) -> None:
+  options.refuse("a", "b", "arms")
+  cfg = configure(options)
+  num_seeds = options.num_seeds()
+  start = train.start.load(cfg.init) if cfg.init else None
+  if start:
+    cfg = _with_start(cfg, start, settings.assigned(options.settings))
+  out = RunFolder(options.folder(f"pretrain-{options.scale or 'smoke'}"))
+  data = load(cfg.data)
+  cfg = fit_vocabulary(cfg, data, told="model.vocab_size" in settings.assigned(options.settings))
+  run_cfg = RunConfig(**{field.name: getattr(cfg, field.name)
+                         for field in dataclasses.fields(RunConfig)})
+  seeds = [cfg.train.seed + i for i in range(num_seeds)]
+  out.check_config({"config": to_dict(run_cfg), "seeds": seeds})
+  data.tokenizer.save(out.path / train.start.TOKENIZER)
+  _announce(cfg, data, out.path)
+  try:
+    result = run_training(
+        with_seeds(run_cfg, seeds), data, out, variables=start and start.variables,
+        max_seconds=options.max_minutes and 60 * options.max_minutes, profile=options.profile,
+        on_evaluation=_print_evaluation)
+  except TrainingError:
+    _record(out.path, cfg, data, {"status": "failed", "cost": cost.total(out.path / "cost")})
+    raise
+  for message in result.messages:
+    print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
+  if result.status == "stopped":
+    print(f"stopped after step {result.steps}, saved; the same command goes on")
+    return
+  _finish(cfg, data, out.path, result)
+
+
+def with_seeds(cfg: RunConfig, seeds: list[int]) -> list[RunConfig]:
+  """A lane for every seed."""
+  return [dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=seed))
+          for seed in seeds]
+
+
+def fit_vocabulary[T: RunConfig](cfg: T, data: Data, *, told: bool) -> T:
+  """The model's vocabulary made the tokenizer's, or checked if the user set it."""
+  needed = data.tokenizer.vocab_size
+  if told or cfg.init:
+    if cfg.model.vocab_size < needed:
+      raise ValueError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {needed} "
+                       "tokens: leave it out, or set at least that")
+    return cfg
+  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=needed))
+
+
+def _with_start(cfg: PretrainConfig, start: train.start.Start, told: set[str]) -> PretrainConfig:
+  """`init` decides the architecture, and the tokenizer if it has one and none is set."""
+  changed = sorted(name for name in told if name.split(".")[0] == "model")
+  if changed:
+    raise ValueError(f"init={cfg.init} decides the model; {', '.join(changed)} cannot be set too")
+  if start.tokenizer_path and "data.tokenizer" not in told:
+    cfg = dataclasses.replace(
+        cfg, data=dataclasses.replace(cfg.data, tokenizer=start.tokenizer_path))
+  return dataclasses.replace(cfg, model=start.cfg)
+
+
+def _announce(cfg: PretrainConfig, data: Data, path: pathlib.Path) -> None:
+  network = cfg.model
+  tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
+  print(f"{network.param_count(mtp=True):,} parameters, {network.active_param_count():,} active; "
+        f"{cfg.train.steps:,} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens "
+        f"({tokens:,}); {path}")
+  for domain, rows in data.heldout.items():
+    print(f"  {domain}: {rows.num_bytes:,} bytes held out")
+
+
+def _print_evaluation(step: int, evaluation) -> None:
+  parts = [f"{domain} {np.mean(bits):.3f}" for domain, bits in evaluation.bits_per_byte.items()]
+  text = f"step {step}: bits per byte {np.mean(evaluation.mean_bits_per_byte):.3f} ("
+  text += ", ".join(parts) + ")"
+  if evaluation.mtp_acceptance is not None:
+    text += f", MTP acceptance {np.mean(evaluation.mtp_acceptance):.0%}"
+  if evaluation.max_violation is not None:
+    text += f", MaxVio {np.mean(evaluation.max_violation):.2f}"
+  print(text, flush=True)
+
+
+def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result) -> None:
+  record = {"status": result.status, "evaluations": result.evaluations, "cost": result.cost,
+            "skipped_steps": int(np.max(result.state.skipped))}
+  if cfg.baselines:
+    record["baselines"] = _baselines(cfg, data)
+    _compare(result.evaluations[-1]["bits_per_byte"], record["baselines"])
+  variables = first_lane(result.state.variables, several="per_seed" in result.rows[-1])
+  if cfg.sample_tokens:
+    print(f"\n{cfg.prompt}", end="", flush=True)
+    text = write_continuation(cfg.model, variables, data.tokenizer, cfg.prompt,
+                              max_new_tokens=cfg.sample_tokens, temperature=0.8, seed=0)
+    record["samples"] = [{"prompt": cfg.prompt, "text": text}]
+    print("\n")
+  if cfg.export:
+    train.start.export(cfg.export, cfg.model, variables, data.tokenizer)
+    print(f"exported to {cfg.export}")
+  first, last = result.rows[0], result.rows[-1]
+  if "max_violation" in last:
+    print(f"MaxVio of a batch: {first['max_violation']:.2f} at the first step, "
+          f"{last['max_violation']:.2f} at the last")
+  run = _record(path, cfg, data, record)
+  print(f"report: {write_run_report(path, run, result.rows)}")
+
+
+def first_lane(variables: dict, several: bool) -> dict:
+  """The first of several seeds' variables."""
+  return jax.tree.map(lambda x: x[0], variables) if several else variables
+
+
+def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:
+  run = {"provenance": provenance.describe(), "config": to_dict(cfg), "data": data.summary(),
+         **more}
+  write_json_atomic(path / "results.json", run)
+  return json.loads((path / "results.json").read_text())
+
+
+def _baselines(cfg: PretrainConfig, data: Data) -> dict[str, dict[str, float]]:
+  """gzip -9 and an n-gram model on the held-out bytes; the latter learned what the model read."""
+  rows = data.train(cfg.train.seed)
+  count = cfg.train.steps * cfg.train.batch_size
+  ngram = baselines.NGram()
+  ngram.fit(_text(data.tokenizer, [rows[i]["tokens"][1:] for i in range(count)]))
+  heldout = {domain: _text(data.tokenizer, [held.tokens[:, 1:][held.loss_mask]])
+             for domain, held in data.heldout.items()}
+  return {
+      "gzip -9": {domain: baselines.gzip_bits_per_byte(text) for domain, text in heldout.items()},
+      f"{ngram.order}-gram": {
+          domain: ngram.bits_per_byte(text) for domain, text in heldout.items()}}
+
+
+def _text(tokenizer: Tokenizer, tokens: list[np.ndarray]) -> bytes:
+  """The bytes that tokens stand for, those of document ends and filling in the middle left out."""
+  flat = np.concatenate([np.ravel(part) for part in tokens])
+  special = (tokenizer.eos, tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end)
+  return tokenizer.decode_bytes(flat[~np.isin(flat, [i for i in special if i is not None])])
+
+
+def _compare(ours: dict[str, float], others: dict[str, dict[str, float]]) -> None:
+  table = {"this model": ours, **others}
+  print(f"\n{'bits per byte':16}" + "".join(f"{domain:>12}" for domain in ours) + f"{'mean':>10}")
+  for name, bits in table.items():
+    print(f"{name:16}" + "".join(f"{bits[domain]:12.3f}" for domain in ours)
+          + f"{np.mean([bits[domain] for domain in ours]):10.3f}")

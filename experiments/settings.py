@@ -1,0 +1,190 @@
+"""Settings from the command line: `--set section.field=value`, typed by the configuration.
+
+Values are written as they are read: `3e-4`, `true`, `none`, `cosine`, `a,b` for a tuple, and
+`Class(field=value, ...)` for a dataclass, within which the same rules hold. Quotes around a text
+keep its commas and brackets together and are taken off; within them nothing is escaped.
+"""
+
+import contextlib
+import difflib
+import operator
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from train.config_io import (
+  Invalid,
+  alternatives,
+  call_text,
+  class_of,
+  classes,
+  field_types,
+  fits,
+  from_dict,
+  to_dict,
+  to_plain,
+  type_text,
+  walk,
+)
+
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_QUOTED = r"'[^']*'|\"[^\"]*\""
+_TOKEN = re.compile(_QUOTED + r"|.", re.DOTALL)
+_CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
+
+
+def apply[T](config: T, assignments: Sequence[str], *,
+             named: Mapping[str, Callable[[str], Any]] | None = None) -> T:
+  """`config` with all assignments made at once, so that only the outcome needs to be valid.
+
+  Their order is immaterial: `model=micro` comes before `model.moe.num_experts=32`.
+
+  Args:
+    config: a tree of frozen dataclasses.
+    assignments: texts `dotted.name=value`.
+    named: for a dotted name, what makes a value of a plain word, as `get_config` for "model".
+
+  Raises:
+    ValueError: listing, a line each, all that is wrong and what would be right.
+  """
+  draft = _Draft(config, named or {})
+  settings, errors = _pairs(assignments)
+  for name, text in sorted(settings.items(), key=lambda setting: setting[0].count(".")):
+    draft.set(type(config), draft.tree, "", name.split("."), text)
+  try:
+    config = from_dict(type(config), draft.tree)
+  except ValueError as error:
+    errors.append(str(error))
+  if errors:
+    raise ValueError("\n".join(errors))
+  return config
+
+
+def assigned(assignments: Iterable[str]) -> set[str]:
+  """The dotted names that the assignments set, as written."""
+  return set(_pairs(assignments)[0])
+
+
+def fields(config: Any) -> list[tuple[str, str, Any]]:
+  """All that can be set: dotted name, type in words, current value.
+
+  Dataclasses are listed only where there is a choice: of another one, or none.
+  """
+  return [(name, type_text(hint), operator.attrgetter(name)(config))
+          for name, hint in walk(type(config), to_dict(config))
+          if not (classes(hint) and len(alternatives(hint)) == 1)]
+
+
+class _Draft:
+  """A configuration as plain data into which settings are put, or what is wrong with them."""
+
+  def __init__(self, config: Any, named: Mapping[str, Callable[[str], Any]]):
+    self.cls, self.tree, self._named = type(config), to_dict(config), named
+
+  def set(self, cls: type, node: dict[str, Any], path: str, names: list[str], text: str) -> None:
+    """Sets what `names` lead to from `node`, the `cls` at `path`."""
+    name, *rest = names
+    dotted = f"{path}.{name}" if path else name
+    whole = ".".join((dotted, *rest))
+    hint = field_types(cls).get(name)
+    if hint is None:
+      node[f"--set {whole}"] = Invalid(self._unknown(cls, path, whole))  # not `name`: maybe `type`
+    elif not rest:
+      node[name] = self._read(hint, text.strip(), dotted)
+    else:
+      inner = node.setdefault(name, to_plain(getattr(cls, name, None), hint))  # or its default
+      if isinstance(inner, dict):
+        self.set(class_of(hint, inner), inner, dotted, rest, text)
+      elif inner is None and classes(hint):
+        ways = " or ".join(f"--set '{dotted}={call_text(kind)}'" for kind in classes(hint).values())
+        node[name] = Invalid(f"{whole} cannot be set while {dotted} is none; add {ways}: "
+                             "both apply together")
+      elif not classes(hint):
+        node[name] = Invalid(f"{whole} does not exist: {dotted} has no fields, it is "
+                             f"{type_text(hint)}")
+
+  def _read(self, hint: Any, text: str, path: str) -> Any:
+    """Plain data, or `text` if it makes no sense as `hint`: `from_dict` refuses it with reasons."""
+    if type(None) in alternatives(hint) and text.lower() == "none":
+      return None
+    call = _CALL.fullmatch(text)
+    if call and call[1] in classes(hint):
+      return self._read_call(classes(hint)[call[1]], call[2], path)
+    if path in self._named and not call:
+      try:
+        return to_plain(self._named[path](text), hint)
+      except ValueError as error:
+        return Invalid(f"{path}: {error}")
+    for kind in alternatives(hint):
+      if typing.get_origin(kind) is tuple:
+        inner = text[1:-1] if text[:1] + text[-1:] == "()" and len(_split(text)) == 1 else text
+        item_type = typing.get_args(kind)[0]
+        return [self._read(item_type, item, f"{path}[{i}]") for i, item in enumerate(_split(inner))]
+      value = _read_scalar(kind, text)
+      if value is not None:
+        return value
+    return text[1:-1] if re.fullmatch(_QUOTED, text) else text
+
+  def _read_call(self, cls: type, inner: str, path: str) -> Any:
+    settings, errors = _pairs(_split(inner))
+    if errors:
+      return Invalid(f"{path}={cls.__name__}({inner}): {'; '.join(errors)}")
+    node = {"type": cls.__name__}
+    for name, text in settings.items():
+      self.set(cls, node, path, [name], text)
+    return node
+
+  def _unknown(self, cls: type, path: str, dotted: str) -> str:
+    prefix = f"{path}." if path else ""
+    allowed = field_types(cls)
+    known = [prefix + name for name in allowed] + [
+        name for name, _ in walk(self.cls, self.tree) if not dotted.startswith(f"{name}.")]
+    similar = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+    last = lambda name: name.rpartition(".")[2]  # the section may be what is wrong
+    nearest = max(known, key=lambda name: max(similar(dotted, name),
+                                              similar(last(dotted), last(name))))
+    names = ", ".join(f"{name} ({type_text(hint)})" for name, hint in allowed.items())
+    return (f"{dotted} does not exist; did you mean {nearest}? "
+            f"{f'{path} ({cls.__name__})' if path else cls.__name__} has {names}")
+
+
+def _read_scalar(kind: Any, text: str) -> Any:
+  """`text` as a bool, number or choice; None if it is not one."""
+  if typing.get_origin(kind) is Literal:
+    return {str(choice): choice for choice in typing.get_args(kind)}.get(text)
+  if kind is bool:
+    return _BOOLS.get(text.lower())
+  for number in {int: (int, float), float: (float,)}.get(kind, ()):
+    with contextlib.suppress(ValueError):
+      if fits(kind, value := number(text)):
+        return value
+  return None
+
+
+def _pairs(items: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+  """Names and values of `name=value`, and what is wrong with items of another form."""
+  settings, errors = {}, []
+  for item in items:
+    name, equals, text = item.partition("=")
+    name = name.strip()
+    if not equals or not name:
+      errors.append(f"{item!r} must be name=value, for example train.steps=100")
+    elif name in settings:
+      errors.append(f"{name} is set twice, to {settings[name]!r} and to {text!r}: keep one")
+    else:
+      settings[name] = text
+  return settings, errors
+
+
+def _split(text: str) -> list[str]:
+  """The parts between commas that are in no brackets or quotes; a last comma may be left over."""
+  parts, depth = [""], 0
+  for token in _TOKEN.findall(text):
+    depth = max(0, depth + (token in "([{") - (token in ")]}"))
+    if token == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += token
+  parts = [part.strip() for part in parts]
+  return parts if parts[-1] else parts[:-1]

@@ -1,0 +1,179 @@
+"""Statistics against closed forms and against scipy's own tests."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from experiments import stats
+from experiments.stats import Claim
+
+
+def result(low: float, high: float, n: int = 4) -> stats.Paired:
+  """Pairs whose interval is low..high."""
+  return stats.Paired(n, (low + high) / 2, 1.0, 0.5, low, high, 1, n, 1.0)
+
+
+def test_interval_is_that_of_the_paired_t_test():
+  rng = np.random.default_rng(0)
+  treatment, baseline = rng.normal(1.0, 1.0, 6), rng.normal(0.5, 1.0, 6)
+  expected = reference.ttest_rel(treatment, baseline)
+  for confidence in (0.8, 0.95):
+    ours = stats.paired(treatment, baseline, confidence)
+    interval = expected.confidence_interval(confidence)
+    np.testing.assert_allclose((ours.low, ours.high), (interval.low, interval.high), rtol=1e-12)
+  np.testing.assert_allclose(ours.mean / ours.stderr, expected.statistic, rtol=1e-12)
+
+
+def test_three_pairs_by_hand():
+  ours = stats.paired([2.0, 3.0, 7.0], [1.0, 1.0, 4.0])
+  assert (ours.n, ours.mean, ours.std, ours.same_sign) == (3, 2.0, 1.0, 3)
+  np.testing.assert_allclose(ours.stderr, 3**-0.5)
+  np.testing.assert_allclose(ours.high - ours.mean, 4.302653 / 3**0.5, rtol=1e-6)
+  np.testing.assert_allclose(ours.detectable, (4.302653 + 1.060660) / 3**0.5, rtol=1e-6)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+  rng = np.random.default_rng(1)
+  samples = rng.normal(0.3, 2.0, (2000, 4))
+  covered = [r.low < 0.3 < r.high for r in (stats.paired(s, 0, 0.9) for s in samples)]
+  assert abs(np.mean(covered) - 0.9) < 0.025
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_a_detectable_effect_is_detected_about_four_times_of_five(n):
+  rng = np.random.default_rng(2)
+  noise = rng.normal(0.0, 1.0, (4000, n))
+  needed = reference.t.ppf(0.975, n - 1) + reference.t.ppf(0.8, n - 1)
+  effect = needed / n**0.5  # what `detectable` is for a spread of 1
+  found = np.mean([stats.paired(row + effect, 0).low > 0 for row in noise])
+  assert 0.72 < found < 0.9
+
+
+def test_same_sign_counts_seeds_with_the_expected_sign():
+  assert stats.paired([1.0, 2.0, -9.0, 0.0], 0, sign=1).same_sign == 2
+  assert stats.paired([1.0, 2.0, -9.0, 0.0], 0, sign=-1).same_sign == 1
+  unnamed = stats.paired([1.0, 2.0, -9.0, 0.0], 0)
+  assert (unnamed.sign, unnamed.same_sign) == (-1, 1)
+
+
+def test_one_pair_has_an_infinite_interval():
+  ours = stats.paired([3.0], [1.0])
+  assert (ours.n, ours.mean, ours.low, ours.high) == (1, 2.0, -math.inf, math.inf)
+  assert ours.detectable == math.inf and math.isnan(ours.std)
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [
+    (0.11, 0.2, "reproduced"), (0.05, 0.2, "unresolved"), (-0.2, 0.2, "unresolved"),
+    (-0.05, -0.01, "unresolved"), (-0.2, -0.11, "contradicted")])
+def test_a_sign_needs_the_whole_interval_beyond_the_margin(low, high, verdict):
+  opposite = {"reproduced": "contradicted", "contradicted": "reproduced"}.get(verdict, verdict)
+  assert stats.judge(result(low, high), Claim("sign", 1, margin=0.1)) == verdict
+  assert stats.judge(result(low, high), Claim("sign", -1, margin=0.1)) == opposite
+  assert stats.judge(result(-high, -low), Claim("sign", -1, margin=0.1)) == verdict
+
+
+def test_without_margin_a_sign_turns_at_zero():
+  assert stats.judge(result(-0.2, -1e-9), Claim("sign", -1)) == "reproduced"
+  assert stats.judge(result(-0.2, 1e-9), Claim("sign", -1)) == "unresolved"
+  assert stats.judge(result(1e-9, 0.2), Claim("sign", -1)) == "contradicted"
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [
+    (-0.1, 0.1, "reproduced"), (0.02, 0.05, "reproduced"), (-0.1, 0.11, "unresolved"),
+    (0.05, 0.2, "unresolved"), (0.11, 0.2, "contradicted"), (-0.2, -0.11, "contradicted")])
+def test_equivalence_needs_the_whole_interval_within_the_margin(low, high, verdict):
+  assert stats.judge(result(low, high), Claim("equivalent", margin=0.1)) == verdict
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [
+    (0.5, 0.9, "reproduced"), (0.9, 1.1, "unresolved"), (1.1, 1.2, "contradicted")])
+def test_a_threshold_is_judged_by_the_interval_of_one_arm(low, high, verdict):
+  assert stats.judge(result(low, high), Claim("threshold", -1, threshold=1.0)) == verdict
+
+
+@pytest.mark.parametrize("claim", [
+    Claim("sign"), Claim("equivalent", margin=5.0), Claim("threshold", threshold=0.0)])
+def test_one_seed_decides_nothing(claim):
+  assert stats.judge(stats.paired([1.0], 0), claim) == "unresolved"
+
+
+@pytest.mark.parametrize(("value", "verdict"), [
+    (1.5, "reproduced"), (1.0, "unresolved"), (0.5, "contradicted")])
+def test_one_run_decides_a_threshold_declared_so(value, verdict):
+  claim = Claim("threshold", 1, threshold=1.0, single_run=True)
+  assert stats.judge(stats.paired([value], 0), claim) == verdict
+
+
+def test_declaring_a_single_run_does_not_shrink_the_interval_of_several():
+  claim = Claim("threshold", 1, threshold=1.0, single_run=True)
+  assert stats.judge(result(0.9, 1.5), claim) == "unresolved"
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: stats.paired([], []), "expected one value for each seed"),
+    (lambda: stats.paired([1.0, 2.0], [1.0]), "pair them, seed by seed"),
+    (lambda: stats.paired([1.0, math.nan], [1.0, 1.0]), "leave failed runs out"),
+    (lambda: stats.paired([1.0, 2.0], 0, confidence=95), "between 0 and 1"),
+    (lambda: Claim("smaller"), "must be one of"),
+    (lambda: Claim("sign", 0), "must be -1 or 1"),
+    (lambda: Claim("sign", margin=-1.0), "at least 0"),
+    (lambda: Claim("equivalent"), "fix a positive margin"),
+    (lambda: Claim("threshold"), "Claim.threshold=None"),
+    (lambda: Claim("sign", threshold=1.0), "for no other"),
+    (lambda: Claim("threshold", threshold=1.0, margin=0.1), "move `threshold`"),
+    (lambda: Claim("sign", single_run=True), "one pair says nothing"),
+    (lambda: stats.noise([1.0]), "at least two runs"),
+    (lambda: stats.mutual_information([[1.0, 1.0], [0.0, 0.0]]), "some load in every domain"),
+    (lambda: stats.expert_domain_information([[1.0]], ["a", "b"], 9, 0), "a domain for each"),
+    (lambda: stats.expert_domain_information([[1.0]], ["a"], 1, 0), "at least 2"),
+])
+def test_misuse_is_refused(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_noise_is_the_sample_standard_deviation():
+  np.testing.assert_allclose(stats.noise([1.0, 2.0, 3.0, 4.0]), (5 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize(("loads", "nats"), [
+    (np.eye(4), math.log(4)),                       # an expert for each domain
+    (np.ones((3, 8)), 0.0),                         # no domain is told from another
+    ([[1, 1, 0, 0], [0, 0, 5, 5]], math.log(2)),    # two experts each, unequal totals
+    ([[1, 0], [1, 1]],                              # H(3/4, 1/4) - H(1/2, 1/2) / 2
+     -0.75 * math.log(0.75) - 0.25 * math.log(0.25) - 0.5 * math.log(2)),
+])
+def test_mutual_information_in_closed_form(loads, nats):
+  np.testing.assert_allclose(stats.mutual_information(loads), nats, atol=1e-12)
+
+
+def test_domains_weigh_alike_however_much_of_each_there_is():
+  loads = np.array([[3.0, 1.0, 0.0], [1.0, 1.0, 2.0]])
+  np.testing.assert_allclose(
+      stats.mutual_information(loads * [[1000.0], [1.0]]), stats.mutual_information(loads))
+
+
+def test_perfect_specialists_carry_ln_d_and_shuffling_takes_it_away():
+  domain_R = np.repeat(["bible", "python"], 100)
+  loads_RE = np.repeat(np.eye(2), 100, axis=0)
+  found = stats.expert_domain_information(loads_RE, domain_R, num_shuffles=50, seed=0)
+  np.testing.assert_allclose(found.raw, math.log(2))
+  assert found.shuffled_mean < 0.02 and found.corrected > math.log(2) - 0.02
+
+
+def test_shuffles_measure_the_bias_of_experts_that_know_no_domain():
+  rng = np.random.default_rng(3)
+  loads_RE = rng.multinomial(16, np.full(8, 1 / 8), size=40)
+  found = stats.expert_domain_information(loads_RE, np.arange(40) % 4, 200, seed=1)
+  assert found.raw > 0 and found.shuffled_mean > 3 * found.shuffled_std
+  assert abs(found.corrected) < 3 * found.shuffled_std
+
+
+def test_the_same_seed_shuffles_alike():
+  rng = np.random.default_rng(4)
+  loads_RE = rng.integers(0, 9, (20, 4))
+  first, again, other = (
+      stats.expert_domain_information(loads_RE, np.arange(20) % 2, 5, seed) for seed in (7, 7, 8))
+  assert first == again and first.raw == other.raw and first != other

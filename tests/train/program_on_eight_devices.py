@@ -1,0 +1,68 @@
+r"""Trains one step on one and on eight simulated devices; prints how far apart they are as JSON.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+      python tests/train/program_on_eight_devices.py
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from tests.train import small
+from train.config import DataConfig, RunConfig, TrainConfig
+from train.program import Program
+
+ROWS = small.rows(16)
+JOINED = np.ones_like(ROWS["loss_mask"], np.int32)
+APART = JOINED + (np.arange(small.LENGTH, dtype=np.int32) > 6)  # two documents in every row
+ONE = RunConfig(
+    dataclasses.replace(small.MOE, d_model=32), data=DataConfig(sample_masking=True),
+    optimizer=small.OPTIMIZER, train=TrainConfig(steps=2, batch_size=16, micro_batch_size=8))
+EIGHT = dataclasses.replace(ONE, train=dataclasses.replace(ONE.train, data=2, fsdp=4))
+
+
+def refusal(**train) -> str:
+  try:
+    Program([dataclasses.replace(EIGHT, train=dataclasses.replace(EIGHT.train, **train))], {})
+  except ValueError as error:
+    return str(error)
+  return ""
+
+
+def run(cfg):
+  """A step's results, a shard's shape, and whether the state is as `abstract_state` says."""
+  program = Program([cfg], {})
+  first, abstract = program.init(), program.abstract_state()
+  start = jax.device_get(first.params)
+  state, metrics = program.step(first, 0, ROWS | {"segments": APART})
+  as_told = jax.tree.map(
+      lambda x, a: (x.shape, x.dtype) == (a.shape, a.dtype)
+      and (a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)),
+      state, abstract)
+  _, joined = program.step(program.init(), 0, ROWS | {"segments": JOINED})
+  w_down = state.params["moe_layers"]["ffn"]["w_down"].addressable_shards[0].data.shape
+  return {"start": start, "state": state, "metrics": metrics, "loss": float(metrics["loss"]),
+          "joined_loss": float(joined["loss"]), "w_down": list(w_down),
+          "as_told": all(jax.tree.leaves(as_told))}
+
+
+def main() -> None:
+  assert jax.device_count() == 8
+  one, eight = run(ONE), run(EIGHT)
+  state, want = eight["state"], one["state"]
+  print(json.dumps({
+      "start": small.apart(eight["start"], one["start"]),
+      "params": small.apart(state.params, want.params),
+      "moments": small.apart(state.moments, want.moments),
+      "router": small.apart(state.router, want.router),
+      "metrics": small.apart(eight["metrics"], one["metrics"]),
+      "moved": small.apart(want.params, one["start"]),
+      "whole": one["w_down"], "shard": eight["w_down"], "as_told": eight["as_told"],
+      "loss": eight["loss"], "joined_loss": eight["joined_loss"],
+      "refusal": refusal(micro_batch_size=4)}))
+
+
+if __name__ == "__main__":
+  main()

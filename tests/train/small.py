@@ -1,0 +1,55 @@
+"""Models and batches that train within a test: one layer each, of parts that compile quickly."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import tiny
+
+import model
+from train.config import OptimizerConfig
+from train.losses import Batch
+
+MOE = dataclasses.replace(
+    tiny.V3, num_layers=1, num_dense_layers=0, attention=tiny.MQA.attention, rope=tiny.MQA.rope,
+    moe=dataclasses.replace(tiny.V3.moe, num_groups=1, groups_per_token=1),
+    mtp=model.MTPConfig(depth=1), init_std=0.2)
+DENSE = dataclasses.replace(
+    tiny.MHA, num_layers=1, tie_embeddings=False, mtp=model.MTPConfig(depth=2))
+
+# An update is lr * m / (sqrt(v) + eps): with eps far above the gradients' rounding noise, it is a
+# smooth function of them, and runs that round differently can be compared.
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, schedule="constant", warmup_share=0, eps=1e-2, moments="float32")
+
+LENGTH = 12
+RAGGED = (12, 11, 1, 0, 3, 2, 12, 7)  # tokens that each row learns: by pairs 23, 1, 5, 19
+
+
+def rows(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+  """Sequences of any token but the last of the vocabulary, which learn RAGGED many tokens."""
+  tokens = np.random.default_rng(seed).integers(0, MOE.vocab_size - 1, (count, LENGTH + 1))
+  learned = np.resize(RAGGED, count)
+  return {"tokens": tokens.astype(np.int32),
+          "loss_mask": np.arange(LENGTH) >= LENGTH - learned[:, None]}
+
+
+def batch(values: dict[str, np.ndarray], num_micro_batches: int | None = None) -> Batch:
+  """Rows as a Batch, with an axis of micro-batches in front if asked for."""
+  if num_micro_batches:
+    values = {k: v.reshape(num_micro_batches, -1, *v.shape[1:]) for k, v in values.items()}
+  return Batch(values["tokens"], values["loss_mask"], values.get("segments"))
+
+
+def apart(a, b) -> float:
+  """The largest difference of any array, relative to that array's largest value."""
+  def one(x, y):
+    x, y = np.asarray(x), np.asarray(y)
+    return float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30))
+
+  return max(jax.tree.leaves(jax.tree.map(one, a, b)))
+
+
+def assert_same_bits(a, b) -> None:
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(
+      np.asarray(x).view(np.int32), np.asarray(y).view(np.int32)), a, b)

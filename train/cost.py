@@ -1,0 +1,66 @@
+"""What a run cost, kept on disk while it runs: a killed process' work is counted too."""
+
+import json
+import os
+import pathlib
+import time
+
+import jax
+
+from train.config import RunConfig
+from train.hardware import joules
+from train.run_folder import write_json_atomic
+
+_WRITE_SECONDS = 5.0
+_KEYS = ("device_seconds", "flops", "tokens", "joules")
+
+
+class CostMeter:
+  """Counts this process' share, in a file of its own; `total` adds up all processes'.
+
+  Args:
+    folder: of one JSON file a process.
+    cfg: of the run.
+    num_lanes: runs that train together.
+  """
+
+  def __init__(self, folder: pathlib.Path, cfg: RunConfig, num_lanes: int):
+    folder.mkdir(exist_ok=True)
+    self._path = folder / f"{time.time_ns()}-{os.getpid()}.json"
+    self._folder, self._num_lanes = folder, num_lanes
+    self._flops = cfg.model.flops_per_token(cfg.data.seq_len, mtp=True)
+    self._started, self._joules, self._tokens = time.monotonic(), joules(), 0
+    self._written = self._started
+
+  def add(self, tokens: int) -> None:
+    """Counts tokens that each lane trained on; now and then writes the count down."""
+    self._tokens += tokens * self._num_lanes
+    if time.monotonic() - self._written > _WRITE_SECONDS:
+      self.write()
+
+  def write(self) -> None:
+    self._written = time.monotonic()
+    now = joules()
+    write_json_atomic(self._path, {
+        "device_seconds": (self._written - self._started) * jax.device_count(),
+        "flops": float(self._tokens * self._flops), "tokens": self._tokens,
+        "joules": None if now is None or self._joules is None else now - self._joules})
+
+  def close(self) -> None:
+    self.write()
+
+  def total(self) -> dict:
+    """Device-seconds, evaluation and compiling included; FLOPs and tokens of training; joules."""
+    return total(self._folder)
+
+
+def total(folder: pathlib.Path) -> dict:
+  """The sum over the processes that worked on a run; joules are None if one could not tell."""
+  parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+  return add_up(parts)
+
+
+def add_up(costs: list[dict]) -> dict:
+  """The sum of costs; None where one of them is."""
+  return {key: None if any(cost[key] is None for cost in costs) else
+          sum(cost[key] for cost in costs) for key in _KEYS}

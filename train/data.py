@@ -1,0 +1,381 @@
+"""Tokens become rows: filled in the middle, packed, mixed, and shared out by one global index.
+
+Letters: N documents, R rows of an epoch, T = seq_len predicted tokens of a row, L = T + 1 tokens of
+it, B rows of a batch, S seeds. Row i is the same whatever the batch size, the number of hosts and
+where reading begins, so that a position in the data is one integer.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from train.config import DataConfig
+from train.tokenizer import Tokenizer
+from train.tokens import Store, cache_folder, heldout_masks, open_bpe, open_store
+
+Rows = dict[str, np.ndarray]
+
+# What randomness is for; part of its key.
+_DOCUMENTS, _ROWS, _FIM, _CUTS = range(4)
+_ENDLESS = 2**48
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """A domain's validation rows.
+
+  Attributes:
+    tokens, loss_mask, segments: [R, L], [R, T] and [R, T], as `TrainingRows` has them. The
+      documents come in the order of their hashes, each once and whole, followed by eos and not
+      filled in the middle; every token of theirs is predicted once.
+    num_bytes: of text that is predicted. Bits per byte are the rows' nats / ln 2 / num_bytes.
+    num_documents: of them.
+  """
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  segments: np.ndarray
+  num_bytes: int
+  num_documents: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a run trains on and is judged by.
+
+  Attributes:
+    cfg: where it came from.
+    tokenizer: of all its tokens.
+    domains: names; a row's "domain" is an index into them.
+    heldout: by domain; only those that have held-out documents.
+    stores: by source.
+    training_documents: int64 [N] of each store, those that are not held out.
+  """
+
+  cfg: DataConfig
+  tokenizer: Tokenizer
+  domains: tuple[str, ...]
+  heldout: dict[str, HeldOut]
+  stores: tuple[Store, ...]
+  training_documents: tuple[np.ndarray, ...]
+
+  def train(self, seed: int) -> "TrainingRows":
+    """The rows in the order that `seed` >= 0 gives them."""
+    return TrainingRows(self, seed)
+
+  def batches(self, seeds: Sequence[int], start: int, sizes: Iterable[int], **sharing
+              ) -> Iterator[Rows]:
+    """`batches` of one seed's rows, or with a leading axis for several seeds."""
+    rows = [self.train(seed) for seed in seeds]
+    return batches(rows if len(rows) > 1 else rows[0], start, sizes, **sharing)
+
+  def summary(self) -> dict:
+    """Counts for reports: bad rows by source, distinct documents, bytes and tokens by domain."""
+    return {
+        "tokenizer": {"name": self.cfg.tokenizer, "vocab_size": self.tokenizer.vocab_size,
+                      "content_hash": self.tokenizer.content_hash},
+        "sources": [self._source_summary(i) for i in range(len(self.stores))],
+        "domains": {name: self._domain_summary(i) for i, name in enumerate(self.domains)},
+    }
+
+  def _source_summary(self, index: int) -> dict:
+    store, source = self.stores[index], self.cfg.sources[index]
+    languages = np.bincount(store.languages_N, store.bytes_N)
+    return {
+        "path": source.path, "weight": source.weight, "documents": store.tally.good,
+        "training_documents": len(self.training_documents[index]),
+        "bytes": int(store.bytes_N.sum()), "tokens": len(store.tokens),
+        "bytes_by_language": dict(zip(store.language_names, map(int, languages), strict=True)),
+        "bad": dict(store.tally.bad),
+        "bad_examples": [one for few in store.tally.examples.values() for one in few],
+    }
+
+  def _domain_summary(self, domain: int) -> dict:
+    columns = []
+    for store, documents_N in zip(self.stores, self.training_documents, strict=True):
+      mine = documents_N[_domain_ids(self.domains, store)[store.domains_N[documents_N]] == domain]
+      columns.append(np.stack([store.hashes_N[mine], store.bytes_N[mine].astype(np.uint64),
+                               store.lengths_N[mine].astype(np.uint64) + np.uint64(1)]))
+    hashes_N, bytes_N, tokens_N = np.concatenate(columns, axis=1)
+    _, first = np.unique(hashes_N, return_index=True)
+    heldout = self.heldout.get(self.domains[domain])
+    return {
+        "training_documents": len(first), "training_bytes": int(bytes_N[first].sum()),
+        "training_tokens": int(tokens_N[first].sum()),
+        "heldout_documents": heldout.num_documents if heldout else 0,
+        "heldout_bytes": heldout.num_bytes if heldout else 0,
+        "heldout_tokens": int(heldout.loss_mask.sum()) if heldout else 0,
+    }
+
+
+def load(cfg: DataConfig) -> Data:
+  """Reads, tokenises (once; see `cache_dir`) and splits what `cfg` names.
+
+  Raises:
+    ValueError: if a source or the tokenizer is unusable, if too many documents are, if a source has
+      no document for training, or if `fim_rate` needs tokens that the tokenizer lacks.
+  """
+  cache = cache_folder(cfg.cache_dir)
+  tokenizer = _tokenizer(cfg)
+  if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
+    raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs tokens for filling in the middle, and "
+                     f"tokenizer {cfg.tokenizer} has none: set data.fim_rate=0")
+  stores = tuple(open_store(source, tokenizer, cache, cfg.max_bad_share) for source in cfg.sources)
+  domains = tuple(dict.fromkeys(name for store in stores for name in store.domain_names))
+  domains_by_store = [_domain_ids(domains, store)[store.domains_N] for store in stores]
+  held = heldout_masks([store.hashes_N for store in stores], domains_by_store, cfg.heldout_share)
+  for source, held_N in zip(cfg.sources, held, strict=True):
+    if held_N.all():
+      raise ValueError(f"data source {source.path}: all of its {len(held_N)} documents are held "
+                       "out; give it more, or set data.heldout_share lower")
+  heldout = {}
+  for domain, name in enumerate(domains):
+    chosen = [(s, n) for s, held_N in enumerate(held)
+              for n in np.flatnonzero(held_N & (domains_by_store[s] == domain))]
+    if chosen:
+      heldout[name] = _heldout(cfg, tokenizer, stores, chosen)
+  training_documents = tuple(np.flatnonzero(~held_N) for held_N in held)
+  return Data(cfg, tokenizer, domains, heldout, stores, training_documents)
+
+
+def _domain_ids(domains: Sequence[str], store: Store) -> np.ndarray:
+  """The index into `domains` of each of the store's domain_names."""
+  return np.array([domains.index(name) for name in store.domain_names], np.int32)
+
+
+def _tokenizer(cfg: DataConfig) -> Tokenizer:
+  if cfg.tokenizer == "bytes":
+    return Tokenizer.bytes()
+  if cfg.tokenizer == "deepseek":
+    return Tokenizer.deepseek()
+  if cfg.tokenizer == "bpe":
+    return open_bpe(cfg.sources, cfg.bpe_vocab_size, cfg.heldout_share,
+                    cache_folder(cfg.cache_dir), cfg.max_bad_share)
+  return Tokenizer.load(cfg.tokenizer)
+
+
+def _heldout(cfg: DataConfig, tokenizer: Tokenizer, stores: Sequence[Store],
+             chosen: Sequence[tuple[int, int]]) -> HeldOut:
+  """Rows of the `chosen` (store, document), of `heldout_bytes` of them but at least one."""
+  by_hash = {stores[s].hashes_N[n]: (stores[s], n) for s, n in chosen}  # copies fall together
+  eos = np.array([tokenizer.eos])
+  tokens, mask, segments, num_bytes = [eos], [], [], 0
+  for number, (_, (store, n)) in enumerate(sorted(by_hash.items())):
+    if number and cfg.heldout_bytes and num_bytes + store.bytes_N[n] > cfg.heldout_bytes:
+      break
+    num_bytes += int(store.bytes_N[n])
+    start, end = store.offsets[n], store.offsets[n + 1]
+    tokens += [store.tokens[start:end], eos]
+    mask.append(np.arange(end - start + 1) >= store.prompt_tokens_N[n])
+    segments.append(np.full(end - start + 1, number + 1))
+  num_tokens = sum(map(len, mask))
+  num_rows = -(-num_tokens // cfg.seq_len)
+
+  def padded(parts, value, dtype):
+    rest = num_rows * cfg.seq_len - num_tokens
+    return np.concatenate([*parts, np.full(rest, value)]).astype(dtype)
+
+  windows = np.lib.stride_tricks.sliding_window_view(
+      padded(tokens, tokenizer.pad, np.int32), cfg.seq_len + 1)[::cfg.seq_len]
+  segments_RT = padded(segments, 0, np.int32).reshape(num_rows, -1)
+  return HeldOut(
+      windows.copy(), padded(mask, False, bool).reshape(num_rows, -1),
+      np.where(segments_RT > 0, segments_RT - segments_RT[:, :1] + 1, 0), num_bytes, len(segments))
+
+
+class TrainingRows:
+  """All training rows of one seed, without end: `rows[i]` for any i >= 0.
+
+  A row is a dict of
+    tokens: int32 [T + 1], of which the model reads the first T and predicts the last T;
+    loss_mask: bool [T], of predictions: not of padding and of prompts;
+    segments: int32 [T], the document that each *prediction* belongs to, from 1; 0 is padding. So an
+      eos, read, begins the next document, and no document's loss depends on its neighbours where
+      segments are kept apart;
+    domain: int32 scalar, that of most of the row's predictions.
+
+  Sources are mixed by weight. Each gives epoch after epoch: its documents in a new order, each
+  followed by eos and `fim_rate` of them rearranged, cut into rows that are then shuffled. Rows
+  overlap by one token, so that every token is predicted exactly once an epoch.
+  """
+
+  def __init__(self, data: Data, seed: int):
+    self._sources = [_SourceRows(data, index, seed) for index in range(len(data.stores))]
+    self._weights = [source.weight for source in data.cfg.sources]
+    self._mixed = grain.MapDataset.mix(
+        [grain.MapDataset.source(source) for source in self._sources], self._weights)
+
+  def __len__(self) -> int:
+    return len(self._mixed)
+
+  def __getitem__(self, index: int) -> Rows:
+    return self._mixed[index]
+
+  def epochs(self, position: int) -> list[float]:
+    """How often the rows before `position` have gone through each of the config's sources."""
+    return [position * weight / sum(self._weights) / source.rows_per_epoch
+            for weight, source in zip(self._weights, self._sources, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+  """Where everything is in one epoch's stream.
+
+  Attributes:
+    documents_N: the store's documents in their order.
+    bounds: int64 [N + 1], where each begins in the stream.
+    cuts_N2: where each is cut in three for filling in the middle, (-1, -1) if it is not.
+    rows_R: the order of the rows.
+  """
+
+  documents_N: np.ndarray
+  bounds: np.ndarray
+  cuts_N2: np.ndarray
+  rows_R: np.ndarray
+
+
+class _SourceRows:
+  """One source's rows of all epochs, packed; random access for grain."""
+
+  def __init__(self, data: Data, index: int, seed: int):
+    self._store, self._documents_N = data.stores[index], data.training_documents[index]
+    self._domain_ids = _domain_ids(data.domains, self._store)
+    self._tokenizer, self._seq_len = data.tokenizer, data.cfg.seq_len
+    self._key = (seed, index)
+    self._may_fim_N = np.flatnonzero(self._store.prompt_tokens_N[self._documents_N] == 0)
+    # An exact share, not a coin for each, so that all epochs have equally many rows.
+    self._num_fim = round(data.cfg.fim_rate * len(self._may_fim_N))
+    num_tokens = (int(self._store.lengths_N[self._documents_N].sum())
+                  + len(self._documents_N) + 3 * self._num_fim)
+    self.rows_per_epoch = -(-num_tokens // self._seq_len)
+    self._epoch = functools.lru_cache(maxsize=2)(self._plan)  # prefetching looks ahead
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, index: int) -> Rows:
+    epoch, place = divmod(int(index), self.rows_per_epoch)
+    plan = self._epoch(epoch)
+    return self._row(plan, int(plan.rows_R[place]) * self._seq_len)
+
+  def _plan(self, epoch: int) -> _Epoch:
+    key, documents_N = (*self._key, epoch), self._documents_N
+    chosen = self._may_fim_N[_shuffled(len(self._may_fim_N), *key, _FIM)[:self._num_fim]]
+    lengths_N = self._store.lengths_N[documents_N]
+    cuts_N2 = np.full((len(documents_N), 2), -1)
+    # Two cuts, each at any boundary of tokens, ends included (V3 section 4.1: at random).
+    bits_F2 = _bits(2 * len(chosen), *key, _CUTS).reshape(-1, 2)
+    cuts_N2[chosen] = np.sort(bits_F2 % (lengths_N[chosen, None] + 1).astype(np.uint64), axis=1)
+    order = _shuffled(len(documents_N), *key, _DOCUMENTS)
+    spans_N = (lengths_N + 1 + 3 * (cuts_N2[:, 0] >= 0))[order]
+    return _Epoch(documents_N[order], np.concatenate([[0], np.cumsum(spans_N)]), cuts_N2[order],
+                  _shuffled(self.rows_per_epoch, *key, _ROWS))
+
+  def _row(self, plan: _Epoch, begin: int) -> Rows:
+    """The row that predicts the stream from `begin`."""
+    seq_len, store = self._seq_len, self._store
+    end = min(begin + seq_len, int(plan.bounds[-1]))
+    tokens_L = np.full(seq_len + 1, self._tokenizer.pad, np.int32)
+    tokens_L[0] = self._tokenizer.eos  # before a document there is always one
+    mask_T, segments_T = np.zeros(seq_len, bool), np.zeros(seq_len, np.int32)
+    by_domain = np.zeros(len(self._domain_ids), np.int64)
+    first = int(np.searchsorted(plan.bounds, begin, "right")) - 1
+    at, number = begin, 0
+    while at < end:
+      n = plan.documents_N[first + number]
+      start, stop = int(plan.bounds[first + number]), min(int(plan.bounds[first + number + 1]), end)
+      since = max(at - 1, start)  # the first prediction of a row reads the token before
+      _copy(self._pieces(n, plan.cuts_N2[first + number]), since - start,
+            tokens_L[since - begin + 1:stop - begin + 1])
+      mask_T[max(at, start + int(store.prompt_tokens_N[n])) - begin:stop - begin] = True
+      number += 1
+      segments_T[at - begin:stop - begin] = number
+      by_domain[store.domains_N[n]] += stop - at
+      at = stop
+    return {"tokens": tokens_L, "loss_mask": mask_T, "segments": segments_T,
+            "domain": self._domain_ids[by_domain.argmax()]}
+
+  def _pieces(self, n: int, cuts: np.ndarray) -> list[np.ndarray]:
+    """Document n as views of its tokens, in the order of the stream."""
+    tokenizer, store = self._tokenizer, self._store
+    tokens = store.tokens[store.offsets[n]:store.offsets[n + 1]]
+    one, two = cuts
+    if one < 0:
+      return [tokens, np.array([tokenizer.eos])]
+    # PSM: prefix, suffix, middle (V3 section 4.1).
+    return [np.array([tokenizer.fim_begin]), tokens[:one], np.array([tokenizer.fim_hole]),
+            tokens[two:], np.array([tokenizer.fim_end]), tokens[one:two],
+            np.array([tokenizer.eos])]
+
+
+def _copy(pieces: Sequence[np.ndarray], begin: int, out: np.ndarray) -> None:
+  """Fills `out` from the pieces, put end to end, from `begin` on."""
+  filled = 0
+  for piece in pieces:
+    part = piece[begin:begin + len(out) - filled]
+    out[filled:filled + len(part)] = part
+    filled += len(part)
+    begin = max(0, begin - len(piece))
+
+
+def _bits(count: int, *key: int) -> np.ndarray:
+  """uint64 [count], a function of `key`: unlike a Generator's, this stream is never to change."""
+  return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+
+def _shuffled(count: int, *key: int) -> np.ndarray:
+  return np.argsort(_bits(count, *key), kind="stable")
+
+
+class _Batches:
+  """Batch s of this process, for grain."""
+
+  def __init__(self, rows: Sequence[TrainingRows], start: int, sizes: Sequence[int], process: int,
+               num_processes: int):
+    self._rows, self._sizes = rows, np.array(sizes) // num_processes
+    self._begins = start + np.cumsum(sizes) - sizes + process * self._sizes
+
+  def __len__(self) -> int:
+    return len(self._sizes)
+
+  def __getitem__(self, step: int) -> Rows:
+    begin, size = int(self._begins[step]), int(self._sizes[step])
+    return _stack([_stack([rows[i] for i in range(begin, begin + size)]) for rows in self._rows])
+
+
+def _stack(rows: Sequence[Rows]) -> Rows:
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def batches(
+    rows: TrainingRows | Sequence[TrainingRows], start: int, sizes: Iterable[int], *,
+    process: int = 0, num_processes: int = 1, prefetch: int = 4) -> Iterator[Rows]:
+  """Batches of consecutive rows, read ahead by grain's threads.
+
+  Args:
+    rows: of one seed, or of several at once.
+    start: the first row; after s batches the position is start + sum(sizes[:s]).
+    sizes: rows of each batch, over all processes.
+    process, num_processes: which share of each batch to give: process p the p-th run of rows.
+    prefetch: batches read ahead.
+
+  Returns:
+    An iterator over len(sizes) dicts like a row's, stacked: [B / num_processes, ...], and
+    [S, B / num_processes, ...] for a sequence of S seeds.
+
+  Raises:
+    ValueError: if a size does not divide among the processes.
+  """
+  sizes = list(sizes)
+  if bad := [size for size in sizes if size <= 0 or size % num_processes]:
+    raise ValueError(f"a batch of {bad[0]} rows does not divide among {num_processes} processes: "
+                     "choose a batch size that is a multiple")
+  single = isinstance(rows, TrainingRows)
+  source = _Batches([rows] if single else rows, start, sizes, process, num_processes)
+  dataset = grain.MapDataset.source(source).to_iter_dataset(
+      grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch))
+  return ({name: array[0] if single else array for name, array in batch.items()}
+          for batch in dataset)

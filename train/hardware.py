@@ -1,0 +1,73 @@
+"""What the devices can do and what they use: peak arithmetic rate, and energy."""
+
+import ctypes
+import functools
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 peaks from the vendors' data sheets, in FLOP/s, by a part of `device_kind`.
+_BF16_PEAKS = {"H200": 990e12, "H100": 990e12, "A100": 312e12, "TPU v5 lite": 197e12,
+               "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU v4": 275e12}
+
+
+@functools.cache
+def peak_flops(compute: str = "float32") -> float:
+  """FLOP/s that all devices together could do: the data sheet's for accelerators, at bfloat16.
+
+  A CPU has no such figure: there it is measured, as a 2048-wide matrix product in the compute
+  format.
+
+  Args:
+    compute: `Numerics.compute`.
+  """
+  kind = jax.devices()[0].device_kind
+  for name, peak in _BF16_PEAKS.items():
+    if name in kind:
+      return peak * jax.device_count()
+  size = 2048
+  a = jnp.ones((size, size), compute)
+  product = jax.jit(lambda a: a @ a)
+  product(a).block_until_ready()
+  times = []
+  for _ in range(3):
+    started = time.perf_counter()
+    product(a).block_until_ready()
+    times.append(time.perf_counter() - started)
+  return 2 * size**3 / min(times)
+
+
+def joules() -> float | None:
+  """A running count of the energy used, of all NVIDIA GPUs or of the CPU packages.
+
+  None where the hardware does not tell. Only differences mean anything.
+  """
+  return _gpu_joules() if jax.default_backend() == "gpu" else _cpu_joules()
+
+
+def _gpu_joules() -> float | None:
+  try:
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+  except OSError:
+    return None
+  if nvml.nvmlInit_v2() != 0:
+    return None
+  count, total = ctypes.c_uint(), 0.0
+  nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+  for index in range(count.value):
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+    if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)) != 0:
+      return None
+    total += millijoules.value / 1e3
+  return total
+
+
+def _cpu_joules() -> float | None:
+  try:
+    counters = sorted(pathlib.Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
+    return sum(int(path.read_text()) for path in counters) / 1e6 if counters else None
+  except OSError:
+    return None

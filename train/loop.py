@@ -1,0 +1,233 @@
+"""The loop: steps, evaluations, checkpoints, and a record of it all that survives being killed.
+
+Order matters: rows and evaluations of a step are on disk before its checkpoint is begun, and a
+resumed run drops those past the checkpoint it starts from, so each step is recorded once.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.cost import CostMeter
+from train.data import Data
+from train.program import Program, mean_evaluation
+from train.progress import Progress
+from train.run_folder import Events, MetricsFile, RunFolder
+from train.step import TrainState
+
+
+class TrainingError(ValueError):
+  """Training cannot go on; what is on disk is good."""
+
+
+@dataclasses.dataclass
+class Result:
+  """What a run leaves in memory.
+
+  Attributes:
+    status: "finished", or "stopped" (by a signal or a limit; the same call goes on).
+    state: the last one.
+    steps: taken so far.
+    rows: of metrics.
+    evaluations: of `program.mean_evaluation`, each with its "step".
+    evaluation: the last one whole, or None if it was made before a resume.
+    cost: see `CostMeter.total`.
+    messages: what went wrong and was got over.
+  """
+
+  status: str
+  state: TrainState
+  steps: int
+  rows: list[dict]
+  evaluations: list[dict]
+  evaluation: Any
+  cost: dict
+  messages: list[str]
+
+
+class _Signals:
+  """Notes SIGTERM and SIGINT, so that the loop can save first; a second SIGINT interrupts."""
+
+  def __init__(self):
+    self.received: int | None = None
+
+  def __enter__(self):
+    self._before = {}
+    with contextlib.suppress(ValueError):  # only the main thread may
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    if self.received == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received = number
+
+  def __exit__(self, *exc):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def train(
+    lanes: Sequence[RunConfig], data: Data, folder: RunFolder, *, variables: dict | None = None,
+    show: bool = True, max_seconds: float | None = None, profile: bool = False,
+    on_evaluation: Callable[[int, Any], None] | None = None) -> Result:
+  """Trains, or goes on training what the folder holds.
+
+  Args:
+    lanes: one config per seed; see `train.program`.
+    data: what `train.data.load` gave for their `data`.
+    folder: where the record and the checkpoints are.
+    variables: to start from instead of random ones.
+    show: whether to draw a progress bar, on stderr.
+    max_seconds: stop, saved, after so long.
+    profile: leave a trace of a few steps in the folder.
+    on_evaluation: called with the step and the Evaluation.
+
+  Raises:
+    TrainingError: after too many steps that were not finite.
+    CheckpointError: if a checkpoint cannot be written.
+  """
+  return _Run(lanes, data, folder, show, profile, on_evaluation).run(variables, max_seconds)
+
+
+class _Run:
+
+  def __init__(self, lanes, data, folder, show, profile, on_evaluation):
+    self.cfg, self.data, self.path = lanes[0], data, folder.path
+    self.seeds = [cfg.train.seed for cfg in lanes]
+    self.program = Program(lanes, data.heldout)
+    self.checkpoints = Checkpoints(
+        self.path / "checkpoints", keep=self.cfg.train.keep_checkpoints)
+    self.metrics = MetricsFile(self.path / "metrics.jsonl")
+    self.evaluations = MetricsFile(self.path / "evaluations.jsonl")
+    self.show, self.profile, self.on_evaluation = show, profile, on_evaluation
+    self.messages: list[str] = []
+    self.last_evaluation = None
+    self.pending: list[tuple[int, dict, float]] = []
+
+  def run(self, variables, max_seconds) -> Result:
+    state, start, position = self._start(variables)
+    train = self.cfg.train
+    self.cost = CostMeter(self.path / "cost", self.cfg, len(self.seeds))
+    self.events = Events(self.path / "events", self.metrics.read())
+    self.progress = Progress(self.cfg, len(self.seeds), start, self.show)
+    status = "finished"
+    deadline = time.monotonic() + max_seconds if max_seconds else None
+    with _Signals() as signals, contextlib.ExitStack() as closing:
+      for part in (self.progress, self.events, self.metrics, self.evaluations, self.cost,
+                   self.checkpoints):
+        closing.callback(part.close)
+      if start == 0:
+        self._evaluate(state, 0)
+      sizes = [self.program.batch_size(i) for i in range(start, train.steps)]
+      batches = self.data.batches(self.seeds, position, sizes)
+      step = start
+      for step, batch in enumerate(batches, start + 1):
+        with self._profiled(step, start):
+          state, metrics = self.program.step(state, step - 1, batch)
+        position += self.program.batch_size(step - 1)
+        self.pending.append((step, metrics, time.time()))
+        self._write_rows(leave=1)
+        self.cost.add(self.program.batch_size(step - 1) * self.cfg.data.seq_len)
+        done = step == train.steps
+        if done or (train.eval_every and step % train.eval_every == 0):
+          self._write_rows(leave=0)
+          self._evaluate(state, step)
+        stop = signals.received or (deadline and time.monotonic() > deadline)
+        due = train.checkpoint_every and step % train.checkpoint_every == 0
+        if done or due or stop:
+          self._save(state, step, position)
+        if stop and not done:
+          status = "stopped"
+          break
+      self.checkpoints.wait()
+      if status == "finished" and self.last_evaluation is None:  # made by a process before this
+        self.last_evaluation = self.program.evaluate(state.variables)
+    return Result(status, state, step, self.metrics.read(), self.evaluations.read(),
+                  self.last_evaluation, self.cost.total(), self.messages)
+
+  def _start(self, variables) -> tuple[TrainState, int, int]:
+    """The state to go on from, the steps it has behind it, and its place in the data."""
+    restored = self.checkpoints.restore(self.program.abstract_state())
+    step, position = (restored.step, restored.extra["position"]) if restored else (0, 0)
+    if restored:
+      self.messages += restored.damaged
+    for file in (self.metrics, self.evaluations):
+      file.truncate_after(step if restored else -1)
+    state = restored.arrays if restored else self.program.init(variables)
+    return state, step, position
+
+  def _evaluate(self, state, step) -> None:
+    self.progress.note("evaluating")
+    evaluation = self.program.evaluate(state.variables)
+    row = {"step": step, **mean_evaluation(evaluation)}
+    if state.ema is not None:
+      averaged = self.program.evaluate({**state.variables, "params": state.ema})
+      row["ema"] = mean_evaluation(averaged)
+    self.evaluations.append(row)
+    self.last_evaluation = evaluation
+    self.progress.note(f"{float(np.mean(evaluation.mean_bits_per_byte)):.3f} bits per byte")
+    if self.on_evaluation:
+      self.on_evaluation(step, evaluation)
+
+  def _save(self, state, step, position) -> None:
+    self._write_rows(leave=0)
+    self.cost.write()
+    if step not in self.checkpoints.steps():
+      self.checkpoints.save(step, state, {"position": position, "seeds": self.seeds})
+
+  def _write_rows(self, leave: int) -> None:
+    """Writes rows of finished steps, leaving the newest on the device: reading it would wait."""
+    while len(self.pending) > leave:
+      step, metrics, seen = self.pending.pop(0)
+      metrics = jax.device_get(metrics)
+      row = self._row(step, metrics, seen)
+      self.metrics.append(row)
+      self.events.append(row)
+      self.progress.update(row)
+      self._check_finite(step, metrics)
+
+  def _row(self, step: int, metrics: dict, seen: float) -> dict:
+    hyper = self.program.hyper(step - 1)
+    row = {"step": step}
+    values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+    values["learning_rate"] = np.asarray([h["learning_rate"] for h in hyper], np.float64)
+    if len(self.seeds) > 1:
+      row |= {name: value.mean(0).tolist() for name, value in values.items()}
+      row["per_seed"] = {name: value.tolist() for name, value in values.items() if value.ndim == 1}
+    else:
+      row |= {name: value.tolist() for name, value in values.items()}
+      row["learning_rate"] = float(values["learning_rate"][0])
+    return row | {"time": seen, **self.progress.rates(step, self.program.batch_size(step - 1))}
+
+  def _check_finite(self, step: int, metrics: dict) -> None:
+    skipped = int(np.max(metrics["skipped"]))
+    if skipped > self.cfg.train.max_skipped_steps:
+      raise TrainingError(
+          f"step {step}: the loss or gradient was not finite for the {skipped}th time, and "
+          f"train.max_skipped_steps is {self.cfg.train.max_skipped_steps}. Skipped steps changed "
+          f"nothing; {self.path} holds checkpoints of steps {self.checkpoints.steps() or 'none'}. "
+          "Lower optimizer.learning_rate, or look at the data near this step")
+
+  @contextlib.contextmanager
+  def _profiled(self, step: int, start: int):
+    """A trace of the fourth to sixth step of this process."""
+    if not self.profile or not start + 4 <= step <= start + 6:
+      yield
+      return
+    if step == start + 4:
+      jax.profiler.start_trace(str(self.path / "profile"))
+    yield
+    if step == start + 6 or step == self.cfg.train.steps:
+      jax.block_until_ready(self.pending[-1][1] if self.pending else 0)
+      jax.profiler.stop_trace()

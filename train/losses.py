@@ -1,0 +1,103 @@
+"""The language model's training loss as named terms: each a sum, each with its own denominator.
+
+Denominators come from the whole batch before the first micro-batch is looked at, so that gradients
+are the same however a batch is split.
+
+Shape letters:  B sequences  T tokens
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model import Transformer, balance
+
+Sums = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Batch:
+  """Sequences to learn from; more axes (micro-batches, seeds) may lead.
+
+  Attributes:
+    tokens: int32 [B, T + 1].
+    loss_mask: bool [B, T]; whether token t + 1 is learned.
+    segments: int32 [B, T] when documents are kept apart (0 is padding), else None.
+  """
+
+  tokens: jax.Array
+  loss_mask: jax.Array
+  segments: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Observed:
+  """What a micro-batch shows besides its loss: router loads, added up over micro-batches.
+
+  Attributes:
+    loads: int32 [..., E] by router, in `Output.router`'s order.
+  """
+
+  loads: dict[str, jax.Array]
+
+
+class LanguageModelLoss:
+  """Next-token and multi-token prediction (V3 eq. 24-25), and the balancing losses."""
+
+  def __init__(self, model: Transformer):
+    self.model = model
+
+  def denominators(self, batch: Batch) -> Sums:
+    """What each term of the whole batch, micro-batches included, is divided by."""
+    tokens = jnp.maximum(batch.loss_mask.sum(), 1).astype(jnp.float32)
+    sequences = jnp.maximum(_counts(batch).sum(), 1).astype(jnp.float32)
+    depth = self.model.cfg.mtp.depth if self.model.cfg.mtp else 1
+    one = jnp.float32(1)
+    return {"lm": tokens, "mtp": depth * tokens, "sequence_balance": sequences,
+            "batch_balance": one, "expert_balance": one}
+
+  def sums(self, variables: dict, batch: Batch) -> tuple[Sums, Observed]:
+    """The terms of one micro-batch.
+
+    "lm" and "mtp" are in nats, summed over tokens and depths; "sequence_balance" is summed over
+    sequences and MoE layers; "batch_balance" and "expert_balance" over MoE layers.
+    """
+    model = self.model
+    inputs_BT = batch.tokens[:, :-1]
+    output = model.apply(variables, inputs_BT, segment_ids_BT=batch.segments, logits=False)
+
+    def nll(hidden_BTD, ahead, mask_BT):
+      targets_BT = jnp.roll(batch.tokens, -ahead, axis=1)[:, :-1]
+      logp_BT = model.apply(variables, hidden_BTD, targets_BT, method="token_logprobs")
+      return -jnp.where(mask_BT, logp_BT, 0).sum()
+
+    sums = {"lm": nll(output.hidden_BTD, 1, batch.loss_mask)}
+    if output.mtp_hidden:
+      sums["mtp"] = sum(
+          nll(hidden, 1 + k, mtp_mask(batch, k)) for k, hidden in enumerate(output.mtp_hidden, 1))
+    if output.router:
+      chosen = model.cfg.moe.experts_per_token
+      total = lambda loss, weight=1: sum(
+          (loss(stats, chosen) * weight).sum() for stats in output.router.values())
+      sums |= {"sequence_balance": total(balance.sequence_balance_loss, _counts(batch)),
+               "batch_balance": total(balance.batch_balance_loss),
+               "expert_balance": total(balance.expert_balance_loss)}
+    return sums, Observed({name: stats.load_BE.sum(-2) for name, stats in output.router.items()})
+
+
+def _counts(batch: Batch) -> jax.Array:
+  """[..., B]: which rows are sequences, and not there to fill up a batch."""
+  return (batch.loss_mask if batch.segments is None else batch.segments).any(-1)
+
+
+def mtp_mask(batch: Batch, depth: int) -> jax.Array:
+  """[B, T]: where MTP module `depth` has both a token to read and one to predict, in one document.
+
+  Eq. 24 still divides by all T positions, not by those that are left.
+  """
+  num_tokens = batch.loss_mask.shape[1]
+  inside_T = jnp.arange(num_tokens) < num_tokens - depth
+  mask_BT = jnp.roll(batch.loss_mask, -depth, axis=1) & inside_T
+  if batch.segments is not None:
+    mask_BT &= jnp.roll(batch.segments, -depth, axis=1) == batch.segments
+  return mask_BT

@@ -1,0 +1,311 @@
+"""Documents from files: what can be read is, and what cannot is counted and named.
+
+Everything streams: at most a block of a text file, a line of JSONL or a batch of rows is in memory.
+"""
+
+import collections
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import pyarrow
+import pyarrow.parquet
+from array_record.python import array_record_module
+
+from train import corpora
+from train.config import Source
+
+PIECE_BYTES = 64 * 1024
+ENDINGS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".arrayrecord")
+BUILTIN = "builtin:"
+
+_OPEN_JSONL = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
+_ROWS_AT_ONCE = 256
+_EXAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+  """A text, what precedes it untrained ("" for nothing), and what it is filed under."""
+
+  text: str
+  prompt: str
+  domain: str
+  language: str
+
+
+@dataclasses.dataclass
+class Tally:
+  """How many documents were good and how many of which kind were not.
+
+  Attributes:
+    good: documents read.
+    bad: unusable ones by kind.
+    examples: the first few of each kind, `file:line: reason`.
+  """
+
+  good: int = 0
+  bad: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def add_bad(self, where: str, bad: "_BadError") -> None:
+    self.bad[bad.kind] += 1
+    examples = self.examples.setdefault(bad.kind, [])
+    if len(examples) < _EXAMPLES:
+      examples.append(f"{where}: {bad.reason}")
+
+  def check(self, path: str, max_bad_share: float) -> None:
+    """Raises ValueError, naming counts and examples, if the source at `path` is not usable."""
+    num_bad = self.bad.total()
+    total = self.good + num_bad
+    if not total:
+      raise ValueError(f"{path} holds no documents: every file is empty")
+    if self.good and num_bad <= max_bad_share * total:
+      return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
+    examples = "; ".join(example for few in self.examples.values() for example in few)
+    raise ValueError(
+        f"{path}: {num_bad} of {total} documents are unusable ({kinds}), more than "
+        f"data.max_bad_share={max_bad_share:g} allows. For example {examples}. Repair them, check "
+        "the source's text_field and prompt_field, or raise data.max_bad_share")
+
+
+class _BadError(Exception):
+  """A row that cannot be used; `kind` is what it is counted under."""
+
+  def __init__(self, kind: str, reason: str | None = None):
+    super().__init__(kind)
+    self.kind, self.reason = kind, reason or kind
+
+
+def read(source: Source, tally: Tally | None = None) -> Iterator[Document]:
+  """Yields the usable documents of `source` in a fixed order, and counts all of them in `tally`.
+
+  A text file is one document, or pieces of at most 64 KiB, cut at line ends where there are any;
+  empty ones are passed over. Each JSONL line, Parquet row and ArrayRecord record is one document;
+  a record is a JSON object like a JSONL line, or else text.
+
+  Raises:
+    ValueError: for a path with nothing to read, or a file that cannot be opened or decompressed.
+      Whether too much was unusable is for `Tally.check` to say, afterwards.
+  """
+  tally = Tally() if tally is None else tally
+  domain, language = source.domain or default_domain(source.path), source.language or "en"
+  for where, row in _rows(source):
+    try:
+      if isinstance(row, _BadError):
+        raise row
+      document = Document(
+          _field(row, source.text_field),
+          _field(row, source.prompt_field, may_be_empty=True) if source.prompt_field else "",
+          source.domain or _label(row, "domain") or domain,
+          source.language or _label(row, "language") or language)
+    except _BadError as bad:
+      tally.add_bad(where, bad)
+      continue
+    tally.good += 1
+    yield document
+
+
+def files(source: Source) -> list[pathlib.Path]:
+  """The files that decide what `read` gives, in its order.
+
+  Raises:
+    ValueError: if there are none.
+  """
+  if source.path.startswith(BUILTIN):
+    return corpora.files(source.path.removeprefix(BUILTIN))
+  path = pathlib.Path(source.path).expanduser()
+  if path.is_file():
+    found = [path]
+  elif path.is_dir():
+    found = sorted(path.rglob("*"))
+  else:
+    found = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+    if not found:
+      raise ValueError(f"data source {source.path}: there is no such file or folder, and no file "
+                       "matches it as a glob")
+  usable = [file for file in found if _ending(file) and file.is_file()]
+  if not usable:
+    raise ValueError(f"data source {source.path}: nothing there ends in {', '.join(ENDINGS)}")
+  return usable
+
+
+def fingerprint(source: Source) -> str:
+  """A hash of the files' contents and of all else that decides what `read` gives."""
+  total = hashlib.blake2b(digest_size=16)
+  settings = dataclasses.replace(source, path=default_domain(source.path), weight=1.0)
+  total.update(json.dumps(dataclasses.astuple(settings)).encode())
+  for path in files(source):
+    try:
+      with open(path, "rb") as file:
+        total.update(f"{_ending(path)}:".encode())
+        total.update(hashlib.file_digest(file, "blake2b").digest())
+    except OSError as error:
+      raise ValueError(f"{path} cannot be read: {error}") from error
+  return total.hexdigest()
+
+
+def default_domain(path: str) -> str:
+  """The path's stem; a glob's last part that is not a pattern."""
+  parts = pathlib.PurePath(path.removeprefix(BUILTIN)).parts
+  name = next((part for part in reversed(parts) if not glob.has_magic(part)), "text")
+  return name.split(".")[0] or name
+
+
+def _ending(path: pathlib.Path) -> str | None:
+  name = path.name.lower()
+  return next((ending for ending in ENDINGS if name.endswith(ending)), None)
+
+
+def _rows(source: Source) -> Iterator[tuple[str, "dict | _BadError"]]:
+  """`file:line` and a dict with the source's fields, or why there is none."""
+  if source.path == BUILTIN + "arithmetic":
+    for i, text in enumerate(corpora.arithmetic()):
+      yield f"{source.path}:{i}", {source.text_field: text}
+    return
+  readers = {".parquet": _parquet_rows, ".arrayrecord": _record_rows}
+  readers |= dict.fromkeys(_OPEN_JSONL, _jsonl_rows)
+  for path in files(source):
+    reader = readers.get(_ending(path), _text_rows)
+    try:
+      yield from ((f"{path}:{line}", row) for line, row in reader(path, source))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+      raise ValueError(f"{path} cannot be read: {error}. Replace it, or leave it out") from error
+
+
+def _text_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
+  line, rest = 1, b""
+  with open(path, "rb") as file:
+    while block := rest + file.read(PIECE_BYTES - len(rest)):
+      cut = len(block) if len(block) < PIECE_BYTES else _cut(block)
+      piece, rest = block[:cut], block[cut:]
+      row = _parsed(_decode, piece.removeprefix(b"\xef\xbb\xbf") if line == 1 else piece)
+      if isinstance(row, _BadError):
+        yield line, row
+      elif row.strip():
+        yield line, {source.text_field: row} | ({source.prompt_field: ""}
+                                                if source.prompt_field else {})
+      line += piece.count(b"\n")
+
+
+def _cut(block: bytes) -> int:
+  """Where to end a piece: after a line, else (there being none) before a character."""
+  if cut := block.rfind(b"\n") + 1:
+    return cut
+  cut = len(block) - 1
+  while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:
+    cut -= 1
+  return cut
+
+
+def _jsonl_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
+  del source
+  with _OPEN_JSONL[_ending(path)](path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+      if line.strip():
+        yield number, _parsed(_parse_json, line)
+
+
+def _parquet_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, dict]]:
+  with pyarrow.parquet.ParquetFile(path) as file:
+    names = file.schema_arrow.names
+    needed = [source.text_field, *([source.prompt_field] if source.prompt_field else [])]
+    if missing := set(needed) - set(names):
+      raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has "
+                       f"{', '.join(names)}: set the source's text_field and prompt_field")
+    columns = [name for name in dict.fromkeys([*needed, "domain", "language"]) if name in names]
+    number = 1
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+      # As bytes, so that one row of invalid UTF-8 is one bad row, not a bad batch.
+      for row in batch.cast(pyarrow.schema(map(_as_bytes, batch.schema))).to_pylist():
+        yield number, row
+        number += 1
+
+
+def _as_bytes(field: pyarrow.Field) -> pyarrow.Field:
+  binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+  return field.with_type(binary.get(field.type, field.type))
+
+
+def _record_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
+  reader = array_record_module.ArrayRecordReader(str(path))
+  total = reader.num_records()
+  # A damaged file opens without complaint and without records, and cannot be closed.
+  if not reader.ok() or (not total and path.stat().st_size):
+    raise OSError("it is not an intact ArrayRecord file")
+  for first in range(0, total, _ROWS_AT_ONCE):
+    try:
+      records = reader.read(first, min(first + _ROWS_AT_ONCE, total))
+    except RuntimeError as error:
+      raise OSError(str(error)) from error
+    for number, record in enumerate(records, first):
+      yield number, _parsed(_parse_record, record, source.text_field)
+  reader.close()
+
+
+def _parsed(parse, *args):
+  """`parse`'s result, or the _BadError that it raised."""
+  try:
+    return parse(*args)
+  except _BadError as bad:
+    return bad
+
+
+def _parse_json(line: bytes) -> dict:
+  text = _decode(line)
+  try:
+    row = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise _BadError("broken JSON", f"broken JSON: {error}") from error
+  if not isinstance(row, dict):
+    raise _BadError("not a JSON object", f"a JSON {type(row).__name__}, not an object")
+  return row
+
+
+def _parse_record(record: bytes, text_field: str) -> dict:
+  if record.lstrip()[:1] == b"{":
+    try:
+      return _parse_json(record)
+    except _BadError:
+      pass  # text may begin with a brace, too
+  return {text_field: record}
+
+
+def _field(row: dict, name: str, may_be_empty: bool = False) -> str:
+  if row.get(name) is None:
+    raise _BadError(f"without {name!r}", f"no {name!r} among {list(row)[:9]}")
+  value = row[name]
+  if isinstance(value, bytes):
+    value = _decode(value)
+  if not isinstance(value, str):
+    raise _BadError(f"with {name!r} not a string", f"{name!r} is {type(value).__name__}")
+  if not value.strip() and not may_be_empty:
+    raise _BadError(f"with {name!r} empty")
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+    raise _BadError("invalid UTF-8", str(error)) from error
+  return value
+
+
+def _label(row: dict, name: str) -> str | None:
+  value = row.get(name)
+  if isinstance(value, bytes):
+    value = value.decode(errors="replace")
+  return value if isinstance(value, str) and value else None
+
+
+def _decode(data: bytes) -> str:
+  try:
+    return data.decode()
+  except UnicodeDecodeError as error:
+    raise _BadError("invalid UTF-8", f"invalid UTF-8: {error}") from error

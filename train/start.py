@@ -1,0 +1,79 @@
+"""Models to start from: a run's folder of ours, or a Hugging Face folder."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+import model
+from train.checkpoint import read_newest
+from train.config import RunConfig
+from train.config_io import from_dict
+from train.program import Program
+from train.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A model and what it reads.
+
+  Attributes:
+    cfg: of the network.
+    variables: its variables.
+    tokenizer_path: None if the folder has no tokenizer.
+  """
+
+  cfg: model.ModelConfig
+  variables: dict
+  tokenizer_path: str | None
+
+  def tokenizer(self) -> Tokenizer:
+    if self.tokenizer_path is None:
+      raise ValueError(f"there is no {TOKENIZER} beside the checkpoint: copy it there")
+    return Tokenizer.load(self.tokenizer_path)
+
+
+def load(path: str) -> Start:
+  """Loads a folder that training wrote (its newest checkpoint), or a Hugging Face folder.
+
+  Of several seeds that trained together, the first.
+
+  Raises:
+    ValueError: if the folder is neither, or has no checkpoint.
+  """
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
+    raise ValueError(f"{folder} is not a folder: give one that --experiment=pretrain wrote, or a "
+                     "Hugging Face folder")
+  if (folder / "checkpoints").is_dir():
+    cfg, variables = _run(folder)
+  elif (folder / "config.json").exists():
+    cfg, variables = model.hf.load(folder)
+  else:
+    raise ValueError(f"{folder} has neither checkpoints/ nor config.json: give a folder that "
+                     "--experiment=pretrain wrote, or a Hugging Face folder")
+  tokenizer = folder / TOKENIZER
+  return Start(cfg, variables, str(tokenizer) if tokenizer.exists() else None)
+
+
+def _run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
+  plain = json.loads((folder / "config.json").read_text())
+  cfg = from_dict(RunConfig, plain["config"])
+  one_device = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, data=1, fsdp=1))
+  program = Program([one_device] * len(plain["seeds"]), {})
+  restored = read_newest(folder / "checkpoints", program.abstract_state())
+  if restored is None:
+    raise ValueError(f"{folder} has no checkpoint yet")
+  variables = restored.arrays.variables
+  if len(plain["seeds"]) > 1:
+    variables = jax.tree.map(lambda x: x[0], variables)
+  return cfg.model, variables
+
+
+def export(path: str, cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer) -> None:
+  """Writes a Hugging Face folder with its tokenizer."""
+  model.hf.save(path, cfg, variables)
+  tokenizer.save(pathlib.Path(path) / TOKENIZER)

