@@ -8,7 +8,7 @@ BIN = .venv/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo      load and check a model, from nothing'
+	@echo 'make demo      train a small model on real text, from nothing, and report on it'
 	@echo 'make test      the tests that need only a CPU and minutes'
 	@echo 'make test-all  those and the long ones (EXTRAS=dev,tpu,hf adds what they need)'
 	@echo 'make lint      ruff'
@@ -25,7 +25,7 @@ help:
 	@touch $@
 
 demo: .venv/.made-$(EXTRAS)
-	$(BIN)/python -m experiments.run --experiment=check_model
+	$(BIN)/python -m experiments.run --experiment=pretrain --scale=cpu --out=runs/demo
 
 test: .venv/.made-$(EXTRAS)
 	$(BIN)/python -m pytest -m 'not long' -q -n auto --dist worksteal

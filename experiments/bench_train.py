@@ -29,7 +29,10 @@ from train.data import load
 from train.program import Program
 
 _PEER = pathlib.Path(__file__).parent / "peers" / "transformers_train.py"
-_VARIANTS = (("eager", "fused"), ("eager", "foreach"), ("grouped_mm", "fused"))
+_VARIANTS = (  # flags of the peer: the fastest of a dozen, without and with a compiler
+    ("--experts=eager", "--adamw=fused"), ("--experts=grouped_mm", "--adamw=fused"),
+    ("--experts=grouped_mm", "--adamw=plain"),
+    ("--experts=grouped_mm", "--adamw=fused", "--compile"))
 _STEPS_TO_CHECKPOINT = 6
 
 
@@ -77,12 +80,11 @@ def main(options: Options) -> None:
   run_cfg = RunConfig(
       model=cfg.model, data=DataConfig(seq_len=cfg.seq_len),
       balance=BalanceConfig(sequence_weight=0.0) if cfg.model.moe is None else BalanceConfig(),
-      train=TrainConfig(steps=10_000, batch_size=cfg.batch_size))
+      train=TrainConfig(steps=10_000, batch_size=cfg.batch_size, unroll=cfg.model.num_layers))
   ours = _Ours(run_cfg)
   sides = {"ours": ours}
   if cfg.bench.peer:
-    sides |= {f"transformers, {experts} experts, {adamw} AdamW": _Peer(cfg, experts, adamw)
-              for experts, adamw in _VARIANTS}
+    sides |= {f"transformers {' '.join(flags)}": _Peer(cfg, flags) for flags in _VARIANTS}
   try:
     for _ in range(cfg.bench.rounds):
       for side in sides.values():
@@ -111,10 +113,12 @@ def _report(cfg: BenchConfig, result: dict) -> None:
     best = max(peers, key=peers.get)
     result["ratio"] = ours / peers[best]
     print(f"ours over the best peer ({best}): {result['ratio']:.2f}")
-  print(f"{'':46}{'tokens/s':>10}{'GFLOP/s':>9}{'peak MB':>9}{'start s':>9}")
+    for name in sorted(peers, key=peers.get, reverse=True)[1:]:
+      print(f"  over {name}: {ours / peers[name]:.2f}")
+  print(f"{'':64}{'tokens/s':>10}{'GFLOP/s':>9}{'peak MB':>9}{'start s':>9}")
   for name, side in sides.items():
     rate = side["tokens_per_second"]
-    print(f"{name:46}{rate:10,.0f}{rate * flops / 1e9:9.1f}{side['peak_rss_mb']:9,.0f}"
+    print(f"{name:64}{rate:10,.0f}{rate * flops / 1e9:9.1f}{side['peak_rss_mb']:9,.0f}"
           f"{side['start_seconds']:9.1f}")
   pipeline = result["input_pipeline_tokens_per_second"]
   print(f"input pipeline alone: {pipeline:,.0f} tokens/s, {pipeline / ours:.0f} times the training")
@@ -175,7 +179,7 @@ class _Ours:
 class _Peer:
   """A subprocess that trains when told."""
 
-  def __init__(self, cfg: BenchConfig, experts: str, adamw: str):
+  def __init__(self, cfg: BenchConfig, flags: tuple[str, ...]):
     network, attention, moe = cfg.model, cfg.model.attention, cfg.model.moe
     shape = {
         "vocab_size": network.vocab_size, "hidden_size": network.d_model,
@@ -192,8 +196,8 @@ class _Peer:
     config = {"shape": shape, "batch": cfg.batch_size, "seq": cfg.seq_len, "steps": 2}
     started = time.perf_counter()
     self._process = subprocess.Popen(
-        [cfg.bench.python, str(_PEER), json.dumps(config), f"--experts={experts}",
-         f"--adamw={adamw}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        [cfg.bench.python, str(_PEER), json.dumps(config), *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     self._rates, ready = [], self._answer()
     self._start_seconds, self._peak = time.perf_counter() - started, 0.0
     if ready["params"] != network.param_count():

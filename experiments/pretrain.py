@@ -18,7 +18,7 @@ from experiments.generate import write_continuation
 from experiments.options import Options
 from experiments.report import write_run_report
 from train import cost
-from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.config_io import to_dict
 from train.data import Data, load
 from train.loop import Result, TrainingError
@@ -61,14 +61,18 @@ def _smoke() -> PretrainConfig:
 
 SCALES = {
     "smoke": _smoke(),
-    # `nano` for four minutes on two cores.
-    "cpu": _scaled("nano", train=TrainConfig(steps=400, batch_size=16)),
+    # `nano` for four minutes on two cores, one of them for evaluating on 1 MB twice.
+    "cpu": _scaled(
+        "nano", data=DataConfig(heldout_bytes=460_000),
+        optimizer=OptimizerConfig(learning_rate=5e-3),
+        balance=BalanceConfig(bias_rate=0.01),  # gamma x steps is what carries over from V3
+        train=TrainConfig(steps=360, batch_size=8, unroll=3)),
     # `small` in bfloat16 for about ten minutes on one H200.
     "gpu": PretrainConfig(
         model=dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"]),
         data=DataConfig(bpe_vocab_size=16384, seq_len=1024),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        train=TrainConfig(steps=2000, batch_size=64, eval_every=500)),
+        train=TrainConfig(steps=2000, batch_size=64, micro_batch_size=16, eval_every=500)),
 }
 MINUTES = {"smoke": 1, "cpu": 5, "gpu": 10}
 

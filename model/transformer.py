@@ -124,6 +124,8 @@ class Transformer(nn.Module):
     experts: how routed experts are computed, a key of `model.experts.EXPERTS`.
     dispatch: how tokens reach experts on other devices; see `model.moe`.
     mla_form: "expanded" or "absorbed"; None chooses the cheaper for the shapes at hand.
+    unroll: layers compiled one after another in the loop over layers: more make steps faster and
+      compiling slower.
   """
 
   cfg: ModelConfig
@@ -131,6 +133,7 @@ class Transformer(nn.Module):
   experts: str = "slots"
   dispatch: Dispatch = local_dispatch
   mla_form: str | None = None
+  unroll: int = 1
 
   def setup(self):
     self.embedding = Embedding(self.cfg)
@@ -138,7 +141,7 @@ class Transformer(nn.Module):
         nn.scan(
             self._block_class(), variable_axes={"params": 0, "router": 0},
             split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=count,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: "layers"}, unroll=self.unroll,
         )(**self._block_fields(experts), name=name)
         for name, count, experts in self.cfg.layer_stacks()]
     self.norm = RMSNorm(self.cfg)

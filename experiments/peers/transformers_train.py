@@ -14,13 +14,13 @@ caller can alternate it with others; all answers are JSON:
 
 Tokens are random and new for every step, so the loss stays near the logarithm of the vocabulary's
 size. Its training is next-token cross entropy alone: transformers trains neither MTP modules nor
-the routing bias.
+the routing bias. Fastest in float32, measured on two cores, is grouped_mm, fused and --compile.
 """
 
 import argparse
 import contextlib
 import json
-import resource
+import pathlib
 import sys
 import time
 
@@ -32,8 +32,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("config", type=_config, help="JSON; see the head of this file")
   parser.add_argument("--experts", choices=("eager", "grouped_mm"),
                       default="grouped_mm", help="transformers' experts_implementation")
-  parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa",
-                      help="transformers' attn_implementation")
   parser.add_argument("--adamw", choices=("fused", "foreach", "plain"), default="fused")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                       help="bfloat16 is autocast: parameters and moments stay float32")
@@ -97,8 +95,7 @@ def _model(flags: argparse.Namespace):
   known = transformers.DeepseekV3Config()
   if unknown := [name for name in shape if not hasattr(known, name)]:
     raise ValueError(f"shape: transformers' DeepseekV3Config has no {', '.join(unknown)}")
-  config = transformers.DeepseekV3Config(
-      **shape, attn_implementation=flags.attention, experts_implementation=flags.experts)
+  config = transformers.DeepseekV3Config(**shape, experts_implementation=flags.experts)
   return transformers.DeepseekV3ForCausalLM(config).train()
 
 
@@ -112,7 +109,13 @@ def _go(trainer: Trainer, steps: int) -> None:
     loss = trainer.step()
   seconds = time.perf_counter() - started
   _say(seconds=seconds, loss=float(loss),
-       peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+       peak_rss_mb=_peak_rss_mb())
+
+
+def _peak_rss_mb() -> float:
+  """Of this program: getrusage would count the process that started it, too."""
+  lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main(flags: argparse.Namespace) -> None:

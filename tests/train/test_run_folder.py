@@ -21,7 +21,8 @@ import os, sys, time
 from train.run_folder import RunFolder
 folder = RunFolder(sys.argv[1])
 child = os.fork()  # as a data loader's worker
-print(child, flush=True) if child else None
+if not child:  # it tells, once it has let go of the lock
+  print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
