@@ -66,7 +66,7 @@ SCALES = {
         "nano", data=DataConfig(heldout_bytes=460_000),
         optimizer=OptimizerConfig(learning_rate=5e-3),
         balance=BalanceConfig(bias_rate=0.01),  # gamma x steps is what carries over from V3
-        train=TrainConfig(steps=360, batch_size=8, unroll=3)),
+        train=TrainConfig(steps=330, batch_size=8, unroll=3)),
     # `small` in bfloat16 for about ten minutes on one H200.
     "gpu": PretrainConfig(
         model=dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"]),
@@ -74,7 +74,6 @@ SCALES = {
         optimizer=OptimizerConfig(learning_rate=1e-3),
         train=TrainConfig(steps=2000, batch_size=64, micro_batch_size=16, eval_every=500)),
 }
-MINUTES = {"smoke": 1, "cpu": 5, "gpu": 10}
 
 
 def configure(options: Options, scales: dict[str, RunConfig] | None = None) -> RunConfig:

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from experiments.options import Options
 
 EXPERIMENTS = {
-    "pretrain": "train a model on text, resume it, report on it (--scale=smoke|cpu|gpu)",
+    "pretrain": "train a model on text, resume it, report (--scale=smoke 1 min, cpu 4 min, gpu)",
     "generate": "print text from a checkpoint (--set checkpoint=DIR --set prompt=...)",
     "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
     "bench_train": "time training beside transformers (--set bench.peer=transformers)",

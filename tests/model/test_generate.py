@@ -56,6 +56,17 @@ def test_a_stop_token_ends_its_row_and_is_included():
     assert (out.logprobs_BN[row, length:] == 0).all()
 
 
+def test_streaming_yields_the_same_tokens_one_by_one():
+  v, prompt, length = tiny.variables(CFG), prompts()[0], 5
+  kwargs = {"max_new_tokens": 6, "key": jax.random.key(3), "temperature": 0.7, "top_p": 0.9}
+  whole = model.generate(TRANSFORMER, v, prompts()[:1], LENGTHS[:1], **kwargs)
+  want = whole.tokens_BN[0].tolist()
+  assert list(model.stream(TRANSFORMER, v, prompt[:length], **kwargs)) == want
+  stop = want[2]
+  until = want[:want.index(stop) + 1]
+  assert list(model.stream(TRANSFORMER, v, prompt[:length], stop_token=stop, **kwargs)) == until
+
+
 def test_sampling_follows_the_tempered_nucleus():
   logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
   kept = lambda **kw: jnp.isfinite(sampling_logits(logits, **kw))[0].tolist()
