@@ -104,6 +104,14 @@ def main(options: Options) -> None:
   seeds = [cfg.train.seed + i for i in range(num_seeds)]
   out.check_config({"config": to_dict(run_cfg), "seeds": seeds})
   data.tokenizer.save(out.path / train.start.TOKENIZER)
+  if _is_finished(out.path):
+    print(f"{out.path} is finished, nothing is left to train; its report is "
+          f"{out.path / 'report.md'}")
+    if cfg.export:
+      done = train.start.load(str(out.path))
+      train.start.export(cfg.export, done.cfg, done.variables, data.tokenizer)
+      print(f"exported to {cfg.export}")
+    return
   _announce(cfg, data, out.path)
   try:
     result = run_training(
@@ -119,6 +127,11 @@ def main(options: Options) -> None:
     print(f"stopped after step {result.steps}, saved; the same command goes on")
     return
   _finish(cfg, data, out.path, result)
+
+
+def _is_finished(path: pathlib.Path) -> bool:
+  results = path / "results.json"
+  return results.exists() and json.loads(results.read_text())["status"] == "finished"
 
 
 def with_seeds(cfg: RunConfig, seeds: list[int]) -> list[RunConfig]:

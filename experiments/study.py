@@ -145,8 +145,11 @@ def main(study: Study, options: Options) -> None:
 def execute(study: Study, scale_name: str, options: Options, source_hash: str) -> dict:
   """`main` for a study made on the spot; returns what results.json holds."""
   runner = _Runner(study, scale_name, options, source_hash)
-  runner.run()
-  return runner.judge()
+  try:
+    runner.run()
+    return runner.judge()
+  finally:
+    runner.out.close()
 
 
 def _source_hash(study: Study) -> str:
@@ -195,6 +198,8 @@ class _Runner:
     self.configs = {arm.name: settings.apply(self.base, arm.settings) for arm in study.arms}
     self.arms = list(options.arms) or list(known)
     self.seeds = options.seed_range(self.scale.seeds)
+    if self.seeds.stop > _SWEEP_SEED:
+      raise ValueError(f"--seeds={options.seeds}: seeds from {_SWEEP_SEED} on sweep learning rates")
     self.told = "model.vocab_size" in settings.assigned(options.settings)
     self.out = RunFolder(options.folder(f"{study.name}-{scale_name}"))
     self.out.check_config({
@@ -232,9 +237,12 @@ class _Runner:
                  for i in range(self.scale.sweep_seeds)]
         if None in swept:
           break
-        losses[rate] = np.mean([run["metrics"].get("validation_loss", np.inf) for run in swept])
+        losses[rate] = np.mean([_finite(run["metrics"], "validation_loss", np.inf)
+                                for run in swept])
       else:
-        best[arm] = min(losses, key=losses.get)
+        rate = min(losses, key=losses.get)
+        if np.isfinite(losses[rate]):
+          best[arm] = rate
     return best
 
   def _run_all(self, tasks: Sequence[Task]) -> bool:
@@ -356,7 +364,9 @@ def compare(question: Comparison, compared: dict[str, dict[int, dict]]) -> dict 
       return None
     mean = lambda seeds: np.mean([values[question.matched] for values in seeds.values()])
     arm = min(group, key=lambda name: abs(mean(compared[name]) - mean(baseline)))
-  seeds = sorted(compared[arm].keys() & (compared[arm] if baseline is None else baseline).keys())
+  arms = (compared[arm],) if baseline is None else (compared[arm], baseline)
+  seeds = sorted(seed for seed in arms[0].keys() & arms[-1].keys()
+                 if all(_finite(values[seed], question.metric) is not None for values in arms))
   if not seeds:
     return None
   values = [compared[arm][seed][question.metric] for seed in seeds]
@@ -366,6 +376,12 @@ def compare(question: Comparison, compared: dict[str, dict[int, dict]]) -> dict 
           "baseline": question.baseline, "paired": dataclasses.asdict(pair),
           "claim": dataclasses.asdict(question.claim), "paper": question.paper,
           "verdict": judge(pair, question.claim)}
+
+
+def _finite(metrics: dict, name: str, otherwise: float | None = None) -> float | None:
+  """A metric, if it was measured and is a number; JSON has null for one that is not."""
+  value = metrics.get(name)
+  return value if value is not None and np.isfinite(value) else otherwise
 
 
 def _with_edge(rate: float | None, rates: Sequence[float]) -> str:

@@ -108,11 +108,13 @@ class Evaluator:
     heldout: by domain.
     batch_size: sequences at a time.
     several: whether variables, and so counts, have a leading axis of seeds.
+    masked: whether documents are kept from attending to each other.
   """
 
   def __init__(self, counts: Callable[[dict, Batch], Counts], heldout: Mapping[str, HeldOut], *,
-               batch_size: int, several: bool = False):
+               batch_size: int, several: bool = False, masked: bool = False):
     self._count, self._heldout, self._batch_size = counts, heldout, batch_size
+    self._masked = masked
     self._axis = int(several)  # that of sequences
 
   def __call__(self, variables: dict) -> Evaluation:
@@ -135,11 +137,11 @@ class Evaluator:
     tokens_RL, mask_RT = rows.tokens, rows.loss_mask
     batches, size = [], min(self._batch_size, len(tokens_RL))
     for start in range(0, len(tokens_RL), size):
-      tokens, mask = tokens_RL[start:start + size], mask_RT[start:start + size]
-      missing = size - len(tokens)
-      pad = lambda x, n=missing: np.pad(x, ((0, n), (0, 0)))
-      counts = self._count(variables, Batch(pad(tokens), pad(mask)))
-      batches.append((counts, len(tokens)))
+      stop = min(start + size, len(tokens_RL))
+      part = lambda x, start=start, stop=stop: np.pad(
+          x[start:stop], ((0, start + size - stop), (0, 0)))
+      batch = Batch(part(tokens_RL), part(mask_RT), part(rows.segments) if self._masked else None)
+      batches.append((self._count(variables, batch), stop - start))
     cut = lambda x, n: np.asarray(x)[(slice(None),) * self._axis + (slice(n),)]
     return jax.tree.map(lambda *xs: np.concatenate(xs, self._axis), *(
         jax.tree.map(lambda x, n=n: cut(x, n), counts) for counts, n in batches))

@@ -208,7 +208,7 @@ class _Run:
     else:
       row |= {name: value.tolist() for name, value in values.items()}
       row["learning_rate"] = float(values["learning_rate"][0])
-    return row | {"time": seen, **self.progress.rates(step, self.program.batch_size(step - 1))}
+    return row | {"time": seen, **self.progress.rates(seen, self.program.batch_size(step - 1))}
 
   def _check_finite(self, step: int, metrics: dict) -> None:
     skipped = int(np.max(metrics["skipped"]))

@@ -93,7 +93,8 @@ class Program:
     self._schedules = [Schedule(cfg) for cfg in lanes]
     self._mesh, self._step, count = _compiled(shared(self.cfg), self.num_lanes)
     rows = max(1, _EVALUATION_TOKENS // (self.cfg.data.seq_len * self.num_lanes))
-    self.evaluate = Evaluator(count, heldout, batch_size=rows, several=self.num_lanes > 1)
+    self.evaluate = Evaluator(count, heldout, batch_size=rows, several=self.num_lanes > 1,
+                              masked=self.cfg.data.sample_masking)
 
   def init(self, variables: dict | None = None) -> TrainState:
     """The state before the first step: from each lane's seed, or all from the same variables."""

@@ -1,7 +1,6 @@
 """A progress bar with what a person wants to know, and the rates that go into the record."""
 
 import sys
-import time
 
 from tqdm import tqdm
 
@@ -30,14 +29,16 @@ class Progress:
         dynamic_ncols=interactive, mininterval=0.2 if interactive else 10.0, leave=True)
     self._note = ""
 
-  def rates(self, step: int, num_sequences: int) -> dict:
-    """Tokens/s and utilisation since the last call; of a process' first step, which compiles, none.
+  def rates(self, now: float, num_sequences: int) -> dict:
+    """Tokens/s and utilisation since the step before; of a process' first, which compiles, none.
 
     Utilisation is the FLOP/s of `ModelConfig.flops_per_token` over `peak_flops`.
+
+    Args:
+      now: when the step was begun, in seconds.
+      num_sequences: of the step, per lane.
     """
-    del step
-    now, last = time.perf_counter(), self._last
-    self._last = now
+    last, self._last = self._last, now
     if last is None:
       return {}
     tokens_per_second = num_sequences * self._tokens_per_sequence / (now - last)

@@ -33,9 +33,18 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
   fsync(path.parent)
 
 
+def _strict(value: Any) -> Any:
+  """`value` with null for numbers that are not finite, which JSON does not have."""
+  if isinstance(value, dict):
+    return {key: _strict(child) for key, child in value.items()}
+  if isinstance(value, list | tuple):
+    return [_strict(child) for child in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
-  """`write_text_atomic` of an object as indented JSON."""
-  write_text_atomic(path, json.dumps(obj, indent=2) + "\n")
+  """`write_text_atomic` of an object as indented JSON, with null for NaN and infinities."""
+  write_text_atomic(path, json.dumps(_strict(obj), indent=2, allow_nan=False) + "\n")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
