@@ -66,7 +66,7 @@ SCALES = {
         "nano", data=DataConfig(heldout_bytes=460_000),
         optimizer=OptimizerConfig(learning_rate=5e-3),
         balance=BalanceConfig(bias_rate=0.01),  # gamma x steps is what carries over from V3
-        train=TrainConfig(steps=330, batch_size=8, unroll=3)),
+        train=TrainConfig(steps=370, batch_size=8, unroll=3)),
     # `small` in bfloat16 for about ten minutes on one H200.
     "gpu": PretrainConfig(
         model=dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"]),
