@@ -11,11 +11,9 @@ import math
 import numpy as np
 
 from experiments.options import Options
-from experiments.pretrain import SCALES
-from experiments.report import FINISHED
+from experiments.pretrain import SCALES, scale_name
 from experiments.stats import Claim
-from experiments.study import Arm, Comparison, Scale, Study, execute
-from train.config import RunConfig
+from experiments.study import Arm, Comparison, Scale, Study, compared_runs, execute
 
 _MARGIN = 0.02  # nats: the difference that is called none
 _EVALUATIONS = 8
@@ -25,16 +23,12 @@ def main(options: Options) -> None:
   options.refuse("profile")
   if not options.a and not options.b:
     raise ValueError("say what differs: --a key=value, --b key=value or both")
-  scale_name = options.scale or "smoke"
-  if scale_name not in SCALES:
-    raise ValueError(f"--scale={scale_name} does not exist; there are {', '.join(SCALES)}")
-  cfg = SCALES[scale_name]
-  cfg = RunConfig(**{field.name: getattr(cfg, field.name)
-                     for field in dataclasses.fields(RunConfig)})
+  scale = scale_name(options)
+  cfg = SCALES[scale].without_extras()
   cfg = dataclasses.replace(cfg, train=dataclasses.replace(
       cfg.train, eval_every=max(1, cfg.train.steps // _EVALUATIONS)))
   rate = cfg.optimizer.learning_rate
-  scale = Scale(cfg, (rate / 2, rate, rate * 2), seeds=8, minutes=5, hardware="2 CPU cores")
+  budget = Scale(cfg, (rate / 2, rate, rate * 2), seeds=8, minutes=5, hardware="2 CPU cores")
   study = Study(
       name="ab", claim=f"b ({' '.join(options.b) or 'as it is'}) reaches a lower validation loss "
                        f"than a ({' '.join(options.a) or 'as it is'})",
@@ -43,23 +37,19 @@ def main(options: Options) -> None:
           Comparison("b is better than a", "validation_loss", "b", "a", Claim("sign", sign=-1)),
           Comparison(f"b equals a within {_MARGIN} nats", "validation_loss", "b", "a",
                      Claim("equivalent", margin=_MARGIN))),
-      scales={scale_name: scale})
-  results = execute(study, scale_name, options, source_hash="none: the claim is the command line")
-  print(_speed_up(results["runs"], results["arms"]))
+      scales={scale: budget})
+  results = execute(study, scale, options, source_hash="none: the claim is the command line")
+  print(_speed_up(*(compared_runs(results["runs"], arm, results["best_learning_rates"].get(arm))
+                    for arm in "ab")))
 
 
-def _speed_up(runs: list[dict], arms: list[dict]) -> str:
+def _speed_up(runs_a: dict[int, dict], runs_b: dict[int, dict]) -> str:
   """FLOPs that a needs for its final loss over those that b needs for the same, over the seeds."""
-  rates = {arm["name"]: float(arm["best learning rate"].split()[0]) for arm in arms
-           if arm["best learning rate"][0].isdigit()}
-  finished = {(run["arm"], run["seed"]): run for run in runs if run["status"] == FINISHED
-              and run["learning_rate"] == rates.get(run["arm"]) and run["seed"] < 1000}
   ratios = []
-  for (arm, seed), a in finished.items():
-    b = finished.get(("b", seed))
-    if arm == "a" and b:
-      flops = flops_to_loss(b["validation_curve"], b["flops"], a["validation_curve"][-1][1])
-      ratios.append(a["flops"] / flops if flops else math.nan)
+  for seed in runs_a.keys() & runs_b.keys():
+    a, b = runs_a[seed], runs_b[seed]
+    flops = flops_to_loss(b["validation_curve"], b["flops"], a["validation_curve"][-1][1])
+    ratios.append(a["flops"] / flops if flops else math.nan)
   if not ratios:
     return "no pair of finished runs to compare FLOPs of"
   reached = [ratio for ratio in ratios if not math.isnan(ratio)]

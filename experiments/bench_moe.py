@@ -7,7 +7,6 @@ here.
 """
 
 import functools
-import json
 import time
 
 import jax
@@ -125,10 +124,6 @@ def main(options: Options) -> None:
       print(f"{routing:10} {name:38} {1e3 * median:7.1f} {useful / median / 1e9:8.0f} "
             f"{errors[name]:8.1e}")
   if options.out:
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
     shape = {"tokens": _TOKENS, "width": _WIDTH, "experts": _EXPERTS, "chosen": _CHOSEN,
              "expert_width": _EXPERT_WIDTH, "rounds": _ROUNDS, "format": "float32"}
-    result = provenance.describe() | {"shape": shape, "rows": rows}
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {out / 'results.json'}")
+    print(f"wrote {provenance.record(options.out, {'shape': shape, 'rows': rows})}")

@@ -1,7 +1,6 @@
 """Times a training step of one seed against that of several along an array axis."""
 
 import dataclasses
-import json
 import time
 
 import jax
@@ -32,8 +31,7 @@ class _Config(RunConfig):
 def main(options: Options) -> None:
   options.refuse("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(_Config(), options.settings, named={"model": get_config})
-  run = RunConfig(**{field.name: getattr(cfg, field.name)
-                     for field in dataclasses.fields(RunConfig)})
+  run = cfg.without_extras()
   steps = {count: _Stepper(run, count) for count in (1, cfg.seeds)}
   for _ in range(_ROUNDS):  # alternating, so that both see the same machine
     for step in steps.values():
@@ -45,11 +43,9 @@ def main(options: Options) -> None:
   for count, seconds in median.items():
     print(f"{count} seeds: {1e3 * seconds:.2f} ms a step, {count * tokens / seconds:,.0f} tokens/s")
   if options.out:
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = provenance.describe() | {
+    provenance.record(options.out, {
         "ratio": ratio, "batch": run.train.batch_size, "seq_len": run.data.seq_len,
-        "seconds_a_step": {count: step.seconds for count, step in steps.items()}}
-    (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        "seconds_a_step": {count: step.seconds for count, step in steps.items()}})
 
 
 class _Stepper:

@@ -23,7 +23,7 @@ from experiments import provenance, settings
 from experiments.options import Options
 from model import ModelConfig, get_config
 from train.checkpoint import Checkpoints
-from train.config import BalanceConfig, DataConfig, RunConfig, TrainConfig
+from train.config import DataConfig, RunConfig, TrainConfig
 from train.config_io import to_dict
 from train.data import load
 from train.program import Program
@@ -79,7 +79,6 @@ def main(options: Options) -> None:
   cfg = settings.apply(BenchConfig(), options.settings, named={"model": get_config})
   run_cfg = RunConfig(
       model=cfg.model, data=DataConfig(seq_len=cfg.seq_len),
-      balance=BalanceConfig(sequence_weight=0.0) if cfg.model.moe is None else BalanceConfig(),
       train=TrainConfig(steps=10_000, batch_size=cfg.batch_size, unroll=cfg.model.num_layers))
   ours = _Ours(run_cfg)
   sides = {"ours": ours}
@@ -93,15 +92,14 @@ def main(options: Options) -> None:
     for side in sides.values():
       side.quit()
   tokens = cfg.batch_size * cfg.seq_len
-  result = provenance.describe() | {
+  result = {
       "shape": to_dict(cfg), "params": cfg.model.param_count(),
       "sides": {name: side.summary(tokens) for name, side in sides.items()},
       "input_pipeline_tokens_per_second": _pipeline(run_cfg),
       "checkpoint": ours.checkpoint_cost(run_cfg.train.checkpoint_every)}
   _report(cfg, result)
   if options.out:
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    provenance.record(options.out, result)
 
 
 def _report(cfg: BenchConfig, result: dict) -> None:

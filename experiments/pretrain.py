@@ -8,7 +8,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 
 import model
@@ -23,6 +22,7 @@ from train.config_io import to_dict
 from train.data import Data, load
 from train.loop import Result, TrainingError
 from train.loop import train as run_training
+from train.program import first_lane
 from train.run_folder import RunFolder, write_json_atomic
 from train.tokenizer import Tokenizer
 
@@ -44,10 +44,6 @@ class PretrainConfig(RunConfig):
   baselines: bool = True
 
 
-def _scaled(name: str, **changes) -> PretrainConfig:
-  return PretrainConfig(model=model.get_config(name), **changes)
-
-
 def _smoke() -> PretrainConfig:
   """40 steps of a three-layer model: under a minute on two cores."""
   nano = model.get_config("nano")
@@ -62,8 +58,8 @@ def _smoke() -> PretrainConfig:
 SCALES = {
     "smoke": _smoke(),
     # `nano` for four minutes on two cores, one of them for evaluating on 1 MB twice.
-    "cpu": _scaled(
-        "nano", data=DataConfig(heldout_bytes=460_000),
+    "cpu": PretrainConfig(
+        model=model.get_config("nano"), data=DataConfig(heldout_bytes=460_000),
         optimizer=OptimizerConfig(learning_rate=5e-3),
         balance=BalanceConfig(bias_rate=0.01),  # gamma x steps is what carries over from V3
         train=TrainConfig(steps=370, batch_size=8, unroll=3)),
@@ -76,31 +72,27 @@ SCALES = {
 }
 
 
-def configure(options: Options, scales: dict[str, RunConfig] | None = None) -> RunConfig:
-  """The scale's config with all `--set`s applied; the model is `init`'s unless that is set too.
-
-  Raises:
-    ValueError: listing all that is wrong.
-  """
-  scales = scales or SCALES
+def scale_name(options: Options) -> str:
+  """The key of SCALES that was asked for, or the default."""
   scale = options.scale or "smoke"
-  if scale not in scales:
-    raise ValueError(f"--scale={scale} does not exist; there are {', '.join(scales)}")
-  return settings.apply(scales[scale], options.settings, named={"model": model.get_config})
+  if scale not in SCALES:
+    raise ValueError(f"--scale={scale} does not exist; there are {', '.join(SCALES)}")
+  return scale
 
 
 def main(options: Options) -> None:
   options.refuse("a", "b", "arms")
-  cfg = configure(options)
+  scale = scale_name(options)
+  cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
+  told = settings.assigned(options.settings)
   num_seeds = options.num_seeds()
   start = train.start.load(cfg.init) if cfg.init else None
   if start:
-    cfg = _with_start(cfg, start, settings.assigned(options.settings))
-  out = RunFolder(options.folder(f"pretrain-{options.scale or 'smoke'}"))
+    cfg = _with_start(cfg, start, told)
+  out = RunFolder(options.folder(f"pretrain-{scale}"))
   data = load(cfg.data)
-  cfg = fit_vocabulary(cfg, data, told="model.vocab_size" in settings.assigned(options.settings))
-  run_cfg = RunConfig(**{field.name: getattr(cfg, field.name)
-                         for field in dataclasses.fields(RunConfig)})
+  cfg = fit_vocabulary(cfg, data, told="model.vocab_size" in told)
+  run_cfg = cfg.without_extras()
   seeds = [cfg.train.seed + i for i in range(num_seeds)]
   out.check_config({"config": to_dict(run_cfg), "seeds": seeds})
   data.tokenizer.save(out.path / train.start.TOKENIZER)
@@ -108,9 +100,7 @@ def main(options: Options) -> None:
     print(f"{out.path} is finished, nothing is left to train; its report is "
           f"{out.path / 'report.md'}")
     if cfg.export:
-      done = train.start.load(str(out.path))
-      train.start.export(cfg.export, done.cfg, done.variables, data.tokenizer)
-      print(f"exported to {cfg.export}")
+      _export(cfg, train.start.load(str(out.path)).variables, data)
     return
   _announce(cfg, data, out.path)
   try:
@@ -119,7 +109,7 @@ def main(options: Options) -> None:
         max_seconds=options.max_minutes and 60 * options.max_minutes, profile=options.profile,
         on_evaluation=_print_evaluation)
   except TrainingError:
-    _record(out.path, cfg, data, {"status": "failed", "cost": cost.total(out.path / "cost")})
+    _record(out.path, cfg, data, {"status": "failed", "cost": cost.total(out.path)})
     raise
   for message in result.messages:
     print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
@@ -189,7 +179,7 @@ def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result)
   if cfg.baselines:
     record["baselines"] = _baselines(cfg, data)
     _compare(result.evaluations[-1]["bits_per_byte"], record["baselines"])
-  variables = first_lane(result.state.variables, several="per_seed" in result.rows[-1])
+  variables = first_lane(result.state.variables, len(result.seeds))
   if cfg.sample_tokens:
     print(f"\n{cfg.prompt}", end="", flush=True)
     text = write_continuation(cfg.model, variables, data.tokenizer, cfg.prompt,
@@ -197,8 +187,7 @@ def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result)
     record["samples"] = [{"prompt": cfg.prompt, "text": text}]
     print("\n")
   if cfg.export:
-    train.start.export(cfg.export, cfg.model, variables, data.tokenizer)
-    print(f"exported to {cfg.export}")
+    _export(cfg, variables, data)
   first, last = result.rows[0], result.rows[-1]
   if "max_violation" in last:
     print(f"MaxVio of a batch: {first['max_violation']:.2f} at the first step, "
@@ -207,16 +196,16 @@ def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result)
   print(f"report: {write_run_report(path, run, result.rows)}")
 
 
-def first_lane(variables: dict, several: bool) -> dict:
-  """The first of several seeds' variables."""
-  return jax.tree.map(lambda x: x[0], variables) if several else variables
+def _export(cfg: PretrainConfig, variables: dict, data: Data) -> None:
+  train.start.export(cfg.export, cfg.model, variables, data.tokenizer)
+  print(f"exported to {cfg.export}")
 
 
 def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:
+  """Writes results.json; returns what it holds."""
   run = {"provenance": provenance.describe(), "config": to_dict(cfg), "data": data.summary(),
          **more}
-  write_json_atomic(path / "results.json", run)
-  return json.loads((path / "results.json").read_text())
+  return write_json_atomic(path / "results.json", run)
 
 
 def _baselines(cfg: PretrainConfig, data: Data) -> dict[str, dict[str, float]]:

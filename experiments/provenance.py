@@ -9,6 +9,8 @@ import sys
 
 import jax
 
+from train.run_folder import write_json_atomic
+
 _ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -24,6 +26,13 @@ def _cpu() -> str:
     return platform.processor()
   names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.processor()
+
+
+def record(folder: pathlib.Path, result: dict) -> pathlib.Path:
+  """Writes a benchmark's results.json, headed by `describe`; returns its path."""
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json_atomic(folder / "results.json", describe() | result)
+  return folder / "results.json"
 
 
 def describe() -> dict:

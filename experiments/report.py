@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from experiments import plots
 from experiments.stats import Paired
+from train.run_folder import leaves
 
 FINISHED = "finished"  # the status of a run that counts
 
@@ -46,14 +47,9 @@ def _table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rows])
 
 
-def _flat(value, path: str = "") -> Iterable[tuple[str, object]]:
+def _flat(value) -> Iterable[tuple[str, str]]:
   """Leaves of nested dicts and lists by dotted path, as they are: no rounding."""
-  if isinstance(value, dict | list | tuple) and value:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in pairs:
-      yield from _flat(inner, f"{path}.{key}" if path else str(key))
-  else:
-    yield path, "none" if value is None else str(value)
+  return ((path, "none" if leaf is None else str(leaf)) for path, leaf in leaves(value))
 
 
 def _collapsed(summary: str, body: str) -> str:

@@ -65,10 +65,10 @@ def _options() -> Options:
 def _keep_compiled_programs() -> None:
   """Compiling takes longer than a smoke run; what one run compiled serves the next."""
   import jax
-  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+
+  from train.config import DataConfig
   if jax.config.jax_compilation_cache_dir is None:
-    folder = pathlib.Path(cache) / "deepseek-jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(DataConfig().cache_folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -248,8 +248,7 @@ class _Runner:
   def _run_all(self, tasks: Sequence[Task]) -> bool:
     """Runs the tasks that no part has; False if time ran out."""
     done = self.finished()
-    todo = [task for task in tasks if task not in done]
-    for group in self._groups(todo):
+    for group in self._groups([task for task in tasks if task not in done]):
       if self.deadline and time.monotonic() > self.deadline:
         return False
       if not self._run_group(group):
@@ -286,7 +285,7 @@ class _Runner:
       folder.close()
     if status == "stopped":
       return False
-    spent = cost.total(folder.path / "cost")
+    spent = cost.total(folder.path)
     share = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
     several = len(tasks) > 1
     for lane, task in enumerate(tasks):
@@ -315,10 +314,8 @@ class _Runner:
     """Merges the parts, compares what can be compared, and writes results.json and report.md."""
     runs = self.finished()
     best = self.best_learning_rates(runs)
-    compared = {arm: {task.seed: run["metrics"] for task, run in runs.items()
-                      if task.arm == arm and task.seed < _SWEEP_SEED
-                      and task.learning_rate == best.get(arm) and run["status"] == FINISHED}
-                for arm in self.configs}
+    compared = {arm: {seed: run["metrics"] for seed, run in compared_runs(
+        runs.values(), arm, best.get(arm)).items()} for arm in self.configs}
     comparisons = [c for c in (compare(c, compared) for c in self.study.comparisons) if c]
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
@@ -328,7 +325,7 @@ class _Runner:
         "arms": [{"name": arm.name, "settings": " ".join(arm.settings) or "as it is",
                   "best learning rate": _with_edge(best.get(arm.name), self.scale.learning_rates)}
                  for arm in self.study.arms],
-        "runs": list(runs.values()), "comparisons": comparisons,
+        "best_learning_rates": best, "runs": list(runs.values()), "comparisons": comparisons,
         "noise": {metric: noise([values[metric] for values in seeds.values()])
                   for metric in metrics if len(seeds) > 1},
         "detectable": {f"{c['name']} ({c['metric']})": c["paired"]["detectable"]
@@ -352,6 +349,14 @@ class _Runner:
           f"{spent['flops']:.3g} FLOP{joules}")
     print(f"report: {write_study_report(self.out.path, study)}")
     return study
+
+
+def compared_runs(
+    runs: Iterable[dict], arm: str, learning_rate: float | None) -> dict[int, dict]:
+  """An arm's finished runs at its best learning rate, by seed; those of the sweep left out."""
+  return {run["seed"]: run for run in runs
+          if run["arm"] == arm and run["learning_rate"] == learning_rate
+          and run["seed"] < _SWEEP_SEED and run["status"] == FINISHED}
 
 
 def compare(question: Comparison, compared: dict[str, dict[int, dict]]) -> dict | None:
@@ -393,8 +398,7 @@ def _with_edge(rate: float | None, rates: Sequence[float]) -> str:
 
 def _flops(cfg: RunConfig) -> float:
   """Of the training itself, without what interruptions repeated."""
-  steps, rows = cfg.train.steps, cfg.train.batch_size
-  return steps * rows * cfg.data.seq_len * cfg.model.flops_per_token(cfg.data.seq_len, mtp=True)
+  return cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len * cfg.flops_per_token
 
 
 def _curves(result: Result, lane: int | None) -> dict:

@@ -7,18 +7,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from model.checks import require, require_positive
 from model.numerics import NUMERICS, Numerics
-
-
-def _require(condition: bool, message: str) -> None:
-  if not condition:
-    raise ValueError(message)
-
-
-def _require_positive(config, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require(value > 0, f"{type(config).__name__}.{name}={value} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +28,11 @@ class YarnScaling:
   mscale_all_dim: float = 1.0
 
   def __post_init__(self):
-    _require_positive(self, "factor", "original_seq_len", "beta_fast", "beta_slow")
-    _require(self.beta_fast > self.beta_slow, "YarnScaling.beta_fast must exceed beta_slow")
+    require_positive(self, "factor", "original_seq_len", "beta_fast", "beta_slow")
+    require(self.beta_fast > self.beta_slow, "YarnScaling.beta_fast must exceed beta_slow")
     for name in ("mscale", "mscale_all_dim"):
-      _require(self._temperature(getattr(self, name)) > 0,
-               f"YarnScaling.{name}={getattr(self, name)} makes a temperature that is not positive")
+      require(self._temperature(getattr(self, name)) > 0,
+              f"YarnScaling.{name}={getattr(self, name)} makes a temperature that is not positive")
 
   def _temperature(self, mscale: float) -> float:
     return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
@@ -70,9 +60,9 @@ class Llama3Scaling:
   original_seq_len: int = 8192
 
   def __post_init__(self):
-    _require_positive(self, "factor", "low_freq_factor", "original_seq_len")
-    _require(self.high_freq_factor > self.low_freq_factor,
-             "Llama3Scaling.high_freq_factor must exceed low_freq_factor")
+    require_positive(self, "factor", "low_freq_factor", "original_seq_len")
+    require(self.high_freq_factor > self.low_freq_factor,
+            "Llama3Scaling.high_freq_factor must exceed low_freq_factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +72,7 @@ class LinearScaling:
   factor: float = 1.0
 
   def __post_init__(self):
-    _require_positive(self, "factor")
+    require_positive(self, "factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +84,9 @@ class RopeConfig:
   scaling: YarnScaling | Llama3Scaling | LinearScaling | None = None
 
   def __post_init__(self):
-    _require(self.theta > 1, f"RopeConfig.theta={self.theta} must exceed 1")
-    _require(self.layout in ("interleaved", "half"),
-             f"RopeConfig.layout={self.layout!r} must be 'interleaved' or 'half'")
+    require(self.theta > 1, f"RopeConfig.theta={self.theta} must exceed 1")
+    require(self.layout in ("interleaved", "half"),
+            f"RopeConfig.layout={self.layout!r} must be 'interleaved' or 'half'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +106,12 @@ class MLAConfig:
   latent_norm: bool = True
 
   def __post_init__(self):
-    _require_positive(
+    require_positive(
         self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    _require(self.q_lora_rank is None or self.q_lora_rank > 0,
-             f"MLAConfig.q_lora_rank={self.q_lora_rank} must be positive or None")
-    _require(self.qk_rope_head_dim % 2 == 0,
-             f"MLAConfig.qk_rope_head_dim={self.qk_rope_head_dim} must be even: it rotates pairs")
+    require(self.q_lora_rank is None or self.q_lora_rank > 0,
+            f"MLAConfig.q_lora_rank={self.q_lora_rank} must be positive or None")
+    require(self.qk_rope_head_dim % 2 == 0,
+            f"MLAConfig.qk_rope_head_dim={self.qk_rope_head_dim} must be even: it rotates pairs")
 
   @property
   def rope_dim(self) -> int:
@@ -165,12 +155,12 @@ class GQAConfig:
   out_bias: bool = False
 
   def __post_init__(self):
-    _require_positive(self, "num_heads", "num_kv_heads", "head_dim")
-    _require(self.num_heads % self.num_kv_heads == 0,
-             f"GQAConfig.num_heads={self.num_heads} does not divide into "
-             f"num_kv_heads={self.num_kv_heads}")
-    _require(self.head_dim % 2 == 0,
-             f"GQAConfig.head_dim={self.head_dim} must be even: rotary positions rotate pairs")
+    require_positive(self, "num_heads", "num_kv_heads", "head_dim")
+    require(self.num_heads % self.num_kv_heads == 0,
+            f"GQAConfig.num_heads={self.num_heads} does not divide into "
+            f"num_kv_heads={self.num_kv_heads}")
+    require(self.head_dim % 2 == 0,
+            f"GQAConfig.head_dim={self.head_dim} must be even: rotary positions rotate pairs")
 
   @property
   def rope_dim(self) -> int:
@@ -213,24 +203,24 @@ class MoEConfig:
   balancing_bias: bool = True  # loss-free balancing's b_i, in the variable collection `router`
 
   def __post_init__(self):
-    _require_positive(self, "num_experts", "experts_per_token", "expert_dim", "num_groups",
-                      "groups_per_token", "route_scale")
-    _require(self.num_shared_experts >= 0,
-             f"MoEConfig.num_shared_experts={self.num_shared_experts} must not be negative")
-    _require(self.group_score in ("top2", "max"),
-             f"MoEConfig.group_score={self.group_score!r} must be 'top2' or 'max'")
-    _require(self.score in ("sigmoid", "softmax"),
-             f"MoEConfig.score={self.score!r} must be 'sigmoid' or 'softmax'")
-    _require(self.num_experts % self.num_groups == 0,
-             f"MoEConfig.num_experts={self.num_experts} does not divide into "
-             f"num_groups={self.num_groups}")
-    _require(self.groups_per_token <= self.num_groups,
-             f"MoEConfig.groups_per_token={self.groups_per_token} exceeds "
-             f"num_groups={self.num_groups}")
+    require_positive(self, "num_experts", "experts_per_token", "expert_dim", "num_groups",
+                     "groups_per_token", "route_scale")
+    require(self.num_shared_experts >= 0,
+            f"MoEConfig.num_shared_experts={self.num_shared_experts} must not be negative")
+    require(self.group_score in ("top2", "max"),
+            f"MoEConfig.group_score={self.group_score!r} must be 'top2' or 'max'")
+    require(self.score in ("sigmoid", "softmax"),
+            f"MoEConfig.score={self.score!r} must be 'sigmoid' or 'softmax'")
+    require(self.num_experts % self.num_groups == 0,
+            f"MoEConfig.num_experts={self.num_experts} does not divide into "
+            f"num_groups={self.num_groups}")
+    require(self.groups_per_token <= self.num_groups,
+            f"MoEConfig.groups_per_token={self.groups_per_token} exceeds "
+            f"num_groups={self.num_groups}")
     reachable = self.groups_per_token * self.num_experts // self.num_groups
-    _require(self.experts_per_token <= reachable,
-             f"MoEConfig.experts_per_token={self.experts_per_token} exceeds the {reachable} "
-             f"experts in groups_per_token={self.groups_per_token} groups")
+    require(self.experts_per_token <= reachable,
+            f"MoEConfig.experts_per_token={self.experts_per_token} exceeds the {reachable} "
+            f"experts in groups_per_token={self.groups_per_token} groups")
 
   @property
   def shared_dim(self) -> int:
@@ -252,11 +242,11 @@ class MTPConfig:
   hidden: Literal["post_norm", "pre_norm"] = "post_norm"
 
   def __post_init__(self):
-    _require_positive(self, "depth")
-    _require(self.concat in ("hidden_first", "embedding_first"),
-             f"MTPConfig.concat={self.concat!r} must be 'hidden_first' or 'embedding_first'")
-    _require(self.hidden in ("post_norm", "pre_norm"),
-             f"MTPConfig.hidden={self.hidden!r} must be 'post_norm' or 'pre_norm'")
+    require_positive(self, "depth")
+    require(self.concat in ("hidden_first", "embedding_first"),
+            f"MTPConfig.concat={self.concat!r} must be 'hidden_first' or 'embedding_first'")
+    require(self.hidden in ("post_norm", "pre_norm"),
+            f"MTPConfig.hidden={self.hidden!r} must be 'post_norm' or 'pre_norm'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +274,12 @@ class ModelConfig:
   numerics: Numerics = NUMERICS["fp32"]
 
   def __post_init__(self):
-    _require_positive(self, "vocab_size", "d_model", "num_layers", "ffn_dim", "max_seq_len",
-                      "norm_eps", "init_std")
+    require_positive(self, "vocab_size", "d_model", "num_layers", "ffn_dim", "max_seq_len",
+                     "norm_eps", "init_std")
     limit = self.num_layers if self.moe else 0
-    _require(0 <= self.num_dense_layers <= limit,
-             f"ModelConfig.num_dense_layers={self.num_dense_layers} must lie in 0..{limit}"
-             + ("" if self.moe else ": without moe every layer is dense, leave it 0"))
+    require(0 <= self.num_dense_layers <= limit,
+            f"ModelConfig.num_dense_layers={self.num_dense_layers} must lie in 0..{limit}"
+            + ("" if self.moe else ": without moe every layer is dense, leave it 0"))
 
   @property
   def num_moe_layers(self) -> int:

@@ -156,8 +156,9 @@ def stream(
     keys_B = jax.random.fold_in(row_key, step)[None]
     chosen_B, logits_BV, cache = _advance(
         model, variables, logits_BV, cache, keys_B, temperature, top_p, temperature == 0)
-    yield int(chosen_B[0])
-    if stop_token is not None and chosen_B[0] == stop_token:
+    token = int(chosen_B[0])
+    yield token
+    if token == stop_token:
       return
 
 

@@ -5,27 +5,12 @@ runs, and our own where they do not: learning rate, batch and context.
 """
 
 import dataclasses
+import os
+import pathlib
 from typing import Literal
 
 from model import ModelConfig
-
-
-def _require(condition: bool, message: str) -> None:
-  if not condition:
-    raise ValueError(message)
-
-
-def _require_range(config, low: float, high: float, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require(low <= value <= high,
-             f"{type(config).__name__}.{name}={value} must lie in {low:g}..{high:g}")
-
-
-def _require_positive(config, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require(value > 0, f"{type(config).__name__}.{name}={value} must be positive")
+from model.checks import require, require_positive, require_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +36,8 @@ class Source:
   prompt_field: str | None = None
 
   def __post_init__(self):
-    _require(bool(self.path), "Source.path must not be empty")
-    _require_positive(self, "weight")
+    require(bool(self.path), "Source.path must not be empty")
+    require_positive(self, "weight")
 
   @classmethod
   def parse(cls, text: str) -> "Source":
@@ -93,14 +78,22 @@ class DataConfig:
   cache_dir: str | None = None
 
   def __post_init__(self):
-    _require(bool(self.sources), "DataConfig.sources must not be empty")
-    _require_positive(self, "seq_len")
-    _require(self.bpe_vocab_size >= 512,
-             f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512: 256 bytes, "
-             "special tokens and some merges")
-    _require_range(self, 0, 1, "fim_rate", "max_bad_share")
-    _require_range(self, 0, 0.5, "heldout_share")
-    _require_range(self, 0, float("inf"), "heldout_bytes")
+    require(bool(self.sources), "DataConfig.sources must not be empty")
+    require_positive(self, "seq_len")
+    require(self.bpe_vocab_size >= 512,
+            f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512: 256 bytes, "
+            "special tokens and some merges")
+    require_range(self, 0, 1, "fim_rate", "max_bad_share")
+    require_range(self, 0, 0.5, "heldout_share")
+    require_range(self, 0, float("inf"), "heldout_bytes")
+
+  @property
+  def cache_folder(self) -> pathlib.Path:
+    """`cache_dir`, or `deepseek-jax` in the user's cache."""
+    if self.cache_dir is not None:
+      return pathlib.Path(self.cache_dir).expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(caches) / "deepseek-jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +118,16 @@ class OptimizerConfig:
   ema_decay: float = 0.0
 
   def __post_init__(self):
-    _require_positive(self, "learning_rate", "eps", "clip")
-    _require_range(self, 0, 1, "warmup_share", "final_ratio")
-    _require_range(self, 0, 0.99999, "beta1", "beta2", "ema_decay")
-    _require_range(self, 0, float("inf"), "weight_decay")
-    _require(self.moments == "float32" or self.beta2 <= 0.98,
-             f"OptimizerConfig.beta2={self.beta2} moves a bfloat16 second moment by less than it "
-             "can hold: set moments=float32, or beta2 to at most 0.98")
-    _require(self.schedule != "v3" or self.warmup_share <= 0.5,
-             f"OptimizerConfig.warmup_share={self.warmup_share} leaves no constant part in the "
-             "schedule v3: at most 0.5")
+    require_positive(self, "learning_rate", "eps", "clip")
+    require_range(self, 0, 1, "warmup_share", "final_ratio")
+    require_range(self, 0, 0.99999, "beta1", "beta2", "ema_decay")
+    require_range(self, 0, float("inf"), "weight_decay")
+    require(self.moments == "float32" or self.beta2 <= 0.98,
+            f"OptimizerConfig.beta2={self.beta2} moves a bfloat16 second moment by less than it "
+            "can hold: set moments=float32, or beta2 to at most 0.98")
+    require(self.schedule != "v3" or self.warmup_share <= 0.5,
+            f"OptimizerConfig.warmup_share={self.warmup_share} leaves no constant part in the "
+            "schedule v3: at most 0.5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +149,9 @@ class BalanceConfig:
   expert_weight: float = 0.0
 
   def __post_init__(self):
-    _require_range(self, 0, 1, "bias_share")
-    _require_range(self, 0, float("inf"), "bias_rate", "sequence_weight", "batch_weight",
-                   "expert_weight")
+    require_range(self, 0, 1, "bias_share")
+    require_range(self, 0, float("inf"), "bias_rate", "sequence_weight", "batch_weight",
+                  "expert_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,20 +199,20 @@ class TrainConfig:
   fsdp: int = 1
 
   def __post_init__(self):
-    _require_positive(self, "steps", "batch_size", "keep_checkpoints", "batch_ramp_start", "unroll")
-    _require_range(self, 0, 1, "batch_ramp_share", "batch_ramp_start", "mtp_share")
-    _require_range(self, 0, float("inf"), "mtp_weight", "mtp_late_weight", "eval_every",
-                   "checkpoint_every", "max_skipped_steps")
-    _require(0 <= self.seed < 2**31, f"TrainConfig.seed={self.seed} must lie in 0..2^31 - 1")
+    require_positive(self, "steps", "batch_size", "keep_checkpoints", "batch_ramp_start", "unroll")
+    require_range(self, 0, 1, "batch_ramp_share", "batch_ramp_start", "mtp_share")
+    require_range(self, 0, float("inf"), "mtp_weight", "mtp_late_weight", "eval_every",
+                  "checkpoint_every", "max_skipped_steps")
+    require(0 <= self.seed < 2**31, f"TrainConfig.seed={self.seed} must lie in 0..2^31 - 1")
     for name in ("data", "fsdp"):
       value = getattr(self, name)
-      _require(value == -1 or value > 0, f"TrainConfig.{name}={value} must be positive, or -1")
+      require(value == -1 or value > 0, f"TrainConfig.{name}={value} must be positive, or -1")
     micro = self.micro_batch_size
-    _require(micro is None or (micro > 0 and self.batch_size % micro == 0),
-             f"TrainConfig.micro_batch_size={micro} must divide batch_size={self.batch_size}")
-    _require(self.batch_ramp_share == 0 or self.num_micro_batches > 1,
-             "TrainConfig.batch_ramp_share grows the batch by micro-batches, and there is only "
-             "one: set micro_batch_size")
+    require(micro is None or (micro > 0 and self.batch_size % micro == 0),
+            f"TrainConfig.micro_batch_size={micro} must divide batch_size={self.batch_size}")
+    require(self.batch_ramp_share == 0 or self.num_micro_batches > 1,
+            "TrainConfig.batch_ramp_share grows the batch by micro-batches, and there is only "
+            "one: set micro_batch_size")
 
   @property
   def num_micro_batches(self) -> int:
@@ -243,11 +236,21 @@ class RunConfig:
 
   def __post_init__(self):
     batchwise = self.balance.batch_weight or self.balance.expert_weight
-    _require(not batchwise or self.train.num_micro_batches == 1,
-             "balance.batch_weight and balance.expert_weight take frequencies from the whole batch,"
-             f" but train.micro_batch_size={self.train.micro_batch_size} splits it: leave it None, "
-             "or use balance.sequence_weight")
+    require(not batchwise or self.train.num_micro_batches == 1,
+            "balance.batch_weight and balance.expert_weight take frequencies from the whole batch,"
+            f" but train.micro_batch_size={self.train.micro_batch_size} splits it: leave it None, "
+            "or use balance.sequence_weight")
     moe = self.model.moe
-    _require(moe is not None or not (batchwise or self.balance.sequence_weight
-                                     not in (0.0, BalanceConfig.sequence_weight)),
-             "balance.* weights need a model with experts, and model.moe is None")
+    require(moe is not None or not (batchwise or self.balance.sequence_weight
+                                    not in (0.0, BalanceConfig.sequence_weight)),
+            "balance.* weights need a model with experts, and model.moe is None")
+
+  @property
+  def flops_per_token(self) -> int:
+    """Of a training step, MTP included; see `ModelConfig.flops_per_token`."""
+    return self.model.flops_per_token(self.data.seq_len, mtp=True)
+
+  def without_extras(self) -> "RunConfig":
+    """These fields alone, of a subclass that has more."""
+    return RunConfig(**{field.name: getattr(self, field.name)
+                        for field in dataclasses.fields(RunConfig)})

@@ -11,6 +11,7 @@ from train.config import RunConfig
 from train.hardware import joules
 from train.run_folder import write_json_atomic
 
+_FOLDER = "cost"  # of one JSON file a process
 _WRITE_SECONDS = 5.0
 _KEYS = ("device_seconds", "flops", "tokens", "joules")
 
@@ -19,16 +20,16 @@ class CostMeter:
   """Counts this process' share, in a file of its own; `total` adds up all processes'.
 
   Args:
-    folder: of one JSON file a process.
+    path: the run's folder.
     cfg: of the run.
     num_lanes: runs that train together.
   """
 
-  def __init__(self, folder: pathlib.Path, cfg: RunConfig, num_lanes: int):
-    folder.mkdir(exist_ok=True)
-    self._path = folder / f"{time.time_ns()}-{os.getpid()}.json"
-    self._folder, self._num_lanes = folder, num_lanes
-    self._flops = cfg.model.flops_per_token(cfg.data.seq_len, mtp=True)
+  def __init__(self, path: pathlib.Path, cfg: RunConfig, num_lanes: int):
+    (path / _FOLDER).mkdir(exist_ok=True)
+    self._path = path / _FOLDER / f"{time.time_ns()}-{os.getpid()}.json"
+    self._num_lanes = num_lanes
+    self._flops = cfg.flops_per_token
     self._started, self._joules, self._tokens = time.monotonic(), joules(), 0
     self._written = self._started
 
@@ -49,15 +50,13 @@ class CostMeter:
   def close(self) -> None:
     self.write()
 
-  def total(self) -> dict:
-    """Device-seconds, evaluation and compiling included; FLOPs and tokens of training; joules."""
-    return total(self._folder)
 
+def total(path: pathlib.Path) -> dict:
+  """Of all processes that worked on the run in a folder; joules are None if one could not tell.
 
-def total(folder: pathlib.Path) -> dict:
-  """The sum over the processes that worked on a run; joules are None if one could not tell."""
-  parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-  return add_up(parts)
+  Device-seconds, evaluation and compiling included; FLOPs and tokens of training; joules.
+  """
+  return add_up([json.loads(file.read_text()) for file in sorted((path / _FOLDER).glob("*.json"))])
 
 
 def add_up(costs: list[dict]) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 
 from train.config import DataConfig
 from train.tokenizer import Tokenizer
-from train.tokens import Store, cache_folder, heldout_masks, open_bpe, open_store
+from train.tokens import Store, heldout_masks, open_bpe, open_store
 
 Rows = dict[str, np.ndarray]
 
@@ -118,12 +118,12 @@ def load(cfg: DataConfig) -> Data:
     ValueError: if a source or the tokenizer is unusable, if too many documents are, if a source has
       no document for training, or if `fim_rate` needs tokens that the tokenizer lacks.
   """
-  cache = cache_folder(cfg.cache_dir)
   tokenizer = _tokenizer(cfg)
   if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
     raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs tokens for filling in the middle, and "
                      f"tokenizer {cfg.tokenizer} has none: set data.fim_rate=0")
-  stores = tuple(open_store(source, tokenizer, cache, cfg.max_bad_share) for source in cfg.sources)
+  stores = tuple(open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_share)
+                 for source in cfg.sources)
   domains = tuple(dict.fromkeys(name for store in stores for name in store.domain_names))
   domains_by_store = [_domain_ids(domains, store)[store.domains_N] for store in stores]
   held = heldout_masks([store.hashes_N for store in stores], domains_by_store, cfg.heldout_share)
@@ -153,7 +153,7 @@ def _tokenizer(cfg: DataConfig) -> Tokenizer:
     return Tokenizer.deepseek()
   if cfg.tokenizer == "bpe":
     return open_bpe(cfg.sources, cfg.bpe_vocab_size, cfg.heldout_share,
-                    cache_folder(cfg.cache_dir), cfg.max_bad_share)
+                    cfg.cache_folder, cfg.max_bad_share)
   return Tokenizer.load(cfg.tokenizer)
 
 

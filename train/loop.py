@@ -16,7 +16,7 @@ import numpy as np
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.cost import CostMeter
+from train.cost import CostMeter, total
 from train.data import Data
 from train.program import Program, mean_evaluation
 from train.progress import Progress
@@ -33,16 +33,18 @@ class Result:
   """What a run leaves in memory.
 
   Attributes:
+    seeds: of the runs that trained together.
     status: "finished", or "stopped" (by a signal or a limit; the same call goes on).
     state: the last one.
     steps: taken so far.
     rows: of metrics.
     evaluations: of `program.mean_evaluation`, each with its "step".
     evaluation: the last one whole, or None if it was made before a resume.
-    cost: see `CostMeter.total`.
+    cost: see `train.cost.total`.
     messages: what went wrong and was got over.
   """
 
+  seeds: list[int]
   status: str
   state: TrainState
   steps: int
@@ -118,7 +120,7 @@ class _Run:
   def run(self, variables, max_seconds) -> Result:
     state, start, position = self._start(variables)
     train = self.cfg.train
-    self.cost = CostMeter(self.path / "cost", self.cfg, len(self.seeds))
+    self.cost = CostMeter(self.path, self.cfg, len(self.seeds))
     self.events = Events(self.path / "events", self.metrics.read())
     self.progress = Progress(self.cfg, len(self.seeds), start, self.show)
     status = "finished"
@@ -153,8 +155,8 @@ class _Run:
       self.checkpoints.wait()
       if status == "finished" and self.last_evaluation is None:  # made by a process before this
         self.last_evaluation = self.program.evaluate(state.variables)
-    return Result(status, state, step, self.metrics.read(), self.evaluations.read(),
-                  self.last_evaluation, self.cost.total(), self.messages)
+    return Result(self.seeds, status, state, step, self.metrics.read(), self.evaluations.read(),
+                  self.last_evaluation, total(self.path), self.messages)
 
   def _start(self, variables) -> tuple[TrainState, int, int]:
     """The state to go on from, the steps it has behind it, and its place in the data."""
@@ -183,8 +185,7 @@ class _Run:
   def _save(self, state, step, position) -> None:
     self._write_rows(leave=0)
     self.cost.write()
-    if step not in self.checkpoints.steps():
-      self.checkpoints.save(step, state, {"position": position, "seeds": self.seeds})
+    self.checkpoints.save(step, state, {"position": position, "seeds": self.seeds})
 
   def _write_rows(self, leave: int) -> None:
     """Writes rows of finished steps, leaving the newest on the device: reading it would wait."""
@@ -201,13 +202,13 @@ class _Run:
     hyper = self.program.hyper(step - 1)
     row = {"step": step}
     values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-    values["learning_rate"] = np.asarray([h["learning_rate"] for h in hyper], np.float64)
+    rates = np.asarray([h["learning_rate"] for h in hyper], np.float64)
+    values["learning_rate"] = rates if len(rates) > 1 else rates[0]
     if len(self.seeds) > 1:
       row |= {name: value.mean(0).tolist() for name, value in values.items()}
       row["per_seed"] = {name: value.tolist() for name, value in values.items() if value.ndim == 1}
     else:
       row |= {name: value.tolist() for name, value in values.items()}
-      row["learning_rate"] = float(values["learning_rate"][0])
     return row | {"time": seen, **self.progress.rates(seen, self.program.batch_size(step - 1))}
 
   def _check_finite(self, step: int, metrics: dict) -> None:

@@ -1,5 +1,6 @@
 """AdamW with bfloat16 moments and float32 master weights, and V3's schedules."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -96,9 +97,12 @@ class Schedule:
 
   def __init__(self, cfg: RunConfig):
     self.cfg = cfg
-    # On the host, in one call: schedules are jax functions, and slow one number at a time.
-    self._learning_rates = np.asarray(
-        jax.vmap(learning_rate(cfg.optimizer, cfg.train.steps))(jnp.arange(cfg.train.steps)))
+
+  @functools.cached_property
+  def _learning_rates(self) -> np.ndarray:
+    # In one call: schedules are jax functions, and slow one number at a time.
+    steps = self.cfg.train.steps
+    return np.asarray(jax.vmap(learning_rate(self.cfg.optimizer, steps))(jnp.arange(steps)))
 
   def __getitem__(self, step: int) -> dict:
     train, balance = self.cfg.train, self.cfg.balance

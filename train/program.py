@@ -173,6 +173,11 @@ class Program:
     return jax.device_put(state, self._shardings(state)) if self._mesh else state
 
 
+def first_lane(variables: dict, num_lanes: int) -> dict:
+  """One run's variables, of those of runs that train together."""
+  return jax.tree.map(lambda x: x[0], variables) if num_lanes > 1 else variables
+
+
 def mean_evaluation(evaluation: Evaluation) -> dict:
   """An evaluation as JSON, values of several lanes averaged, lanes kept beside under "per_seed"."""
   lanes = np.ndim(evaluation.mean_loss) == 1

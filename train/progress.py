@@ -20,7 +20,7 @@ class Progress:
 
   def __init__(self, cfg: RunConfig, num_lanes: int, start: int, show: bool):
     self._tokens_per_sequence = num_lanes * cfg.data.seq_len
-    self._flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len, mtp=True)
+    self._flops_per_token = cfg.flops_per_token
     self._peak = peak_flops(cfg.model.numerics.compute)
     self._last: float | None = None
     interactive = sys.stderr.isatty()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tensorboardX
@@ -33,26 +33,34 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
   fsync(path.parent)
 
 
-def _strict(value: Any) -> Any:
-  """`value` with null for numbers that are not finite, which JSON does not have."""
+def _strict(value: Any, replace: Callable[[float], Any]) -> Any:
+  """`value` with lists for arrays and tuples, and numbers replaced that JSON does not have."""
+  if hasattr(value, "tolist"):
+    value = value.tolist()
   if isinstance(value, dict):
-    return {key: _strict(child) for key, child in value.items()}
+    return {key: _strict(child, replace) for key, child in value.items()}
   if isinstance(value, list | tuple):
-    return [_strict(child) for child in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [_strict(child, replace) for child in value]
+  return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
-  """`write_text_atomic` of an object as indented JSON, with null for NaN and infinities."""
-  write_text_atomic(path, json.dumps(_strict(obj), indent=2, allow_nan=False) + "\n")
+def write_json_atomic(path: str | os.PathLike, obj: Any) -> Any:
+  """`write_text_atomic` of an object as indented JSON, with null for NaN and infinities.
+
+  Returns:
+    The object as it was written.
+  """
+  strict = _strict(obj, lambda number: None)
+  write_text_atomic(path, json.dumps(strict, indent=2, allow_nan=False) + "\n")
+  return strict
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
   """Every scalar of nested dicts and lists, by its dotted name; empty ones count as scalars."""
-  if isinstance(value, dict | list) and value:
+  if isinstance(value, dict | list | tuple) and value:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
-      yield from _leaves(child, f"{name}.{key}" if name else str(key))
+      yield from leaves(child, f"{name}.{key}" if name else str(key))
   else:
     yield name, value
 
@@ -115,10 +123,10 @@ class RunFolder:
       write_json_atomic(path, as_dict)
       return
     try:
-      there = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+      there = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}): give another --out") from error
-    here = dict(_leaves(json.loads(json.dumps(as_dict))))  # as it would be read back
+    here = dict(leaves(json.loads(json.dumps(as_dict))))  # as it would be read back
     differing = [
         f"  {name}: {_shown(there, name)} in the folder, {_shown(here, name)} now"
         for name in there | here
@@ -134,19 +142,6 @@ def _shown(fields: dict[str, Any], name: str) -> str:
 
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _encoded(value: Any) -> Any:
-  """`value` as strict JSON: arrays as lists, floats that are not finite as their names."""
-  if hasattr(value, "tolist"):
-    value = value.tolist()
-  if isinstance(value, dict):
-    return {key: _encoded(child) for key, child in value.items()}
-  if isinstance(value, list | tuple):
-    return [_encoded(child) for child in value]
-  if isinstance(value, float) and not math.isfinite(value):
-    return str(value)
-  return value
 
 
 def _decoded(value: Any) -> Any:
@@ -173,7 +168,7 @@ class MetricsFile:
     if self._file is None:
       self._drop_torn_line()
       self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-    self._file.write(json.dumps(_encoded(row), allow_nan=False) + "\n")
+    self._file.write(json.dumps(_strict(row, str), allow_nan=False) + "\n")
     self._file.flush()
 
   def read(self) -> list[dict]:

@@ -4,13 +4,11 @@ import dataclasses
 import json
 import pathlib
 
-import jax
-
 import model
 from train.checkpoint import read_newest
 from train.config import RunConfig
 from train.config_io import from_dict
-from train.program import Program
+from train.program import Program, first_lane
 from train.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -67,10 +65,7 @@ def _run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
   restored = read_newest(folder / "checkpoints", program.abstract_state())
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
-  variables = restored.arrays.variables
-  if len(plain["seeds"]) > 1:
-    variables = jax.tree.map(lambda x: x[0], variables)
-  return cfg.model, variables
+  return cfg.model, first_lane(restored.arrays.variables, len(plain["seeds"]))
 
 
 def export(path: str, cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -61,14 +60,6 @@ class Store:
 
 
 _ARRAYS = ("offsets", "prompt_tokens_N", "bytes_N", "hashes_N", "domains_N", "languages_N")
-
-
-def cache_folder(cache_dir: str | None) -> pathlib.Path:
-  """Where tokenizers and stores are kept: `cache_dir`, or `deepseek-jax` in the user's cache."""
-  if cache_dir is not None:
-    return pathlib.Path(cache_dir).expanduser()
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "deepseek-jax"
 
 
 def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_share: float
