@@ -33,6 +33,7 @@ _VARIANTS = (  # flags of the peer: the fastest of a dozen, without and with a c
     ("--experts=eager", "--adamw=fused"), ("--experts=grouped_mm", "--adamw=fused"),
     ("--experts=grouped_mm", "--adamw=plain"),
     ("--experts=grouped_mm", "--adamw=fused", "--compile"))
+_WARM_UP = 12  # steps of either side before any is timed: by then its memory has stopped growing
 _STEPS_TO_CHECKPOINT = 6
 
 
@@ -135,7 +136,7 @@ class _Ours:
     self._rng = np.random.default_rng(0)
     self._run(1)
     self._start_seconds = time.perf_counter() - started
-    self._run(1)
+    self._run(_WARM_UP - 1)
 
   def _run(self, steps: int) -> float:
     started = time.perf_counter()
@@ -191,7 +192,7 @@ class _Peer:
         "moe_intermediate_size": moe.expert_dim, "n_shared_experts": moe.num_shared_experts,
         "n_group": moe.num_groups, "topk_group": moe.groups_per_token,
         "max_position_embeddings": network.max_seq_len}
-    config = {"shape": shape, "batch": cfg.batch_size, "seq": cfg.seq_len, "steps": 2}
+    config = {"shape": shape, "batch": cfg.batch_size, "seq": cfg.seq_len, "steps": 1}
     started = time.perf_counter()
     self._process = subprocess.Popen(
         [cfg.bench.python, str(_PEER), json.dumps(config), *flags],
@@ -202,6 +203,7 @@ class _Peer:
       raise ValueError(f"the peer has {ready['params']:,} parameters, and ours "
                        f"{network.param_count():,}")
     self._variant = ready["variant"]
+    self._run(_WARM_UP - 1)
 
   def _answer(self) -> dict:
     line = self._process.stdout.readline()
@@ -209,10 +211,13 @@ class _Peer:
       raise ValueError("the peer stopped: see its message above")
     return json.loads(line)
 
-  def go(self, steps: int) -> None:
+  def _run(self, steps: int) -> dict:
     self._process.stdin.write(f"go {steps}\n")
     self._process.stdin.flush()
-    answer = self._answer()
+    return self._answer()
+
+  def go(self, steps: int) -> None:
+    answer = self._run(steps)
     self._rates.append(steps / answer["seconds"])
     self._peak = answer["peak_rss_mb"]
 
