@@ -186,6 +186,35 @@ def validation(evaluations: list[dict], path: str | pathlib.Path) -> None:
 
 
 @_styled
+def panels(
+    drawn: dict[str, dict[str, tuple[list, list]]], path: str | pathlib.Path) -> None:
+  """Small curves over steps, two beside each other.
+
+  Args:
+    drawn: by the panel's label, by the curve's name, steps and values; None is a gap. A name has
+      the same colour in every panel.
+    path: of the PNG.
+  """
+  names = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
+  styles = dict(zip(names, _styles(), strict=False))
+  rows = -(-len(drawn) // 2)
+  figure, axes_RC = _figure(_HEIGHT * 0.72 * rows, rows, 2)
+  for axes, (label, curves) in itertools.zip_longest(axes_RC.flat, drawn.items(),
+                                                     fillvalue=("", {})):
+    if not curves:
+      axes.set_visible(False)
+      continue
+    for name, (steps, values) in curves.items():
+      colour, dash = styles[name]
+      axes.plot(steps, np.array(values, float), color=colour, linestyle=dash, label=name,
+                marker="o" if len(steps) < 12 else None, markersize=3)
+    axes.set_ylabel(label)
+    _step_axis(axes)
+  _legend(axes_RC.flat[0])
+  _save(figure, path)
+
+
+@_styled
 def load_heat_map(
     loads_by_domain: dict[str, np.ndarray | list], path: str | pathlib.Path) -> None:
   """Which experts each domain uses: load over the layer's mean, one colour scale for all.

@@ -4,63 +4,26 @@ Both take what `results.json` holds and skip what is absent. A number that could
 null there and a dash here.
 """
 
-import itertools
 import math
 import pathlib
 import statistics
 from collections.abc import Iterable
 
 from experiments import plots
+from experiments.markdown import (
+  collapsed,
+  document,
+  duration,
+  fenced,
+  figure,
+  flat,
+  number,
+  origin,
+  table,
+)
 from experiments.stats import Paired
-from train.run_folder import leaves
 
 FINISHED = "finished"  # the status of a run that counts
-
-
-def _number(value, digits: int = 4) -> str:
-  """A cell: floats to significant digits, integers with separators, a dash for none."""
-  if value is None or (isinstance(value, float) and math.isnan(value)):
-    return "–"
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    return str(value)
-  if isinstance(value, int):
-    return f"{value:,}"
-  if math.isinf(value):
-    return "∞" if value > 0 else "−∞"
-  text = f"{value:,.0f}" if 10**digits <= abs(value) < 1e9 else f"{value:.{digits}g}"
-  return text.replace("-", "−", 1) if value < 0 else text
-
-
-def _duration(seconds: float) -> str:
-  if seconds < 60:
-    return f"{seconds:.1f} s"
-  minutes, hours = round(seconds / 60), seconds / 3600
-  return f"{seconds / 60:.1f} min" if minutes < 60 else f"{hours:.1f} h"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-  """A Markdown table; columns of nothing but numbers align right."""
-  cell = lambda value: _number(value).replace("|", "\\|").replace("\n", " ")
-  header, rows = list(map(cell, header)), [list(map(cell, row)) for row in rows]
-  rule = ["---:" if all(text[:1] in "0123456789−–∞" for text in column) else "---"
-          for column in zip(*rows, strict=True)]
-  return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rows])
-
-
-def _flat(value) -> Iterable[tuple[str, str]]:
-  """Leaves of nested dicts and lists by dotted path, as they are: no rounding."""
-  return ((path, "none" if leaf is None else str(leaf)) for path, leaf in leaves(value))
-
-
-def _collapsed(summary: str, body: str) -> str:
-  return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
-
-
-def _fenced(text: str) -> str:
-  """A code block that no run of backticks in the text can end."""
-  longest = max((len(list(run)) for char, run in itertools.groupby(text) if char == "`"), default=0)
-  fence = "`" * max(3, longest + 1)
-  return f"{fence}text\n{text}\n{fence}"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -73,37 +36,6 @@ def _median(rows: Iterable[dict], key: str) -> float | None:
   return statistics.median(known) if known else None
 
 
-def _document(path: pathlib.Path, title: str, sections: Iterable[tuple[str, str]]) -> pathlib.Path:
-  """Writes the sections that have a body; those without a heading follow the one before."""
-  parts = [f"# {title}"]
-  for heading, body in sections:
-    if body:
-      parts += [f"## {heading}", body] if heading else [body]
-  path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-  return path
-
-
-def _figure(folder: pathlib.Path, name: str, caption: str, draw, *data) -> str:
-  """Draws `name`.png beside the report, if there is data, and refers to it."""
-  if not all(data):
-    return ""
-  draw(*data, folder / f"{name}.png")
-  return f"![{caption}]({name}.png)"
-
-
-def _origin(provenance: dict) -> str:
-  """The command, and what it ran on."""
-  if not provenance:
-    return ""
-  commit = provenance.get("commit") or "unknown"
-  dirty = " with uncommitted changes" if provenance.get("dirty") else ""
-  facts = [("commit", commit + dirty)]
-  facts += [(name, provenance[name]) for name in ("device", "cpu", "cores") if provenance.get(name)]
-  facts += list(provenance.get("versions", {}).items())
-  lines = "\n".join(f"- {name}: {value}" for name, value in facts)
-  return f"```bash\n{provenance.get('command', 'unknown')}\n```\n\n{lines}"
-
-
 def _cost(cost: dict, rows: list[dict] = ()) -> str:
   """Totals, and the rates that follow from them."""
   if not cost:
@@ -112,16 +44,16 @@ def _cost(cost: dict, rows: list[dict] = ()) -> str:
   utilisation, rate = (_median(rows, key) for key in ("utilisation", "tokens_per_second"))
   joules = cost.get("joules")
   lines = [
-      ("device time", seconds and _duration(seconds)),
+      ("device time", seconds and duration(seconds)),
       ("tokens", tokens),
-      ("FLOP", flops and _number(float(flops), 3)),
+      ("FLOP", flops and number(float(flops), 3)),
       ("tokens per second, mean", seconds and tokens and f"{tokens / seconds:,.0f}"),
       ("tokens per second, median step", rate and f"{rate:,.0f}"),
       ("GFLOP/s, mean", seconds and flops and f"{flops / seconds / 1e9:,.1f}"),
       ("utilisation, median step", utilisation and f"{utilisation:.1%}"),
       ("energy", "not measured" if joules is None else f"{joules / 1000:,.1f} kJ"),
   ]
-  return _table(("cost", "value"), [line for line in lines if line[1] is not None])
+  return table(("cost", "value"), [line for line in lines if line[1] is not None])
 
 
 # One training run.
@@ -144,7 +76,7 @@ def _run_summary(run: dict, rows: list[dict], evaluations: list[dict]) -> str:
   where = provenance.get("device") or "an unknown device"
   if provenance.get("cpu"):
     where += f" ({provenance['cpu']}, {provenance.get('cores', '?')} cores)"
-  long = f" in {_duration(cost['device_seconds'])}" if cost.get("device_seconds") else ""
+  long = f" in {duration(cost['device_seconds'])}" if cost.get("device_seconds") else ""
   sentences = [f"{what} ran on {where}{long}; status: **{run.get('status', 'unknown')}**."]
   if run.get("skipped_steps"):
     sentences.append(f"{run['skipped_steps']:,} steps were skipped: loss or gradient not finite.")
@@ -176,7 +108,7 @@ def _bits_table(evaluations: list[dict], baselines: dict) -> str:
   lines = [[domain, *(bits(by.get(domain)) for by in columns.values())] for domain in domains]
   if len(domains) > 1:
     lines.append(["mean", *(bits(_mean_over(domains, by)) for by in columns.values())])
-  return f"{_table(['domain', *columns], lines)}\n\nLower is better; a byte as it is takes 8 bits."
+  return f"{table(['domain', *columns], lines)}\n\nLower is better; a byte as it is takes 8 bits."
 
 
 def _evaluation_table(evaluations: list[dict]) -> str:
@@ -192,7 +124,7 @@ def _evaluation_table(evaluations: list[dict]) -> str:
     return ""
   lines = [[e["step"], *(get(e) for get in known.values())] for e in evaluations]
   note = "Bits per byte and loss are means over the domains."
-  return f"{_table(['step', *known], lines)}\n\n{note}"
+  return f"{table(['step', *known], lines)}\n\n{note}"
 
 
 def _data_tables(data: dict) -> str:
@@ -203,9 +135,9 @@ def _data_tables(data: dict) -> str:
   tables = []
   if domains:
     lines = [[name, *map(entry.get, columns)] for name, entry in domains.items()]
-    tables.append(_table(["domain", *columns], lines))
+    tables.append(table(["domain", *columns], lines))
   if rest:
-    tables.append(_table(("data", "value"), _flat(rest)))
+    tables.append(table(("data", "value"), flat(rest)))
   return "\n\n".join(tables)
 
 
@@ -232,25 +164,25 @@ def write_run_report(folder: pathlib.Path, run: dict, rows: list[dict]) -> pathl
   judged = [e for e in evaluations if e.get("bits_per_byte")]
   # A model without experts has loads of no layers.
   loads = next((e["loads"] for e in reversed(evaluations) if any(e.get("loads", {}).values())), {})
-  figure = lambda *args: _figure(folder, *args)
-  samples = [_fenced(f"{sample['prompt']}▸{sample['text']}") for sample in run.get("samples", [])]
-  return _document(folder / "report.md", f"Training run {folder.resolve().name}", [
+  drawn = lambda *args: figure(folder, *args)
+  samples = [fenced(f"{sample['prompt']}▸{sample['text']}") for sample in run.get("samples", [])]
+  return document(folder / "report.md", f"Training run {folder.resolve().name}", [
       ("", _run_summary(run, rows, judged)),
       ("Bits per byte", _bits_table(judged, run.get("baselines", {}))),
-      ("", figure("validation", "Validation by domain", plots.validation, judged)),
-      ("Training", figure("loss", "Training loss", plots.loss_curves,
+      ("", drawn("validation", "Validation by domain", plots.validation, judged)),
+      ("Training", drawn("loss", "Training loss", plots.loss_curves,
                           {"": having("loss")} if having("loss") else {})),
-      ("", figure("learning_rate", "Learning rate", plots.learning_rate, having("learning_rate"))),
-      ("Experts", figure("loads", "Load of every expert by layer and domain, last evaluation",
+      ("", drawn("learning_rate", "Learning rate", plots.learning_rate, having("learning_rate"))),
+      ("Experts", drawn("loads", "Load of every expert by layer and domain, last evaluation",
                          plots.load_heat_map, loads)),
-      ("", figure("max_violation", "MaxVio", plots.max_violation, having("max_violation"))),
+      ("", drawn("max_violation", "MaxVio", plots.max_violation, having("max_violation"))),
       ("Evaluations", _evaluation_table(evaluations)),
       ("Samples", "\n\n".join(["The prompt ends at ▸.", *samples]) if samples else ""),
       ("Cost", _cost(run.get("cost", {}), rows)),
       ("Data", _data_tables(run.get("data", {}))),
-      ("Command", _origin(run.get("provenance", {}))),
-      ("Configuration", config and _collapsed("every field", _table(("field", "value"),
-                                                                     _flat(config)))),
+      ("Command", origin(run.get("provenance", {}))),
+      ("Configuration", config and collapsed("every field", table(("field", "value"),
+                                                                     flat(config)))),
   ])
 
 
@@ -266,11 +198,11 @@ def _paired(fields: dict) -> Paired:
 
 def _claim_text(claim: dict) -> str:
   if claim["kind"] == "equivalent":
-    return f"within ±{_number(claim['margin'])}"
+    return f"within ±{number(claim['margin'])}"
   if claim["kind"] == "threshold":
-    return f"{'above' if claim['sign'] > 0 else 'below'} {_number(claim['threshold'])}"
+    return f"{'above' if claim['sign'] > 0 else 'below'} {number(claim['threshold'])}"
   bound = claim["sign"] * claim.get("margin", 0.0)
-  return f"{'above' if claim['sign'] > 0 else 'below'} {_number(bound or 0)}"
+  return f"{'above' if claim['sign'] > 0 else 'below'} {number(bound or 0)}"
 
 
 def _verdicts(comparisons: list[dict]) -> str:
@@ -280,11 +212,11 @@ def _verdicts(comparisons: list[dict]) -> str:
     arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
     lines.append([
         c["name"], c["metric"], arms, _claim_text(c["claim"]), c.get("paper"),
-        _number(pair.mean, 3), f"{_number(pair.low, 3)} to {_number(pair.high, 3)}",
+        number(pair.mean, 3), f"{number(pair.low, 3)} to {number(pair.high, 3)}",
         f"{pair.same_sign} of {pair.n} {'>' if pair.sign > 0 else '<'} 0"
         if c["claim"]["kind"] == "sign" else pair.n,
-        _number(pair.detectable, 3), f"**{c['verdict']}**"])
-  return _table(("comparison", "metric", "of", "claim", "paper", "mean", "95 % interval",
+        number(pair.detectable, 3), f"**{c['verdict']}**"])
+  return table(("comparison", "metric", "of", "claim", "paper", "mean", "95 % interval",
                  "seeds", "detectable", "verdict"), lines) if lines else ""
 
 
@@ -303,7 +235,7 @@ def _spread(values: list[float]) -> str | None:
   """Mean ± standard deviation over seeds, to the deviation's second digit."""
   values = [value for value in values if value is not None and math.isfinite(value)]
   if len(values) < 2:
-    return _number(values[0]) if values else None
+    return number(values[0]) if values else None
   mean, std = statistics.fmean(values), statistics.stdev(values)
   decimals = max(0, 1 - math.floor(math.log10(std))) if std else 4
   return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}".replace("-", "−")
@@ -320,17 +252,17 @@ def _arms(arms: list, runs: list[dict]) -> str:
   lines = [[arm, rate, ", ".join(str(run["seed"]) for run in group),
             *(_spread([run["metrics"].get(metric) for run in group]) for metric in metrics)]
            for (arm, rate), group in groups.items()]
-  meanings = [f"- **{arm['name']}**: " + ", ".join(f"{key} {value}" for key, value in _flat(
+  meanings = [f"- **{arm['name']}**: " + ", ".join(f"{key} {value}" for key, value in flat(
       {key: value for key, value in arm.items() if key != "name"}))
               for arm in arms if isinstance(arm, dict) and len(arm) > 1]
-  table = _table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
+  results = table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
   note = "Mean ± standard deviation over the seeds that finished." if lines else ""
-  return "\n\n".join(filter(None, [table, note, "\n".join(meanings)]))
+  return "\n\n".join(filter(None, [results, note, "\n".join(meanings)]))
 
 
 def _sensitivity(noise: dict, detectable: dict) -> str:
   names = list(dict.fromkeys([*noise, *detectable]))
-  return _table(("", "standard deviation between seeds", "detectable at 80 % power"),
+  return table(("", "standard deviation between seeds", "detectable at 80 % power"),
                 [(name, noise.get(name), detectable.get(name)) for name in names]) if names else ""
 
 
@@ -340,7 +272,7 @@ def _failures(runs: list[dict]) -> str:
     return ""
   if not failed:
     return f"None: all {len(runs)} finished."
-  return f"{len(failed)} of {len(runs)}, left out of every number above.\n\n" + _table(
+  return f"{len(failed)} of {len(runs)}, left out of every number above.\n\n" + table(
       ("arm", "learning rate", "seed", "status"),
       [(run["arm"], run.get("learning_rate"), str(run["seed"]), run["status"]) for run in failed])
 
@@ -371,18 +303,18 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
   """
   folder = pathlib.Path(folder)
   comparisons, runs = study.get("comparisons", []), study.get("runs", [])
-  origin, source_hash = _origin(study.get("provenance", {})), study.get("source_hash")
-  return _document(folder / "report.md", f"Study {study['name']}", [
+  made_by, source_hash = origin(study.get("provenance", {})), study.get("source_hash")
+  return document(folder / "report.md", f"Study {study['name']}", [
       ("", _study_summary(study)),
       ("Verdicts", _verdicts(comparisons)),
-      ("", _figure(folder, "forest", "Every comparison with its interval", plots.forest,
+      ("", figure(folder, "forest", "Every comparison with its interval", plots.forest,
                    _forest_lines(comparisons))),
-      ("Loss", _figure(folder, "loss", "Training loss by arm", plots.loss_curves,
+      ("Loss", figure(folder, "loss", "Training loss by arm", plots.loss_curves,
                        study.get("curves", {}))),
       ("Arms", _arms(study.get("arms", []), runs)),
       ("Noise", _sensitivity(study.get("noise", {}), study.get("detectable", {}))),
       ("Failed runs", _failures(runs)),
       ("Cost of all runs", _cost(study.get("total_cost", {}))),
-      ("How to run it again", origin),
+      ("How to run it again", made_by),
       ("", source_hash and f"Hash of the sources that these numbers come from: `{source_hash}`"),
   ])

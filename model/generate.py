@@ -58,10 +58,22 @@ def sampling_logits(
   return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
-def _choose(logits_BV, keys_B, temperature, top_p, greedy):
-  """Samples, or takes the likeliest; with the log-probability of what was taken."""
+def choose(
+    logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float,
+    top_p: jax.Array | float, greedy: bool, nucleus: bool = True) -> tuple[jax.Array, jax.Array]:
+  """Samples, or takes the likeliest; with the log-probability of what was taken.
+
+  Args:
+    logits_BV: of the next token.
+    keys_B: one for each row.
+    temperature: above 0; not looked at if `greedy`.
+    top_p: not looked at unless `nucleus`, which costs a sort.
+    greedy: take the likeliest.
+    nucleus: sample from the likeliest only; see `sampling_logits`.
+  """
   if not greedy:
-    logits_BV = sampling_logits(logits_BV, temperature, top_p)
+    logits_BV = (sampling_logits(logits_BV, temperature, top_p) if nucleus
+                 else logits_BV.astype(jnp.float32) / temperature)
     tokens_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
   else:
     tokens_B = logits_BV.argmax(-1).astype(jnp.int32)
@@ -125,7 +137,7 @@ def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, 
   def advance(state):
     step, logits_BV, cache, tokens_BN, logprobs_BN, done_B = state
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    chosen_B, logprob_B = _choose(logits_BV, keys, temperature, top_p, greedy)
+    chosen_B, logprob_B = choose(logits_BV, keys, temperature, top_p, greedy)
     chosen_B = jnp.where(done_B, stop_token, chosen_B)
     tokens_BN = tokens_BN.at[:, step].set(chosen_B)
     logprobs_BN = logprobs_BN.at[:, step].set(jnp.where(done_B, 0.0, logprob_B))
@@ -167,6 +179,6 @@ _prefill = jax.jit(prefill, static_argnames="model", donate_argnames="cache")
 
 @functools.partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames="cache")
 def _advance(model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy):
-  chosen_B, _ = _choose(logits_BV, keys_B, temperature, top_p, greedy)
+  chosen_B, _ = choose(logits_BV, keys_B, temperature, top_p, greedy)
   logits_BV, cache = decode_step(model, variables, chosen_B, cache)
   return chosen_B, logits_BV, cache

@@ -7,7 +7,6 @@ import time
 
 import jax
 
-from train.config import RunConfig
 from train.hardware import joules
 from train.run_folder import write_json_atomic
 
@@ -21,15 +20,15 @@ class CostMeter:
 
   Args:
     path: the run's folder.
-    cfg: of the run.
+    flops_per_token: of training.
     num_lanes: runs that train together.
   """
 
-  def __init__(self, path: pathlib.Path, cfg: RunConfig, num_lanes: int):
+  def __init__(self, path: pathlib.Path, flops_per_token: int, num_lanes: int = 1):
     (path / _FOLDER).mkdir(exist_ok=True)
     self._path = path / _FOLDER / f"{time.time_ns()}-{os.getpid()}.json"
     self._num_lanes = num_lanes
-    self._flops = cfg.flops_per_token
+    self._flops = flops_per_token
     self._started, self._joules, self._tokens = time.monotonic(), joules(), 0
     self._written = self._started
 

@@ -6,7 +6,6 @@ resumed run drops those past the checkpoint it starts from, so each step is reco
 
 import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from train.data import Data
 from train.program import Program, mean_evaluation
 from train.progress import Progress
 from train.run_folder import Events, MetricsFile, RunFolder
+from train.signals import Signals
 from train.step import TrainState
 
 
@@ -53,30 +53,6 @@ class Result:
   evaluation: Any
   cost: dict
   messages: list[str]
-
-
-class _Signals:
-  """Notes SIGTERM and SIGINT, so that the loop can save first; a second SIGINT interrupts."""
-
-  def __init__(self):
-    self.received: int | None = None
-
-  def __enter__(self):
-    self._before = {}
-    with contextlib.suppress(ValueError):  # only the main thread may
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del frame
-    if self.received == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.received = number
-
-  def __exit__(self, *exc):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
 
 
 def train(
@@ -120,12 +96,12 @@ class _Run:
   def run(self, variables, max_seconds) -> Result:
     state, start, position = self._start(variables)
     train = self.cfg.train
-    self.cost = CostMeter(self.path, self.cfg, len(self.seeds))
+    self.cost = CostMeter(self.path, self.cfg.flops_per_token, len(self.seeds))
     self.events = Events(self.path / "events", self.metrics.read())
     self.progress = Progress(self.cfg, len(self.seeds), start, self.show)
     status = "finished"
     deadline = time.monotonic() + max_seconds if max_seconds else None
-    with _Signals() as signals, contextlib.ExitStack() as closing:
+    with Signals() as signals, contextlib.ExitStack() as closing:
       for part in (self.progress, self.events, self.metrics, self.evaluations, self.cost,
                    self.checkpoints):
         closing.callback(part.close)

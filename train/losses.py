@@ -32,13 +32,15 @@ class Batch:
 
 @flax.struct.dataclass
 class Observed:
-  """What a micro-batch shows besides its loss: router loads, added up over micro-batches.
+  """What a micro-batch shows besides its loss, added up over micro-batches.
 
   Attributes:
-    loads: int32 [..., E] by router, in `Output.router`'s order.
+    loads: int32 [..., E] by router, in `Output.router`'s order: what each expert received.
+    means: metrics as (sum, count).
   """
 
   loads: dict[str, jax.Array]
+  means: dict[str, tuple[jax.Array, jax.Array]] = flax.struct.field(default_factory=dict)
 
 
 class LanguageModelLoss:

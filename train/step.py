@@ -108,7 +108,9 @@ def make_train_step(
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     after = after.replace(step=state.step + 1, skipped=state.skipped + ~finite)
     metrics = {"loss": terms.pop("lm", terms["total"]), **_named(terms), "grad_norm": grad_norm,
-               "skipped": after.skipped, **_load_metrics(observed.loads)}
+               "skipped": after.skipped, **_load_metrics(observed.loads),
+               **{name: total / jnp.maximum(count, 1)
+                  for name, (total, count) in observed.means.items()}}
     return after, metrics
 
   return train_step

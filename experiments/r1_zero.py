@@ -1,0 +1,236 @@
+"""R1-Zero in miniature: a base that has read noisy solutions learns to reason by GRPO alone.
+
+The base is pretrained on worked solutions of every quality, so that it solves some problems some of
+the time. Then comes RL with rewards for right answers and for form, and nothing else: no SFT. Other
+arms are controls, on the same base: learning the form alone must not look like reasoning.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import model
+import rl.start
+from experiments import provenance, settings
+from experiments.options import Options
+from experiments.pretrain import fit_vocabulary
+from experiments.rl_report import write_rl_report
+from rl import loop
+from rl.config import LoopConfig, ObjectiveConfig, RLConfig, SamplingConfig
+from rl.documents import write_documents
+from rl.evaluate import evaluate
+from rl.sampler import Sampler
+from rl.tasks import Noise
+from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.config_io import to_dict
+from train.data import load
+from train.loop import train
+from train.run_folder import RunFolder, write_json_atomic
+from train.tokenizer import Tokenizer
+
+ARMS = {
+    "grpo": (),
+    "format_only": ("rl.rewards.accuracy=0",),
+    "random": ("rl.rewards.accuracy=0", "rl.rewards.format=0", "rl.rewards.random=1"),
+    "rft": ("rl.objective.name=rft",),
+}
+_TEMPERATURES = (0.3, 0.6)  # of the base's controls, besides greedy and the training's
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentsConfig:
+  """What the base reads.
+
+  Attributes:
+    count: documents.
+    noise: how good their solutions are.
+  """
+
+  count: int = 50_000
+  noise: Noise = dataclasses.field(default_factory=Noise)
+
+  def __post_init__(self):
+    if self.count < 1:
+      raise ValueError(f"documents.count={self.count} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class R1ZeroConfig:
+  """A base, and RL on it.
+
+  Attributes:
+    base: how it is pretrained; its sources are the documents.
+    documents: see there.
+    rl: the RL run.
+    init: a model to begin RL with instead; then nothing is pretrained.
+    problems, samples: of the evaluations before and after.
+  """
+
+  base: RunConfig
+  documents: DocumentsConfig = DocumentsConfig()
+  rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+  init: str | None = None
+  problems: int = 200
+  samples: int = 16
+
+
+def _base(name: str, data: DataConfig, train: TrainConfig, learning_rate: float) -> RunConfig:
+  network = dataclasses.replace(model.get_config(name), mtp=None)
+  return RunConfig(
+      model=network, data=data, optimizer=OptimizerConfig(learning_rate=learning_rate),
+      balance=BalanceConfig(bias_rate=0.01), train=train)
+
+
+_OPTIMIZER = RLConfig().optimizer
+SCALES = {
+    "smoke": R1ZeroConfig(
+        base=_base("nano", DataConfig(bpe_vocab_size=512, seq_len=64, heldout_bytes=5000),
+                   TrainConfig(steps=30, batch_size=8), 5e-3),
+        documents=DocumentsConfig(2000),
+        rl=RLConfig(task="arithmetic:terms=2,digits=1",
+                    sampling=SamplingConfig(num_prompts=4, num_generations=4,
+                                            max_prompt_length=16, max_completion_length=32),
+                    loop=LoopConfig(steps=4, eval_problems=4, eval_samples=4)),
+        problems=8, samples=4),
+    "cpu": R1ZeroConfig(
+        base=_base("nano", DataConfig(bpe_vocab_size=512, seq_len=128, heldout_bytes=20_000),
+                   TrainConfig(steps=600, batch_size=32, unroll=3), 5e-3),
+        rl=RLConfig(task="arithmetic:terms=3,digits=1",
+                    sampling=SamplingConfig(num_prompts=32, num_generations=16,
+                                            max_prompt_length=16, max_completion_length=48),
+                    objective=ObjectiveConfig(),
+                    loop=LoopConfig(steps=60, eval_every=10))),
+}
+
+
+def main(options: Options) -> None:
+  options.refuse("a", "b", "profile")
+  scale = options.scale or "smoke"
+  if scale not in SCALES:
+    raise ValueError(f"--scale={scale} does not exist; there are {', '.join(SCALES)}")
+  arms = options.arms or ("grpo",)
+  if unknown := set(arms) - set(ARMS):
+    raise ValueError(f"--arms={','.join(sorted(unknown))} does not exist; there are "
+                     + ", ".join(ARMS))
+  named = {"base.model": model.get_config}
+  cfg = settings.apply(SCALES[scale], options.settings, named=named)
+  # Every arm's settings are tried before anything runs.
+  configs = {arm: settings.apply(SCALES[scale], (*options.settings, *ARMS[arm]), named=named)
+             for arm in arms}
+  out = RunFolder(options.folder(f"r1_zero-{scale}"))
+  told = "base.model.vocab_size" in settings.assigned(options.settings)
+  limit = options.max_minutes and 60 * options.max_minutes
+  for seed in options.seed_range(1):
+    base = _Base(cfg, seed, out.path, told)
+    for arm in arms:
+      if not _run_arm(arm, configs[arm], seed, base, out.path, limit):
+        print("stopped, saved; the same command goes on")
+        return
+  print(f"report: {write_rl_report(out.path)}")
+
+
+class _Base:
+  """The model that RL begins with, made or loaded when it is first needed."""
+
+  def __init__(self, cfg: R1ZeroConfig, seed: int, path: pathlib.Path, told: bool):
+    self.cfg, self.seed, self.told = cfg, seed, told
+    self.path = path / f"base-seed{seed}"
+
+  def load(self) -> rl.start.Start:
+    if self.cfg.init:
+      return rl.start.load(self.cfg.init)
+    if not (self.path / "finished").exists():
+      self._pretrain()
+    return rl.start.load(str(self.path))
+
+  def _pretrain(self) -> None:
+    cfg, seed = self.cfg, self.seed
+    folder = RunFolder(self.path)
+    source = write_documents(
+        self.path / "documents.jsonl", cfg.rl.task, cfg.rl.template, cfg.documents.noise,
+        cfg.documents.count, seed)
+    base = dataclasses.replace(
+        cfg.base, data=dataclasses.replace(cfg.base.data, sources=(source,)),
+        train=dataclasses.replace(cfg.base.train, seed=seed))
+    data = load(base.data)
+    base = fit_vocabulary(base, data, told=self.told)
+    folder.check_config({"config": to_dict(base), "seeds": [seed],
+                         "documents": to_dict(cfg.documents)})
+    data.tokenizer.save(self.path / rl.start.TOKENIZER)
+    print(f"pretraining the base on {cfg.documents.count:,} documents", file=sys.stderr)
+    result = train([base], data, folder)
+    if result.status == "finished":
+      (self.path / "finished").touch()
+    folder.close()
+
+
+def _run_arm(arm, cfg: R1ZeroConfig, seed, base: _Base, path: pathlib.Path, limit) -> bool:
+  """Runs one arm on one seed, unless it is done; False if it was stopped before its end."""
+  folder = RunFolder(path / f"{arm}-seed{seed}")
+  results = folder.path / "results.json"
+  if results.exists():
+    return True
+  start = base.load()
+  run = dataclasses.replace(cfg.rl, loop=dataclasses.replace(cfg.rl.loop, seed=seed))
+  folder.check_config(rl.start.as_dict(run, start.cfg))
+  tokenizer = start.tokenizer()
+  tokenizer.save(folder.path / rl.start.TOKENIZER)
+  print(f"{arm}, seed {seed}", file=sys.stderr)
+  result = loop.train(run, start.cfg, start.variables, tokenizer, folder, max_seconds=limit)
+  for message in result.messages:
+    print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
+  if result.status == "stopped":
+    return False
+  judge = _Judge(cfg, run, start.cfg, tokenizer)
+  before = _base_figures(judge, start.variables, base.path / "evaluation.json", cfg)
+  after = judge(result.state.train.variables)
+  write_json_atomic(results, {
+      "arm": arm, "seed": seed, "settings": list(ARMS[arm]), "base": before, "after": after,
+      "cost": result.cost, "config": to_dict(cfg), "params": start.cfg.param_count(),
+      "provenance": provenance.describe()})
+  _print_outcome(arm, seed, before["heldout"], after["heldout"])
+  folder.close()
+  return True
+
+
+class _Judge:
+  """Evaluates variables on the held-out problems and the harder ones."""
+
+  def __init__(self, cfg: R1ZeroConfig, run: RLConfig, model_cfg, tokenizer: Tokenizer):
+    self.cfg, self.sampler = cfg, Sampler(model.Transformer(model_cfg), run, tokenizer)
+
+  def __call__(self, variables: dict) -> dict:
+    return {split: self.split(variables, split) for split in ("heldout", "harder")
+            if split in self.sampler.task.splits}
+
+  def split(self, variables: dict, split: str, temperature: float | None = None) -> dict:
+    samples = 1 if temperature == 0 else self.cfg.samples
+    found, _ = evaluate(
+        self.sampler, variables, split=split, problems=self.cfg.problems, samples=samples,
+        ks=(samples,), temperature=temperature)
+    return found
+
+
+def _base_figures(judge: _Judge, variables: dict, path: pathlib.Path, cfg: R1ZeroConfig) -> dict:
+  """The base before RL, with what it can do by other ways of asking; kept for the other arms."""
+  key = json.loads(json.dumps({"problems": cfg.problems, "samples": cfg.samples,
+                               "sampling": to_dict(cfg.rl.sampling)}))
+  if path.exists():
+    there = json.loads(path.read_text())
+    if there["key"] == key:
+      return there["figures"]
+  found = judge(variables)
+  found["temperatures"] = {
+      str(temperature): judge.split(variables, "heldout", temperature)
+      for temperature in (0.0, *_TEMPERATURES)}
+  path.parent.mkdir(exist_ok=True)
+  return write_json_atomic(path, {"key": key, "figures": found})["figures"]
+
+
+def _print_outcome(arm: str, seed: int, before: dict, after: dict) -> None:
+  print(f"{arm}, seed {seed}:")
+  for name in before:
+    if isinstance(before[name], list) and name in after:
+      figures = ["{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for found in (before, after)]
+      print(f"  {name:16} {figures[0]}  ->  {figures[1]}")

@@ -1,0 +1,121 @@
+"""Reports of RL runs: every arm and seed that is in a folder, beside the base."""
+
+import json
+import pathlib
+import statistics
+
+from experiments import plots
+from experiments.markdown import document, duration, fenced, figure, number, origin, table
+from train.run_folder import MetricsFile
+
+_FIGURES = ("pass@1", "lenient_pass@1", "format", "length", "clipped")
+_BY_ROLLOUT = {
+    "reward": "reward", "completions/mean_length": "length (tokens)",
+    "rewards/format/mean": "well-formed", "kl": "KL to the reference (nats per token)",
+    "entropy": "entropy (nats per token)", "grad_norm": "gradient norm"}
+
+
+def write_rl_report(folder: pathlib.Path) -> pathlib.Path:
+  """Reads every `*/results.json` of the folder; writes report.md and results.json there."""
+  runs = {path.parent.name: json.loads(path.read_text())
+          for path in sorted(folder.glob("*/results.json"))}
+  rows = {name: MetricsFile(folder / name / "metrics.jsonl").read() for name in runs}
+  evaluations = {name: MetricsFile(folder / name / "evaluations.jsonl").read() for name in runs}
+  first = next(iter(runs.values()))
+  (folder / "results.json").write_text(json.dumps(
+      {"provenance": first["provenance"], "config": first["config"], "runs": [
+          {key: value for key, value in run.items() if key not in ("config", "provenance")}
+          for run in runs.values()]}, indent=2) + "\n")
+  return document(folder / "report.md", f"RL on {first['config']['rl']['task']}", [
+      ("Before and after", _outcomes(runs)),
+      ("", _verdict(runs)),
+      ("Harder problems", _outcomes(runs, "harder")),
+      ("The base, asked in other ways", _base(runs)),
+      ("Curves", figure(folder, "evaluations", "Held-out problems over steps", plots.panels,
+                        _curves(evaluations, {"pass@1": "pass@1", "lenient_pass@1": "pass@1, "
+                                              "read kindly", "format": "well-formed",
+                                              "length": "length (tokens)"}))),
+      ("", figure(folder, "rollouts", "Rollouts over steps", plots.panels,
+                  _curves(rows, _BY_ROLLOUT))),
+      ("Completions", _samples(folder, runs)),
+      ("Cost", _cost(runs)),
+      ("How to run it again", origin(first["provenance"]))])
+
+
+def _cell(found: list | None) -> str:
+  return "–" if found is None else f"{number(found[0], 3)} [{found[1]:.3g}, {found[2]:.3g}]"
+
+
+def _outcomes(runs: dict[str, dict], split: str = "heldout") -> str:
+  if not all(split in run["after"] for run in runs.values()):
+    return ""
+  lines, bases = [], {}
+  for run in runs.values():
+    bases.setdefault(run["seed"], run["base"])
+  cons = next(name for name in next(iter(runs.values()))["after"][split]
+              if name.startswith("cons@"))
+  best = cons.replace("cons", "pass")
+  names = ("pass@1", *((best,) if best != "pass@1" else ()), cons, *_FIGURES[1:])
+  row = lambda found: [_cell(found.get(name)) for name in names]
+  lines += [[f"base, seed {seed}", *row(base[split])] for seed, base in bases.items()]
+  lines += [[name, *row(run["after"][split])] for name, run in runs.items()]
+  return table(("run", *names), lines) + (
+      "\n\n95 % bootstrap intervals over problems. \"lenient\" finds answers without their block.")
+
+
+def _verdict(runs: dict[str, dict]) -> str:
+  """What RL gained, and how much of it the controls have too."""
+  value = lambda run, when, name="pass@1": run[when]["heldout"][name][0]
+  by_arm = {}
+  for run in runs.values():
+    by_arm.setdefault(run["arm"], []).append(run)
+  lines = []
+  for arm, done in by_arm.items():
+    gain = [100 * (value(run, "after") - value(run, "base")) for run in done]
+    kindly = [100 * (value(run, "after", "lenient_pass@1") - value(run, "base", "lenient_pass@1"))
+              for run in done]
+    lines.append([arm, len(done), *(f"{statistics.mean(x):+.1f} ({min(x):+.1f} to {max(x):+.1f})"
+                                    for x in (gain, kindly))])
+  return table(("arm", "seeds", "pass@1, points gained", "read kindly"), lines)
+
+
+def _base(runs: dict[str, dict]) -> str:
+  lines = []
+  for seed, base in {run["seed"]: run["base"] for run in runs.values()}.items():
+    for temperature, found in base.get("temperatures", {}).items():
+      name = "greedy" if float(temperature) == 0 else f"temperature {temperature}"
+      lines.append([seed, name, *(_cell(found.get(key)) for key in _FIGURES[:3])])
+  return table(("seed", "sampling", *_FIGURES[:3]), lines) if lines else ""
+
+
+def _curves(rows: dict[str, list[dict]], labels: dict[str, str]) -> dict:
+  """By panel and run, steps and values."""
+  def curve(of_run, key):
+    points = [(row["step"], row[key][0] if isinstance(row[key], list) else row[key])
+              for row in of_run if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+  drawn = {label: {name: curve(of_run, key) for name, of_run in rows.items()
+                   if any(row.get(key) is not None for row in of_run)}
+           for key, label in labels.items()}
+  return {label: curves for label, curves in drawn.items() if curves}
+
+
+def _samples(folder: pathlib.Path, runs: dict[str, dict]) -> str:
+  """The same problems at the first and the last evaluation."""
+  parts = []
+  for name in runs:
+    rows = MetricsFile(folder / name / "completions.jsonl").read()
+    if rows:
+      steps = sorted({row["step"] for row in rows})
+      shown = [row for row in rows if row["step"] in (steps[0], steps[-1])]
+      parts.append(f"**{name}**\n\n" + "\n\n".join(
+          f"step {row['step']}, right is {row['answer']}:\n"
+          f"{fenced(row['prompt'] + row['completion'])}" for row in shown))
+  return "\n\n".join(parts)
+
+
+def _cost(runs: dict[str, dict]) -> str:
+  lines = [[name, duration(run["cost"]["device_seconds"]), run["cost"]["tokens"],
+            run["params"]] for name, run in runs.items()]
+  return table(("run", "device time", "tokens sampled", "parameters"), lines)

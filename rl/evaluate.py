@@ -1,0 +1,85 @@
+"""How good a model is at a task: pass@1, pass@k, cons@k, format and length, with intervals."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rl import rewards
+from rl.extraction import lenient_answer, strict_answer
+from rl.pass_rates import Interval, interval, majority_vote, pass_at_1, pass_at_k
+from rl.sampler import Sampler, Samples
+
+# Training's steps never come here, so evaluation has random keys of its own; and they are the same
+# at each evaluation, which takes noise out of the difference of two.
+_STEP = 2**31 - 1
+
+
+def evaluate(
+    sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
+    ks: Sequence[int] = (), temperature: float | None = None, top_p: float = 1.0,
+) -> tuple[dict[str, Any], Samples]:
+  """Samples the first problems of a split, and judges.
+
+  Args:
+    sampler: says task and model.
+    variables: of the model.
+    split: "heldout", "harder" or what the task has.
+    problems: how many.
+    samples: of each.
+    ks: pass@k for these, at most `samples`.
+    temperature: None for the sampler's.
+    top_p: nucleus mass.
+
+  Returns:
+    By name [estimate, low, high], 95 % bootstrap intervals over problems: "pass@1", "pass@k",
+    "cons@samples" (the majority of all samples), "lenient_pass@1" and "lenient_cons" by a kind
+    reading of completions, "format", "length" in tokens, "clipped" (cut off); and "unjudged", a
+    count, "problems", "samples". And what was sampled.
+
+  Raises:
+    ValueError: for an unknown split, or more problems than a finite one has.
+  """
+  size = sampler.task.size(split)
+  if size is not None and problems > size:
+    raise ValueError(f"the split {split!r} has {size} problems, not {problems}")
+  drawn = sampler.sample(variables, split, range(problems), samples, step=_STEP,
+                         temperature=temperature, top_p=top_p)
+  return judge(drawn, samples, ks), drawn
+
+
+def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any]:
+  """The figures of `evaluate`, for completions of which `samples` side by side are a problem's."""
+  by_problem = lambda values: np.asarray(values).reshape(-1, samples)
+  columns = drawn.columns()
+
+  def verdicts(reward):
+    values = reward(drawn.prompts, drawn.completions, **columns)
+    judged = by_problem([value is not None for value in values])
+    return by_problem([value == 1 for value in values]), judged
+
+  correct, judged = verdicts(rewards.accuracy)
+  kindly, _ = verdicts(rewards.lenient_accuracy)
+  formed = rewards.well_formed(drawn.prompts, drawn.completions)
+  answers = lambda extract: [[extract(text) for text in row] for row in
+                             np.array(drawn.completions, object).reshape(-1, samples)]
+  rates = {
+      "pass@1": pass_at_1(correct, judged),
+      **{f"pass@{k}": pass_at_k(correct, k, judged) for k in ks if k > 1},
+      f"cons@{samples}": majority_vote(answers(strict_answer), correct, judged),
+      "lenient_pass@1": pass_at_1(kindly, judged),
+      "lenient_cons": majority_vote(answers(lenient_answer), kindly, judged),
+      "format": by_problem(formed).mean(1),
+      "length": by_problem(drawn.lengths_S).mean(1),
+      "clipped": 1 - by_problem(drawn.ended_S).mean(1)}
+  return {name: list(_interval(rate)) for name, rate in rates.items()} | {
+      "unjudged": int((~judged).sum()), "problems": len(correct), "samples": samples}
+
+
+def _interval(rates_P: np.ndarray) -> Interval:
+  """`interval`, which equal rates have none of: resampling cannot move them."""
+  known = rates_P[~np.isnan(rates_P)]
+  if known.size < 2 or np.ptp(known) == 0:
+    value = float(known.mean()) if known.size else float("nan")
+    return Interval(value, value, value)
+  return interval(rates_P)

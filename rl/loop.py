@@ -1,0 +1,245 @@
+"""The RL loop: rollouts, rewards, updates, evaluations, checkpoints; killed anywhere, it resumes.
+
+As in `train.loop`, rows of a step are on disk before its checkpoint is begun. Random keys come from
+the seed, the step, the problem and the sample, so a checkpoint needs to hold no generator.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from model import ModelConfig, Transformer
+from rl.advantages import group_advantages
+from rl.config import RLConfig
+from rl.evaluate import evaluate
+from rl.objective import denominator
+from rl.rewards import Scored
+from rl.sampler import Sampler, Samples, join, reward_function
+from rl.step import Experience, RLState, experience, init_rl_state, make_update, refresh
+from train.checkpoint import Checkpoints
+from train.cost import CostMeter, total
+from train.loop import TrainingError
+from train.optimizer import learning_rate
+from train.run_folder import Events, MetricsFile, RunFolder
+from train.signals import Signals
+from train.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class RLResult:
+  """What a run leaves in memory.
+
+  Attributes:
+    status: "finished", or "stopped" (by a signal or a limit; the same call goes on).
+    state: the last one.
+    steps: taken so far.
+    rows: of metrics.
+    evaluations: of `rl.evaluate.evaluate`, each with its "step".
+    cost: see `train.cost.total`.
+    messages: what went wrong and was got over.
+  """
+
+  status: str
+  state: RLState
+  steps: int
+  rows: list[dict]
+  evaluations: list[dict]
+  cost: dict
+  messages: list[str]
+
+
+def train(
+    cfg: RLConfig, model_cfg: ModelConfig, variables: dict, tokenizer: Tokenizer,
+    folder: RunFolder, *, show: bool = True, max_seconds: float | None = None) -> RLResult:
+  """Trains a model on a task's problems, or goes on with what the folder holds.
+
+  Args:
+    cfg: the run.
+    model_cfg: of the model.
+    variables: to start from.
+    tokenizer: the model's.
+    folder: where the record and the checkpoints are.
+    show: whether to draw a progress bar, on stderr.
+    max_seconds: stop, saved, after so long.
+
+  Raises:
+    TrainingError: after too many steps that were not finite.
+    ValueError: for prompts that are too long, or a reward that fails.
+    CheckpointError: if a checkpoint cannot be written.
+  """
+  return _Run(cfg, model_cfg, tokenizer, folder, show).run(variables, max_seconds)
+
+
+class _Run:
+
+  def __init__(self, cfg, model_cfg, tokenizer, folder, show):
+    self.cfg, self.path, self.show = cfg, folder.path, show
+    self.sampler = Sampler(Transformer(model_cfg), cfg, tokenizer)
+    self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
+    self.spec = cfg.objective.spec(cfg.sampling.max_completion_length)
+    self.update = make_update(model_cfg, cfg)
+    updates = cfg.objective.updates
+    self.rates = jax.vmap(learning_rate(cfg.optimizer, cfg.loop.steps * updates))(
+        np.arange(cfg.loop.steps * updates)).reshape(-1, updates)
+    self.flops_per_token = model_cfg.flops_per_token(
+        cfg.sampling.max_prompt_length + cfg.sampling.max_completion_length)
+    self.checkpoints = Checkpoints(self.path / "checkpoints", keep=cfg.loop.keep_checkpoints)
+    self.files = {name: MetricsFile(self.path / f"{name}.jsonl")
+                  for name in ("metrics", "evaluations", "completions")}
+    self.messages: list[str] = []
+
+  def run(self, variables, max_seconds) -> RLResult:
+    loop = self.cfg.loop
+    # An offline sampler goes on with the model that the run began with.
+    self.initial = variables
+    state, start, self.position = self._start(variables)
+    self.cost = CostMeter(self.path, self.flops_per_token)
+    self.events = Events(self.path / "events", self.files["metrics"].read())
+    bar = tqdm(total=loop.steps, initial=start, unit="step", disable=not self.show,
+               file=sys.stderr, dynamic_ncols=sys.stderr.isatty(),
+               mininterval=0.2 if sys.stderr.isatty() else 10.0)
+    status, step = "finished", start
+    deadline = time.monotonic() + max_seconds if max_seconds else None
+    with Signals() as signals, contextlib.ExitStack() as closing:
+      for part in (bar, self.events, *self.files.values(), self.cost, self.checkpoints):
+        closing.callback(part.close)
+      if start == 0:
+        self._evaluate(state, 0)
+      for step in range(start + 1, loop.steps + 1):
+        state, row = self._step(state, step)
+        self._record(row, bar)
+        done = step == loop.steps
+        if done or (loop.eval_every and step % loop.eval_every == 0):
+          self._evaluate(state, step)
+        stop = signals.received or (deadline and time.monotonic() > deadline)
+        if done or stop or (loop.checkpoint_every and step % loop.checkpoint_every == 0):
+          self.cost.write()
+          self.checkpoints.save(step, state, {"position": self.position})
+        if stop and not done:
+          status = "stopped"
+          break
+      self.checkpoints.wait()
+    return RLResult(status, state, step, self.files["metrics"].read(),
+                    self.files["evaluations"].read(), total(self.path), self.messages)
+
+  def _start(self, variables) -> tuple[RLState, int, int]:
+    restored = self.checkpoints.restore(
+        jax.eval_shape(lambda v: init_rl_state(v, self.cfg), variables))
+    step, position = (restored.step, restored.extra["position"]) if restored else (0, 0)
+    if restored:
+      self.messages += restored.damaged
+    for file in self.files.values():
+      file.truncate_after(step if restored else -1)
+    return restored.arrays if restored else init_rl_state(variables, self.cfg), step, position
+
+  def _step(self, state: RLState, step: int) -> tuple[RLState, dict]:
+    """One step; its row of metrics."""
+    cfg, began = self.cfg, time.monotonic()
+    objective = cfg.objective
+    offline = objective.sampler == "initial"
+    drawn, scored, more = self._roll_out(self.initial if offline else state.train.variables, step)
+    seen = self._experience(drawn, scored)
+    rolled = time.monotonic()
+    key = jax.random.fold_in(jax.random.key(cfg.loop.seed), step)
+    state, metrics = self.update(
+        state, seen, {"learning_rate": self.rates[step - 1], "spec": self.spec,
+                      "temperature": cfg.sampling.temperature}, key)
+    metrics = {name: np.asarray(value, np.float64).tolist()
+               for name, value in jax.device_get(metrics).items()}
+    if state.reference is not None and objective.refresh_every and (
+        step % objective.refresh_every == 0):
+      state = refresh(state)
+    now = time.monotonic()
+    tokens = int(drawn.lengths_S.sum())
+    self.cost.add(tokens)
+    row = {"step": step, **more, **self._describe(drawn, scored, seen), **metrics,
+           "learning_rate": float(self.rates[step - 1, -1]),
+           "seconds/update": now - rolled, "seconds/step": now - began,
+           "tokens_per_second": tokens / (now - began), "time": time.time()}
+    if metrics["skipped"] > cfg.loop.max_skipped_steps:
+      raise TrainingError(
+          f"step {step}: the loss or gradient was not finite for the {metrics['skipped']:.0f}th "
+          f"time, and loop.max_skipped_steps is {cfg.loop.max_skipped_steps}; {self.path} holds "
+          f"checkpoints of steps {self.checkpoints.steps() or 'none'}. Lower "
+          "optimizer.learning_rate, or look at the completions near this step")
+    return state, row
+
+  def _roll_out(self, variables, step) -> tuple[Samples, Scored, dict]:
+    """A full rollout with its rewards; groups without a signal are replaced, if asked for."""
+    sampling, kept, thrown = self.cfg.sampling, [], []
+    seconds = {"seconds/rollout": 0.0, "seconds/reward": 0.0}
+    for _ in range(self.cfg.objective.resample):
+      began = time.monotonic()
+      indices = range(self.position, self.position + sampling.num_prompts)
+      self.position += sampling.num_prompts
+      drawn = self.sampler.sample(
+          variables, "train", indices, sampling.num_generations, step=step)
+      sampled = time.monotonic()
+      scored = self.score(drawn.prompts, drawn.completions, **drawn.columns())
+      seconds["seconds/rollout"] += sampled - began
+      seconds["seconds/reward"] += time.monotonic() - sampled
+      for first in range(0, len(drawn), sampling.num_generations):
+        rows = np.arange(first, first + sampling.num_generations)
+        judged = {scored.rewards[i] for i in rows} - {None}
+        (kept if len(judged) > 1 else thrown).append((drawn.rows(rows), scored.rows(rows)))
+      if len(kept) >= sampling.num_prompts:
+        break
+    groups = (kept + thrown)[:sampling.num_prompts]
+    return (join([group for group, _ in groups]), Scored.join([judged for _, judged in groups]),
+            {"groups/sampled": len(kept) + len(thrown), "groups/equal": len(thrown), **seconds})
+
+  def _experience(self, drawn: Samples, scored: Scored) -> Experience:
+    objective = self.cfg.objective
+    ids = [problem.id for problem in drawn.problems]
+    learned_S = np.array([reward is not None for reward in scored.rewards])
+    if objective.name == "rft":
+      right = [reward == 1 for reward in scored.by_name["accuracy"]]
+      advantage_S, learned_S = np.ones(len(drawn), np.float32), np.array(right)
+    else:
+      advantage_S = group_advantages(
+          scored.rewards, ids, baseline=objective.group_baseline).values
+    if objective.mask_truncated:
+      learned_S &= drawn.ended_S
+    return experience(drawn.prompt_tokens, drawn.tokens_SN, drawn.lengths_S, drawn.logprobs_SN,
+                      advantage_S, learned_S)
+
+  def _describe(self, drawn: Samples, scored: Scored, seen: Experience) -> dict[str, Any]:
+    """Metrics of a rollout, under the names that users of other trainers know."""
+    rewards_S = np.array([np.nan if reward is None else reward for reward in scored.rewards])
+    by_group = rewards_S.reshape(-1, self.cfg.sampling.num_generations)
+    judged = ~np.isnan(by_group).all(1)
+    return {
+        "reward": float(np.nanmean(rewards_S)) if judged.any() else None,
+        "reward_std": float(np.nanstd(by_group[judged], axis=1).mean()) if judged.any() else None,
+        **scored.metrics(),
+        "completions/mean_length": float(drawn.lengths_S.mean()),
+        "completions/max_length": int(drawn.lengths_S.max()),
+        "completions/clipped_ratio": float(1 - drawn.ended_S.mean()),
+        "completions/learned": int(seen.mask.any(1).sum()),
+        "loss/denominator": float(denominator(seen.mask, self.spec))}
+
+  def _record(self, row: dict, bar: tqdm) -> None:
+    self.files["metrics"].append(row)
+    self.events.append(row)
+    bar.set_postfix({"reward": f"{row['reward']:.3f}" if row["reward"] is not None else "none",
+                     "length": f"{row['completions/mean_length']:.0f}",
+                     "tok/s": f"{row['tokens_per_second']:,.0f}"}, refresh=False)
+    bar.update()
+
+  def _evaluate(self, state: RLState, step: int) -> None:
+    loop = self.cfg.loop
+    found, drawn = evaluate(
+        self.sampler, state.train.variables, split="heldout", problems=loop.eval_problems,
+        samples=loop.eval_samples)
+    self.files["evaluations"].append({"step": step, **found})
+    for i in range(0, len(drawn), max(1, len(drawn) // max(1, loop.samples_logged)))[
+        :loop.samples_logged]:
+      self.files["completions"].append({
+          "step": step, "prompt": drawn.prompts[i], "completion": drawn.completions[i],
+          "answer": drawn.problems[i].answer, "tokens": int(drawn.lengths_S[i])})

@@ -1,0 +1,207 @@
+"""Sampling many completions: a few slots decode together, and are refilled as sequences end.
+
+Everything happens in one program on the device. A slot is a row of the latent cache; when enough of
+them are free, the next prompts are read at once and put there.
+
+Shape letters:  S sequences  B slots  R slots refilled at once  P prompt tokens  N new tokens
+                V vocabulary
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model import Cache, Transformer, init_cache
+from model.checks import require
+from model.generate import choose, decode_step, prefill
+
+_REFILLS = 8  # slots are refilled when one in so many is free
+
+
+class Prompts(NamedTuple):
+  """What to complete.
+
+  Attributes:
+    tokens_SP: int32, padded on the right.
+    lengths_S: int32, in 1..P.
+    keys_S: jax.random keys, of `sequence_keys`.
+  """
+
+  tokens_SP: jax.Array
+  lengths_S: jax.Array
+  keys_S: jax.Array
+
+
+class Rollout(NamedTuple):
+  """What was sampled.
+
+  Attributes:
+    tokens_SN: int32, up to and including the stop token; rubbish behind.
+    lengths_S: int32, tokens of each, the stop token included.
+    logprobs_SN: float32, in nats, under the distribution sampled from; 0 behind the end.
+    ended_S: whether the stop token came; else the completion was cut off.
+    decode_steps: int32, forward passes of one token per slot.
+  """
+
+  tokens_SN: jax.Array
+  lengths_S: jax.Array
+  logprobs_SN: jax.Array
+  ended_S: jax.Array
+  decode_steps: jax.Array
+
+  @property
+  def mask_SN(self) -> jax.Array:
+    """Where the sampled tokens are."""
+    return jnp.arange(self.tokens_SN.shape[1]) < self.lengths_S[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="seed")
+def sequence_keys(seed: int, step, prompts_S: jax.Array, samples_S: jax.Array) -> jax.Array:
+  """A key for every sequence, which knows nothing of rows, batches or devices.
+
+  Args:
+    seed: of the run.
+    step: of the run.
+    prompts_S: a number for each sequence's prompt.
+    samples_S: which of its prompt's samples a sequence is.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  fold = jax.vmap(lambda prompt, sample: jax.random.fold_in(
+      jax.random.fold_in(key, prompt), sample))
+  return fold(prompts_S, samples_S)
+
+
+def pad_prompts(prompts: list[np.ndarray], max_length: int, keys_S: jax.Array) -> Prompts:
+  """Prompts of token ids as one array.
+
+  Raises:
+    ValueError: for no prompt, an empty one, or one that is longer than `max_length`.
+  """
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  require(len(lengths) > 0, "there is no prompt to complete")
+  require(lengths.min() > 0, f"prompt {lengths.argmin()} is empty: it needs a token to go on from")
+  require(lengths.max() <= max_length,
+          f"prompt {lengths.argmax()} has {lengths.max()} tokens, more than the {max_length} "
+          "allowed: raise max_prompt_length, or leave it out")
+  tokens = np.zeros((len(prompts), max_length), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[:len(prompt)] = prompt
+  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths), keys_S)
+
+
+def rollout(
+    model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
+    stop_token: int | None, temperature: float = 1.0, top_p: float = 1.0,
+    slots: int | None = None) -> Rollout:
+  """Samples a completion of every prompt.
+
+  The n-th token of a sequence is drawn with `fold_in(its key, n)`: the same with any number of
+  slots, but where the rounding of another batch shape changes a choice.
+
+  Args:
+    model: the network; its MTP modules are not used.
+    variables: its variables.
+    prompts: see `pad_prompts`.
+    max_new_tokens: after which a sequence is cut off.
+    stop_token: ends a sequence, and is part of it.
+    temperature: 0 takes the likeliest token.
+    top_p: nucleus mass in (0, 1].
+    slots: sequences decoded at a time; None for all.
+
+  Raises:
+    ValueError: for impossible arguments, or sequences longer than the model's context.
+  """
+  require(temperature >= 0 and 0 < top_p <= 1 and max_new_tokens >= 1,
+          "rollout needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
+          f"{temperature}, {top_p} and {max_new_tokens}")
+  longest = prompts.tokens_SP.shape[1] + max_new_tokens
+  require(longest <= model.cfg.max_seq_len,
+          f"prompts of {prompts.tokens_SP.shape[1]} and completions of {max_new_tokens} tokens are "
+          f"longer than the model's context of {model.cfg.max_seq_len}")
+  num_sequences = len(prompts.lengths_S)
+  slots = num_sequences if slots is None else min(slots, num_sequences)
+  require(slots >= 1, f"slots={slots} must be positive")
+  return _rollout(
+      model, variables, prompts, temperature, top_p, -1 if stop_token is None else stop_token,
+      max_new_tokens, slots, temperature == 0, top_p < 1)
+
+
+class _Slots(NamedTuple):
+  """The sequences under way: S in `sequence_B` is a free slot."""
+
+  cache: Cache
+  logits_BV: jax.Array
+  sequence_B: jax.Array
+  position_B: jax.Array  # new tokens so far
+
+
+@functools.partial(jax.jit, static_argnames=(
+    "model", "max_new_tokens", "slots", "greedy", "nucleus"))
+def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_tokens, slots,
+             greedy, nucleus):
+  num_sequences, prompt_tokens = prompts.tokens_SP.shape
+  refill = max(1, slots // _REFILLS)
+  free_B = lambda s: s.sequence_B == num_sequences
+
+  def read_prompts(state):
+    """Puts the next prompts into free slots."""
+    s, out, begun = state
+    slot_R = jnp.nonzero(free_B(s), size=refill, fill_value=slots)[0]
+    sequence_R = begun + jnp.arange(refill, dtype=jnp.int32)
+    slot_R = jnp.where(sequence_R < num_sequences, slot_R, slots)
+    row_R = jnp.minimum(sequence_R, num_sequences - 1)
+    logits_RV, read = prefill(
+        model, variables, prompts.tokens_SP[row_R], prompts.lengths_S[row_R],
+        init_cache(model.cfg, refill, prompt_tokens))
+    put = lambda x, new: x.at[slot_R].set(new, mode="drop")
+    entries = {name: whole.at[:, slot_R, :prompt_tokens].set(read.entries[name], mode="drop")
+               for name, whole in s.cache.entries.items()}
+    cache = Cache(put(s.cache.lengths_B, read.lengths_B), entries)
+    s = _Slots(cache, put(s.logits_BV, logits_RV), put(s.sequence_B, sequence_R),
+               put(s.position_B, 0))
+    return s, out, begun + (slot_R < slots).sum(dtype=jnp.int32)
+
+  def can_read(state):
+    s, _, begun = state
+    # As many as are refilled at once, or all that there are: the last few need not wait.
+    wanted = jnp.minimum(refill, num_sequences - begun)
+    return (begun < num_sequences) & (free_B(s).sum() >= wanted)
+
+  def decode(state):
+    s, out, begun = state
+    active_B = ~free_B(s)
+    row_B = jnp.minimum(s.sequence_B, num_sequences - 1)
+    keys_B = jax.vmap(jax.random.fold_in)(prompts.keys_S[row_B], s.position_B)
+    token_B, logp_B = choose(s.logits_BV, keys_B, temperature, top_p, greedy, nucleus)
+    where = (s.sequence_B, s.position_B)  # a free slot's is outside
+    position_B = s.position_B + active_B
+    stopped_B = token_B == stop_token
+    out = Rollout(
+        out.tokens_SN.at[where].set(token_B, mode="drop"),
+        out.lengths_S.at[s.sequence_B].set(position_B, mode="drop"),
+        out.logprobs_SN.at[where].set(logp_B, mode="drop"),
+        out.ended_S.at[s.sequence_B].set(stopped_B, mode="drop"), out.decode_steps + 1)
+    logits_BV, cache = decode_step(model, variables, token_B, s.cache)
+    cache = cache.with_lengths(jnp.where(active_B, cache.lengths_B, s.cache.lengths_B))
+    done_B = stopped_B | (position_B == max_new_tokens)
+    sequence_B = jnp.where(done_B, num_sequences, s.sequence_B)
+    return _Slots(cache, logits_BV, sequence_B, position_B), out, begun
+
+  def round_(state):
+    state = jax.lax.while_loop(can_read, read_prompts, state)
+    return jax.lax.while_loop(
+        lambda state: ~free_B(state[0]).all() & ~can_read(state), decode, state)
+
+  s = _Slots(
+      init_cache(model.cfg, slots, prompt_tokens + max_new_tokens),
+      jnp.zeros((slots, model.cfg.vocab_size)), jnp.full(slots, num_sequences, jnp.int32),
+      jnp.zeros(slots, jnp.int32))
+  shape = (num_sequences, max_new_tokens)
+  out = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(num_sequences, jnp.int32),
+                jnp.zeros(shape), jnp.zeros(num_sequences, bool), jnp.int32(0))
+  unfinished = lambda state: (state[2] < num_sequences) | ~free_B(state[0]).all()
+  _, out, _ = jax.lax.while_loop(unfinished, round_, (s, out, jnp.int32(0)))
+  return out

@@ -1,0 +1,158 @@
+"""From problems to judged completions: prompts, rollout, text, rewards.
+
+Shape letters:  S sequences  N new tokens
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from model import Transformer
+from rl import rewards
+from rl.config import RewardConfig, RLConfig
+from rl.rollout import pad_prompts, rollout, sequence_keys
+from rl.tasks import get_task
+from rl.tasks.problem import Problem
+from rl.templates import get_template
+from train.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Completions, a row for each, those of a problem side by side.
+
+  Attributes:
+    problems: of each row.
+    prompts: text of each row's prompt.
+    prompt_tokens: its token ids.
+    completions: text, without the stop token.
+    tokens_SN, lengths_S, logprobs_SN, ended_S: as in `rl.rollout.Rollout`, on the host.
+  """
+
+  problems: list[Problem]
+  prompts: list[str]
+  prompt_tokens: list[np.ndarray]
+  completions: list[str]
+  tokens_SN: np.ndarray
+  lengths_S: np.ndarray
+  logprobs_SN: np.ndarray
+  ended_S: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.problems)
+
+  def rows(self, chosen: np.ndarray) -> "Samples":
+    """Some rows, in that order."""
+    pick = lambda x: x[chosen] if isinstance(x, np.ndarray) else [x[i] for i in chosen]
+    return Samples(*(pick(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
+  def columns(self) -> dict[str, list]:
+    """What rewards are given: every problem's row, "num_tokens" and "row"."""
+    given = [problem.row() for problem in self.problems]
+    names = dict.fromkeys(name for row in given for name in row)
+    return {name: [row.get(name) for row in given] for name in names} | {
+        "num_tokens": self.lengths_S.tolist(), "row": list(range(len(self)))}
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+  """All rows of all parts."""
+  def cat(name):
+    values = [getattr(part, name) for part in parts]
+    if isinstance(values[0], np.ndarray):
+      return np.concatenate(values)
+    return [row for part in values for row in part]
+
+  return Samples(*(cat(field.name) for field in dataclasses.fields(Samples)))
+
+
+class Sampler:
+  """Poses a task's problems to a model.
+
+  Args:
+    net: the network.
+    cfg: says task, template and limits; a program always samples `cfg.sampling.num_sequences`.
+    tokenizer: the model's.
+  """
+
+  def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer):
+    self.net, self.cfg, self.tokenizer = net, cfg, tokenizer
+    self.task, self.template = get_task(cfg.task), get_template(cfg.template)
+
+  def sample(
+      self, variables: dict, split: str, indices: Sequence[int], num_samples: int, *, step: int,
+      temperature: float | None = None, top_p: float = 1.0) -> Samples:
+    """`num_samples` completions of each of the split's problems with these indices.
+
+    Args:
+      variables: of the model.
+      split: of the task.
+      indices: of the problems.
+      num_samples: completions of each.
+      step: with the seed, the index and the sample's number, decides the random key.
+      temperature: None for the config's.
+      top_p: see `rl.rollout.rollout`.
+
+    Raises:
+      ValueError: for a problem whose prompt is empty or too long.
+    """
+    problems = [self.task.problem(split, index) for index in indices]
+    prompts = [self.template.render(problem.question) for problem in problems]
+    tokens = self.tokenizer.encode_batch(prompts)
+    of_row = np.repeat(np.arange(len(problems)), num_samples)
+    sample_S = np.tile(np.arange(num_samples), len(problems))
+    index_S = np.asarray(indices)[of_row]
+    pieces = []
+    for rows in self._chunks(len(of_row)):
+      padded = np.resize(rows, self.cfg.sampling.num_sequences)
+      pieces.append(self._rollout(
+          variables, [tokens[p] for p in of_row[padded]], index_S[padded], sample_S[padded], step,
+          temperature, top_p, len(rows)))
+    token_SN, length_S, logp_SN, ended_S = (np.concatenate(part) for part in zip(*pieces,
+                                                                                 strict=True))
+    texts = [self.tokenizer.decode(row[:length - ended]) for row, length, ended in
+             zip(token_SN, length_S, ended_S, strict=True)]
+    return Samples([problems[p] for p in of_row], [prompts[p] for p in of_row],
+                   [tokens[p] for p in of_row], texts, token_SN, length_S, logp_SN, ended_S)
+
+  def _chunks(self, count: int) -> list[np.ndarray]:
+    size = self.cfg.sampling.num_sequences
+    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+  def _rollout(self, variables, prompts, index_S, sample_S, step, temperature, top_p, count):
+    sampling = self.cfg.sampling
+    keys_S = sequence_keys(self.cfg.loop.seed, step, jnp.asarray(index_S), jnp.asarray(sample_S))
+    out = rollout(
+        self.net, variables, pad_prompts(prompts, sampling.max_prompt_length, keys_S),
+        max_new_tokens=sampling.max_completion_length, stop_token=self.tokenizer.eos,
+        temperature=sampling.temperature if temperature is None else temperature, top_p=top_p,
+        slots=sampling.slots)
+    return tuple(np.asarray(part)[:count] for part in
+                 (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S))
+
+
+def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards.Scored]:
+  """The weighted rewards of a config.
+
+  Args:
+    cfg: the weights.
+    max_tokens: the limit on completions' lengths.
+  """
+  known = {
+      "accuracy": rewards.accuracy, "format": rewards.well_formed,
+      "language": rewards.language_consistency, "tests": rewards.unit_tests(),
+      "overlong": rewards.overlong(max_tokens, cfg.overlong_tokens), "random": _random}
+  weights = cfg.weights()
+  return rewards.combine({name: known[name] for name in weights}, weights)
+
+
+def _random(
+    prompts: Sequence[str], completions: Sequence[str], row: Sequence[int], **columns: Any,
+) -> list[float]:
+  """Heads or tails of what was written and where, so that a resumed run throws the same."""
+  del columns
+  return [float(zlib.crc32(f"{i} {prompt} {completion}".encode()) & 1)
+          for i, prompt, completion in zip(row, prompts, completions, strict=True)]

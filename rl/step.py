@@ -1,0 +1,239 @@
+"""One RL step as a pure function of the state and what was sampled.
+
+The optimizer's step is `train.step`'s: this file gives it an objective, and lays out a rollout as
+minibatches of micro-batches.
+
+Shape letters:  S sequences  T tokens that are predicted: prompt and completion, but the first
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import model
+from model import Transformer, balance
+from rl.config import ObjectiveConfig, RLConfig
+from rl.objective import ObjectiveSpec, denominator, policy_loss
+from train.config import OptimizerConfig
+from train.losses import Observed, Sums
+from train.optimizer import decay_mask
+from train.step import TrainState, init_state, make_train_step
+
+
+@flax.struct.dataclass
+class RLState:
+  """What RL changes.
+
+  Attributes:
+    train: the policy and its optimizer.
+    reference: variables that the KL is to, which with an offline sampler also sample; None if
+      neither is asked for.
+  """
+
+  train: TrainState
+  reference: dict | None
+
+
+@flax.struct.dataclass
+class Experience:
+  """Completions to learn from. Rows are alike however they were sampled.
+
+  Attributes:
+    tokens: int32 [S, T + 1], prompt and completion without a gap, padded on the right.
+    inside: bool [S, T], at predictions made from a real token.
+    mask: bool [S, T], at predictions of the completion's tokens, its stop token included.
+    logp_sampler: float32 [S, T], as kept from sampling; 0 outside the mask.
+    advantage: float32 [S].
+  """
+
+  tokens: jax.Array
+  inside: jax.Array
+  mask: jax.Array
+  logp_sampler: jax.Array
+  advantage: jax.Array
+
+
+@flax.struct.dataclass
+class _Batch:
+  """Experience, and what the policy before the update and the reference think of it."""
+
+  experience: Experience
+  logp_old: jax.Array | None
+  logp_reference: jax.Array | None
+  spec: ObjectiveSpec
+
+
+def experience(
+    prompts: list[np.ndarray], tokens_SN: np.ndarray, lengths_S: np.ndarray,
+    logprobs_SN: np.ndarray, advantage_S: np.ndarray, learned_S: np.ndarray, *,
+    multiple: int = 32) -> Experience:
+  """Lays out a rollout.
+
+  Args:
+    prompts: token ids of each sequence's prompt.
+    tokens_SN: completions; see `rl.rollout.Rollout`.
+    lengths_S: of the completions.
+    logprobs_SN: of the completions' tokens.
+    advantage_S: of each sequence.
+    learned_S: bool; the others are masked whole.
+    multiple: T is a multiple of this, so that few shapes are compiled.
+  """
+  starts_S = np.array([len(prompt) for prompt in prompts])
+  ends_S = starts_S + lengths_S
+  num_tokens = -(-int(ends_S.max() - 1) // multiple) * multiple
+  tokens = np.zeros((len(prompts), num_tokens + 1), np.int32)
+  logp = np.zeros((len(prompts), num_tokens), np.float32)
+  for row, (prompt, length) in enumerate(zip(prompts, lengths_S, strict=True)):
+    start = len(prompt)
+    tokens[row, :start] = prompt
+    tokens[row, start:start + length] = tokens_SN[row, :length]
+    logp[row, start - 1:start - 1 + length] = logprobs_SN[row, :length]
+  place_T = np.arange(num_tokens)
+  inside_ST = place_T < ends_S[:, None] - 1
+  mask_ST = inside_ST & (place_T >= starts_S[:, None] - 1) & learned_S[:, None]
+  return Experience(tokens, inside_ST, mask_ST, logp, advantage_S.astype(np.float32))
+
+
+def sequence_logprobs(
+    net: Transformer, variables: dict, tokens: jax.Array, inside: jax.Array,
+    temperature: float | jax.Array) -> tuple[jax.Array, dict[str, balance.RouterStats]]:
+  """Log-probabilities [S, T] of each next token, in nats, and the routers' statistics.
+
+  Args:
+    net: the network.
+    variables: its variables.
+    tokens: int32 [S, T + 1].
+    inside: bool [S, T]; what is outside is padding, which no statistic counts.
+    temperature: that the tokens were sampled with.
+  """
+  output = net.apply(variables, tokens[:, :-1], segment_ids_BT=inside.astype(jnp.int32),
+                     logits=False, mtp=False)
+  logp = net.apply(variables, output.hidden_BTD, tokens[:, 1:], temperature=temperature,
+                   method="token_logprobs")
+  return logp, output.router
+
+
+class PolicyObjective:
+  """`rl.objective.policy_loss` in the form that `train.step` takes."""
+
+  def __init__(self, net: Transformer, temperature: float | jax.Array):
+    self.net, self.temperature = net, temperature
+
+  def denominators(self, batch: _Batch) -> Sums:
+    """Of the whole minibatch, its micro-batches along the leading axis."""
+    whole = batch.experience
+    return {"policy": jnp.maximum(denominator(whole.mask, batch.spec), 1),
+            "sequence_balance": jnp.maximum(whole.inside.any(-1).sum(), 1).astype(jnp.float32)}
+
+  def sums(self, variables: dict, batch: _Batch) -> tuple[Sums, Observed]:
+    """The terms of one micro-batch."""
+    seen = batch.experience
+    logp, router = sequence_logprobs(
+        self.net, variables, seen.tokens, seen.inside, self.temperature)
+    fixed = jax.lax.stop_gradient(logp)
+    old = fixed if batch.logp_old is None else batch.logp_old
+    loss, _, means = policy_loss(
+        logp, old, batch.logp_reference, seen.advantage, seen.mask, batch.spec,
+        logp_sampler=seen.logp_sampler)
+    total = lambda x: jnp.where(seen.mask, x, 0).sum()
+    tokens = seen.mask.sum().astype(jnp.float32)
+    # The sampled tokens' surprise: an estimate of the entropy, free of bias where pi sampled them.
+    means |= {"entropy": (total(-fixed), tokens),
+              "sampling_gap": (total(jnp.abs(old - seen.logp_sampler)), tokens)}
+    sums, real_S = {"policy": loss}, seen.inside.any(-1)
+    chosen = self.net.cfg.moe.experts_per_token if router else 0
+    sums["sequence_balance"] = sum(
+        ((balance.sequence_balance_loss(stats, chosen) * real_S).sum()
+         for stats in router.values()), jnp.float32(0))
+    return sums, Observed(
+        {name: stats.load_BE.sum(-2) for name, stats in router.items()}, means)
+
+
+def init_rl_state(variables: dict, cfg: RLConfig) -> RLState:
+  """The state before the first step; the reference is the model that it starts from."""
+  variables = {"params": variables["params"], "router": variables.get("router", {})}
+  objective = cfg.objective
+  needs_reference = (objective.spec(1).kl_in != "none" or objective.sampler == "initial")
+  reference = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
+  return RLState(init_state(variables, cfg.optimizer), reference if needs_reference else None)
+
+
+def refresh(state: RLState) -> RLState:
+  """The policy becomes the reference (R1: every 400 steps)."""
+  return state.replace(reference=jax.tree.map(jnp.copy, state.train.variables))
+
+
+def make_update(
+    model_cfg: model.ModelConfig, cfg: RLConfig,
+) -> Callable[[RLState, Experience, dict, jax.Array], tuple[RLState, dict]]:
+  """Returns `update(state, experience, hyper, key) -> state, metrics`, jitted, the state donated.
+
+  It takes `cfg.objective.updates` optimizer steps on minibatches drawn with the key; `hyper` holds
+  "learning_rate", of each of those steps, "spec", the objective, and "temperature". Metrics are
+  means over the steps. The experience has `cfg.sampling.num_sequences` rows.
+  """
+  objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
+      "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance")})
+  rates = ("learning_rate", "schedule", "warmup_share", "final_ratio")
+  defaults = {name: getattr(OptimizerConfig(), name) for name in rates}
+  return _compiled(model_cfg, objective, dataclasses.replace(cfg.optimizer, **defaults))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(model_cfg, objective, optimizer):
+  """One for all runs that differ in what enters as data."""
+  return jax.jit(functools.partial(
+      _update, model.Transformer(model_cfg), decay_mask(model_cfg), optimizer, objective),
+                 donate_argnums=0)
+
+
+def _update(net, decays, optimizer, objective, state, seen, hyper, key):
+  sequences = len(seen.tokens)
+  micro = objective.micro_batch_size or sequences // objective.minibatches
+  num_micro = sequences // objective.minibatches // micro
+  temperature = hyper["temperature"]
+  step = make_train_step(PolicyObjective(net, temperature), optimizer, decays, num_micro)
+  spec = hyper["spec"]
+
+  def logprobs(variables):
+    one = lambda part: sequence_logprobs(net, variables, *part, temperature)[0]
+    return jax.lax.map(one, _split((seen.tokens, seen.inside), -1, micro)).reshape(sequences, -1)
+
+  # With one step per rollout, the policy that learns still is the one that sampled.
+  old = logprobs(state.train.variables) if objective.updates > 1 else None
+  reference = logprobs(state.reference) if spec.kl_in != "none" else None
+  batch = _Batch(seen, old, reference, spec=None)
+
+  def one(carry, at):
+    rows, learning_rate = at
+    part = jax.tree.map(lambda x: _split(x[rows], num_micro, micro), batch)
+    part = part.replace(spec=jax.tree.map(lambda x: jnp.full(num_micro, x, jnp.float32), spec))
+    return step(carry, part, {
+        "learning_rate": learning_rate, "bias_rate": jnp.float32(objective.bias_rate),
+        "weights": {"policy": 1.0, "sequence_balance": objective.sequence_balance},
+        "num_micro_batches": num_micro})
+
+  train_state, metrics = jax.lax.scan(
+      one, state.train, (_minibatches(sequences, objective, key), hyper["learning_rate"]))
+  skipped = metrics.pop("skipped")[-1]
+  metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+  return state.replace(train=train_state), {**metrics, "skipped": skipped}
+
+
+def _split(tree, first: int, second: int):
+  """Rows as [first, second] of them."""
+  return jax.tree.map(lambda x: x.reshape(first, second, *x.shape[1:]), tree)
+
+
+def _minibatches(sequences: int, objective, key) -> jax.Array:
+  """Rows of every optimizer step; in another order in every epoch, if there are several steps."""
+  if objective.updates == 1:
+    return jnp.arange(sequences)[None]
+  keys = jax.random.split(key, objective.inner_epochs)
+  order = jax.vmap(lambda key: jax.random.permutation(key, sequences))(keys)
+  return order.reshape(objective.updates, -1)

@@ -1,0 +1,68 @@
+"""Tasks by spec: `arithmetic:terms=3,digits=2`, `file:PATH`, `gym:NAME`."""
+
+import dataclasses
+import difflib
+import functools
+from typing import Any
+
+from rl.tasks.arithmetic import Arithmetic
+from rl.tasks.bilingual import Bilingual
+from rl.tasks.columns import Columns
+from rl.tasks.countdown import Countdown
+from rl.tasks.documents import Noise
+from rl.tasks.files import File
+from rl.tasks.generated import Generated
+from rl.tasks.gym import Gym
+from rl.tasks.problem import Problem, Task
+from rl.tasks.programs import Programs
+
+GENERATED: dict[str, type[Generated]] = {
+    task.name: task for task in (Arithmetic, Columns, Bilingual, Countdown, Programs)}
+_NAMES = (*GENERATED, "file", "gym")
+
+
+@functools.cache
+def get_task(spec: str) -> Task:
+  """The task that a spec names.
+
+  Args:
+    spec: `NAME` or `NAME:field=value,...` with a name of `GENERATED`; `file:PATH`, a JSONL file;
+      `gym:DATASET` or `gym:DATASET:seed=1`, a data set of reasoning-gym.
+
+  Raises:
+    ValueError: saying what in the spec is wrong, and what is near it.
+  """
+  name, _, rest = spec.partition(":")
+  if name == "file":
+    return File(rest)
+  if name == "gym":
+    dataset, _, settings = rest.partition(":")
+    return Gym(dataset, **_settings(Gym, settings, spec, without="dataset"))
+  if name not in GENERATED:
+    raise ValueError(f"there is no task {name!r}; did you mean {_nearest(name, _NAMES)!r}? There "
+                     f"are: {', '.join(_NAMES)}")
+  return GENERATED[name](**_settings(GENERATED[name], rest, spec))
+
+
+def _settings(cls: type, text: str, spec: str, without: str = "") -> dict[str, Any]:
+  fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name != without}
+  values = {}
+  for setting in text.split(",") if text else ():
+    name, found, value = (part.strip() for part in setting.partition("="))
+    if not found:
+      raise ValueError(f"task {spec!r}: {setting!r} should be field=value")
+    if name not in fields:
+      raise ValueError(f"task {spec!r}: {cls.name} has no field {name!r}; did you mean "
+                       f"{_nearest(name, fields)!r}? It has: {', '.join(fields)}")
+    if name in values:
+      raise ValueError(f"task {spec!r}: {name} is set twice")
+    try:
+      values[name] = fields[name](value)
+    except ValueError as error:
+      raise ValueError(f"task {spec!r}: {name}={value} should be {fields[name].__name__}"
+                       ) from error
+  return values
+
+
+def _nearest(name: str, names: Any) -> str:
+  return difflib.get_close_matches(name, names, 1, cutoff=0)[0]

@@ -1,0 +1,108 @@
+"""Questions and answers from a JSONL file; GSM8K's as they are."""
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from absl import logging
+
+from rl.tasks.equality import is_parsable, same_answer
+from rl.tasks.generated import half_of
+from rl.tasks.problem import Problem, require_split
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """Rows `{"question": ..., "answer": ...}`, in their order.
+
+  An answer that reasons is what follows its last `####`, as in GSM8K (arXiv:2110.14168); commas
+  between its digits do not count. It must be a number or LaTeX.
+  Splits: a tenth of the questions, by hash, is "heldout", the others "train"; "all" is for files
+  that are a test set as a whole.
+
+  Attributes:
+    path: of the file.
+  """
+
+  name: ClassVar[str] = "file"
+  splits: ClassVar[tuple[str, ...]] = ("train", "heldout", "all")
+  path: str
+
+  def __post_init__(self):
+    if not pathlib.Path(self.path).is_file():
+      raise ValueError(f"task file:{self.path}: there is no such file")
+
+  @functools.cached_property
+  def excluded(self) -> dict[str, int]:
+    """How many rows were left out, by reason."""
+    return dict(self._read[1])
+
+  def size(self, split: str) -> int:
+    """How many problems a split has."""
+    require_split(self, split)
+    return len(self._by_split[split])
+
+  def problem(self, split: str, index: int) -> Problem:
+    """The index-th row of a split, which begins again after the last.
+
+    Raises:
+      ValueError: for an unknown or empty split, and if no row of the file can be used.
+    """
+    if not self.size(split):
+      raise ValueError(f"task file:{self.path} has no row in split {split!r}; take 'all'")
+    return self._by_split[split][index % self.size(split)]
+
+  def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
+    """Whether it is the same number, or the same mathematics."""
+    return same_answer(answer, columns["answer"])
+
+  @functools.cached_property
+  def _by_split(self) -> dict[str, list[Problem]]:
+    rows, excluded = self._read
+    summary = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
+    if not rows:
+      raise ValueError(f"task file:{self.path} has no usable row ({summary or 'it is empty'}); a "
+                       'row is {"question": ..., "answer": ...} on a line')
+    if summary:
+      logging.warning("%s: %d rows used; left out: %s", self.path, len(rows), summary)
+    splits = {"all": rows, "train": [], "heldout": []}
+    for row in rows:
+      splits[half_of(row.question)].append(row)
+    return splits
+
+  @functools.cached_property
+  def _read(self) -> tuple[list[Problem], collections.Counter[str]]:
+    rows, excluded = [], collections.Counter()
+    for number, line in self._lines():
+      row = _row(line)
+      if isinstance(row, str):
+        excluded[row] += 1
+      else:
+        rows.append(Problem(f"file:{self.path}/{number}", *row, f"file:{self.path}"))
+    return rows, excluded
+
+  def _lines(self) -> Iterator[tuple[int, bytes]]:
+    with open(self.path, "rb") as file:
+      yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _row(line: bytes) -> tuple[str, str] | str:
+  """Question and answer, or why not."""
+  try:
+    row = json.loads(line)
+  except ValueError:  # UnicodeDecodeError too
+    return "broken"
+  question, answer = (row.get(name) if isinstance(row, dict) else None
+                      for name in ("question", "answer"))
+  if not isinstance(question, str) or not question.strip():
+    return "without a question"
+  if isinstance(answer, int | float) and not isinstance(answer, bool):
+    answer = str(answer)
+  final = answer.rpartition("####")[2].strip() if isinstance(answer, str) else ""
+  if not final:
+    return "without an answer"
+  return (question.strip(), final) if is_parsable(final) else "with an answer that is no maths"

@@ -1,0 +1,82 @@
+"""Any data set of reasoning-gym, with its own scorer."""
+
+import dataclasses
+import difflib
+import functools
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from rl.tasks.generated import half_of
+from rl.tasks.problem import Problem, require_split
+
+_INDICES = 2**31
+_ATTEMPTS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Gym:
+  """A data set by name, with its own defaults: `gym:chain_sum`.
+
+  An answer is right only if its score is 1: the scorers give partial credit for wrong ones. They
+  are their authors' code, and some give answers to a computer algebra system: for questions that
+  matter, and for adversaries, prefer this package's own tasks.
+
+  Attributes:
+    dataset: its name.
+    seed: of the problems.
+  """
+
+  name: ClassVar[str] = "gym"
+  splits: ClassVar[tuple[str, ...]] = ("train", "heldout")
+  dataset: str
+  seed: int = 0
+
+  def __post_init__(self):
+    names = _factory().DATASETS
+    if self.dataset not in names:
+      near = difflib.get_close_matches(self.dataset, names, 1, cutoff=0)
+      raise ValueError(f"reasoning-gym has no data set {self.dataset!r}; did you mean {near[0]!r}?")
+
+  @property
+  def spec(self) -> str:
+    """As `get_task` reads it."""
+    return f"gym:{self.dataset}" + f":seed={self.seed}" * bool(self.seed)
+
+  def size(self, split: str) -> None:
+    """None: problems do not run out."""
+    require_split(self, split)
+
+  def problem(self, split: str, index: int) -> Problem:
+    """The problem at an index; its question's hash put it into the split.
+
+    Raises:
+      ValueError: for an unknown split, or if the data set has too few questions for it.
+    """
+    require_split(self, split)
+    rng = random.Random(f"{self.spec} {split} {index}")
+    for _ in range(_ATTEMPTS):
+      entry = self._data[rng.randrange(_INDICES)]
+      if half_of(entry["question"]) == split:
+        return Problem(f"{self.spec}/{split}/{index}", entry["question"], str(entry["answer"]),
+                       self.spec, {"gym_entry": entry})
+    raise ValueError(f"{self.spec} has too few questions for a split {split!r}")
+
+  def check(self, answer: str, columns: Mapping[str, Any]) -> bool:
+    """Whether the data set's scorer gives it exactly 1."""
+    try:
+      return float(self._data.score_answer(answer, columns["gym_entry"])) == 1.0
+    except Exception:  # what a scorer cannot read is wrong, however it says so
+      return False
+
+  @functools.cached_property
+  def _data(self) -> Any:
+    return _factory().create_dataset(self.dataset, seed=self.seed, size=_INDICES)
+
+
+def _factory() -> Any:
+  try:
+    import reasoning_gym.factory
+  except ImportError as error:
+    raise ValueError("tasks gym:NAME need reasoning-gym: pip install reasoning-gym") from error
+  return reasoning_gym.factory

@@ -1,0 +1,65 @@
+"""Prompt templates: how a question is put, and what a completion of it looks like."""
+
+import dataclasses
+import difflib
+
+from rl.extraction import opens_thinking
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A prompt with a place for the question.
+
+  Attributes:
+    name: as in `TEMPLATES`.
+    text: the prompt; `{question}` stands for the question.
+  """
+
+  name: str
+  text: str
+
+  def __post_init__(self):
+    if self.text.count("{question}") != 1:
+      raise ValueError(f"template {self.name!r} needs {{question}} exactly once: {self.text!r}")
+
+  @property
+  def opens_thinking(self) -> bool:
+    """Whether the prompt already ends with `<think>`, so that completions begin inside it."""
+    return opens_thinking(self.text)
+
+  def render(self, question: str) -> str:
+    """The prompt that asks the question."""
+    return self.text.replace("{question}", question)
+
+  def complete(self, thinking: str, answer: str) -> str:
+    """The well-formed completion with this reasoning and this answer."""
+    opening = "" if self.opens_thinking else "<think>"
+    return f"{opening}{thinking}</think>\n<answer>{answer}</answer>"
+
+
+# R1, arXiv:2501.12948v1, Table 1; the full stop after the question is the paper's.
+_R1 = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>. User: {question}. Assistant:")
+
+TEMPLATES = {template.name: template for template in (
+    Template("r1", _R1),
+    Template("short", "Q: {question}\nA:"),
+    Template("short_think", "Q: {question}\n<think>"),
+)}
+
+
+def get_template(name: str) -> Template:
+  """The template of that name; "r1" is the paper's, the short ones are for tiny models.
+
+  Raises:
+    ValueError: for an unknown name, with the nearest one.
+  """
+  if name not in TEMPLATES:
+    near = difflib.get_close_matches(name, TEMPLATES, 1, cutoff=0)
+    raise ValueError(f"there is no template {name!r}; did you mean {near[0]!r}? There are: "
+                     + ", ".join(TEMPLATES))
+  return TEMPLATES[name]

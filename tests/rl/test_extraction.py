@@ -1,0 +1,67 @@
+"""Form is judged strictly; answers are found strictly, or kindly."""
+
+import pytest
+
+from rl.extraction import is_well_formed, lenient_answer, reasoning, strict_answer, unfenced
+
+GOOD = "<think>1+1=2</think>\n<answer>2</answer>"
+ILL_FORMED = [
+    "", "2", GOOD + "!", "So " + GOOD, GOOD + GOOD, GOOD + "<answer>3</answer>",
+    "<answer>2</answer><think></think>", "<answer>2</answer>", "<think>1</think>",
+    "<think>a<think>b</think></think><answer>2</answer>",
+    "<think>a</think>b<answer>2</answer>", "<think>a<answer>2</answer></think>",
+    "<think>a<answer>1</answer></think><answer>2</answer>",
+    "<think>a</think><answer><answer>2</answer></answer>",
+    "<think>a</think><answer>2", "<think>a<answer>2</answer>", "a</think><answer>2</answer>",
+]
+
+
+@pytest.mark.parametrize("completion", [GOOD, f" \n{GOOD}\n ", "<think></think><answer></answer>",
+                                        "<think>\na < b\n</think><answer>\n2\n</answer>"])
+def test_one_think_block_and_one_answer_block_are_well_formed(completion):
+  assert is_well_formed(completion, thinking_opened=False)
+  assert not is_well_formed(completion, thinking_opened=True)
+
+
+@pytest.mark.parametrize("completion", ILL_FORMED)
+def test_anything_more_or_less_is_ill_formed(completion):
+  assert not is_well_formed(completion, thinking_opened=False)
+
+
+def test_a_prompt_that_opened_the_think_block_counts_as_its_tag():
+  rest = GOOD.removeprefix("<think>")
+  assert is_well_formed(rest, thinking_opened=True)
+  assert not is_well_formed(rest, thinking_opened=False)
+  assert reasoning(rest, thinking_opened=True) == "1+1=2"
+  assert reasoning(rest, thinking_opened=False) is None
+
+
+def test_reasoning_is_what_the_first_block_holds_if_it_ends():
+  assert reasoning(GOOD, thinking_opened=False) == "1+1=2"
+  assert reasoning("<think>on and on", thinking_opened=False) is None
+  assert reasoning("<think>a<answer>b</answer></think>", thinking_opened=False) is None
+
+
+@pytest.mark.parametrize(("completion", "answer"), [
+    (GOOD, "2"), ("<answer> x = 3 </answer>\n", "x = 3"), ("<answer>2</answer> or 3", None),
+    ("<answer>2</answer><answer>3</answer>", None), ("<answer>2</answer></answer>", None),
+    ("<answer><answer>2</answer>", None), ("<answer>2", None), ("2", None),
+    ("<answer> </answer>", None), ("</answer>2<answer>", None)])
+def test_the_strict_answer_is_the_one_block_at_the_end(completion, answer):
+  assert strict_answer(completion) == answer
+
+
+@pytest.mark.parametrize(("completion", "answer"), [
+    (GOOD, "2"), ("<answer>2</answer><answer>3</answer> bye", "3"), ("<answer>7+5*3", "7+5*3"),
+    ("<answer>\\boxed{4}</answer>", "4"), ("so \\boxed{\\frac{1}{2}} it is, 7", "\\frac{1}{2}"),
+    ("The answer is 42 apples, not 3.", "42"), ("Answer: (3+4)*2.", "(3+4)*2"),
+    ("answer: 5\n**Answer**: yes", "yes"), ("答案是 12", "12"), ("答案：十二", "十二"),
+    ("1+1=2 and then 1,234.", "1,234"), ("-7", "-7"), ("nothing", None), ("", None),
+    ("\\boxed{4", "4"), ("<answer></answer> 5", "5")])
+def test_the_lenient_answer_is_found_wherever_it_stands(completion, answer):
+  assert lenient_answer(completion) == answer
+
+
+def test_code_comes_out_of_its_fence():
+  assert unfenced("```python\ndef f():\n  pass\n```\n") == "def f():\n  pass"
+  assert unfenced("x = '```'") == "x = '```'"

@@ -1,0 +1,343 @@
+"""Tasks give the same problems each time, keep splits apart, and know right answers from wrong."""
+
+import collections
+import dataclasses
+import importlib.util
+import json
+import os
+import random
+import re
+
+import pytest
+
+from rl import rewards
+from rl.extraction import is_well_formed, strict_answer
+from rl.tasks import GENERATED, Noise, get_task
+from rl.tasks.columns import Columns
+from rl.tasks.generated import half_of
+from rl.templates import get_template
+
+SHORT = get_template("short")
+PERFECT = Noise(direct=0, detailed=0.5, step_error=0, detailed_error=0, self_correction=0,
+                malformed=0)
+NO_SANDBOX = importlib.util.find_spec("rl.sandbox") is None
+SPECS = ["arithmetic", "arithmetic:terms=4,digits=1,operators=+-*", "columns", "bilingual",
+         "countdown", "programs"]
+NUMERIC = ["arithmetic", "columns", "bilingual"]
+
+
+def documents(task, noise, count, seed=0):
+  """Completions with the question of each."""
+  rng = random.Random(seed)
+  for _ in range(count):
+    prompt, completion = task.document(rng, noise, SHORT)
+    yield prompt.removeprefix("Q: ").removesuffix("\nA:"), completion
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_problems_depend_on_spec_split_and_index_alone(spec):
+  task = get_task(spec)
+  again = type(task)(**vars(task))
+  for split in task.splits:
+    assert [task.problem(split, i) for i in range(5)] == [again.problem(split, i) for i in range(5)]
+  questions = {task.problem(split, i).question for split in task.splits for i in range(20)}
+  assert len(questions) > 30
+  other = get_task(f"{spec}{',' if ':' in spec else ':'}seed=1")
+  assert other.problem("train", 0) != task.problem("train", 0)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_no_question_is_in_two_splits_whatever_the_seed(spec):
+  sizes = collections.Counter()
+  split_of = {}
+  for seed in (0, 1):
+    task = get_task(f"{spec}{',' if ':' in spec else ':'}seed={seed}")
+    for split in task.splits:
+      for index in range(300):
+        question = task.problem(split, index).question
+        assert split_of.setdefault(question, split) == split
+        sizes[split] += 1
+  assert min(sizes.values()) == 600
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_documents_show_questions_of_train_alone(spec):
+  task = get_task(spec)
+  kept_back = {task.problem(split, i).question for split in ("heldout", "harder")
+               for i in range(300)}
+  assert kept_back.isdisjoint(question for question, _ in documents(task, PERFECT, 300))
+
+
+@pytest.mark.parametrize("spec", [*NUMERIC, "countdown"])
+def test_a_problem_is_found_by_its_row_and_its_answer_is_right(spec):
+  for index in range(20):
+    problem = get_task(spec).problem("train", index)
+    task = get_task(problem.task)
+    assert task.check(problem.answer, problem.row()) is True
+    assert task.check(problem.answer + "1", problem.row()) is False
+    assert not task.check("", problem.row())
+
+
+@pytest.mark.parametrize("operators", ["+-", "+-*"])
+def test_arithmetic_is_arithmetic(operators):
+  for split in ("train", "harder"):
+    for index in range(100):
+      problem = get_task(f"arithmetic:operators={operators}").problem(split, index)
+      assert re.fullmatch(r"\d+([-+*]\d+)+", problem.question)
+      assert int(problem.answer) == eval(problem.question)
+
+
+def test_a_story_and_its_solution_agree():
+  languages = set()
+  for index in range(50):
+    problem = get_task("bilingual:events=3").problem("train", index)
+    total = 0
+    for change, number, after in re.findall(r"(Then |多了|少了)?(\d+)( more| are gone)?",
+                                            problem.question):
+      loses = change == "少了" or after == " are gone"
+      total += -int(number) if loses else int(number)
+      assert total >= 0
+    assert total == int(problem.answer)
+    assert problem.question.isascii() == (problem.columns["language"] == "en")
+    languages.add(problem.columns["language"])
+  assert languages == {"en", "zh"}
+
+
+def solved(task, question, completion):
+  """Whether a completion answers a question of arithmetic, columns or stories, strictly."""
+  text = re.sub(r"少了(\d+)个", r"-\1", question)
+  numbers = re.sub(r"(\d+) are gone", r"-\1", text)
+  total = eval(question) if task.name != "bilingual" else sum(
+      int(number) for number in re.findall(r"-?\d+", numbers))
+  return task.check(strict_answer(completion) or "", {"answer": str(total)})
+
+
+@pytest.mark.parametrize("spec", NUMERIC)
+def test_documents_without_noise_are_right_and_well_formed(spec):
+  task = get_task(spec)
+  for question, completion in documents(task, PERFECT, 100):
+    assert solved(task, question, completion)
+    assert is_well_formed(completion, thinking_opened=False)
+
+
+@pytest.mark.parametrize("spec", NUMERIC)
+def test_a_base_that_learns_the_documents_solves_10_to_30_percent(spec):
+  task = get_task(spec)
+  right = [solved(task, *document) for document in documents(task, Noise(), 1500)]
+  assert 0.1 < sum(right) / len(right) < 0.3
+
+
+def test_longer_styles_are_better_ones():
+  task, shares, lengths = get_task("columns"), [], []
+  for direct, detailed in ((1, 0), (0, 0), (0, 1)):
+    noise = Noise(direct=direct, detailed=detailed, malformed=0)
+    some = list(documents(task, noise, 300))
+    shares.append(sum(solved(task, *document) for document in some) / 300)
+    lengths.append(sum(len(completion) for _, completion in some) / 300)
+  assert shares[0] + 0.2 < shares[1] and shares[1] + 0.2 < shares[2]
+  assert lengths[0] + 10 < lengths[1] and lengths[1] + 10 < lengths[2]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_self_corrections_are_as_frequent_as_asked(spec, share):
+  noise = Noise(direct=0, step_error=0, self_correction=share, malformed=0)
+  waits = [bool(re.search("^(wait|等等) ", completion.removeprefix("<think>"), re.MULTILINE))
+           for _, completion in documents(get_task(spec), noise, 300)]
+  # Four standard deviations of a share of 300.
+  assert abs(sum(waits) / 300 - share) <= 4 * (share * (1 - share) / 300) ** 0.5
+
+
+@pytest.mark.parametrize("spec", NUMERIC)
+def test_self_corrected_documents_are_right(spec):
+  noise = Noise(direct=0, self_correction=1, malformed=0)
+  task = get_task(spec)
+  assert all(solved(task, *document) for document in documents(task, noise, 100))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_malformed_documents_are_as_frequent_as_asked(spec):
+  for share in (0, 1):
+    noise = Noise(malformed=share)
+    assert all(is_well_formed(completion, thinking_opened=False) != bool(share)
+               for _, completion in documents(get_task(spec), noise, 50))
+
+
+def test_documents_reason_in_either_language_whatever_the_question():
+  languages = {True: [], False: []}
+  for question, completion in documents(get_task("bilingual"), PERFECT, 400):
+    languages[question.isascii()].append(
+        rewards.language_consistency(["?"], [completion], language=["en"])[0])
+  for shares in languages.values():
+    assert set(shares) == {0, 1}
+    assert abs(sum(shares) / len(shares) - 0.5) < 4 * (0.25 / len(shares)) ** 0.5
+
+
+@pytest.mark.parametrize("values", [{"direct": 1.1}, {"malformed": -0.1},
+                                    {"direct": 0.6, "detailed": 0.5}])
+def test_noise_is_probabilities(values):
+  with pytest.raises(ValueError, match="Noise"):
+    Noise(**values)
+
+
+def column_steps(*lines, thinking_opened=False):
+  completion = "<think>" * (not thinking_opened) + "\n".join(lines) + "</think>\n<answer>?</answer>"
+  steps = Columns().steps(completion, {"operands": [475, 368]}, thinking_opened=thinking_opened)
+  return completion, steps
+
+
+def test_steps_of_a_right_solution_are_right():
+  for lines in (("5+8+0=13", "7+6+1=14", "4+3+1=8"),
+                ("5+8+0=13 write 3 carry 1", "", "7+6+1=14", "4+3+1=8 write 8 carry 0")):
+    for opened in (False, True):
+      completion, steps = column_steps(*lines, thinking_opened=opened)
+      assert [right for _, right in steps] == [True] * 3
+      ends = [completion[:end].rsplit(">")[-1].split("\n")[-1] for end, _ in steps]
+      assert ends == [line for line in lines if line]
+
+
+@pytest.mark.parametrize(("lines", "right"), [
+    (("5+8+0=12", "7+6+1=14", "4+3+1=8"), [False, True, True]),
+    (("5+8+0=13", "7+6+0=13", "4+3+1=8"), [True, False, True]),
+    (("5+8+0=13", "4+3+1=8"), [True, False]),
+    (("5+8+0=13 write 3 carry 0",), [False]), (("5+8+0=13 write 1 carry 1",), [False]),
+    (("5+8+0=12", "wait 5+8+0=13", "7+6+1=14"), [False, True, True]),
+    (("wait 5+8+0=13",), [True]), (("so", "5+8+0=13"), [False, False]),
+    (("5+8+0=13", "7+6+1=14", "4+3+1=8", "0+0+0=0"), [True, True, True, False])])
+def test_wrong_steps_are_found(lines, right):
+  assert [step.right for step in column_steps(*lines)[1]] == right
+
+
+def test_steps_of_documents_are_right_but_for_the_noise():
+  task = get_task("columns")
+  wrong = dataclasses.replace(PERFECT, step_error=1, detailed_error=1)
+  for noise, right in ((PERFECT, True), (wrong, False)):
+    for question, completion in documents(task, noise, 50):
+      operands = [int(number) for number in question.split("+")]
+      steps = task.steps(completion, {"operands": operands})
+      assert [step.right for step in steps] == [right] * len(str(operands[0]))
+
+
+def test_reference_programs_do_what_their_tests_say():
+  task = get_task("programs:conditions=2")
+  for split in task.splits:
+    for index in range(30):
+      problem = task.problem(split, index)
+      scope = {}
+      exec(problem.answer, scope)
+      exec(problem.columns["tests"], scope)
+
+
+@pytest.mark.skipif(NO_SANDBOX, reason="there is no sandbox yet")
+def test_programs_are_checked_in_the_sandbox():
+  task = get_task("programs")
+  problem = task.problem("train", 0)
+  assert task.check(f"```python\n{problem.answer}\n```", problem.row())
+  assert not task.check("def f(xs): return 0 if xs else 1", problem.row())
+  assert not task.check("", problem.row())
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ("arithmetik", "did you mean 'arithmetic'"), ("", "no task ''"),
+    ("arithmetic:digit=2", "did you mean 'digits'"), ("arithmetic:digits=two", "should be int"),
+    ("arithmetic:digits", "field=value"), ("arithmetic:digits=1,digits=2", "set twice"),
+    ("arithmetic:digits=0", r"must lie in 1\.\.9"), ("arithmetic:operators=+/", "some of"),
+    ("countdown:numbers=2", "numbers"), ("file:no/such.jsonl", "no such file"),
+    ("gym:chain_sum:sed=1", "did you mean 'seed'")])
+def test_a_wrong_spec_says_what_is_wrong(spec, message):
+  with pytest.raises(ValueError, match=message):
+    get_task(spec)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_unknown_split_is_an_error(spec):
+  with pytest.raises(ValueError, match="has no split 'test'; it has train, heldout, harder"):
+    get_task(spec).problem("test", 0)
+
+
+def test_a_task_too_small_to_hold_any_out_says_so():
+  class Tiny(Columns):
+    def key(self, drawn):
+      return next(str(i) for i in range(100) if half_of(str(i)) == "train")
+
+  Tiny().problem("train", 0)
+  with pytest.raises(ValueError, match="too few problems for a split 'heldout'"):
+    Tiny().problem("heldout", 0)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+  def write(*rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return get_task(f"file:{path}")
+
+  get_task.cache_clear()
+  return write
+
+
+def test_gsm8ks_rows_read_as_they_are(jsonl):
+  task = jsonl({"question": "How many?", "answer": "8 * <<8*200=1600>>1600\n#### 1,600"},
+               {"question": "Half?", "answer": "\\frac{1}{2}"}, {"question": "Two?", "answer": 2})
+  rows = [task.problem("all", i) for i in range(3)]
+  assert [row.answer for row in rows] == ["1,600", "\\frac{1}{2}", "2"]
+  assert [task.check(given, row.row()) for given, row in zip(("1600", "0.5", "2.0"), rows,
+                                                           strict=True)] == [True] * 3
+  assert task.check("8", rows[0].row()) is False
+  assert task.excluded == {}
+
+
+def test_bad_rows_are_left_out_and_counted(jsonl):
+  good = {"question": "Two?", "answer": "2"}
+  task = jsonl(good, "{broken", "[1]", {"question": "Q"}, {"question": "Q", "answer": "so\n####"},
+               {"question": "Q", "answer": "#### dunno"}, {"answer": "2"}, "", good)
+  assert task.size("all") == 2
+  assert task.excluded == {"broken": 1, "without a question": 2, "without an answer": 2,
+                           "with an answer that is no maths": 1}
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error(jsonl):
+  with pytest.raises(ValueError, match=r"no usable row.*1 broken"):
+    jsonl("{broken").problem("train", 0)
+
+
+def test_files_split_by_question_and_begin_again(jsonl):
+  task = jsonl(*({"question": f"{i}?", "answer": str(i)} for i in range(200)))
+  train, heldout = task.size("train"), task.size("heldout")
+  assert train + heldout == 200 and heldout > 5
+  ids = [{task.problem(split, i).id for i in range(task.size(split))}
+         for split in ("train", "heldout")]
+  assert ids[0].isdisjoint(ids[1])
+  assert task.problem("train", train) == task.problem("train", 0)
+
+
+@pytest.mark.skipif("DEEPSEEK_JAX_GSM8K" not in os.environ,
+                    reason="DEEPSEEK_JAX_GSM8K is not the path of GSM8K's test.jsonl")
+def test_all_of_gsm8k_can_be_used():
+  task = get_task(f"file:{os.environ['DEEPSEEK_JAX_GSM8K']}")
+  assert (task.size("all"), task.excluded) == (1319, {})
+  for index in range(1319):
+    problem = task.problem("all", index)
+    assert task.check(problem.answer, problem.row()) is True
+
+
+def test_only_a_full_score_of_the_gym_counts():
+  pytest.importorskip("reasoning_gym")
+  task = get_task("gym:chain_sum:seed=3")
+  problem = task.problem("train", 0)
+  assert problem == get_task(problem.task).problem("train", 0)
+  assert task.check(problem.answer, problem.row()) is True
+  # The data set's own scorer pays a little for the first.
+  assert not any(task.check(wrong, problem.row()) for wrong in (f"it is {problem.answer}", "", "x"))
+  questions = [{task.problem(split, i).question for i in range(30)} for split in task.splits]
+  assert questions[0].isdisjoint(questions[1])
+
+
+def test_an_unknown_data_set_of_the_gym_names_the_nearest():
+  pytest.importorskip("reasoning_gym")
+  with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
+    get_task("gym:chainsum")
+
+
+def test_every_generated_task_is_tested_here():
+  assert {spec.split(":")[0] for spec in SPECS} == set(GENERATED)
