@@ -17,7 +17,7 @@ from experiments.options import Options
 from experiments.pretrain import fit_vocabulary
 from experiments.rl_report import write_rl_report
 from rl import loop
-from rl.config import LoopConfig, ObjectiveConfig, RLConfig, SamplingConfig
+from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.documents import write_documents
 from rl.evaluate import evaluate
 from rl.sampler import Sampler
@@ -34,6 +34,7 @@ ARMS = {
     "format_only": ("rl.rewards.accuracy=0",),
     "random": ("rl.rewards.accuracy=0", "rl.rewards.format=0", "rl.rewards.random=1"),
     "rft": ("rl.objective.name=rft",),
+    "ppo": ("rl.objective.name=ppo",),
 }
 _TEMPERATURES = (0.3, 0.6)  # of the base's controls, besides greedy and the training's
 
@@ -75,18 +76,24 @@ class R1ZeroConfig:
   samples: int = 16
 
 
-def _base(name: str, data: DataConfig, train: TrainConfig, learning_rate: float) -> RunConfig:
-  network = dataclasses.replace(model.get_config(name), mtp=None)
-  return RunConfig(
-      model=network, data=data, optimizer=OptimizerConfig(learning_rate=learning_rate),
-      balance=BalanceConfig(bias_rate=0.01), train=train)
+def _nano() -> model.ModelConfig:
+  """`nano` with fewer, wider experts: the same size, and twice as fast on a CPU; without MTP."""
+  nano = model.get_config("nano")
+  return dataclasses.replace(nano, mtp=None, moe=dataclasses.replace(
+      nano.moe, num_experts=8, experts_per_token=2, expert_dim=64, num_groups=1,
+      groups_per_token=1))
 
 
-_OPTIMIZER = RLConfig().optimizer
+def _base(network: model.ModelConfig, data: DataConfig, train: TrainConfig) -> RunConfig:
+  return RunConfig(model=network, data=data, optimizer=OptimizerConfig(learning_rate=2e-3),
+                   balance=BalanceConfig(bias_rate=0.01), train=train)
+
+
+_OPTIMIZER = dataclasses.replace(RLConfig().optimizer, learning_rate=5e-4)
 SCALES = {
     "smoke": R1ZeroConfig(
-        base=_base("nano", DataConfig(bpe_vocab_size=512, seq_len=64, heldout_bytes=5000),
-                   TrainConfig(steps=30, batch_size=8), 5e-3),
+        base=_base(_nano(), DataConfig(bpe_vocab_size=512, seq_len=64, heldout_bytes=5000),
+                   TrainConfig(steps=30, batch_size=8)),
         documents=DocumentsConfig(2000),
         rl=RLConfig(task="arithmetic:terms=2,digits=1",
                     sampling=SamplingConfig(num_prompts=4, num_generations=4,
@@ -94,12 +101,11 @@ SCALES = {
                     loop=LoopConfig(steps=4, eval_problems=4, eval_samples=4)),
         problems=8, samples=4),
     "cpu": R1ZeroConfig(
-        base=_base("nano", DataConfig(bpe_vocab_size=512, seq_len=128, heldout_bytes=20_000),
-                   TrainConfig(steps=600, batch_size=32, unroll=3), 5e-3),
-        rl=RLConfig(task="arithmetic:terms=3,digits=1",
-                    sampling=SamplingConfig(num_prompts=32, num_generations=16,
-                                            max_prompt_length=16, max_completion_length=48),
-                    objective=ObjectiveConfig(),
+        base=_base(_nano(), DataConfig(bpe_vocab_size=512, seq_len=128, heldout_bytes=20_000),
+                   TrainConfig(steps=3000, batch_size=8, unroll=3, checkpoint_every=500)),
+        rl=RLConfig(task="arithmetic:terms=3,digits=1", optimizer=_OPTIMIZER,
+                    sampling=SamplingConfig(num_prompts=16, num_generations=16,
+                                            max_prompt_length=16, max_completion_length=32),
                     loop=LoopConfig(steps=60, eval_every=10))),
 }
 

@@ -25,6 +25,7 @@ class Context:
     slots_BT: each token's own slot; it sees the keys in slots up to that.
     segment_ids_BT: packed documents to be kept apart, or None; without a cache only.
     real_BT: false where a token is padding, or None.
+    experts_LBTK: experts to use, by MoE layer, in place of what the routers would choose, or None.
   """
 
   cos_BTr: jax.Array
@@ -32,6 +33,7 @@ class Context:
   slots_BT: jax.Array
   segment_ids_BT: jax.Array | None = None
   real_BT: jax.Array | None = None
+  experts_LBTK: jax.Array | None = None
 
   def visible_BTS(self, num_slots: int) -> jax.Array:
     """Which key slots each query attends to."""

@@ -22,12 +22,14 @@ class RouterStats:
       unrestricted scores (eq. 18); equal to the load without bias and groups.
     affinity_BE: float32, each sequence's sum of normalised scores s' (eq. 19).
     tokens_B: int32, tokens that count, padding left out.
+    experts_BTK: int32, the experts that each token was sent to, padding's too.
   """
 
   load_BE: jax.Array
   top_BE: jax.Array
   affinity_BE: jax.Array
   tokens_B: jax.Array
+  experts_BTK: jax.Array
 
 
 def update_bias(bias_E: jax.Array, load_E: jax.Array, rate: float | jax.Array) -> jax.Array:

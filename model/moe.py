@@ -40,7 +40,9 @@ def scores(logits_NE: jax.Array, cfg: MoEConfig) -> jax.Array:
   return jax.nn.sigmoid(logits_NE) if cfg.score == "sigmoid" else jax.nn.softmax(logits_NE)
 
 
-def route(scores_NE: jax.Array, bias_E: jax.Array | float, cfg: MoEConfig) -> Routing:
+def route(
+    scores_NE: jax.Array, bias_E: jax.Array | float, cfg: MoEConfig,
+    experts_NK: jax.Array | None = None) -> Routing:
   """Picks K experts per token among its best groups, and weighs them (eq. 13-16).
 
   The bias steers only the choice: gates come from the unbiased scores, so for a given choice the
@@ -50,9 +52,11 @@ def route(scores_NE: jax.Array, bias_E: jax.Array | float, cfg: MoEConfig) -> Ro
     scores_NE: affinities, float32.
     bias_E: balancing bias, float32; zero means plain top-k.
     cfg: see MoEConfig.
+    experts_NK: a choice made before, which is weighed as if it were this one's; None to choose.
   """
-  biased_NE = jax.lax.stop_gradient(scores_NE) + bias_E
-  experts_NK = jax.lax.top_k(_keep_groups(biased_NE, cfg), cfg.experts_per_token)[1]
+  if experts_NK is None:
+    biased_NE = jax.lax.stop_gradient(scores_NE) + bias_E
+    experts_NK = jax.lax.top_k(_keep_groups(biased_NE, cfg), cfg.experts_per_token)[1]
   gates_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=-1)
   if cfg.normalize_gates:
     gates_NK /= gates_NK.sum(-1, keepdims=True) + 1e-20
@@ -90,7 +94,7 @@ def router_stats(
       load_BE=_count(experts_BTK, real_BT, num_experts),
       top_BE=_count(top_BTK, real_BT, num_experts),
       affinity_BE=jnp.where(real_BT[..., None], normalised_BTE, 0).sum(1),
-      tokens_B=real_BT.sum(1, dtype=jnp.int32))
+      tokens_B=real_BT.sum(1, dtype=jnp.int32), experts_BTK=experts_BTK)
 
 
 class Router(nn.Module):
@@ -102,8 +106,9 @@ class Router(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-    """Returns float32 scores_BTE and the routing of the flattened tokens."""
+  def __call__(
+      self, x_BTD: jax.Array, experts_BTK: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+    """Returns float32 scores_BTE and the routing of the flattened tokens; see `route`."""
     moe = self.cfg.moe
     centroids_DE = weight(
         self, "centroids", self.cfg, ("embed", None), (x_BTD.shape[-1], moe.num_experts))
@@ -117,7 +122,8 @@ class Router(nn.Module):
       init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
       bias_E = self.variable(
           "router", "bias", init, jax.random.key(0), (moe.num_experts,), jnp.float32).value
-    return scores_BTE, route(scores_BTE.reshape(-1, moe.num_experts), bias_E, moe)
+    chosen_NK = None if experts_BTK is None else experts_BTK.reshape(-1, moe.experts_per_token)
+    return scores_BTE, route(scores_BTE.reshape(-1, moe.num_experts), bias_E, moe, chosen_NK)
 
 
 def local_dispatch(
@@ -136,10 +142,11 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+      self, x_BTD: jax.Array, real_BT: jax.Array | None = None,
+      experts_BTK: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
     cfg, moe = self.cfg, self.cfg.moe
     d_model, num_experts = x_BTD.shape[-1], moe.num_experts
-    scores_BTE, routing = Router(cfg, name="router")(x_BTD)
+    scores_BTE, routing = Router(cfg, name="router")(x_BTD, experts_BTK)
     weights = ExpertWeights(
         weight(self, "w_gate_up", cfg, ("expert", "embed", None, "mlp"),
                (num_experts, d_model, 2, moe.expert_dim)),

@@ -89,7 +89,10 @@ class Block(nn.Module):
       y_BTD = SwiGLU(cfg, cfg.ffn_dim, name="ffn")(normed_BTD)
     else:
       moe = MoE(cfg, self.experts, self.dispatch, name="ffn")
-      y_BTD, stats = moe(normed_BTD, context.real_BT)
+      chosen = context.experts_LBTK
+      if chosen is not None:
+        chosen = jax.lax.dynamic_index_in_dim(chosen, layer - cfg.num_dense_layers, keepdims=False)
+      y_BTD, stats = moe(normed_BTD, context.real_BT, chosen)
     x_BTD = nn.with_logical_constraint(x_BTD + y_BTD, ("batch", "length", None))
     return (x_BTD, cache), stats
 
@@ -162,7 +165,7 @@ class Transformer(nn.Module):
   def __call__(
       self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None,
       segment_ids_BT: jax.Array | None = None, cache: Cache | None = None,
-      logits: bool = True, mtp: bool | None = None,
+      logits: bool = True, mtp: bool | None = None, experts_LBTK: jax.Array | None = None,
   ) -> Output:
     """Runs the network.
 
@@ -175,6 +178,8 @@ class Transformer(nn.Module):
       cache: keys and values of earlier tokens; these are appended to it.
       logits: whether to compute logits.
       mtp: whether to run the MTP modules; None for whenever there are some and no cache.
+      experts_LBTK: experts to use in the trunk's MoE layers, as `Output.router` of an earlier pass
+        has them; None lets the routers choose.
 
     Raises:
       ValueError: for a cache and segments together, or MTP with a cache.
@@ -183,7 +188,7 @@ class Transformer(nn.Module):
       mtp = bool(self.mtp) and cache is None
     if cache is not None and (mtp or segment_ids_BT is not None):
       raise ValueError("a cache goes with neither MTP modules nor segment_ids_BT")
-    context = self._context(tokens_BT, positions_BT, segment_ids_BT, cache)
+    context = self._context(tokens_BT, positions_BT, segment_ids_BT, cache, experts_LBTK)
     embedded_BTD = self.embedding.embed(tokens_BT)
     x_BTD, cache, router = self._trunk(embedded_BTD, context, cache)
     normed_BTD = self.norm(x_BTD)
@@ -211,7 +216,7 @@ class Transformer(nn.Module):
         hidden_BTD, self.embedding.head_DV(), targets_BT, numerics=self.cfg.numerics,
         chunk_size=chunk_size, temperature=temperature)
 
-  def _context(self, tokens_BT, positions_BT, segment_ids_BT, cache) -> Context:
+  def _context(self, tokens_BT, positions_BT, segment_ids_BT, cache, experts_LBTK) -> Context:
     num_tokens = tokens_BT.shape[1]
     slots_BT = (jnp.arange(num_tokens, dtype=jnp.int32)[None] if cache is None
                 else cache.new_slots_BT(num_tokens))
@@ -219,7 +224,7 @@ class Transformer(nn.Module):
       positions_BT = slots_BT
     cos_BTr, sin_BTr = rotation(self.cfg.rope, self.cfg.attention.rope_dim, positions_BT)
     real_BT = None if segment_ids_BT is None else segment_ids_BT != 0
-    return Context(cos_BTr, sin_BTr, slots_BT, segment_ids_BT, real_BT)
+    return Context(cos_BTr, sin_BTr, slots_BT, segment_ids_BT, real_BT, experts_LBTK)
 
   def _trunk(self, x_BTD, context, cache):
     """The layers, stack by stack: the residual stream, the cache, and router statistics."""
@@ -245,7 +250,7 @@ class Transformer(nn.Module):
         real_k &= jnp.roll(context.segment_ids_BT, -k, axis=1) == context.segment_ids_BT
       real_k = jnp.broadcast_to(real_k, embedded_BTD.shape[:2])
       raw_BTD, normed_BTD, stats = module(
-          previous_BTD, ahead_BTD, context.replace(real_BT=real_k))
+          previous_BTD, ahead_BTD, context.replace(real_BT=real_k, experts_LBTK=None))
       previous_BTD = normed_BTD if self.cfg.mtp.hidden == "post_norm" else raw_BTD
       normed.append(normed_BTD)
       if stats is not None:

@@ -105,6 +105,11 @@ class ObjectiveConfig:
       dynamic sampling); 1 for none.
     bias_rate: of the router's balancing bias; 0 freezes it.
     sequence_balance: weight of V3's sequence-wise balancing loss.
+    gae_lambda: of "ppo" (R1's appendix A.3: 1 is close to GRPO, 0.95 worse).
+    value_learning_rate: of its value model; None for the policy's.
+    routing: which experts an update uses: "free", what its routers choose; "observed", likewise,
+      and the metric `routing_agreement` says how often the sampler's chose the same; "replayed",
+      the sampler's.
   """
 
   name: str = "grpo_r1"
@@ -121,6 +126,9 @@ class ObjectiveConfig:
   resample: int = 1
   bias_rate: float = 0.0
   sequence_balance: float = 0.0
+  gae_lambda: float = 1.0
+  value_learning_rate: float | None = None
+  routing: Literal["free", "observed", "replayed"] = "free"
 
   def __post_init__(self):
     names = (*SPECS, "rft")
@@ -130,6 +138,9 @@ class ObjectiveConfig:
                        f"There are: {', '.join(names)}")
     require_positive(self, "minibatches", "inner_epochs", "resample")
     require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance")
+    require_range(self, 0, 1, "gae_lambda")
+    require(self.value_learning_rate is None or self.value_learning_rate > 0,
+            f"ObjectiveConfig.value_learning_rate={self.value_learning_rate} must be positive")
     require(self.sampler == "policy" or self.name == "rft",
             f"ObjectiveConfig.sampler='initial' is for name='rft': {self.name} learns from what "
             "the policy itself has sampled")
@@ -212,8 +223,10 @@ class RLConfig:
     get_task(self.task)
     get_template(self.template)
     sampling, objective = self.sampling, self.objective
-    require(objective.name == "rft" or sampling.num_generations > 1,
+    require(objective.name in ("rft", "ppo") or sampling.num_generations > 1,
             "sampling.num_generations=1 leaves nothing to compare a reward with: at least 2")
+    require(objective.name != "rft" or self.rewards.accuracy != 0,
+            "objective.name='rft' learns from right completions: rewards.accuracy must not be 0")
     sequences, minibatches = sampling.num_sequences, objective.minibatches
     require(sequences % minibatches == 0,
             f"objective.minibatches={minibatches} must divide the {sequences} sequences of a "
@@ -222,6 +235,7 @@ class RLConfig:
     require(micro is None or (micro > 0 and (sequences // minibatches) % micro == 0),
             f"objective.micro_batch_size={micro} must divide the {sequences // minibatches} "
             "sequences of a minibatch")
-    require(self.rewards.overlong_tokens <= sampling.max_completion_length,
+    require(not self.rewards.overlong
+            or self.rewards.overlong_tokens <= sampling.max_completion_length,
             f"rewards.overlong_tokens={self.rewards.overlong_tokens} must be at most "
             f"sampling.max_completion_length={sampling.max_completion_length}")

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer
+from model.checks import require
 from rl.advantages import group_advantages
 from rl.config import RLConfig
 from rl.evaluate import evaluate
@@ -29,6 +30,8 @@ from train.optimizer import learning_rate
 from train.run_folder import Events, MetricsFile, RunFolder
 from train.signals import Signals
 from train.tokenizer import Tokenizer
+
+_MINIBATCHES = 2**31  # added to the seed, so that minibatches and sampling draw from other keys
 
 
 @dataclasses.dataclass
@@ -79,6 +82,8 @@ def train(
 class _Run:
 
   def __init__(self, cfg, model_cfg, tokenizer, folder, show):
+    require(cfg.objective.routing == "free" or model_cfg.moe is not None,
+            f"objective.routing={cfg.objective.routing!r} needs a model with experts")
     self.cfg, self.path, self.show = cfg, folder.path, show
     self.sampler = Sampler(Transformer(model_cfg), cfg, tokenizer)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
@@ -87,6 +92,8 @@ class _Run:
     updates = cfg.objective.updates
     self.rates = jax.vmap(learning_rate(cfg.optimizer, cfg.loop.steps * updates))(
         np.arange(cfg.loop.steps * updates)).reshape(-1, updates)
+    own = cfg.objective.value_learning_rate
+    self.value_rate = own / cfg.optimizer.learning_rate if own else 1.0
     self.flops_per_token = model_cfg.flops_per_token(
         cfg.sampling.max_prompt_length + cfg.sampling.max_completion_length)
     self.checkpoints = Checkpoints(self.path / "checkpoints", keep=cfg.loop.keep_checkpoints)
@@ -146,10 +153,12 @@ class _Run:
     drawn, scored, more = self._roll_out(self.initial if offline else state.train.variables, step)
     seen = self._experience(drawn, scored)
     rolled = time.monotonic()
-    key = jax.random.fold_in(jax.random.key(cfg.loop.seed), step)
+    key = jax.random.fold_in(jax.random.key(cfg.loop.seed + _MINIBATCHES), step)
     state, metrics = self.update(
-        state, seen, {"learning_rate": self.rates[step - 1], "spec": self.spec,
-                      "temperature": cfg.sampling.temperature}, key)
+        state, seen, {
+            "learning_rate": self.rates[step - 1],
+            "value_learning_rate": self.rates[step - 1] * self.value_rate, "spec": self.spec,
+            "temperature": cfg.sampling.temperature, "gae_lambda": objective.gae_lambda}, key)
     metrics = {name: np.asarray(value, np.float64).tolist()
                for name, value in jax.device_get(metrics).items()}
     if state.reference is not None and objective.refresh_every and (
@@ -201,13 +210,15 @@ class _Run:
     if objective.name == "rft":
       right = [reward == 1 for reward in scored.by_name["accuracy"]]
       advantage_S, learned_S = np.ones(len(drawn), np.float32), np.array(right)
+    elif objective.name == "ppo":
+      advantage_S = np.array([reward or 0.0 for reward in scored.rewards], np.float32)
     else:
       advantage_S = group_advantages(
           scored.rewards, ids, baseline=objective.group_baseline).values
     if objective.mask_truncated:
       learned_S &= drawn.ended_S
     return experience(drawn.prompt_tokens, drawn.tokens_SN, drawn.lengths_S, drawn.logprobs_SN,
-                      advantage_S, learned_S)
+                      advantage_S, learned_S, experts_STLK=drawn.experts_STLK)
 
   def _describe(self, drawn: Samples, scored: Scored, seen: Experience) -> dict[str, Any]:
     """Metrics of a rollout, under the names that users of other trainers know."""

@@ -4,7 +4,7 @@ Everything happens in one program on the device. A slot is a row of the latent c
 them are free, the next prompts are read at once and put there.
 
 Shape letters:  S sequences  B slots  R slots refilled at once  P prompt tokens  N new tokens
-                V vocabulary
+                V vocabulary  T prompt and new tokens  L MoE layers  K experts per token
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 
 from model import Cache, Transformer, init_cache
 from model.checks import require
-from model.generate import choose, decode_step, prefill
+from model.generate import choose
 
 _REFILLS = 8  # slots are refilled when one in so many is free
 
@@ -44,6 +44,7 @@ class Rollout(NamedTuple):
     logprobs_SN: float32, in nats, under the distribution sampled from; 0 behind the end.
     ended_S: whether the stop token came; else the completion was cut off.
     decode_steps: int32, forward passes of one token per slot.
+    experts_STLK: int16, the experts that read each token but the last, prompts' included, or None.
   """
 
   tokens_SN: jax.Array
@@ -51,6 +52,7 @@ class Rollout(NamedTuple):
   logprobs_SN: jax.Array
   ended_S: jax.Array
   decode_steps: jax.Array
+  experts_STLK: jax.Array | None = None
 
   @property
   def mask_SN(self) -> jax.Array:
@@ -95,7 +97,7 @@ def pad_prompts(prompts: list[np.ndarray], max_length: int, keys_S: jax.Array) -
 def rollout(
     model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
     stop_token: int | None, temperature: float = 1.0, top_p: float = 1.0,
-    slots: int | None = None) -> Rollout:
+    slots: int | None = None, record_experts: bool = False) -> Rollout:
   """Samples a completion of every prompt.
 
   The n-th token of a sequence is drawn with `fold_in(its key, n)`: the same with any number of
@@ -110,6 +112,7 @@ def rollout(
     temperature: 0 takes the likeliest token.
     top_p: nucleus mass in (0, 1].
     slots: sequences decoded at a time; None for all.
+    record_experts: keep the routers' choices.
 
   Raises:
     ValueError: for impossible arguments, or sequences longer than the model's context.
@@ -126,7 +129,7 @@ def rollout(
   require(slots >= 1, f"slots={slots} must be positive")
   return _rollout(
       model, variables, prompts, temperature, top_p, -1 if stop_token is None else stop_token,
-      max_new_tokens, slots, temperature == 0, top_p < 1)
+      max_new_tokens, slots, temperature == 0, top_p < 1, record_experts)
 
 
 class _Slots(NamedTuple):
@@ -139,9 +142,9 @@ class _Slots(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "model", "max_new_tokens", "slots", "greedy", "nucleus"))
+    "model", "max_new_tokens", "slots", "greedy", "nucleus", "record"))
 def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_tokens, slots,
-             greedy, nucleus):
+             greedy, nucleus, record):
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
   free_B = lambda s: s.sequence_B == num_sequences
@@ -153,13 +156,19 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     sequence_R = begun + jnp.arange(refill, dtype=jnp.int32)
     slot_R = jnp.where(sequence_R < num_sequences, slot_R, slots)
     row_R = jnp.minimum(sequence_R, num_sequences - 1)
-    logits_RV, read = prefill(
-        model, variables, prompts.tokens_SP[row_R], prompts.lengths_S[row_R],
-        init_cache(model.cfg, refill, prompt_tokens))
+    lengths_R = prompts.lengths_S[row_R]
+    read = model.apply(variables, prompts.tokens_SP[row_R], logits=False,
+                       cache=init_cache(model.cfg, refill, prompt_tokens))
+    last_R1D = jnp.take_along_axis(read.hidden_BTD, lengths_R[:, None, None] - 1, axis=1)
+    logits_RV = model.apply(variables, last_R1D, method="unembed")[:, 0]
     put = lambda x, new: x.at[slot_R].set(new, mode="drop")
-    entries = {name: whole.at[:, slot_R, :prompt_tokens].set(read.entries[name], mode="drop")
+    entries = {name: whole.at[:, slot_R, :prompt_tokens].set(read.cache.entries[name], mode="drop")
                for name, whole in s.cache.entries.items()}
-    cache = Cache(put(s.cache.lengths_B, read.lengths_B), entries)
+    cache = Cache(put(s.cache.lengths_B, lengths_R), entries)
+    if record:
+      reader_R = jnp.where(slot_R < slots, sequence_R, num_sequences)
+      out = out._replace(experts_STLK=out.experts_STLK.at[reader_R, :prompt_tokens].set(
+          _experts(read), mode="drop"))
     s = _Slots(cache, put(s.logits_BV, logits_RV), put(s.sequence_B, sequence_R),
                put(s.position_B, 0))
     return s, out, begun + (slot_R < slots).sum(dtype=jnp.int32)
@@ -183,9 +192,15 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
         out.tokens_SN.at[where].set(token_B, mode="drop"),
         out.lengths_S.at[s.sequence_B].set(position_B, mode="drop"),
         out.logprobs_SN.at[where].set(logp_B, mode="drop"),
-        out.ended_S.at[s.sequence_B].set(stopped_B, mode="drop"), out.decode_steps + 1)
-    logits_BV, cache = decode_step(model, variables, token_B, s.cache)
-    cache = cache.with_lengths(jnp.where(active_B, cache.lengths_B, s.cache.lengths_B))
+        out.ended_S.at[s.sequence_B].set(stopped_B, mode="drop"), out.decode_steps + 1,
+        out.experts_STLK)
+    read = model.apply(variables, token_B[:, None], cache=s.cache)
+    if record:
+      out = out._replace(experts_STLK=out.experts_STLK.at[s.sequence_B, s.cache.lengths_B].set(
+          _experts(read)[:, 0], mode="drop"))
+    logits_BV = read.logits_BTV[:, 0]
+    cache = read.cache.with_lengths(
+        jnp.where(active_B, read.cache.lengths_B, s.cache.lengths_B))
     done_B = stopped_B | (position_B == max_new_tokens)
     sequence_B = jnp.where(done_B, num_sequences, s.sequence_B)
     return _Slots(cache, logits_BV, sequence_B, position_B), out, begun
@@ -195,13 +210,28 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     return jax.lax.while_loop(
         lambda state: ~free_B(state[0]).all() & ~can_read(state), decode, state)
 
-  s = _Slots(
-      init_cache(model.cfg, slots, prompt_tokens + max_new_tokens),
-      jnp.zeros((slots, model.cfg.vocab_size)), jnp.full(slots, num_sequences, jnp.int32),
-      jnp.zeros(slots, jnp.int32))
-  shape = (num_sequences, max_new_tokens)
-  out = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(num_sequences, jnp.int32),
-                jnp.zeros(shape), jnp.zeros(num_sequences, bool), jnp.int32(0))
   unfinished = lambda state: (state[2] < num_sequences) | ~free_B(state[0]).all()
-  _, out, _ = jax.lax.while_loop(unfinished, round_, (s, out, jnp.int32(0)))
+  _, out, _ = jax.lax.while_loop(
+      unfinished, round_, _nothing_yet(model.cfg, prompts, max_new_tokens, slots, record))
   return out
+
+
+def _nothing_yet(cfg, prompts, max_new_tokens, slots, record):
+  """Free slots, an empty Rollout, and no sequence begun."""
+  num_sequences, prompt_tokens = prompts.tokens_SP.shape
+  longest, shape = prompt_tokens + max_new_tokens, (num_sequences, max_new_tokens)
+  s = _Slots(init_cache(cfg, slots, longest), jnp.zeros((slots, cfg.vocab_size)),
+             jnp.full(slots, num_sequences, jnp.int32), jnp.zeros(slots, jnp.int32))
+  experts = None
+  if record:
+    moe_layers = cfg.num_layers - cfg.num_dense_layers
+    experts = jnp.zeros(
+        (num_sequences, longest, moe_layers, cfg.moe.experts_per_token), jnp.int16)
+  out = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(num_sequences, jnp.int32),
+                jnp.zeros(shape), jnp.zeros(num_sequences, bool), jnp.int32(0), experts)
+  return s, out, jnp.int32(0)
+
+
+def _experts(read) -> jax.Array:
+  """The trunk's choices in a forward pass: int16 [B, T, L, K]."""
+  return jnp.moveaxis(read.router["moe_layers"].experts_BTK, 0, 2).astype(jnp.int16)

@@ -30,7 +30,8 @@ class Samples:
     prompts: text of each row's prompt.
     prompt_tokens: its token ids.
     completions: text, without the stop token.
-    tokens_SN, lengths_S, logprobs_SN, ended_S: as in `rl.rollout.Rollout`, on the host.
+    tokens_SN, lengths_S, logprobs_SN, ended_S, experts_STLK: as in `rl.rollout.Rollout`, on the
+      host.
   """
 
   problems: list[Problem]
@@ -41,13 +42,18 @@ class Samples:
   lengths_S: np.ndarray
   logprobs_SN: np.ndarray
   ended_S: np.ndarray
+  experts_STLK: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.problems)
 
   def rows(self, chosen: np.ndarray) -> "Samples":
     """Some rows, in that order."""
-    pick = lambda x: x[chosen] if isinstance(x, np.ndarray) else [x[i] for i in chosen]
+    def pick(x):
+      if x is None or isinstance(x, np.ndarray):
+        return None if x is None else x[chosen]
+      return [x[i] for i in chosen]
+
     return Samples(*(pick(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
   def columns(self) -> dict[str, list]:
@@ -62,6 +68,8 @@ def join(parts: Sequence[Samples]) -> Samples:
   """All rows of all parts."""
   def cat(name):
     values = [getattr(part, name) for part in parts]
+    if values[0] is None:
+      return None
     if isinstance(values[0], np.ndarray):
       return np.concatenate(values)
     return [row for part in values for row in part]
@@ -111,12 +119,13 @@ class Sampler:
       pieces.append(self._rollout(
           variables, [tokens[p] for p in of_row[padded]], index_S[padded], sample_S[padded], step,
           temperature, top_p, len(rows)))
-    token_SN, length_S, logp_SN, ended_S = (np.concatenate(part) for part in zip(*pieces,
-                                                                                 strict=True))
+    token_SN, length_S, logp_SN, ended_S, *experts = map(
+        np.concatenate, zip(*pieces, strict=True))
     texts = [self.tokenizer.decode(row[:length - ended]) for row, length, ended in
              zip(token_SN, length_S, ended_S, strict=True)]
     return Samples([problems[p] for p in of_row], [prompts[p] for p in of_row],
-                   [tokens[p] for p in of_row], texts, token_SN, length_S, logp_SN, ended_S)
+                   [tokens[p] for p in of_row], texts, token_SN, length_S, logp_SN, ended_S,
+                   *experts)
 
   def _chunks(self, count: int) -> list[np.ndarray]:
     size = self.cfg.sampling.num_sequences
@@ -129,9 +138,9 @@ class Sampler:
         self.net, variables, pad_prompts(prompts, sampling.max_prompt_length, keys_S),
         max_new_tokens=sampling.max_completion_length, stop_token=self.tokenizer.eos,
         temperature=sampling.temperature if temperature is None else temperature, top_p=top_p,
-        slots=sampling.slots)
-    return tuple(np.asarray(part)[:count] for part in
-                 (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S))
+        slots=sampling.slots, record_experts=self.cfg.objective.routing != "free")
+    kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)
+    return tuple(np.asarray(part)[:count] for part in kept if part is not None)
 
 
 def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards.Scored]:
@@ -144,8 +153,10 @@ def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards
   known = {
       "accuracy": rewards.accuracy, "format": rewards.well_formed,
       "language": rewards.language_consistency, "tests": rewards.unit_tests(),
-      "overlong": rewards.overlong(max_tokens, cfg.overlong_tokens), "random": _random}
+      "random": _random}
   weights = cfg.weights()
+  if "overlong" in weights:
+    known["overlong"] = rewards.overlong(max_tokens, cfg.overlong_tokens)
   return rewards.combine({name: known[name] for name in weights}, weights)
 
 

@@ -19,6 +19,7 @@ import model
 from model import Transformer, balance
 from rl.config import ObjectiveConfig, RLConfig
 from rl.objective import ObjectiveSpec, denominator, policy_loss
+from rl.value import ValueObjective, init_value, ppo_advantages, predict, value_decays
 from train.config import OptimizerConfig
 from train.losses import Observed, Sums
 from train.optimizer import decay_mask
@@ -31,12 +32,13 @@ class RLState:
 
   Attributes:
     train: the policy and its optimizer.
-    reference: variables that the KL is to, which with an offline sampler also sample; None if
-      neither is asked for.
+    reference: variables that the KL is to; None if there is none in the objective.
+    value: PPO's value model and its optimizer, else None.
   """
 
   train: TrainState
   reference: dict | None
+  value: TrainState | None = None
 
 
 @flax.struct.dataclass
@@ -48,7 +50,8 @@ class Experience:
     inside: bool [S, T], at predictions made from a real token.
     mask: bool [S, T], at predictions of the completion's tokens, its stop token included.
     logp_sampler: float32 [S, T], as kept from sampling; 0 outside the mask.
-    advantage: float32 [S].
+    advantage: float32 [S]; for PPO the outputs' rewards.
+    experts: int16 [S, T, L, K], the sampler's choices for each token read, or None.
   """
 
   tokens: jax.Array
@@ -56,6 +59,7 @@ class Experience:
   mask: jax.Array
   logp_sampler: jax.Array
   advantage: jax.Array
+  experts: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -71,7 +75,7 @@ class _Batch:
 def experience(
     prompts: list[np.ndarray], tokens_SN: np.ndarray, lengths_S: np.ndarray,
     logprobs_SN: np.ndarray, advantage_S: np.ndarray, learned_S: np.ndarray, *,
-    multiple: int = 32) -> Experience:
+    experts_STLK: np.ndarray | None = None, multiple: int = 32) -> Experience:
   """Lays out a rollout.
 
   Args:
@@ -81,6 +85,7 @@ def experience(
     logprobs_SN: of the completions' tokens.
     advantage_S: of each sequence.
     learned_S: bool; the others are masked whole.
+    experts_STLK: of the rollout, or None.
     multiple: T is a multiple of this, so that few shapes are compiled.
   """
   starts_S = np.array([len(prompt) for prompt in prompts])
@@ -96,12 +101,17 @@ def experience(
   place_T = np.arange(num_tokens)
   inside_ST = place_T < ends_S[:, None] - 1
   mask_ST = inside_ST & (place_T >= starts_S[:, None] - 1) & learned_S[:, None]
-  return Experience(tokens, inside_ST, mask_ST, logp, advantage_S.astype(np.float32))
+  if experts_STLK is not None:
+    missing = num_tokens - experts_STLK.shape[1]
+    experts_STLK = np.pad(experts_STLK[:, :num_tokens],
+                          ((0, 0), (0, max(0, missing)), (0, 0), (0, 0)))
+  return Experience(tokens, inside_ST, mask_ST, logp, advantage_S.astype(np.float32), experts_STLK)
 
 
 def sequence_logprobs(
     net: Transformer, variables: dict, tokens: jax.Array, inside: jax.Array,
-    temperature: float | jax.Array) -> tuple[jax.Array, dict[str, balance.RouterStats]]:
+    temperature: float | jax.Array, experts: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, balance.RouterStats]]:
   """Log-probabilities [S, T] of each next token, in nats, and the routers' statistics.
 
   Args:
@@ -110,9 +120,11 @@ def sequence_logprobs(
     tokens: int32 [S, T + 1].
     inside: bool [S, T]; what is outside is padding, which no statistic counts.
     temperature: that the tokens were sampled with.
+    experts: [S, T, L, K], to be used in place of what the routers would choose.
   """
+  chosen = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
   output = net.apply(variables, tokens[:, :-1], segment_ids_BT=inside.astype(jnp.int32),
-                     logits=False, mtp=False)
+                     logits=False, mtp=False, experts_LBTK=chosen)
   logp = net.apply(variables, output.hidden_BTD, tokens[:, 1:], temperature=temperature,
                    method="token_logprobs")
   return logp, output.router
@@ -121,8 +133,8 @@ def sequence_logprobs(
 class PolicyObjective:
   """`rl.objective.policy_loss` in the form that `train.step` takes."""
 
-  def __init__(self, net: Transformer, temperature: float | jax.Array):
-    self.net, self.temperature = net, temperature
+  def __init__(self, net: Transformer, temperature: float | jax.Array, replay: bool = False):
+    self.net, self.temperature, self.replay = net, temperature, replay
 
   def denominators(self, batch: _Batch) -> Sums:
     """Of the whole minibatch, its micro-batches along the leading axis."""
@@ -134,7 +146,8 @@ class PolicyObjective:
     """The terms of one micro-batch."""
     seen = batch.experience
     logp, router = sequence_logprobs(
-        self.net, variables, seen.tokens, seen.inside, self.temperature)
+        self.net, variables, seen.tokens, seen.inside, self.temperature,
+        seen.experts if self.replay else None)
     fixed = jax.lax.stop_gradient(logp)
     old = fixed if batch.logp_old is None else batch.logp_old
     loss, _, means = policy_loss(
@@ -145,6 +158,8 @@ class PolicyObjective:
     # The sampled tokens' surprise: an estimate of the entropy, free of bias where pi sampled them.
     means |= {"entropy": (total(-fixed), tokens),
               "sampling_gap": (total(jnp.abs(old - seen.logp_sampler)), tokens)}
+    if seen.experts is not None and not self.replay:
+      means["routing_agreement"] = _agreement(router["moe_layers"].experts_BTK, seen)
     sums, real_S = {"policy": loss}, seen.inside.any(-1)
     chosen = self.net.cfg.moe.experts_per_token if router else 0
     sums["sequence_balance"] = sum(
@@ -154,13 +169,22 @@ class PolicyObjective:
         {name: stats.load_BE.sum(-2) for name, stats in router.items()}, means)
 
 
+def _agreement(experts_LSTK: jax.Array, seen: Experience) -> tuple[jax.Array, jax.Array]:
+  """Of the sampler's choices, those that the trainer's routers make too: (sum, count)."""
+  theirs_LSTK = jnp.moveaxis(seen.experts, 2, 0)
+  both_LSTK = (experts_LSTK[..., None] == theirs_LSTK[..., None, :]).any(-1)
+  counted = seen.inside[..., None] & jnp.ones_like(both_LSTK)
+  return (both_LSTK & counted).sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32)
+
+
 def init_rl_state(variables: dict, cfg: RLConfig) -> RLState:
   """The state before the first step; the reference is the model that it starts from."""
   variables = {"params": variables["params"], "router": variables.get("router", {})}
-  objective = cfg.objective
-  needs_reference = (objective.spec(1).kl_in != "none" or objective.sampler == "initial")
+  needs_reference = cfg.objective.spec(1).kl_in != "none"
   reference = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
-  return RLState(init_state(variables, cfg.optimizer), reference if needs_reference else None)
+  value = init_value(variables, cfg.optimizer) if cfg.objective.name == "ppo" else None
+  return RLState(
+      init_state(variables, cfg.optimizer), reference if needs_reference else None, value)
 
 
 def refresh(state: RLState) -> RLState:
@@ -174,11 +198,13 @@ def make_update(
   """Returns `update(state, experience, hyper, key) -> state, metrics`, jitted, the state donated.
 
   It takes `cfg.objective.updates` optimizer steps on minibatches drawn with the key; `hyper` holds
-  "learning_rate", of each of those steps, "spec", the objective, and "temperature". Metrics are
-  means over the steps. The experience has `cfg.sampling.num_sequences` rows.
+  "learning_rate" and "value_learning_rate", of each of those steps, "spec", the objective,
+  "temperature" and "gae_lambda". Metrics are means over the steps. The experience has
+  `cfg.sampling.num_sequences` rows.
   """
   objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
-      "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance")})
+      "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance",
+      "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo")
   rates = ("learning_rate", "schedule", "warmup_share", "final_ratio")
   defaults = {name: getattr(OptimizerConfig(), name) for name in rates}
   return _compiled(model_cfg, objective, dataclasses.replace(cfg.optimizer, **defaults))
@@ -197,32 +223,55 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
   micro = objective.micro_batch_size or sequences // objective.minibatches
   num_micro = sequences // objective.minibatches // micro
   temperature = hyper["temperature"]
-  step = make_train_step(PolicyObjective(net, temperature), optimizer, decays, num_micro)
+  replay = objective.routing == "replayed"
+  step = make_train_step(PolicyObjective(net, temperature, replay), optimizer, decays, num_micro)
   spec = hyper["spec"]
 
-  def logprobs(variables):
-    one = lambda part: sequence_logprobs(net, variables, *part, temperature)[0]
-    return jax.lax.map(one, _split((seen.tokens, seen.inside), -1, micro)).reshape(sequences, -1)
+  def logprobs(variables, experts=None):
+    one = lambda part: sequence_logprobs(net, variables, part[0], part[1], temperature, part[2])[0]
+    parts = _split((seen.tokens, seen.inside, experts), -1, micro)
+    return jax.lax.map(one, parts).reshape(sequences, -1)
 
+  ppo = objective.name == "ppo"
   # With one step per rollout, the policy that learns still is the one that sampled.
-  old = logprobs(state.train.variables) if objective.updates > 1 else None
+  old = (logprobs(state.train.variables, seen.experts if replay else None)
+         if objective.updates > 1 or ppo else None)
   reference = logprobs(state.reference) if spec.kl_in != "none" else None
+  returns = None
+  if ppo:
+    parts = _split((seen.tokens, seen.inside), -1, micro)
+    value = jax.lax.map(lambda part: predict(net, state.value.variables, *part)[0], parts)
+    advantage, returns = ppo_advantages(
+        seen.advantage, old - reference, value.reshape(sequences, -1), seen.mask,
+        beta=spec.beta, lam=hyper["gae_lambda"])
+    seen, spec = seen.replace(advantage=advantage), spec.replace(beta=0.0)
   batch = _Batch(seen, old, reference, spec=None)
+  value_step = make_train_step(ValueObjective(net), optimizer, value_decays(decays), num_micro)
 
   def one(carry, at):
-    rows, learning_rate = at
+    policy, critic = carry
+    rows, learning_rate, value_learning_rate = at
     part = jax.tree.map(lambda x: _split(x[rows], num_micro, micro), batch)
     part = part.replace(spec=jax.tree.map(lambda x: jnp.full(num_micro, x, jnp.float32), spec))
-    return step(carry, part, {
-        "learning_rate": learning_rate, "bias_rate": jnp.float32(objective.bias_rate),
-        "weights": {"policy": 1.0, "sequence_balance": objective.sequence_balance},
-        "num_micro_batches": num_micro})
+    with_weights = lambda rate, weights: {
+        "learning_rate": rate, "bias_rate": jnp.float32(objective.bias_rate), "weights": weights,
+        "num_micro_batches": num_micro}
+    policy, metrics = step(policy, part, with_weights(
+        learning_rate, {"policy": 1.0, "sequence_balance": objective.sequence_balance}))
+    if ppo:
+      critic, of_critic = value_step(
+          critic, (part.experience, _split(returns[rows], num_micro, micro)),
+          with_weights(value_learning_rate, {"value": 1.0}))
+      metrics |= {"value/loss": of_critic["loss_value"], "value/grad_norm": of_critic["grad_norm"]}
+    return (policy, critic), metrics
 
-  train_state, metrics = jax.lax.scan(
-      one, state.train, (_minibatches(sequences, objective, key), hyper["learning_rate"]))
+  (policy, critic), metrics = jax.lax.scan(
+      one, (state.train, state.value),
+      (_minibatches(sequences, objective, key), hyper["learning_rate"],
+       hyper["value_learning_rate"]))
   skipped = metrics.pop("skipped")[-1]
   metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-  return state.replace(train=train_state), {**metrics, "skipped": skipped}
+  return state.replace(train=policy, value=critic), {**metrics, "skipped": skipped}
 
 
 def _split(tree, first: int, second: int):

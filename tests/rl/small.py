@@ -1,0 +1,108 @@
+"""A model, a tokenizer and a task on which RL runs within a test.
+
+    python tests/rl/small.py TASK FOLDER    # `RUN` on a task, in a process that may be killed
+
+The model writes hardly anything but a right answer, a wrong one or the end, so some of its
+completions are right, some are wrong and some are cut off.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import sys
+
+if __name__ == "__main__":
+  _ROOT = pathlib.Path(__file__).parents[2]
+  sys.path[:0] = [str(_ROOT), str(_ROOT / "tests" / "model")]
+
+import jax
+import jax.numpy as jnp
+import tiny
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from rl.config import LoopConfig, ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
+from rl.loop import train
+from tests.train import small as train_small
+from train.run_folder import RunFolder
+from train.tokenizer import EOS, Tokenizer
+
+RIGHT, WRONG = "<answer>1</answer>", "<answer>2</answer>"
+OPTIMIZER = train_small.OPTIMIZER
+SAMPLING = SamplingConfig(
+    num_prompts=4, num_generations=4, max_prompt_length=10, max_completion_length=3, slots=5)
+REWARDS = RewardConfig(format=0, overlong_tokens=3)
+LOOP = LoopConfig(steps=4, eval_problems=2, eval_samples=3, checkpoint_every=0)
+# To be interrupted: long enough that it does not end before.
+RUN = {"steps": 40, "checkpoint_every": 7, "eval_every": 25}
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+  """One token per byte, one per answer and one for the end."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  plain = tokenizers.Tokenizer(
+      models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+  plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  plain.decoder = decoders.ByteLevel()
+  plain.add_special_tokens([EOS, RIGHT, WRONG])
+  return Tokenizer(plain.to_str())
+
+
+MODEL = dataclasses.replace(
+    train_small.DENSE, mtp=None, vocab_size=tokenizer().vocab_size, max_seq_len=32)
+
+
+@functools.cache
+def variables() -> dict:
+  """Random, but for one hidden value that is always large and speaks for three tokens."""
+  values = jax.tree.map(jnp.copy, tiny.variables(MODEL))
+  eos = tokenizer().eos
+  table = values["params"]["embedding"]
+  table["embedding"] = table["embedding"].at[:, 0].set(2.0)
+  table["head"] = table["head"].at[0, eos:eos + 3].set(jnp.array([3.2, 3.0, 3.0]))
+  return values
+
+
+def write_task(folder: pathlib.Path, bad: int = 0) -> str:
+  """A file of questions whose answer is 1, and of `bad` ones whose answer nobody can read."""
+  rows = [f'{{"question": "{i}", "answer": 1}}' for i in range(60)]
+  rows += [f'{{"question": "{i}?", "answer": "who knows"}}' for i in range(bad)]
+  path = folder / "task.jsonl"
+  path.write_text("\n".join(rows) + "\n")
+  return f"file:{path}"
+
+
+def config(task: str, *, optimizer: dict | None = None, sampling: dict | None = None,
+           rewards: dict | None = None, objective: dict | None = None,
+           loop: dict | None = None) -> RLConfig:
+  """A run that differs from the others in these fields."""
+  changed = lambda base, fields: dataclasses.replace(base, **(fields or {}))
+  return RLConfig(
+      task=task, template="short", optimizer=changed(OPTIMIZER, optimizer),
+      sampling=changed(SAMPLING, sampling), rewards=changed(REWARDS, rewards),
+      objective=ObjectiveConfig(**{"minibatches": 2} | (objective or {})),
+      loop=changed(LOOP, loop))
+
+
+def run(cfg: RLConfig, path: pathlib.Path, **kwargs):
+  """`rl.loop.train` from `variables`."""
+  folder = RunFolder(path)
+  try:
+    return train(cfg, MODEL, variables(), tokenizer(), folder, show=False, **kwargs)
+  finally:
+    folder.close()
+
+
+@contextlib.contextmanager
+def quick_compiles():
+  """For programs that run a few times, which optimising them would not repay."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+if __name__ == "__main__":
+  with quick_compiles():
+    print(run(config(sys.argv[1], loop=RUN), pathlib.Path(sys.argv[2])).status)

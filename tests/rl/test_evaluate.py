@@ -1,0 +1,163 @@
+"""Figures of hand-made completions, and what is sampled for real ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+from rl import evaluate as evaluation
+from rl.config import RewardConfig
+from rl.evaluate import evaluate, judge
+from rl.rollout import sequence_keys
+from rl.sampler import Sampler, Samples, join, reward_function
+from rl.tasks.problem import Problem
+from tests.rl import small
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  with small.quick_compiles():
+    yield
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+  return small.write_task(tmp_path_factory.mktemp("task"))
+
+
+class Noting(Sampler):
+  """Notes the step that it is asked for."""
+
+  def sample(self, *args, **kwargs):
+    self.step = kwargs["step"]
+    return super().sample(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def sampler(task):
+  return Noting(model.Transformer(small.MODEL), small.config(task), small.tokenizer())
+
+
+def samples(answers: list[str], completions: list[list[str]], lengths=5, ended=True) -> Samples:
+  """Of problems with these answers."""
+  flat = [text for row in completions for text in row]
+  of_row = np.repeat(np.arange(len(answers)), len(completions[0]))
+  problems = [Problem(str(i), f"{i}", answer, "") for i, answer in enumerate(answers)]
+  count = len(flat)
+  return Samples(
+      [problems[i] for i in of_row], ["Q: ?\nA:"] * count, [np.array([1])] * count, flat,
+      np.zeros((count, 9), int), np.broadcast_to(lengths, count), np.zeros((count, 9)),
+      np.broadcast_to(ended, count))
+
+
+GOOD, BARE, OTHER = "<think>x</think><answer>7</answer>", "<answer>7</answer>", "the answer is 7"
+BAD = "<think>x</think><answer>8</answer>"
+
+
+def test_figures_are_means_over_problems():
+  drawn = samples(["7", "7"], [[GOOD, GOOD, BAD, OTHER], [BARE, BAD, BAD, "nothing"]],
+                  lengths=[1, 2, 3, 4, 5, 6, 7, 8], ended=[True] * 6 + [False] * 2)
+  found = judge(drawn, 4, (1, 2))
+  estimates = {name: value[0] for name, value in found.items() if isinstance(value, list)}
+  assert estimates == pytest.approx({
+      "pass@1": (2 / 4 + 1 / 4) / 2, "pass@2": (5 / 6 + 1 / 2) / 2, "cons@4": (1 + 0) / 2,
+      "lenient_pass@1": (3 / 4 + 1 / 4) / 2, "lenient_cons": (1 + 0) / 2,
+      "format": (3 / 4 + 2 / 4) / 2, "length": (2.5 + 6.5) / 2, "clipped": (0 + 2 / 4) / 2})
+  assert (found["unjudged"], found["problems"], found["samples"]) == (0, 2, 4)
+
+
+def test_a_tie_of_votes_counts_half():
+  assert judge(samples(["7"], [[GOOD, BAD]]), 2)["cons@2"] == [0.5, 0.5, 0.5]
+
+
+def test_what_cannot_be_judged_is_counted_and_left_out():
+  found = judge(samples(["7", "who knows"], [[GOOD, BAD], [GOOD, "who knows"]]), 2)
+  assert found["unjudged"] == 2
+  assert found["pass@1"] == [0.5, 0.5, 0.5]
+  nothing = judge(samples(["who knows"], [[GOOD, BAD]]), 2)
+  assert np.isnan(nothing["pass@1"]).all() and nothing["format"] == [1, 1, 1]
+
+
+def test_intervals_are_over_problems_and_none_is_made_of_equal_rates():
+  some = judge(samples(["7"] * 40, [[GOOD, GOOD]] * 10 + [[BAD, BAD]] * 30), 2)["pass@1"]
+  # A binomial's share of 40 at 1/4 has a standard deviation of 0.068.
+  assert some[0] == 0.25
+  assert 0.25 - 2.5 * 0.068 < some[1] < 0.25 - 0.068 and 0.25 + 0.068 < some[2] < 0.25 + 2.5 * 0.068
+  assert judge(samples(["7"] * 40, [[GOOD, BAD]] * 40), 2)["pass@1"] == [0.5, 0.5, 0.5]
+
+
+def test_a_prompt_that_opens_the_think_block_is_seen_in_the_form():
+  drawn = samples(["7"], [["x</think><answer>7</answer>"]])
+  drawn.prompts[0] = "Q: ?\n<think>"
+  assert judge(drawn, 1)["format"] == [1, 1, 1]
+
+
+def test_more_problems_than_a_split_has_are_refused(sampler):
+  with pytest.raises(ValueError, match=r"split 'heldout' has \d+ problems, not 61"):
+    evaluate(sampler, small.variables(), split="heldout", problems=61, samples=1)
+  with pytest.raises(ValueError, match="no split 'test'"):
+    evaluate(sampler, small.variables(), split="test", problems=1, samples=1)
+
+
+def test_evaluations_are_alike_and_have_keys_that_training_never_has(sampler):
+  ask = lambda: evaluate(sampler, small.variables(), split="all", problems=3, samples=4)[1]
+  once = ask()
+  assert once.completions == ask().completions
+  trained = sampler.sample(small.variables(), "all", range(3), 4, step=1)
+  assert trained.completions != once.completions
+  sampler.step = None
+  ask()
+  assert sampler.step == evaluation._STEP > 10**9  # steps that no run gets to
+  prompts_S, samples_S = jnp.repeat(jnp.arange(16), 4), jnp.tile(jnp.arange(4), 16)
+  keys = lambda step: {tuple(row) for row in np.asarray(jax.random.key_data(
+      sequence_keys(0, step, prompts_S, samples_S))).tolist()}
+  at_evaluation = keys(sampler.step)
+  assert not any(at_evaluation & keys(step) for step in range(200))
+
+
+def test_a_completion_is_that_of_its_problem_and_sample_however_many_are_asked_for(sampler):
+  capacity = small.SAMPLING.num_sequences
+  drawn = sampler.sample(small.variables(), "train", range(5), 4, step=1)
+  assert len(drawn) == 20 > capacity and len(drawn) % capacity
+  assert [problem.id for problem in drawn.problems] == [
+      sampler.task.problem("train", i // 4).id for i in range(20)]
+  for i in (0, 3, 4):
+    alone = sampler.sample(small.variables(), "train", [i], 4, step=1)
+    assert alone.completions == drawn.completions[4 * i:4 * i + 4]
+  assert len(set(drawn.completions)) > 5
+  assert sampler.sample(
+      small.variables(), "train", range(5), 4, step=2).completions != drawn.completions
+
+
+def test_text_is_that_of_the_tokens_without_the_end(sampler):
+  drawn = sampler.sample(small.variables(), "train", range(4), 4, step=1)
+  tokenizer = small.tokenizer()
+  for i, completion in enumerate(drawn.completions):
+    tokens = drawn.tokens_SN[i, :drawn.lengths_S[i]]
+    assert (tokens[-1] == tokenizer.eos) == drawn.ended_S[i]
+    assert completion == tokenizer.decode(tokens[tokens != tokenizer.eos])
+  assert drawn.prompts[0] == f"Q: {drawn.problems[0].question}\nA:"
+  np.testing.assert_array_equal(drawn.prompt_tokens[0], tokenizer.encode(drawn.prompts[0]))
+
+
+def test_rows_and_join_keep_what_belongs_together():
+  drawn = samples(["7", "8"], [[GOOD, BAD], [BARE, OTHER]], lengths=np.arange(4))
+  whole = join([drawn.rows(np.array([2, 3])), drawn.rows(np.array([1]))])
+  assert whole.completions == [BARE, OTHER, BAD]
+  assert [problem.id for problem in whole.problems] == ["1", "1", "0"]
+  columns = whole.columns()
+  assert columns["answer"] == ["8", "8", "7"] and columns["num_tokens"] == [2, 3, 1]
+  assert columns["row"] == [0, 1, 2]
+
+
+def test_rewards_are_weighed_and_heads_or_tails_are_thrown_the_same_again():
+  drawn = samples(["7"] * 8, [[GOOD, BAD, BARE, OTHER]] * 8)
+  cfg = RewardConfig(accuracy=2, format=0.5, random=1, overlong_tokens=3)
+  score = lambda: reward_function(cfg, 8)(drawn.prompts, drawn.completions, **drawn.columns())
+  scored = score()
+  assert scored == score()
+  assert {reward - coin for reward, coin in zip(
+      scored.rewards, scored.by_name["random"], strict=True)} == {2.5, 0.5, 2.0, 0.0}
+  assert 8 < sum(scored.by_name["random"]) < 24  # of 32; outside once in 500
+  assert set(scored.by_name) == {"accuracy", "format", "random"}

@@ -1,0 +1,333 @@
+"""The loop: what it samples, learns from and records, and that a run broken off ends the same."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import rl.start
+from rl import loop, rewards
+from rl.config import ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
+from rl.documents import write_documents
+from rl.loop import train
+from rl.sampler import Sampler
+from rl.step import init_rl_state
+from rl.tasks import Noise, get_task
+from tests.rl import small
+from tests.train import small as train_small
+from train.checkpoint import read_newest
+from train.run_folder import MetricsFile, RunFolder
+
+ROOT = pathlib.Path(__file__).parents[2]
+TIMES = ("time", "tokens_per_second", "seconds/rollout", "seconds/reward", "seconds/update",
+         "seconds/step")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  with small.quick_compiles():
+    yield
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+  return small.write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture
+def learned(monkeypatch):
+  """The arguments and the result of every `experience` that a loop makes."""
+  calls, real = [], loop.experience
+
+  def noted(*args, **kwargs):
+    calls.append((args, real(*args, **kwargs)))
+    return calls[-1][1]
+
+  monkeypatch.setattr(loop, "experience", noted)
+  return calls
+
+
+def rows(folder: pathlib.Path, name: str) -> list[dict]:
+  return [{key: value for key, value in row.items() if key not in TIMES}
+          for row in MetricsFile(folder / name).read()]
+
+
+def saved(cfg: RLConfig, folder: pathlib.Path):
+  shapes = jax.eval_shape(lambda v: init_rl_state(v, cfg), small.variables())
+  return read_newest(folder / "checkpoints", shapes)
+
+
+def check_same_run(cfg: RLConfig, folder: pathlib.Path, reference: pathlib.Path) -> None:
+  for name in ("metrics.jsonl", "evaluations.jsonl", "completions.jsonl"):
+    assert rows(folder, name) == rows(reference, name)
+  ours, theirs = saved(cfg, folder), saved(cfg, reference)
+  assert ours.step == theirs.step == cfg.loop.steps
+  assert ours.extra == theirs.extra
+  train_small.assert_same_bits(ours.arrays, theirs.arrays)
+
+
+def interrupt(processes: dict, folders: dict, count: int) -> None:
+  """Sends each process its signal once it has a checkpoint and recorded so many steps."""
+  waiting = set(processes)
+  while waiting:
+    for number in list(waiting):
+      assert processes[number].poll() is None, processes[number].communicate()
+      folder = folders[number]
+      if len(rows(folder, "metrics.jsonl")) >= count and any(folder.glob("checkpoints/step_*")):
+        processes[number].send_signal(number)
+        waiting.remove(number)
+    time.sleep(0.002)
+
+
+@pytest.mark.long("breaks off runs in processes of their own")
+def test_a_run_that_is_terminated_or_killed_ends_with_the_same_bits(tmp_path, task):
+  env = os.environ | {"JAX_PLATFORMS": "cpu",
+                      "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+                      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+  cfg = small.config(task, loop=small.RUN)
+  small.run(cfg, tmp_path / "reference")  # first, so that the others find its programs compiled
+  folders = {number: tmp_path / number.name for number in (signal.SIGTERM, signal.SIGKILL)}
+  processes = {number: subprocess.Popen(
+      [sys.executable, str(ROOT / "tests" / "rl" / "small.py"), task, str(folder)], env=env,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      for number, folder in folders.items()}
+  interrupt(processes, folders, cfg.loop.checkpoint_every + 2)
+  for number, process in processes.items():
+    output, errors = process.communicate()
+    steps = [int(path.name[5:]) for path in folders[number].glob("checkpoints/step_*")]
+    recorded = len(rows(folders[number], "metrics.jsonl"))
+    assert recorded < cfg.loop.steps
+    if number == signal.SIGTERM:
+      assert output == "stopped\n" and process.returncode == 0, errors
+      assert max(steps) == recorded
+    else:
+      assert process.returncode == -number and max(steps) % cfg.loop.checkpoint_every == 0
+    assert small.run(cfg, folders[number]).status == "finished"
+    check_same_run(cfg, folders[number], tmp_path / "reference")
+
+
+def test_steps_one_at_a_time_are_the_steps_of_a_whole_run(tmp_path, task):
+  cfg = small.config(task, objective={"refresh_every": 2, "resample": 2},
+                     loop={"eval_every": 3})
+  small.run(cfg, tmp_path / "whole")
+  for step in range(1, 4):
+    result = small.run(cfg, tmp_path / "parts", max_seconds=1e-9)
+    assert (result.status, result.steps) == ("stopped", step)
+    assert saved(cfg, tmp_path / "parts").step == step
+  result = small.run(cfg, tmp_path / "parts", max_seconds=1e-9)
+  assert result.status == "finished"
+  check_same_run(cfg, tmp_path / "parts", tmp_path / "whole")
+  assert [row["step"] for row in result.rows] == [1, 2, 3, 4]
+  assert [row["step"] for row in result.evaluations] == [0, 3, 4]
+  again = small.run(cfg, tmp_path / "parts")
+  assert (again.status, again.steps, len(again.rows)) == ("finished", 4, 4)
+  train_small.assert_same_bits(again.state, result.state)
+
+
+def test_another_seed_is_another_run(tmp_path, task):
+  one, other = (small.run(small.config(task, loop={"seed": seed, "steps": 1}), tmp_path / str(seed))
+                for seed in (0, 1))
+  assert train_small.apart(one.state.train.params, other.state.train.params) > 1e-4
+
+
+def test_a_task_that_can_be_learned_is_learned(tmp_path, task):
+  cfg = small.config(
+      task, optimizer={"learning_rate": 0.02}, objective={"resample": 4},
+      loop={"steps": 40, "eval_problems": 4, "eval_samples": 4})
+  result = small.run(cfg, tmp_path / "run")
+  before, after = (row["pass@1"][0] for row in result.evaluations)
+  print(f"pass@1 {before:.2f} -> {after:.2f}")
+  assert before < 0.5 and after > 0.9
+  assert np.mean([row["reward"] for row in result.rows[-5:]]) > result.rows[0]["reward"] + 0.3
+
+
+@pytest.mark.parametrize(("every", "refreshed"), [(0, 0), (2, 2), (3, 3)])
+def test_the_reference_changes_every_so_many_steps_and_only_then(tmp_path, task, every, refreshed):
+  objective = {"refresh_every": every}
+  result = small.run(small.config(task, objective=objective, loop={"steps": 3}), tmp_path / "run")
+  before = init_rl_state(small.variables(), small.config(task)).train.variables
+  if refreshed:
+    before = small.run(small.config(task, objective=objective, loop={"steps": refreshed}),
+                       tmp_path / "shorter").state.train.variables
+  train_small.assert_same_bits(result.state.reference, before)
+  moved = train_small.apart(result.state.train.params, result.state.reference["params"])
+  assert (moved == 0) == (refreshed == 3)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_completions_cut_off_are_masked_whole_if_asked(tmp_path, task, learned, mask):
+  cfg = small.config(task, objective={"mask_truncated": mask}, loop={"steps": 2},
+                     optimizer={"learning_rate": 1e-4})  # else all end soon
+  result = small.run(cfg, tmp_path / "run")
+  eos = small.tokenizer().eos
+  for row, ((_, tokens_SN, lengths_S, *_), made) in zip(result.rows, learned, strict=True):
+    ended_S = tokens_SN[np.arange(len(lengths_S)), lengths_S - 1] == eos
+    assert 0 < ended_S.sum() < len(ended_S)
+    np.testing.assert_array_equal(made.mask.sum(1), lengths_S * (ended_S | (not mask)))
+    assert row["completions/clipped_ratio"] == pytest.approx(1 - ended_S.mean())
+    count = ended_S.sum() if mask else len(ended_S)
+    assert row["completions/learned"] == row["loss/denominator"] == count
+
+
+def test_groups_with_equal_rewards_are_replaced_and_the_data_moves_on(tmp_path, task, learned):
+  cfg = small.config(task, objective={"resample": 8}, loop={"steps": 3})
+  result = small.run(cfg, tmp_path / "run")
+  assert sum(row["groups/equal"] for row in result.rows) > 0
+  for row, (_, made) in zip(result.rows, learned, strict=True):
+    assert row["groups/sampled"] - row["groups/equal"] >= cfg.sampling.num_prompts
+    by_group = made.advantage.reshape(cfg.sampling.num_prompts, -1)
+    assert (by_group.max(1) > 0).all() and (by_group.min(1) < 0).all()
+  sampled = sum(row["groups/sampled"] for row in result.rows)
+  assert sampled > 3 * cfg.sampling.num_prompts
+  assert saved(cfg, tmp_path / "run").extra == {"position": sampled}
+
+
+def test_without_a_signal_to_be_had_the_rollout_is_still_full(tmp_path, task, learned):
+  cfg = small.config(task, rewards={"accuracy": 0, "format": 1}, objective={"resample": 2},
+                     loop={"steps": 1})
+  result = small.run(cfg, tmp_path / "run")
+  assert result.rows[0]["groups/equal"] == result.rows[0]["groups/sampled"] == 8
+  assert len(learned[0][1].advantage) == cfg.sampling.num_sequences
+  assert not learned[0][1].advantage.any()
+
+
+@pytest.mark.parametrize("sampler", ["policy", "initial"])
+def test_rft_learns_right_completions_only_of_the_model_that_is_to_sample(
+    tmp_path, task, learned, sampler):
+  cfg = small.config(task, objective={"name": "rft", "sampler": sampler},
+                     optimizer={"learning_rate": 0.05}, loop={"steps": 2})
+  small.run(cfg, tmp_path / "run")
+  tokenizer = small.tokenizer()
+  by_hand = Sampler(loop.Transformer(small.MODEL), cfg, tokenizer)
+  for step, ((_, tokens_SN, lengths_S, *_), made) in enumerate(learned, 1):
+    texts = [tokenizer.decode(row[:length])
+             for row, length in zip(tokens_SN, lengths_S, strict=True)]
+    right_S = [text.removesuffix("<｜end▁of▁sentence｜>").endswith(small.RIGHT)
+               and text.count("<answer>") == 1 for text in texts]
+    assert 0 < sum(right_S) < len(right_S)
+    np.testing.assert_array_equal(made.mask.any(1), right_S)
+    assert (made.advantage == 1).all()
+    initial = by_hand.sample(small.variables(), "train", range(4 * step - 4, 4 * step), 4,
+                             step=step)
+    # Groups without a signal come last.
+    same = sorted(initial.tokens_SN.tolist()) == sorted(tokens_SN.tolist())
+    assert same == (sampler == "initial" or step == 1)
+
+
+def test_rows_whose_answer_cannot_be_read_are_counted_and_never_asked(tmp_path, learned):
+  spec = small.write_task(tmp_path, bad=20)
+  assert get_task(spec).excluded == {"with an answer that is no maths": 20}
+  result = small.run(small.config(spec, loop={"steps": 2}), tmp_path / "run")
+  tokenizer = small.tokenizer()
+  assert not any("?" in tokenizer.decode(prompt) for args, _ in learned for prompt in args[0])
+  assert all(row["rewards/accuracy/unjudged"] == 0 for row in result.rows)
+
+
+def broken(prompts, completions, **columns):
+  raise KeyError("no such column")
+
+
+@pytest.mark.parametrize(("reward", "message"), [
+    (broken, "reward 'format' failed: KeyError"),
+    (lambda prompts, completions, **columns: [0.0], "reward 'format' returned 1 values for 16"),
+    (lambda prompts, completions, **columns: [float("nan")] * 16, "reward 'format' must return")])
+def test_a_reward_that_fails_is_named(tmp_path, task, monkeypatch, reward, message):
+  # Not evaluation's, which asks `rewards.well_formed` itself.
+  monkeypatch.setattr(loop, "reward_function", lambda *_: rewards.combine({"format": reward}))
+  with pytest.raises(ValueError, match=message):
+    small.run(small.config(task), tmp_path / "run")
+
+
+def test_what_does_not_fit_is_refused(tmp_path, task):
+  with pytest.raises(ValueError, match="more than the 3 allowed: raise max_prompt_length"):
+    small.run(small.config(task, sampling={"max_prompt_length": 3}), tmp_path / "prompt")
+  short = dataclasses.replace(small.MODEL, max_seq_len=12)
+  with pytest.raises(ValueError, match="longer than the model's context of 12"):
+    train(small.config(task), short, small.variables(), small.tokenizer(),
+          RunFolder(tmp_path / "context"), show=False)
+  with pytest.raises(ValueError, match=r"split 'heldout' has \d problems, not 50"):
+    small.run(small.config(task, loop={"eval_problems": 50}), tmp_path / "heldout")
+
+
+SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: RLConfig(task="aritmetic"), "no task 'aritmetic'; did you mean 'arithmetic'"),
+    (lambda: RLConfig(task="file:nowhere.jsonl"), "there is no such file"),
+    (lambda: RLConfig(template="sort"), "no template 'sort'; did you mean 'short'"),
+    (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),
+    (lambda: ObjectiveConfig(sampler="initial"), "is for name='rft'"),
+    (lambda: ObjectiveConfig(epsilon=-0.1), "epsilon=-0.1"),
+    (lambda: RewardConfig(accuracy=0, format=0), "nothing is rewarded"),
+    (lambda: SamplingConfig(slots=0), "slots=0 must be positive"),
+    (lambda: SamplingConfig(temperature=0), "temperature=0 must be positive"),
+    (lambda: RLConfig(sampling=SamplingConfig(num_generations=1)),
+     "num_generations=1 leaves nothing to compare"),
+    (lambda: RLConfig(sampling=SIXTEEN, objective=ObjectiveConfig(minibatches=3)),
+     "minibatches=3 must divide the 16 sequences"),
+    (lambda: RLConfig(sampling=SIXTEEN,
+                      objective=ObjectiveConfig(minibatches=2, micro_batch_size=3)),
+     "micro_batch_size=3 must divide the 8 sequences"),
+    (lambda: RLConfig(rewards=RewardConfig(accuracy=0), objective=ObjectiveConfig(name="rft")),
+     "rewards.accuracy")])
+def test_impossible_configurations_are_refused(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_one_generation_is_enough_for_rft():
+  RLConfig(sampling=SamplingConfig(num_generations=1), objective=ObjectiveConfig(name="rft"))
+
+
+def test_objectives_take_their_papers_numbers_unless_told_others():
+  assert ObjectiveConfig(name="dr_grpo").spec(48).max_length == 48
+  assert ObjectiveConfig(name="dr_grpo").group_baseline == "mean"
+  assert ObjectiveConfig().group_baseline == "mean_std"
+  assert ObjectiveConfig(name="rloo").group_baseline == "leave_one_out"
+  assert ObjectiveConfig(name="rloo", baseline="mean").group_baseline == "mean"
+  spec = ObjectiveConfig(name="dapo", beta=0.1, epsilon=0.3).spec(48)
+  assert (spec.kl_in, spec.beta, spec.epsilon, spec.epsilon_high) == ("loss", 0.1, 0.3, 0.28)
+
+
+def test_a_runs_folder_can_be_loaded(tmp_path, task):
+  cfg = small.config(task, loop={"steps": 3, "checkpoint_every": 1})
+  path = tmp_path / "run"
+  folder = RunFolder(path)
+  folder.check_config(rl.start.as_dict(cfg, small.MODEL))
+  folder.close()
+  small.tokenizer().save(path / rl.start.TOKENIZER)
+  with pytest.raises(ValueError, match="has no checkpoint yet"):
+    rl.start.load(str(path))
+  result = small.run(cfg, path)
+  found = rl.start.load(str(path))
+  assert found.cfg == small.MODEL
+  assert found.tokenizer().content_hash == small.tokenizer().content_hash
+  train_small.assert_same_bits(found.variables, result.state.train.variables)
+  with pytest.raises(ValueError, match="is not a folder"):
+    rl.start.load(str(tmp_path / "nothing"))
+
+
+def test_documents_are_the_tasks_own_written_once(tmp_path):
+  write = lambda name, seed=0: write_documents(
+      tmp_path / name, "arithmetic:terms=2,digits=1", "short", Noise(), 20, seed)
+  source = write("a.jsonl")
+  assert (source.domain, source.prompt_field) == ("arithmetic", "prompt")
+  text = (tmp_path / "a.jsonl").read_text()
+  documents = [json.loads(line) for line in text.splitlines()]
+  assert len(documents) == 20
+  assert all(row["prompt"].startswith("Q: ") and row["text"] for row in documents)
+  write("a.jsonl", seed=1)
+  assert (tmp_path / "a.jsonl").read_text() == text
+  write("b.jsonl"), write("c.jsonl", seed=1)
+  assert (tmp_path / "b.jsonl").read_text() == text != (tmp_path / "c.jsonl").read_text()
+  with pytest.raises(ValueError, match="has no worked solutions"):
+    write_documents(tmp_path / "d.jsonl", small.write_task(tmp_path), "short", Noise(), 1, 0)

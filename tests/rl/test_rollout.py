@@ -1,0 +1,248 @@
+"""Completions depend on the prompt and its key alone: not on slots, rows or other sequences.
+
+Shape letters:  S sequences  P prompt tokens  N new tokens  T tokens of both  V vocabulary
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import model
+from rl.rollout import Prompts, Rollout, pad_prompts, rollout, sequence_keys
+from rl.step import experience, sequence_logprobs
+from tests.rl import small
+from tests.train import small as train_small
+
+MLA = dataclasses.replace(
+    tiny.V3, num_layers=1, num_dense_layers=0, mtp=None, max_seq_len=16)
+DENSE = dataclasses.replace(train_small.DENSE, mtp=None, max_seq_len=16)
+STOP, PROMPT, NEW, SEQUENCES = 0, 5, 10, 160
+TEMPERATURE = 0.7
+# Sums of some dozen float32 terms, a few layers deep, in an order that the batch's shape decides;
+# the logits that come of it are of order 1, and the temperature makes them larger.
+LOGIT_ERROR = 2e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+  with small.quick_compiles():
+    yield
+
+
+@functools.cache
+def prompts(count=SEQUENCES) -> Prompts:
+  """Of one to five tokens, with the keys that `model.generate` gives to the rows."""
+  rng = np.random.default_rng(0)
+  rows = [rng.integers(1, MLA.vocab_size, 1 + i % PROMPT) for i in range(count)]
+  keys_S = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.arange(count))
+  return pad_prompts(rows, PROMPT, keys_S)
+
+
+def roll(cfg, given: Prompts, slots=None, temperature=TEMPERATURE, top_p=1.0) -> Rollout:
+  return jax.tree.map(np.asarray, rollout(
+      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=STOP,
+      temperature=temperature, top_p=top_p, slots=slots))
+
+
+@functools.cache
+def at_once(temperature=TEMPERATURE) -> Rollout:
+  return roll(MLA, prompts(), temperature=temperature)
+
+
+@functools.cache
+def by_twenty() -> Rollout:
+  return roll(MLA, prompts(), slots=20)
+
+
+def laid_out(given: Prompts, out: Rollout):
+  rows = [row[:length] for row, length in zip(
+      np.asarray(given.tokens_SP), given.lengths_S, strict=True)]
+  count = len(rows)
+  return experience(rows, out.tokens_SN, out.lengths_S, out.logprobs_SN, np.zeros(count),
+                    np.ones(count, bool), multiple=PROMPT + NEW)
+
+
+def next_logits(cfg, given: Prompts, out: Rollout) -> np.ndarray:
+  """The trainer's logits [S, N, V] for each new token, from a pass over whole sequences."""
+  seen = laid_out(given, out)
+  logits_STV = np.asarray(tiny.apply(cfg)(tiny.variables(cfg), seen.tokens[:, :-1]).logits_BTV)
+  place_SN = np.asarray(given.lengths_S)[:, None] - 1 + np.arange(NEW)
+  return np.take_along_axis(logits_STV, place_SN[..., None], axis=1)
+
+
+@jax.jit
+def noise(keys_S):
+  """What `jax.random.categorical` adds to the logits of every new token, [S, N, V]."""
+  one = lambda key, n: jax.random.gumbel(jax.random.fold_in(key, n), (MLA.vocab_size,))
+  return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys_S, jnp.arange(NEW))
+
+
+def margins(cfg, given: Prompts, out: Rollout, temperature=TEMPERATURE):
+  """By new token, the trainer's choice with the same noise, and its lead over the second."""
+  perturbed_SNV = next_logits(cfg, given, out) / temperature + np.asarray(noise(given.keys_S))
+  second, first = np.moveaxis(np.sort(perturbed_SNV, axis=-1)[..., -2:], -1, 0)
+  return perturbed_SNV.argmax(-1), first - second
+
+
+def check_same(given: Prompts, a: Rollout, b: Rollout) -> int:
+  """How many rows differ: only from a token on whose lead is within the logits' error."""
+  _, lead_SN = margins(MLA, given, a)
+  differ_SN = a.mask_SN & (a.tokens_SN != b.tokens_SN)
+  rows = np.flatnonzero(differ_SN.any(1))
+  for row in rows:
+    assert lead_SN[row, differ_SN[row].argmax()] < 2 * LOGIT_ERROR / TEMPERATURE
+  same = np.setdiff1d(np.arange(len(differ_SN)), rows)
+  np.testing.assert_array_equal(a.lengths_S[same], b.lengths_S[same])
+  np.testing.assert_array_equal(a.ended_S[same], b.ended_S[same])
+  np.testing.assert_allclose(
+      a.logprobs_SN[same], b.logprobs_SN[same], rtol=0, atol=2 * LOGIT_ERROR / TEMPERATURE)
+  return len(rows)
+
+
+def test_slots_that_are_refilled_give_what_all_at_once_gives():
+  differing = check_same(prompts(), at_once(), by_twenty())
+  print(f"{differing} of {SEQUENCES} completions differ")
+  assert differing <= 2
+
+
+def test_generate_gives_the_same_with_the_same_keys():
+  want = jax.tree.map(np.asarray, model.generate(
+      model.Transformer(MLA), tiny.variables(MLA), prompts().tokens_SP, prompts().lengths_S,
+      max_new_tokens=NEW, key=jax.random.key(7), temperature=TEMPERATURE, stop_token=STOP))
+  ended_S = want.tokens_BN[np.arange(SEQUENCES), want.lengths_B - 1] == STOP
+  want = Rollout(want.tokens_BN, want.lengths_B, want.logprobs_BN, ended_S, 0)
+  assert check_same(prompts(), by_twenty(), want) <= 2
+
+
+def test_slots_do_not_wait_for_the_longest():
+  out = by_twenty()
+  tokens = int(out.lengths_S.sum())
+  assert at_once().decode_steps == NEW
+  assert tokens / 20 <= out.decode_steps < SEQUENCES / 20 * NEW
+
+
+def test_every_token_is_the_choice_of_the_trainers_logits_under_the_sequences_own_noise():
+  for temperature in (TEMPERATURE, 1.3):  # one program: a temperature is data
+    out = at_once(temperature)
+    chosen_SN, lead_SN = margins(MLA, prompts(), out, temperature)
+    unsure_SN = lead_SN < 2 * LOGIT_ERROR / temperature
+    assert (unsure_SN & out.mask_SN).sum() <= 2
+    np.testing.assert_array_equal(out.tokens_SN[out.mask_SN & ~unsure_SN],
+                                  chosen_SN[out.mask_SN & ~unsure_SN])
+
+
+def test_a_completion_ends_with_its_first_stop_token_or_is_marked_as_cut_off():
+  out = at_once()
+  stops_SN = out.mask_SN & (out.tokens_SN == STOP)
+  np.testing.assert_array_equal(out.ended_S, stops_SN.any(1))
+  np.testing.assert_array_equal(stops_SN.sum(1), out.ended_S)
+  last_S = out.tokens_SN[np.arange(SEQUENCES), out.lengths_S - 1]
+  np.testing.assert_array_equal(last_S == STOP, out.ended_S)
+  assert (out.lengths_S[~out.ended_S] == NEW).all() and (~out.ended_S).any()
+  assert (out.ended_S & (out.lengths_S < NEW)).any()
+  assert (out.ended_S & (out.lengths_S == NEW)).any()  # the limit is no reason to call it cut off
+  assert (out.logprobs_SN[~out.mask_SN] == 0).all() and (out.logprobs_SN[out.mask_SN] < 0).all()
+
+
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.3])
+def test_log_probabilities_are_the_trainers_at_the_same_temperature(temperature):
+  out = at_once(temperature)
+  seen = laid_out(prompts(), out)
+
+  def gap(at):
+    logp_ST, _ = trainer_logprobs(tiny.variables(MLA), seen.tokens, seen.inside, at)
+    return np.abs(np.where(seen.mask, logp_ST - seen.logp_sampler, 0)).max()
+
+  assert seen.mask.sum() == out.lengths_S.sum()
+  print(f"largest gap at temperature {temperature}: {gap(temperature):.1e} nats")
+  assert gap(temperature) < 1e-4
+  assert gap(1.0) > 0.1
+
+
+@jax.jit
+def trainer_logprobs(variables, tokens, inside, temperature):
+  return sequence_logprobs(model.Transformer(MLA), variables, tokens, inside, temperature)
+
+
+def test_rows_can_be_shuffled_and_neighbours_replaced():
+  order = np.random.default_rng(1).permutation(SEQUENCES)
+  given = jax.tree.map(lambda x: x[order], prompts())
+  moved = roll(MLA, given, slots=20)
+  unsorted = jax.tree.map(lambda x: x[np.argsort(order)], moved._replace(decode_steps=order))
+  assert check_same(prompts(), by_twenty(), unsorted) <= 2
+  half = np.arange(SEQUENCES) % 2 == 0  # the others become copies of the first
+  given = jax.tree.map(lambda x: x[np.where(half, np.arange(SEQUENCES), 0)], prompts())
+  among_others = roll(MLA, given, slots=20)
+  same_S = (np.where(by_twenty().mask_SN, by_twenty().tokens_SN, -1)
+            == np.where(among_others.mask_SN, among_others.tokens_SN, -1)).all(1)
+  assert same_S[half].sum() >= half.sum() - 2 and same_S[~half].sum() <= 2
+
+
+def test_the_nucleus_is_the_likeliest_tokens_that_reach_top_p():
+  given, top_p = prompts(24), 0.5
+  out = roll(DENSE, given, slots=5, top_p=top_p)
+  logits_SNV = next_logits(DENSE, given, out).astype(np.float64) / TEMPERATURE
+  probability_SNV = np.exp(logits_SNV - np.logaddexp.reduce(logits_SNV, axis=-1)[..., None])
+  order = np.argsort(-probability_SNV, axis=-1)
+  sorted_SNV = np.take_along_axis(probability_SNV, order, -1)
+  inside_SNV = np.cumsum(sorted_SNV, -1) - sorted_SNV < top_p
+  mass_SN = np.where(inside_SNV, sorted_SNV, 0).sum(-1)
+  rank_SN = (order == out.tokens_SN[..., None]).argmax(-1)
+  allowed_SN = np.take_along_axis(inside_SNV, rank_SN[..., None], -1)[..., 0]
+  assert allowed_SN[out.mask_SN].all() and rank_SN[out.mask_SN].max() > 0
+  want_SN = np.log(np.take_along_axis(sorted_SNV, rank_SN[..., None], -1)[..., 0] / mass_SN)
+  np.testing.assert_allclose(out.logprobs_SN[out.mask_SN], want_SN[out.mask_SN], rtol=0, atol=1e-4)
+
+
+def test_greedy_takes_the_likeliest_whatever_the_keys():
+  given = prompts(24)
+  out = roll(DENSE, given, slots=5, temperature=0)
+  np.testing.assert_array_equal(
+      out.tokens_SN[out.mask_SN], next_logits(DENSE, given, out).argmax(-1)[out.mask_SN])
+  other = roll(DENSE, given._replace(keys_S=given.keys_S[::-1]), slots=5, temperature=0)
+  jax.tree.map(np.testing.assert_array_equal, other, out)
+
+
+def test_samples_of_a_prompt_differ():
+  keys_S = sequence_keys(0, 1, jnp.zeros(24, int), jnp.arange(24))
+  given = Prompts(jnp.ones((24, PROMPT), jnp.int32), jnp.full(24, 3, jnp.int32), keys_S)
+  out = roll(DENSE, given, slots=5, top_p=0.99)
+  assert len({tuple(row[:length]) for row, length in
+              zip(out.tokens_SN, out.lengths_S, strict=True)}) > 12
+
+
+def test_keys_are_of_seed_step_prompt_and_sample_and_of_nothing_else():
+  data = lambda *args: [tuple(key) for key in np.asarray(jax.random.key_data(
+      sequence_keys(*args))).tolist()]
+  prompt_S, sample_S = np.array(list(itertools.product(range(4), range(3)))).T
+  keys = [key for seed in (0, 1) for step in (0, 1, 2) for key in
+          data(seed, step, jnp.asarray(prompt_S), jnp.asarray(sample_S))]
+  assert len(set(keys)) == len(keys) == 2 * 3 * 12
+  order = np.random.default_rng(0).permutation(12)
+  shuffled = data(1, 2, jnp.asarray(prompt_S[order]), jnp.asarray(sample_S[order]))
+  assert shuffled == [keys[-12:][i] for i in order]
+  assert data(1, 2, jnp.array([3]), jnp.array([2])) == keys[-1:]
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([], "no prompt"), ([[1], []], "prompt 1 is empty"),
+    ([[1], [2] * 6], "prompt 1 has 6 tokens, more than the 5 allowed: raise max_prompt_length")])
+def test_prompts_that_cannot_be_completed_are_refused(rows, message):
+  with pytest.raises(ValueError, match=message):
+    pad_prompts([np.array(row, int) for row in rows], PROMPT, prompts().keys_S[:len(rows)])
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"max_new_tokens": 12}, "longer than the model's context of 16"),
+    ({"max_new_tokens": 0}, "max_new_tokens >= 1"), ({"temperature": -1.0}, "temperature >= 0"),
+    ({"top_p": 0.0}, "0 < top_p <= 1"), ({"slots": 0}, "slots=0 must be positive")])
+def test_impossible_rollouts_are_refused(changed, message):
+  with pytest.raises(ValueError, match=message):
+    rollout(model.Transformer(MLA), {}, prompts(),
+            **{"max_new_tokens": NEW, "stop_token": STOP} | changed)
