@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import model
-import train.start
+import rl.start
 from experiments import settings
 from experiments.options import Options
 from train.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ class GenerateConfig:
   """What to read and how to go on.
 
   Attributes:
-    checkpoint: a folder that pretrain wrote, or a Hugging Face folder.
+    checkpoint: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
     prompt: what the text begins with.
     max_new_tokens: where it ends, if no end-of-document token does.
     temperature: 0 for the likeliest token.
@@ -49,7 +49,7 @@ def main(options: Options) -> None:
   cfg = settings.apply(GenerateConfig(), options.settings)
   if not cfg.checkpoint:
     raise ValueError("say what to read: --set checkpoint=DIR")
-  start = train.start.load(cfg.checkpoint)
+  start = rl.start.load(cfg.checkpoint)
   tokenizer = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else start.tokenizer()
   print(cfg.prompt, end="", flush=True)
   write_continuation(start.cfg, start.variables, tokenizer, cfg.prompt,

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 
 import model
+import rl.start
 import train.start
 from experiments import baselines, provenance, settings
 from experiments.generate import write_continuation
@@ -86,7 +87,7 @@ def main(options: Options) -> None:
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
   told = settings.assigned(options.settings)
   num_seeds = options.num_seeds()
-  start = train.start.load(cfg.init) if cfg.init else None
+  start = rl.start.load(cfg.init) if cfg.init else None
   if start:
     cfg = _with_start(cfg, start, told)
   out = RunFolder(options.folder(f"pretrain-{scale}"))

@@ -5,6 +5,7 @@ the time. Then comes RL with rewards for right answers and for form, and nothing
 arms are controls, on the same base: learning the form alone must not look like reasoning.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -124,16 +125,17 @@ def main(options: Options) -> None:
   # Every arm's settings are tried before anything runs.
   configs = {arm: settings.apply(SCALES[scale], (*options.settings, *ARMS[arm]), named=named)
              for arm in arms}
-  out = RunFolder(options.folder(f"r1_zero-{scale}"))
   told = "base.model.vocab_size" in settings.assigned(options.settings)
   limit = options.max_minutes and 60 * options.max_minutes
-  for seed in options.seed_range(1):
-    base = _Base(cfg, seed, out.path, told)
-    for arm in arms:
-      if not _run_arm(arm, configs[arm], seed, base, out.path, limit):
-        print("stopped, saved; the same command goes on")
-        return
-  print(f"report: {write_rl_report(out.path)}")
+  with contextlib.closing(RunFolder(options.folder(f"r1_zero-{scale}"))) as out:
+    for seed in options.seed_range(1):
+      base = _Base(cfg, seed, out.path, told)
+      for arm in arms:
+        with contextlib.closing(RunFolder(out.path / f"{arm}-seed{seed}")) as folder:
+          if not _run_arm(arm, configs[arm], seed, base, folder, limit):
+            print("stopped, saved; the same command goes on")
+            return
+    print(f"report: {write_rl_report(out.path)}")
 
 
 class _Base:
@@ -143,16 +145,20 @@ class _Base:
     self.cfg, self.seed, self.told = cfg, seed, told
     self.path = path / f"base-seed{seed}"
 
-  def load(self) -> rl.start.Start:
+  def load(self, max_seconds: float | None) -> rl.start.Start | None:
+    """None if pretraining was stopped before its end."""
     if self.cfg.init:
       return rl.start.load(self.cfg.init)
-    if not (self.path / "finished").exists():
-      self._pretrain()
+    finished = self.path / "finished"
+    if not finished.exists():
+      with contextlib.closing(RunFolder(self.path)) as folder:
+        if self._pretrain(folder, max_seconds) == "stopped":
+          return None
+      finished.touch()
     return rl.start.load(str(self.path))
 
-  def _pretrain(self) -> None:
+  def _pretrain(self, folder: RunFolder, max_seconds: float | None) -> str:
     cfg, seed = self.cfg, self.seed
-    folder = RunFolder(self.path)
     source = write_documents(
         self.path / "documents.jsonl", cfg.rl.task, cfg.rl.template, cfg.documents.noise,
         cfg.documents.count, seed)
@@ -165,19 +171,17 @@ class _Base:
                          "documents": to_dict(cfg.documents)})
     data.tokenizer.save(self.path / rl.start.TOKENIZER)
     print(f"pretraining the base on {cfg.documents.count:,} documents", file=sys.stderr)
-    result = train([base], data, folder)
-    if result.status == "finished":
-      (self.path / "finished").touch()
-    folder.close()
+    return train([base], data, folder, max_seconds=max_seconds).status
 
 
-def _run_arm(arm, cfg: R1ZeroConfig, seed, base: _Base, path: pathlib.Path, limit) -> bool:
+def _run_arm(arm, cfg: R1ZeroConfig, seed, base: _Base, folder: RunFolder, limit) -> bool:
   """Runs one arm on one seed, unless it is done; False if it was stopped before its end."""
-  folder = RunFolder(path / f"{arm}-seed{seed}")
   results = folder.path / "results.json"
   if results.exists():
     return True
-  start = base.load()
+  start = base.load(limit)
+  if start is None:
+    return False
   run = dataclasses.replace(cfg.rl, loop=dataclasses.replace(cfg.rl.loop, seed=seed))
   folder.check_config(rl.start.as_dict(run, start.cfg))
   tokenizer = start.tokenizer()
@@ -196,7 +200,6 @@ def _run_arm(arm, cfg: R1ZeroConfig, seed, base: _Base, path: pathlib.Path, limi
       "cost": result.cost, "config": to_dict(cfg), "params": start.cfg.param_count(),
       "provenance": provenance.describe()})
   _print_outcome(arm, seed, before["heldout"], after["heldout"])
-  folder.close()
   return True
 
 

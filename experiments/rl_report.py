@@ -11,7 +11,7 @@ from train.run_folder import MetricsFile
 _FIGURES = ("pass@1", "lenient_pass@1", "format", "length", "clipped")
 _BY_ROLLOUT = {
     "reward": "reward", "completions/mean_length": "length (tokens)",
-    "rewards/format/mean": "well-formed", "kl": "KL to the reference (nats per token)",
+    "rewards/format/mean": "well-formed", "kl": "KL (nats per token)",
     "entropy": "entropy (nats per token)", "grad_norm": "gradient norm"}
 
 

@@ -1,14 +1,16 @@
 """How good a model is at a task: pass@1, pass@k, cons@k, format and length, with intervals."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from rl import rewards
-from rl.extraction import lenient_answer, strict_answer
+from rl.extraction import lenient_answer, reflects, strict_answer
 from rl.pass_rates import Interval, interval, majority_vote, pass_at_1, pass_at_k
 from rl.sampler import Sampler, Samples
+from rl.tasks.equality import number
 
 # Training's steps never come here, so evaluation has random keys of its own; and they are the same
 # at each evaluation, which takes noise out of the difference of two.
@@ -34,8 +36,8 @@ def evaluate(
   Returns:
     By name [estimate, low, high], 95 % bootstrap intervals over problems: "pass@1", "pass@k",
     "cons@samples" (the majority of all samples), "lenient_pass@1" and "lenient_cons" by a kind
-    reading of completions, "format", "length" in tokens, "clipped" (cut off); and "unjudged", a
-    count, "problems", "samples". And what was sampled.
+    reading of completions, "format", "length" in tokens, "clipped" (cut off), "reflection" (takes
+    something back); and "unjudged", a count, "problems", "samples". And what was sampled.
 
   Raises:
     ValueError: for an unknown split, or more problems than a finite one has.
@@ -61,7 +63,7 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any
   correct, judged = verdicts(rewards.accuracy)
   kindly, _ = verdicts(rewards.lenient_accuracy)
   formed = rewards.well_formed(drawn.prompts, drawn.completions)
-  answers = lambda extract: [[extract(text) for text in row] for row in
+  answers = lambda extract: [[_canonical(extract(text)) for text in row] for row in
                              np.array(drawn.completions, object).reshape(-1, samples)]
   rates = {
       "pass@1": pass_at_1(correct, judged),
@@ -71,9 +73,18 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any
       "lenient_cons": majority_vote(answers(lenient_answer), kindly, judged),
       "format": by_problem(formed).mean(1),
       "length": by_problem(drawn.lengths_S).mean(1),
-      "clipped": 1 - by_problem(drawn.ended_S).mean(1)}
+      "clipped": 1 - by_problem(drawn.ended_S).mean(1),
+      "reflection": by_problem([reflects(text) for text in drawn.completions]).mean(1)}
   return {name: list(_interval(rate)) for name, rate in rates.items()} | {
       "unjudged": int((~judged).sum()), "problems": len(correct), "samples": samples}
+
+
+def _canonical(answer: str | None) -> Fraction | str | None:
+  """Equal for answers that a vote should count as one: 7, 7.0 and 07."""
+  if answer is None:
+    return None
+  value = number(answer)
+  return answer.strip() if value is None else value
 
 
 def _interval(rates_P: np.ndarray) -> Interval:

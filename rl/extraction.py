@@ -13,7 +13,13 @@ _ANSWER_AT_END = re.compile(r"<answer>(.*)</answer>\s*\Z", re.DOTALL)
 _ANSWER_WORD = re.compile(r"(?:answer\b|答案)\**\s*(?:is|是|为)?\s*[:：=]?\s*(.*)", re.IGNORECASE)
 _EXPRESSION = re.compile(r"[0-9+\-*/(). ]+")
 _NUMBER = re.compile(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?")
+_REFLECTIVE = re.compile(r"\bwait\b|等等|等一下", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
+
+
+def reflects(completion: str) -> bool:
+  """Whether it takes something back: R1's "wait", which v2 of its paper counts as reflective."""
+  return _REFLECTIVE.search(completion) is not None
 
 
 def opens_thinking(prompt: str) -> bool:

@@ -52,6 +52,13 @@ def test_list_names_every_experiment():
     (("--experiment=pretrain", "--out={folder}/run", "--set=data.cache_dir={folder}",
       "--set=data.sources=/nowhere.jsonl"), "/nowhere.jsonl"),
     (("--experiment=generate",), "--set checkpoint=DIR"),
+    (("--experiment=evaluate",), "--set checkpoint=DIR"),
+    (("--experiment=evaluate", "--set=checkpoint=x", "--set=ks=32"), "must lie in 1..samples=16"),
+    (("--experiment=r1_zero", "--arms=gpro"), "there are grpo, format_only, random, rft, ppo"),
+    (("--experiment=r1_zero", "--set=rl.task=arithmetik"), "did you mean 'arithmetic'"),
+    (("--experiment=r1_zero", "--set=rl.objective.name=rloop"), "did you mean 'rloo'"),
+    (("--experiment=r1_zero", "--set=rl.sampling.num_generations=1"), "at least 2"),
+    (("--experiment=r1_zero", "--set=rl.objective.minibatches=3"), "must divide the 16 sequences"),
 ])
 def test_misuse_is_one_clear_line_and_no_traceback(args, message, tmp_path):
   done = run(*(arg.format(folder=tmp_path) for arg in args))

@@ -47,7 +47,8 @@ def _norm_left_out(cfg, monkeypatch):
 
 def _biased_gates(cfg, monkeypatch):
   honest = moe.route
-  monkeypatch.setattr(moe, "route", lambda scores, bias, cfg: honest(scores + bias, 0.0, cfg))
+  monkeypatch.setattr(
+      moe, "route", lambda scores, bias, *rest: honest(scores + bias, 0.0, *rest))
   return cfg
 
 

@@ -60,6 +60,7 @@ def test_figures_are_means_over_problems():
                   lengths=[1, 2, 3, 4, 5, 6, 7, 8], ended=[True] * 6 + [False] * 2)
   found = judge(drawn, 4, (1, 2))
   estimates = {name: value[0] for name, value in found.items() if isinstance(value, list)}
+  assert estimates.pop("reflection") == 0
   assert estimates == pytest.approx({
       "pass@1": (2 / 4 + 1 / 4) / 2, "pass@2": (5 / 6 + 1 / 2) / 2, "cons@4": (1 + 0) / 2,
       "lenient_pass@1": (3 / 4 + 1 / 4) / 2, "lenient_cons": (1 + 0) / 2,
@@ -161,3 +162,9 @@ def test_rewards_are_weighed_and_heads_or_tails_are_thrown_the_same_again():
       scored.rewards, scored.by_name["random"], strict=True)} == {2.5, 0.5, 2.0, 0.0}
   assert 8 < sum(scored.by_name["random"]) < 24  # of 32; outside once in 500
   assert set(scored.by_name) == {"accuracy", "format", "random"}
+
+
+def test_votes_for_one_number_count_together_however_it_is_written():
+  answer = "<think>x</think><answer>{}</answer>".format
+  drawn = samples(["7", "7"], [[answer(text) for text in ("7", "7.0", " 7 ", "8", "8")]] * 2)
+  assert judge(drawn, 5)["cons@5"][0] == 1.0

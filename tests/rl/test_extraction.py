@@ -2,7 +2,14 @@
 
 import pytest
 
-from rl.extraction import is_well_formed, lenient_answer, reasoning, strict_answer, unfenced
+from rl.extraction import (
+  is_well_formed,
+  lenient_answer,
+  reasoning,
+  reflects,
+  strict_answer,
+  unfenced,
+)
 
 GOOD = "<think>1+1=2</think>\n<answer>2</answer>"
 ILL_FORMED = [
@@ -65,3 +72,10 @@ def test_the_lenient_answer_is_found_wherever_it_stands(completion, answer):
 def test_code_comes_out_of_its_fence():
   assert unfenced("```python\ndef f():\n  pass\n```\n") == "def f():\n  pass"
   assert unfenced("x = '```'") == "x = '```'"
+
+
+@pytest.mark.parametrize(("completion", "expected"), [
+    ("9-5=3\nwait 9-5=4", True), ("Wait, no", True), ("等等 9-5=4", True), ("9-5=4", False),
+    ("await the waiter", False)])
+def test_taking_a_step_back_is_seen(completion, expected):
+  assert reflects(completion) is expected
