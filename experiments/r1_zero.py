@@ -103,7 +103,7 @@ SCALES = {
         problems=8, samples=4),
     "cpu": R1ZeroConfig(
         base=_base(_nano(), DataConfig(bpe_vocab_size=512, seq_len=128, heldout_bytes=20_000),
-                   TrainConfig(steps=3000, batch_size=8, unroll=3, checkpoint_every=500)),
+                   TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500)),
         rl=RLConfig(task="arithmetic:terms=3,digits=1", optimizer=_OPTIMIZER,
                     sampling=SamplingConfig(num_prompts=16, num_generations=16,
                                             max_prompt_length=16, max_completion_length=32),
