@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from experiments.options import Options
-from experiments.pretrain import SCALES, scale_name
+from experiments.pretrain import SCALES
 from experiments.stats import Claim
 from experiments.study import Arm, Comparison, Scale, Study, compared_runs, execute
 
@@ -23,7 +23,7 @@ def main(options: Options) -> None:
   options.refuse("profile")
   if not options.a and not options.b:
     raise ValueError("say what differs: --a key=value, --b key=value or both")
-  scale = scale_name(options)
+  scale = options.scale_of(SCALES)
   cfg = SCALES[scale].without_extras()
   cfg = dataclasses.replace(cfg, train=dataclasses.replace(
       cfg.train, eval_every=max(1, cfg.train.steps // _EVALUATIONS)))

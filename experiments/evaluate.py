@@ -5,11 +5,11 @@ import dataclasses
 import model
 import rl.start
 from experiments import provenance, settings
+from experiments.generate import require_sampling
 from experiments.options import Options
 from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.evaluate import evaluate
 from rl.sampler import Sampler
-from train.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,7 @@ class EvaluateConfig:
   def __post_init__(self):
     if self.problems < 2 or self.samples < 1 or self.slots < 1:
       raise ValueError("problems must be at least 2, samples and slots at least 1")
-    if self.temperature < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f"temperature={self.temperature} must not be negative, and top_p="
-                       f"{self.top_p} must lie in (0, 1]")
+    require_sampling(self.temperature, self.top_p)
     if self.ks and not 1 <= min(self.ks) <= max(self.ks) <= self.samples:
       raise ValueError(f"ks={self.ks} must lie in 1..samples={self.samples}")
 
@@ -62,13 +60,15 @@ def main(options: Options) -> None:
   cfg = settings.apply(EvaluateConfig(), options.settings)
   if not cfg.checkpoint:
     raise ValueError("say what to evaluate: --set checkpoint=DIR")
+  # A program samples pairs; no more of them than there are completions to judge.
+  pairs = min(cfg.slots, -(-cfg.problems * cfg.samples // 2))
   run = RLConfig(
       task=cfg.task, template=cfg.template, loop=LoopConfig(seed=cfg.seed),
       sampling=SamplingConfig(
-          num_prompts=cfg.slots, num_generations=2, max_prompt_length=cfg.max_prompt_length,
+          num_prompts=pairs, num_generations=2, max_prompt_length=cfg.max_prompt_length,
           max_completion_length=cfg.max_completion_length, slots=cfg.slots))
   start = rl.start.load(cfg.checkpoint)
-  tokenizer = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else start.tokenizer()
+  tokenizer = start.tokenizer(cfg.tokenizer)
   found, drawn = evaluate(
       Sampler(model.Transformer(start.cfg), run, tokenizer), start.variables, split=cfg.split,
       problems=cfg.problems, samples=cfg.samples, ks=cfg.ks, temperature=cfg.temperature,

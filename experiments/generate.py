@@ -39,9 +39,14 @@ class GenerateConfig:
   def __post_init__(self):
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
-    if self.temperature < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f"temperature={self.temperature} must not be negative, and top_p="
-                       f"{self.top_p} must lie in (0, 1]")
+    require_sampling(self.temperature, self.top_p)
+
+
+def require_sampling(temperature: float, top_p: float) -> None:
+  """Raises ValueError unless one can sample with these."""
+  if temperature < 0 or not 0 < top_p <= 1:
+    raise ValueError(f"temperature={temperature} must not be negative, and top_p={top_p} must lie "
+                     "in (0, 1]")
 
 
 def main(options: Options) -> None:
@@ -50,7 +55,7 @@ def main(options: Options) -> None:
   if not cfg.checkpoint:
     raise ValueError("say what to read: --set checkpoint=DIR")
   start = rl.start.load(cfg.checkpoint)
-  tokenizer = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else start.tokenizer()
+  tokenizer = start.tokenizer(cfg.tokenizer)
   print(cfg.prompt, end="", flush=True)
   write_continuation(start.cfg, start.variables, tokenizer, cfg.prompt,
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,

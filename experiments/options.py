@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,18 @@ class Options:
 
   def folder(self, default: str) -> pathlib.Path:
     return self.out or pathlib.Path("runs") / default
+
+  def scale_of(self, scales: Collection[str]) -> str:
+    """The scale that was asked for, or smoke.
+
+    Raises:
+      ValueError: if it is not one of `scales`.
+    """
+    scale = self.scale or "smoke"
+    if scale not in scales:
+      raise ValueError(f"--scale={scale} does not exist for {self.experiment}; there are "
+                       + ", ".join(scales))
+    return scale
 
   def num_seeds(self, default: int = 1) -> int:
     """`--seeds` as a count."""

@@ -73,17 +73,9 @@ SCALES = {
 }
 
 
-def scale_name(options: Options) -> str:
-  """The key of SCALES that was asked for, or the default."""
-  scale = options.scale or "smoke"
-  if scale not in SCALES:
-    raise ValueError(f"--scale={scale} does not exist; there are {', '.join(SCALES)}")
-  return scale
-
-
 def main(options: Options) -> None:
   options.refuse("a", "b", "arms")
-  scale = scale_name(options)
+  scale = options.scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
   told = settings.assigned(options.settings)
   num_seeds = options.num_seeds()

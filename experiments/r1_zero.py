@@ -113,9 +113,7 @@ SCALES = {
 
 def main(options: Options) -> None:
   options.refuse("a", "b", "profile")
-  scale = options.scale or "smoke"
-  if scale not in SCALES:
-    raise ValueError(f"--scale={scale} does not exist; there are {', '.join(SCALES)}")
+  scale = options.scale_of(SCALES)
   arms = options.arms or ("grpo",)
   if unknown := set(arms) - set(ARMS):
     raise ValueError(f"--arms={','.join(sorted(unknown))} does not exist; there are "

@@ -6,7 +6,7 @@ import statistics
 
 from experiments import plots
 from experiments.markdown import document, duration, fenced, figure, number, origin, table
-from train.run_folder import MetricsFile
+from train.run_folder import MetricsFile, write_json_atomic
 
 _FIGURES = ("pass@1", "lenient_pass@1", "format", "length", "clipped")
 _BY_ROLLOUT = {
@@ -22,10 +22,10 @@ def write_rl_report(folder: pathlib.Path) -> pathlib.Path:
   rows = {name: MetricsFile(folder / name / "metrics.jsonl").read() for name in runs}
   evaluations = {name: MetricsFile(folder / name / "evaluations.jsonl").read() for name in runs}
   first = next(iter(runs.values()))
-  (folder / "results.json").write_text(json.dumps(
-      {"provenance": first["provenance"], "config": first["config"], "runs": [
+  write_json_atomic(folder / "results.json", {
+      "provenance": first["provenance"], "config": first["config"], "runs": [
           {key: value for key, value in run.items() if key not in ("config", "provenance")}
-          for run in runs.values()]}, indent=2) + "\n")
+          for run in runs.values()]})
   return document(folder / "report.md", f"RL on {first['config']['rl']['task']}", [
       ("Before and after", _outcomes(runs)),
       ("", _verdict(runs)),
@@ -49,15 +49,12 @@ def _cell(found: list | None) -> str:
 def _outcomes(runs: dict[str, dict], split: str = "heldout") -> str:
   if not all(split in run["after"] for run in runs.values()):
     return ""
-  lines, bases = [], {}
-  for run in runs.values():
-    bases.setdefault(run["seed"], run["base"])
   cons = next(name for name in next(iter(runs.values()))["after"][split]
               if name.startswith("cons@"))
   best = cons.replace("cons", "pass")
   names = ("pass@1", *((best,) if best != "pass@1" else ()), cons, *_FIGURES[1:])
   row = lambda found: [_cell(found.get(name)) for name in names]
-  lines += [[f"base, seed {seed}", *row(base[split])] for seed, base in bases.items()]
+  lines = [[f"base, seed {seed}", *row(base[split])] for seed, base in _bases(runs).items()]
   lines += [[name, *row(run["after"][split])] for name, run in runs.items()]
   return table(("run", *names), lines) + (
       "\n\n95 % bootstrap intervals over problems. \"lenient\" finds answers without their block.")
@@ -79,9 +76,14 @@ def _verdict(runs: dict[str, dict]) -> str:
   return table(("arm", "seeds", "pass@1, points gained", "read kindly"), lines)
 
 
+def _bases(runs: dict[str, dict]) -> dict[int, dict]:
+  """By seed; its arms share it."""
+  return {run["seed"]: run["base"] for run in runs.values()}
+
+
 def _base(runs: dict[str, dict]) -> str:
   lines = []
-  for seed, base in {run["seed"]: run["base"] for run in runs.values()}.items():
+  for seed, base in _bases(runs).items():
     for temperature, found in base.get("temperatures", {}).items():
       name = "greedy" if float(temperature) == 0 else f"temperature {temperature}"
       lines.append([seed, name, *(_cell(found.get(key)) for key in _FIGURES[:3])])

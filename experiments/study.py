@@ -135,11 +135,7 @@ class Task:
 def main(study: Study, options: Options) -> None:
   """Runs what is missing of a study, and judges what is there."""
   options.refuse("a", "b", "profile")
-  scale_name = options.scale or "smoke"
-  if scale_name not in study.scales:
-    raise ValueError(f"--scale={scale_name} does not exist for {study.name}; there are "
-                     + ", ".join(study.scales))
-  execute(study, scale_name, options, source_hash=_source_hash(study))
+  execute(study, options.scale_of(study.scales), options, source_hash=_source_hash(study))
 
 
 def execute(study: Study, scale_name: str, options: Options, source_hash: str) -> dict:

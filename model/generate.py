@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from model.cache import Cache, init_cache
-from model.transformer import Transformer
+from model.transformer import Output, Transformer
 
 
 class Generated(NamedTuple):
@@ -22,18 +22,27 @@ class Generated(NamedTuple):
   logprobs_BN: jax.Array  # float32, of each token under the distribution it was sampled from
 
 
-def prefill(
+def read_prompts(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Output]:
   """Reads right-padded prompts into an empty cache.
 
   Returns:
-    Logits [B, V] for the token after each prompt, and the cache, cut to the prompts' lengths.
+    Logits [B, V] for the token after each prompt, and the model's output; the cache in it is cut to
+    the prompts' lengths.
   """
   output = model.apply(variables, prompts_BT, cache=cache, logits=False)
   last_B1D = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
   logits_BV = model.apply(variables, last_B1D, method="unembed")[:, 0]
-  return logits_BV, output.cache.with_lengths(lengths_B)
+  return logits_BV, output.replace(cache=output.cache.with_lengths(lengths_B))
+
+
+def prefill(
+    model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
+) -> tuple[jax.Array, Cache]:
+  """`read_prompts`, with of the output the cache alone."""
+  logits_BV, output = read_prompts(model, variables, prompts_BT, lengths_B, cache)
+  return logits_BV, output.cache
 
 
 def decode_step(

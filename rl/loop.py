@@ -6,7 +6,7 @@ the seed, the step, the problem and the sample, so a checkpoint needs to hold no
 
 import contextlib
 import dataclasses
-import sys
+import itertools
 import time
 from typing import Any
 
@@ -23,9 +23,10 @@ from rl.objective import denominator
 from rl.rewards import Scored
 from rl.sampler import Sampler, Samples, join, reward_function
 from rl.step import Experience, RLState, experience, init_rl_state, make_update, refresh
+from train import progress
 from train.checkpoint import Checkpoints
 from train.cost import CostMeter, total
-from train.loop import TrainingError
+from train.loop import check_skipped
 from train.optimizer import learning_rate
 from train.run_folder import Events, MetricsFile, RunFolder
 from train.signals import Signals
@@ -108,9 +109,7 @@ class _Run:
     state, start, self.position = self._start(variables)
     self.cost = CostMeter(self.path, self.flops_per_token)
     self.events = Events(self.path / "events", self.files["metrics"].read())
-    bar = tqdm(total=loop.steps, initial=start, unit="step", disable=not self.show,
-               file=sys.stderr, dynamic_ncols=sys.stderr.isatty(),
-               mininterval=0.2 if sys.stderr.isatty() else 10.0)
+    bar = progress.bar(loop.steps, start, self.show)
     status, step = "finished", start
     deadline = time.monotonic() + max_seconds if max_seconds else None
     with Signals() as signals, contextlib.ExitStack() as closing:
@@ -171,37 +170,34 @@ class _Run:
            "learning_rate": float(self.rates[step - 1, -1]),
            "seconds/update": now - rolled, "seconds/step": now - began,
            "tokens_per_second": tokens / (now - began), "time": time.time()}
-    if metrics["skipped"] > cfg.loop.max_skipped_steps:
-      raise TrainingError(
-          f"step {step}: the loss or gradient was not finite for the {metrics['skipped']:.0f}th "
-          f"time, and loop.max_skipped_steps is {cfg.loop.max_skipped_steps}; {self.path} holds "
-          f"checkpoints of steps {self.checkpoints.steps() or 'none'}. Lower "
-          "optimizer.learning_rate, or look at the completions near this step")
+    check_skipped(step, int(metrics["skipped"]), cfg.loop.max_skipped_steps,
+                  "loop.max_skipped_steps", self.checkpoints)
     return state, row
 
   def _roll_out(self, variables, step) -> tuple[Samples, Scored, dict]:
     """A full rollout with its rewards; groups without a signal are replaced, if asked for."""
-    sampling, kept, thrown = self.cfg.sampling, [], []
+    sampling, drawn, scored, signal = self.cfg.sampling, [], [], []
     seconds = {"seconds/rollout": 0.0, "seconds/reward": 0.0}
     for _ in range(self.cfg.objective.resample):
       began = time.monotonic()
       indices = range(self.position, self.position + sampling.num_prompts)
       self.position += sampling.num_prompts
-      drawn = self.sampler.sample(
+      samples = self.sampler.sample(
           variables, "train", indices, sampling.num_generations, step=step)
       sampled = time.monotonic()
-      scored = self.score(drawn.prompts, drawn.completions, **drawn.columns())
+      judged = self.score(samples.prompts, samples.completions, **samples.columns())
       seconds["seconds/rollout"] += sampled - began
       seconds["seconds/reward"] += time.monotonic() - sampled
-      for first in range(0, len(drawn), sampling.num_generations):
-        rows = np.arange(first, first + sampling.num_generations)
-        judged = {scored.rewards[i] for i in rows} - {None}
-        (kept if len(judged) > 1 else thrown).append((drawn.rows(rows), scored.rows(rows)))
-      if len(kept) >= sampling.num_prompts:
+      drawn.append(samples)
+      scored.append(judged)
+      signal += [len(set(group) - {None}) > 1
+                 for group in itertools.batched(judged.rewards, sampling.num_generations)]
+      if sum(signal) >= sampling.num_prompts:
         break
-    groups = (kept + thrown)[:sampling.num_prompts]
-    return (join([group for group, _ in groups]), Scored.join([judged for _, judged in groups]),
-            {"groups/sampled": len(kept) + len(thrown), "groups/equal": len(thrown), **seconds})
+    groups = np.argsort(np.logical_not(signal), kind="stable")[:sampling.num_prompts, None]
+    rows = (groups * sampling.num_generations + np.arange(sampling.num_generations)).ravel()
+    return (join(drawn).rows(rows), Scored.join(scored).rows(rows),
+            {"groups/sampled": len(signal), "groups/equal": signal.count(False), **seconds})
 
   def _experience(self, drawn: Samples, scored: Scored) -> Experience:
     objective = self.cfg.objective

@@ -16,7 +16,7 @@ import numpy as np
 
 from model import Cache, Transformer, init_cache
 from model.checks import require
-from model.generate import choose
+from model.generate import choose, read_prompts
 
 _REFILLS = 8  # slots are refilled when one in so many is free
 
@@ -149,22 +149,20 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
   refill = max(1, slots // _REFILLS)
   free_B = lambda s: s.sequence_B == num_sequences
 
-  def read_prompts(state):
+  def refill_slots(state):
     """Puts the next prompts into free slots."""
     s, out, begun = state
     slot_R = jnp.nonzero(free_B(s), size=refill, fill_value=slots)[0]
     sequence_R = begun + jnp.arange(refill, dtype=jnp.int32)
     slot_R = jnp.where(sequence_R < num_sequences, slot_R, slots)
     row_R = jnp.minimum(sequence_R, num_sequences - 1)
-    lengths_R = prompts.lengths_S[row_R]
-    read = model.apply(variables, prompts.tokens_SP[row_R], logits=False,
-                       cache=init_cache(model.cfg, refill, prompt_tokens))
-    last_R1D = jnp.take_along_axis(read.hidden_BTD, lengths_R[:, None, None] - 1, axis=1)
-    logits_RV = model.apply(variables, last_R1D, method="unembed")[:, 0]
+    logits_RV, read = read_prompts(
+        model, variables, prompts.tokens_SP[row_R], prompts.lengths_S[row_R],
+        init_cache(model.cfg, refill, prompt_tokens))
     put = lambda x, new: x.at[slot_R].set(new, mode="drop")
     entries = {name: whole.at[:, slot_R, :prompt_tokens].set(read.cache.entries[name], mode="drop")
                for name, whole in s.cache.entries.items()}
-    cache = Cache(put(s.cache.lengths_B, lengths_R), entries)
+    cache = Cache(put(s.cache.lengths_B, read.cache.lengths_B), entries)
     if record:
       reader_R = jnp.where(slot_R < slots, sequence_R, num_sequences)
       out = out._replace(experts_STLK=out.experts_STLK.at[reader_R, :prompt_tokens].set(
@@ -206,7 +204,7 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     return _Slots(cache, logits_BV, sequence_B, position_B), out, begun
 
   def round_(state):
-    state = jax.lax.while_loop(can_read, read_prompts, state)
+    state = jax.lax.while_loop(can_read, refill_slots, state)
     return jax.lax.while_loop(
         lambda state: ~free_B(state[0]).all() & ~can_read(state), decode, state)
 

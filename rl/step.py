@@ -6,7 +6,6 @@ minibatches of micro-batches.
 Shape letters:  S sequences  T tokens that are predicted: prompt and completion, but the first
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,9 +19,9 @@ from model import Transformer, balance
 from rl.config import ObjectiveConfig, RLConfig
 from rl.objective import ObjectiveSpec, denominator, policy_loss
 from rl.value import ValueObjective, init_value, ppo_advantages, predict, value_decays
-from train.config import OptimizerConfig
 from train.losses import Observed, Sums
 from train.optimizer import decay_mask
+from train.program import without_data_fields
 from train.step import TrainState, init_state, make_train_step
 
 
@@ -205,9 +204,7 @@ def make_update(
   objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
       "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance",
       "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo")
-  rates = ("learning_rate", "schedule", "warmup_share", "final_ratio")
-  defaults = {name: getattr(OptimizerConfig(), name) for name in rates}
-  return _compiled(model_cfg, objective, dataclasses.replace(cfg.optimizer, **defaults))
+  return _compiled(model_cfg, objective, without_data_fields(cfg.optimizer, "optimizer"))
 
 
 @functools.lru_cache(maxsize=8)

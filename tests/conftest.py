@@ -17,6 +17,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 _left_out: dict[str, int] = {}
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """For programs that run a few times, which optimising them would not repay."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_deselected(items):
   reasons = collections.Counter()
   for item in items:

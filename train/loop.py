@@ -28,6 +28,17 @@ class TrainingError(ValueError):
   """Training cannot go on; what is on disk is good."""
 
 
+def check_skipped(
+    step: int, skipped: int, allowed: int, setting: str, checkpoints: Checkpoints) -> None:
+  """Raises TrainingError if more steps were skipped than `setting`, which is `allowed`, allows."""
+  if skipped > allowed:
+    raise TrainingError(
+        f"step {step}: the loss or gradient was not finite for the {skipped}th time, and {setting} "
+        f"is {allowed}. Skipped steps changed nothing; {checkpoints.folder.parent} holds "
+        f"checkpoints of steps {checkpoints.steps() or 'none'}. Lower optimizer.learning_rate, or "
+        "look at the data near this step")
+
+
 @dataclasses.dataclass
 class Result:
   """What a run leaves in memory.
@@ -172,7 +183,8 @@ class _Run:
       self.metrics.append(row)
       self.events.append(row)
       self.progress.update(row)
-      self._check_finite(step, metrics)
+      check_skipped(step, int(np.max(metrics["skipped"])), self.cfg.train.max_skipped_steps,
+                    "train.max_skipped_steps", self.checkpoints)
 
   def _row(self, step: int, metrics: dict, seen: float) -> dict:
     hyper = self.program.hyper(step - 1)
@@ -186,15 +198,6 @@ class _Run:
     else:
       row |= {name: value.tolist() for name, value in values.items()}
     return row | {"time": seen, **self.progress.rates(seen, self.program.batch_size(step - 1))}
-
-  def _check_finite(self, step: int, metrics: dict) -> None:
-    skipped = int(np.max(metrics["skipped"]))
-    if skipped > self.cfg.train.max_skipped_steps:
-      raise TrainingError(
-          f"step {step}: the loss or gradient was not finite for the {skipped}th time, and "
-          f"train.max_skipped_steps is {self.cfg.train.max_skipped_steps}. Skipped steps changed "
-          f"nothing; {self.path} holds checkpoints of steps {self.checkpoints.steps() or 'none'}. "
-          "Lower optimizer.learning_rate, or look at the data near this step")
 
   @contextlib.contextmanager
   def _profiled(self, step: int, start: int):

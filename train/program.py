@@ -34,12 +34,14 @@ DATA_FIELDS = {
 
 def shared(cfg: RunConfig) -> RunConfig:
   """The config with all that lanes may differ in set to a default: equal means one program."""
-  for section, names in DATA_FIELDS.items():
-    part = getattr(cfg, section)
-    defaults = {field.name: field.default for field in dataclasses.fields(part)}
-    part = dataclasses.replace(part, **{name: defaults[name] for name in names})
-    cfg = dataclasses.replace(cfg, **{section: part})
-  return cfg
+  return dataclasses.replace(cfg, **{
+      section: without_data_fields(getattr(cfg, section), section) for section in DATA_FIELDS})
+
+
+def without_data_fields[T](part: T, section: str) -> T:
+  """A section of a config, with what enters the step as data set to its default."""
+  defaults = {field.name: field.default for field in dataclasses.fields(part)}
+  return dataclasses.replace(part, **{name: defaults[name] for name in DATA_FIELDS[section]})
 
 
 @functools.lru_cache(maxsize=8)

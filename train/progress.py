@@ -8,6 +8,14 @@ from train.config import RunConfig
 from train.hardware import peak_flops
 
 
+def bar(total: int, start: int, show: bool) -> tqdm:
+  """A bar on stderr that has `start` of `total` steps behind it; a terminal sees it move."""
+  interactive = sys.stderr.isatty()
+  return tqdm(
+      total=total, initial=start, unit="step", disable=not show, file=sys.stderr,
+      dynamic_ncols=interactive, mininterval=0.2 if interactive else 10.0, leave=True)
+
+
 class Progress:
   """Shows steps, loss, tokens/s, model FLOP utilisation and the time that is left.
 
@@ -23,10 +31,7 @@ class Progress:
     self._flops_per_token = cfg.flops_per_token
     self._peak = peak_flops(cfg.model.numerics.compute)
     self._last: float | None = None
-    interactive = sys.stderr.isatty()
-    self._bar = tqdm(
-        total=cfg.train.steps, initial=start, unit="step", disable=not show, file=sys.stderr,
-        dynamic_ncols=interactive, mininterval=0.2 if interactive else 10.0, leave=True)
+    self._bar = bar(cfg.train.steps, start, show)
     self._note = ""
 
   def rates(self, now: float, num_sequences: int) -> dict:

@@ -28,10 +28,12 @@ class Start:
   variables: dict
   tokenizer_path: str | None
 
-  def tokenizer(self) -> Tokenizer:
-    if self.tokenizer_path is None:
+  def tokenizer(self, path: str | None = None) -> Tokenizer:
+    """The model's own, or the one at `path`."""
+    path = path or self.tokenizer_path
+    if path is None:
       raise ValueError(f"there is no {TOKENIZER} beside the checkpoint: copy it there")
-    return Tokenizer.load(self.tokenizer_path)
+    return Tokenizer.load(path)
 
 
 def load(path: str) -> Start:

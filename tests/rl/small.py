@@ -6,7 +6,6 @@ The model writes hardly anything but a right answer, a wrong one or the end, so 
 completions are right, some are wrong and some are cut off.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -95,14 +94,6 @@ def run(cfg: RLConfig, path: pathlib.Path, **kwargs):
     folder.close()
 
 
-@contextlib.contextmanager
-def quick_compiles():
-  """For programs that run a few times, which optimising them would not repay."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 if __name__ == "__main__":
-  with quick_compiles():
-    print(run(config(sys.argv[1], loop=RUN), pathlib.Path(sys.argv[2])).status)
+  jax.config.update("jax_disable_most_optimizations", True)  # as the fixture `quick_compiles`
+  print(run(config(sys.argv[1], loop=RUN), pathlib.Path(sys.argv[2])).status)

@@ -14,16 +14,7 @@ from rl.sampler import Sampler, Samples, join, reward_function
 from rl.tasks.problem import Problem
 from tests.rl import small
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  with small.quick_compiles():
-    yield
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-  return small.write_task(tmp_path_factory.mktemp("task"))
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Noting(Sampler):

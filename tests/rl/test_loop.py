@@ -26,20 +26,11 @@ from tests.train import small as train_small
 from train.checkpoint import read_newest
 from train.run_folder import MetricsFile, RunFolder
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = pathlib.Path(__file__).parents[2]
 TIMES = ("time", "tokens_per_second", "seconds/rollout", "seconds/reward", "seconds/update",
          "seconds/step")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  with small.quick_compiles():
-    yield
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-  return small.write_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture

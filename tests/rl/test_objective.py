@@ -33,11 +33,9 @@ NO_CLIP = {"epsilon": 1e9}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def double_precision_and_quick_compiles():
-  jax.config.update("jax_disable_most_optimizations", True)
+def double_precision(quick_compiles):
   with jax.enable_x64(True):
     yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def weights(seed):

@@ -16,8 +16,9 @@ import tiny
 import model
 from rl.rollout import Prompts, Rollout, pad_prompts, rollout, sequence_keys
 from rl.step import experience, sequence_logprobs
-from tests.rl import small
 from tests.train import small as train_small
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MLA = dataclasses.replace(
     tiny.V3, num_layers=1, num_dense_layers=0, mtp=None, max_seq_len=16)
@@ -27,12 +28,6 @@ TEMPERATURE = 0.7
 # Sums of some dozen float32 terms, a few layers deep, in an order that the batch's shape decides;
 # the logits that come of it are of order 1, and the temperature makes them larger.
 LOGIT_ERROR = 2e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  with small.quick_compiles():
-    yield
 
 
 @functools.cache

@@ -23,8 +23,9 @@ from rl.step import (
   refresh,
   sequence_logprobs,
 )
-from tests.rl import small
 from tests.train import small as train_small
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 DENSE = dataclasses.replace(train_small.DENSE, mtp=None)
 MOE = dataclasses.replace(train_small.MOE, mtp=None)
@@ -34,12 +35,6 @@ TEMPERATURE = 0.7
 ROUNDING = 2e-5
 # No gradient is clipped, so that moments are gradients.
 OPTIMIZER = dataclasses.replace(train_small.OPTIMIZER, clip=1e9, weight_decay=0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-  with small.quick_compiles():
-    yield
 
 
 def config(**objective) -> RLConfig:
