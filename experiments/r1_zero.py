@@ -14,19 +14,15 @@ import sys
 import model
 import rl.start
 from experiments import provenance, settings
+from experiments.bases import Base, DocumentsConfig
 from experiments.options import Options
-from experiments.pretrain import fit_vocabulary
 from experiments.rl_report import write_rl_report
 from rl import loop
 from rl.config import LoopConfig, RLConfig, SamplingConfig
-from rl.documents import write_documents
 from rl.evaluate import evaluate
 from rl.sampler import Sampler
-from rl.tasks import Noise
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.config_io import to_dict
-from train.data import load
-from train.loop import train
 from train.run_folder import RunFolder, write_json_atomic
 from train.tokenizer import Tokenizer
 
@@ -38,23 +34,6 @@ ARMS = {
     "ppo": ("rl.objective.name=ppo",),
 }
 _TEMPERATURES = (0.3, 0.6)  # of the base's controls, besides greedy and the training's
-
-
-@dataclasses.dataclass(frozen=True)
-class DocumentsConfig:
-  """What the base reads.
-
-  Attributes:
-    count: documents.
-    noise: how good their solutions are.
-  """
-
-  count: int = 50_000
-  noise: Noise = dataclasses.field(default_factory=Noise)
-
-  def __post_init__(self):
-    if self.count < 1:
-      raise ValueError(f"documents.count={self.count} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +49,7 @@ class R1ZeroConfig:
   """
 
   base: RunConfig
-  documents: DocumentsConfig = DocumentsConfig()
+  documents: DocumentsConfig = dataclasses.field(default_factory=DocumentsConfig)
   rl: RLConfig = dataclasses.field(default_factory=RLConfig)
   init: str | None = None
   problems: int = 200
@@ -127,7 +106,8 @@ def main(options: Options) -> None:
   limit = options.max_minutes and 60 * options.max_minutes
   with contextlib.closing(RunFolder(options.folder(f"r1_zero-{scale}"))) as out:
     for seed in options.seed_range(1):
-      base = _Base(cfg, seed, out.path, told)
+      base = Base(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template, seed,
+                  out.path / f"base-seed{seed}", told)
       for arm in arms:
         with contextlib.closing(RunFolder(out.path / f"{arm}-seed{seed}")) as folder:
           if not _run_arm(arm, configs[arm], seed, base, folder, limit):
@@ -136,48 +116,12 @@ def main(options: Options) -> None:
     print(f"report: {write_rl_report(out.path)}")
 
 
-class _Base:
-  """The model that RL begins with, made or loaded when it is first needed."""
-
-  def __init__(self, cfg: R1ZeroConfig, seed: int, path: pathlib.Path, told: bool):
-    self.cfg, self.seed, self.told = cfg, seed, told
-    self.path = path / f"base-seed{seed}"
-
-  def load(self, max_seconds: float | None) -> rl.start.Start | None:
-    """None if pretraining was stopped before its end."""
-    if self.cfg.init:
-      return rl.start.load(self.cfg.init)
-    finished = self.path / "finished"
-    if not finished.exists():
-      with contextlib.closing(RunFolder(self.path)) as folder:
-        if self._pretrain(folder, max_seconds) == "stopped":
-          return None
-      finished.touch()
-    return rl.start.load(str(self.path))
-
-  def _pretrain(self, folder: RunFolder, max_seconds: float | None) -> str:
-    cfg, seed = self.cfg, self.seed
-    source = write_documents(
-        self.path / "documents.jsonl", cfg.rl.task, cfg.rl.template, cfg.documents.noise,
-        cfg.documents.count, seed)
-    base = dataclasses.replace(
-        cfg.base, data=dataclasses.replace(cfg.base.data, sources=(source,)),
-        train=dataclasses.replace(cfg.base.train, seed=seed))
-    data = load(base.data)
-    base = fit_vocabulary(base, data, told=self.told)
-    folder.check_config({"config": to_dict(base), "seeds": [seed],
-                         "documents": to_dict(cfg.documents)})
-    data.tokenizer.save(self.path / rl.start.TOKENIZER)
-    print(f"pretraining the base on {cfg.documents.count:,} documents", file=sys.stderr)
-    return train([base], data, folder, max_seconds=max_seconds).status
-
-
-def _run_arm(arm, cfg: R1ZeroConfig, seed, base: _Base, folder: RunFolder, limit) -> bool:
+def _run_arm(arm, cfg: R1ZeroConfig, seed, base: Base, folder: RunFolder, limit) -> bool:
   """Runs one arm on one seed, unless it is done; False if it was stopped before its end."""
   results = folder.path / "results.json"
   if results.exists():
     return True
-  start = base.load(limit)
+  start = rl.start.load(cfg.init) if cfg.init else base.load(limit)
   if start is None:
     return False
   run = dataclasses.replace(cfg.rl, loop=dataclasses.replace(cfg.rl.loop, seed=seed))
