@@ -114,15 +114,14 @@ def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
   clock and MiB of memory.
   """
   def reward(prompts, completions, *, tests, **columns):
-    from rl.sandbox import passes
+    from rl.sandbox import passes_many
 
-    def judge(completion, asserts):
-      program = strict_answer(completion)
-      return program is not None and passes(
-          unfenced(program), asserts, timeout_s=timeout_s, memory_mb=memory_mb)
-
-    return [None if asserts is None else float(judge(completion, asserts))
-            for completion, asserts in zip(completions, tests, strict=True)]
+    passed = passes_many(
+        [(unfenced(strict_answer(completion) or "") if asserts else "", asserts)
+         for completion, asserts in zip(completions, tests, strict=True)],
+        timeout_s=timeout_s, memory_mb=memory_mb)
+    return [None if asserts is None else float(verdict)
+            for verdict, asserts in zip(passed, tests, strict=True)]
 
   return reward
 
@@ -215,18 +214,23 @@ def _checked(name: str, function: Reward, prompts: Sequence[str], completions: S
 def _judge(extract: Callable[[str], str | None], completions: Sequence[str],
            columns: Mapping[str, Sequence]) -> list[float | None]:
   require("answer" in columns, "accuracy needs the column 'answer'")
-  rewards = []
-  for row, completion in enumerate(completions):
-    values = {name: column[row] for name, column in columns.items()}
-    check = get_task(values["task"]).check if values.get("task") else _same
-    # A wrong answer shows whether the right one can be read, even if the completion has none.
-    verdict = check(extract(completion) or "", values)
-    rewards.append(None if verdict is None else float(verdict))
+  # A wrong answer shows whether the right one can be read, even if the completion has none.
+  answers = [extract(completion) or "" for completion in completions]
+  rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+  of_task = {}
+  for index, row in enumerate(rows):
+    of_task.setdefault(row.get("task"), []).append(index)
+  rewards = [None] * len(rows)
+  for spec, indices in of_task.items():
+    check_all = get_task(spec).check_all if spec else _same
+    verdicts = check_all([answers[i] for i in indices], [rows[i] for i in indices])
+    for i, verdict in zip(indices, verdicts, strict=True):
+      rewards[i] = None if verdict is None else float(verdict)
   return rewards
 
 
-def _same(answer: str, columns: Mapping[str, Any]) -> bool | None:
-  return same_answer(answer, columns["answer"])
+def _same(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+  return [same_answer(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
 
 
 def _share(language: str, text: str) -> float:

@@ -80,11 +80,17 @@ def passes(program: str, tests: str, *, timeout_s: float, memory_mb: int,
 
 def passes_many(pairs: Iterable[tuple[str, str]], *, timeout_s: float, memory_mb: int,
                 workers: int | None = None, allow_unsandboxed: bool = False) -> list[bool]:
-  """`passes` for each (program, tests), `workers` at a time: by default as many as CPU cores."""
+  """`passes` for each (program, tests), `workers` at a time: by default as many as CPU cores.
+
+  Equal pairs are run once, and empty programs not at all.
+  """
   one = functools.partial(passes, timeout_s=timeout_s, memory_mb=memory_mb,
                           allow_unsandboxed=allow_unsandboxed)
   with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-    return list(pool.map(lambda pair: one(*pair), pairs))
+    pairs = list(pairs)
+    distinct = [pair for pair in dict.fromkeys(pairs) if pair[0].strip()]
+    verdicts = dict(zip(distinct, pool.map(lambda pair: one(*pair), distinct), strict=True))
+  return [verdicts.get(pair, False) for pair in pairs]
 
 
 def humaneval_case(row: dict[str, str], completion: str) -> tuple[str, str]:

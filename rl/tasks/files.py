@@ -12,11 +12,11 @@ from absl import logging
 
 from rl.tasks.equality import is_parsable, same_answer
 from rl.tasks.generated import half_of
-from rl.tasks.problem import Problem, require_split
+from rl.tasks.problem import Problem, Task, require_split
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class File(Task):
   """Rows `{"question": ..., "answer": ...}`, in their order.
 
   An answer that reasons is what follows its last `####`, as in GSM8K (arXiv:2110.14168); commas

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from rl.tasks.documents import Noise, Writer, complete, slip, worked
 from rl.tasks.equality import number
-from rl.tasks.problem import Problem, require_split
+from rl.tasks.problem import Problem, Task, require_split
 from rl.templates import Template
 
 _ATTEMPTS = 10_000
@@ -27,7 +27,7 @@ def spec_of(config: Any) -> str:
   return config.name + ":" * bool(changed) + ",".join(changed)
 
 
-class Generated[Q](abc.ABC):
+class Generated[Q](Task, abc.ABC):
   """A task by how a problem, a Q, is drawn, posed and worked.
 
   The hash of a problem decides whether it is held out, whatever the seed; "harder" problems are

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rl.tasks.generated import half_of
-from rl.tasks.problem import Problem, require_split
+from rl.tasks.problem import Problem, Task, require_split
 
 _INDICES = 2**31
 _ATTEMPTS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Gym:
+class Gym(Task):
   """A data set by name, with its own defaults: `gym:chain_sum`.
 
   An answer is right only if its score is 1: the scorers give partial credit for wrong ones. They

@@ -1,7 +1,7 @@
 """What a task is: problems by split and index, and a check of answers to them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -46,6 +46,11 @@ class Task(Protocol):
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
     """Whether it answers the problem whose `Problem.row` this is; None if nobody can tell."""
+
+  def check_all(
+      self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+    """`check` of each answer; a task that waits for other processes does it side by side."""
+    return [self.check(answer, row) for answer, row in zip(answers, rows, strict=True)]
 
 
 def require_split(task: Task, split: str) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from model.checks import require_range
@@ -112,9 +112,13 @@ class Programs(Generated[Function]):
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool:
     """Whether the program passes its tests in the sandbox."""
-    from rl.sandbox import passes
-    return bool(answer) and passes(unfenced(answer), columns["tests"], timeout_s=self.timeout_s,
-                                   memory_mb=self.memory_mb)
+    return self.check_all([answer], [columns])[0]
+
+  def check_all(self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """`check` of each program, as many at a time as there are CPU cores."""
+    from rl.sandbox import passes_many
+    pairs = [(unfenced(answer), row["tests"]) for answer, row in zip(answers, rows, strict=True)]
+    return passes_many(pairs, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
 
   def work(self, drawn: Function, write: Writer, detailed: bool) -> str:
     """A line a piece; in detail, with the words that it stands for."""

@@ -144,6 +144,16 @@ def test_many_are_judged_in_order(sandboxed):
   assert sandbox.passes_many(pairs, **LIMITS, workers=3) == [False, True] * 3
 
 
+def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch):
+  run = []
+  passes = sandbox.passes
+  monkeypatch.setattr(sandbox, "passes", lambda *pair, **limits: run.append(pair) or passes(
+      *pair, **limits))
+  right, empty = ("def f(): return 1", "assert f() == 1"), (" \n", "assert f() == 1")
+  assert sandbox.passes_many([right, empty, right], **LIMITS) == [True, False, True]
+  assert run == [right]
+
+
 @pytest.mark.parametrize("program, tests", [
     ("def f(x): return 1", ""),
     ("def f(x): return 1", "def check(candidate):\n  assert candidate(1) == 1"),
