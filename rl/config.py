@@ -32,7 +32,7 @@ class SamplingConfig:
     temperature: of sampling, and of every log-probability.
     max_prompt_length: tokens; a longer prompt is an error.
     max_completion_length: tokens after which a completion is cut off.
-    slots: sequences decoded at a time; None for all.
+    slots: sequences that a device decodes at a time; None for all of its own.
   """
 
   num_prompts: int = 32
@@ -183,6 +183,8 @@ class LoopConfig:
     keep_checkpoints: how many of the newest stay.
     max_skipped_steps: as in `TrainConfig`.
     samples_logged: completions written to `completions.jsonl` at each evaluation.
+    data, fsdp: devices along the mesh's axes; -1 for all that the other leaves. The sequences of a
+      rollout and of an update are spread over both; "fsdp" spreads the state of training too.
   """
 
   steps: int = 50
@@ -194,12 +196,17 @@ class LoopConfig:
   keep_checkpoints: int = 2
   max_skipped_steps: int = 5
   samples_logged: int = 4
+  data: int = 1
+  fsdp: int = 1
 
   def __post_init__(self):
     require_positive(self, "steps", "eval_problems", "eval_samples", "keep_checkpoints")
     require_range(self, 0, float("inf"), "eval_every", "checkpoint_every", "max_skipped_steps",
                   "samples_logged")
     require(0 <= self.seed < 2**31, f"LoopConfig.seed={self.seed} must lie in 0..2^31 - 1")
+    for name in ("data", "fsdp"):
+      value = getattr(self, name)
+      require(value == -1 or value > 0, f"LoopConfig.{name}={value} must be positive, or -1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,15 @@ from rl.evaluate import evaluate
 from rl.objective import denominator
 from rl.rewards import Scored
 from rl.sampler import Sampler, Samples, join, reward_function
-from rl.step import Experience, RLState, experience, init_rl_state, make_update, refresh
+from rl.step import (
+  Experience,
+  RLState,
+  abstract_rl_state,
+  experience,
+  init_rl_state,
+  make_update,
+  refresh,
+)
 from train import progress
 from train.checkpoint import Checkpoints
 from train.cost import CostMeter, total
@@ -135,14 +143,15 @@ class _Run:
                     self.files["evaluations"].read(), total(self.path), self.messages)
 
   def _start(self, variables) -> tuple[RLState, int, int]:
-    restored = self.checkpoints.restore(
-        jax.eval_shape(lambda v: init_rl_state(v, self.cfg), variables))
+    mesh = self.sampler.mesh
+    restored = self.checkpoints.restore(abstract_rl_state(variables, self.cfg, mesh))
     step, position = (restored.step, restored.extra["position"]) if restored else (0, 0)
     if restored:
       self.messages += restored.damaged
     for file in self.files.values():
       file.truncate_after(step if restored else -1)
-    return restored.arrays if restored else init_rl_state(variables, self.cfg), step, position
+    state = restored.arrays if restored else init_rl_state(variables, self.cfg, mesh)
+    return state, step, position
 
   def _step(self, state: RLState, step: int) -> tuple[RLState, dict]:
     """One step; its row of metrics."""

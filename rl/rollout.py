@@ -1,7 +1,8 @@
 """Sampling many completions: a few slots decode together, and are refilled as sequences end.
 
 Everything happens in one program on the device. A slot is a row of the latent cache; when enough of
-them are free, the next prompts are read at once and put there.
+them are free, the next prompts are read at once and put there. Of several devices, each decodes
+sequences of its own and waits for no other.
 
 Shape letters:  S sequences  B slots  R slots refilled at once  P prompt tokens  N new tokens
                 V vocabulary  T prompt and new tokens  L MoE layers  K experts per token
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from model import Cache, Transformer, init_cache
 from model.checks import require
@@ -43,7 +45,7 @@ class Rollout(NamedTuple):
     lengths_S: int32, tokens of each, the stop token included.
     logprobs_SN: float32, in nats, under the distribution sampled from; 0 behind the end.
     ended_S: whether the stop token came; else the completion was cut off.
-    decode_steps: int32, forward passes of one token per slot.
+    decode_steps: int32, forward passes of one token per slot, of the device that needed most.
     experts_STLK: int16, the experts that read each token but the last, prompts' included, or None.
   """
 
@@ -97,11 +99,11 @@ def pad_prompts(prompts: list[np.ndarray], max_length: int, keys_S: jax.Array) -
 def rollout(
     model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
     stop_token: int | None, temperature: float = 1.0, top_p: float = 1.0,
-    slots: int | None = None, record_experts: bool = False) -> Rollout:
+    slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None) -> Rollout:
   """Samples a completion of every prompt.
 
   The n-th token of a sequence is drawn with `fold_in(its key, n)`: the same with any number of
-  slots, but where the rounding of another batch shape changes a choice.
+  slots and devices, but where the rounding of another batch shape changes a choice.
 
   Args:
     model: the network; its MTP modules are not used.
@@ -111,11 +113,14 @@ def rollout(
     stop_token: ends a sequence, and is part of it.
     temperature: 0 takes the likeliest token.
     top_p: nucleus mass in (0, 1].
-    slots: sequences decoded at a time; None for all.
+    slots: sequences that a device decodes at a time; None for all of its own.
     record_experts: keep the routers' choices.
+    mesh: devices to spread the sequences over, in their order; each has all variables meanwhile.
+      None for the one device that the variables are on.
 
   Raises:
-    ValueError: for impossible arguments, or sequences longer than the model's context.
+    ValueError: for impossible arguments, sequences longer than the model's context, or as many as
+      do not divide over the devices.
   """
   require(temperature >= 0 and 0 < top_p <= 1 and max_new_tokens >= 1,
           "rollout needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
@@ -124,12 +129,32 @@ def rollout(
   require(longest <= model.cfg.max_seq_len,
           f"prompts of {prompts.tokens_SP.shape[1]} and completions of {max_new_tokens} tokens are "
           f"longer than the model's context of {model.cfg.max_seq_len}")
-  num_sequences = len(prompts.lengths_S)
-  slots = num_sequences if slots is None else min(slots, num_sequences)
+  num_sequences, devices = len(prompts.lengths_S), 1 if mesh is None else mesh.size
+  require(num_sequences % devices == 0,
+          f"{num_sequences} sequences do not divide over {devices} devices: sample a multiple")
+  slots = num_sequences // devices if slots is None else min(slots, num_sequences // devices)
   require(slots >= 1, f"slots={slots} must be positive")
-  return _rollout(
-      model, variables, prompts, temperature, top_p, -1 if stop_token is None else stop_token,
-      max_new_tokens, slots, temperature == 0, top_p < 1, record_experts)
+  stop_token = -1 if stop_token is None else stop_token
+  static = (max_new_tokens, slots, temperature == 0, top_p < 1, record_experts)
+  if mesh is None:
+    return _rollout(model, variables, prompts, temperature, top_p, stop_token, *static)
+  return _rollout_on_mesh(
+      mesh, model, variables, prompts, temperature, top_p, stop_token, static)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "static"))
+def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stop_token, static):
+  everywhere, own = PartitionSpec(), PartitionSpec(mesh.axis_names)
+
+  def on_one_device(prompts, *args):
+    out = _rollout(model, args[0], prompts, *args[1:], *static)
+    return out._replace(decode_steps=out.decode_steps[None])
+
+  # Nothing that leaves is said to be the same on all devices, so there is nothing to check.
+  out = jax.shard_map(
+      on_one_device, mesh=mesh, in_specs=(own, *[everywhere] * 4), out_specs=own,
+      check_vma=False)(prompts, variables, temperature, top_p, stop_token)
+  return out._replace(decode_steps=out.decode_steps.max())
 
 
 class _Slots(NamedTuple):

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,7 @@ from rl.rollout import pad_prompts, rollout, sequence_keys
 from rl.tasks import get_task
 from rl.tasks.problem import Problem
 from rl.templates import get_template
+from train.mesh import spread
 from train.tokenizer import Tokenizer
 
 
@@ -82,13 +84,15 @@ class Sampler:
 
   Args:
     net: the network.
-    cfg: says task, template and limits; a program always samples `cfg.sampling.num_sequences`.
+    cfg: says task, template, limits and devices; a program always samples
+      `cfg.sampling.num_sequences`.
     tokenizer: the model's.
   """
 
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer):
     self.net, self.cfg, self.tokenizer = net, cfg, tokenizer
     self.task, self.template = get_task(cfg.task), get_template(cfg.template)
+    self.mesh = spread(net.cfg, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
 
   def sample(
       self, variables: dict, split: str, indices: Sequence[int], num_samples: int, *, step: int,
@@ -96,7 +100,7 @@ class Sampler:
     """`num_samples` completions of each of the split's problems with these indices.
 
     Args:
-      variables: of the model.
+      variables: of the model, on any devices: whole copies are made where sampling needs them.
       split: of the task.
       indices: of the problems.
       num_samples: completions of each.
@@ -113,6 +117,8 @@ class Sampler:
     of_row = np.repeat(np.arange(len(problems)), num_samples)
     sample_S = np.tile(np.arange(num_samples), len(problems))
     index_S = np.asarray(indices)[of_row]
+    if self.mesh:
+      variables = jax.device_put(variables, self.mesh.everywhere())
     pieces = []
     for rows in self._chunks(len(of_row)):
       padded = np.resize(rows, self.cfg.sampling.num_sequences)
@@ -138,7 +144,8 @@ class Sampler:
         self.net, variables, pad_prompts(prompts, sampling.max_prompt_length, keys_S),
         max_new_tokens=sampling.max_completion_length, stop_token=self.tokenizer.eos,
         temperature=sampling.temperature if temperature is None else temperature, top_p=top_p,
-        slots=sampling.slots, record_experts=self.cfg.objective.routing != "free")
+        slots=sampling.slots, record_experts=self.cfg.objective.routing != "free",
+        mesh=self.mesh and self.mesh.mesh)
     kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)
     return tuple(np.asarray(part)[:count] for part in kept if part is not None)
 

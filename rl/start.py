@@ -3,12 +3,10 @@
 import json
 import pathlib
 
-import jax
-
 import model
 import train.start
 from rl.config import RLConfig
-from rl.step import init_rl_state
+from rl.step import abstract_rl_state
 from train.checkpoint import read_newest
 from train.config_io import from_dict, to_dict
 from train.start import TOKENIZER, Start
@@ -30,9 +28,11 @@ def load(path: str) -> Start:
   plain = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
   if "rl" not in plain:
     return train.start.load(path)
-  cfg, model_cfg = from_dict(RLConfig, plain["rl"]), from_dict(model.ModelConfig, plain["model"])
-  shapes = jax.eval_shape(lambda v: init_rl_state(v, cfg), model.abstract_variables(model_cfg))
-  restored = read_newest(folder / "checkpoints", shapes)
+  model_cfg = from_dict(model.ModelConfig, plain["model"])
+  # What was learned can be loaded without the task's file or package, and is the same for any task.
+  cfg = from_dict(RLConfig, plain["rl"] | {"task": RLConfig.task})
+  restored = read_newest(
+      folder / "checkpoints", abstract_rl_state(model.abstract_variables(model_cfg), cfg))
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
   return Start(model_cfg, restored.arrays.train.variables, str(folder / TOKENIZER))

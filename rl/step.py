@@ -9,6 +9,7 @@ Shape letters:  S sequences  T tokens that are predicted: prompt and completion,
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ import numpy as np
 
 import model
 from model import Transformer, balance
+from model.checks import require
 from rl.config import ObjectiveConfig, RLConfig
 from rl.objective import ObjectiveSpec, denominator, policy_loss
 from rl.value import ValueObjective, init_value, ppo_advantages, predict, value_decays
 from train.losses import Observed, Sums
+from train.mesh import ShardedModel, spread
 from train.optimizer import decay_mask
 from train.program import without_data_fields
 from train.step import TrainState, init_state, make_train_step
@@ -176,14 +179,45 @@ def _agreement(experts_LSTK: jax.Array, seen: Experience) -> tuple[jax.Array, ja
   return (both_LSTK & counted).sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32)
 
 
-def init_rl_state(variables: dict, cfg: RLConfig) -> RLState:
-  """The state before the first step; the reference is the model that it starts from."""
+def init_rl_state(
+    variables: dict, cfg: RLConfig, mesh: ShardedModel | None = None) -> RLState:
+  """The state before the first step; the reference is the model that it starts from.
+
+  Args:
+    variables: of that model.
+    cfg: the run.
+    mesh: where the state is to be; None for where the variables are.
+  """
   variables = {"params": variables["params"], "router": variables.get("router", {})}
+  if mesh:
+    variables = jax.device_put(variables, {"router": {}} | mesh.variables())
   needs_reference = cfg.objective.spec(1).kl_in != "none"
   reference = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
   value = init_value(variables, cfg.optimizer) if cfg.objective.name == "ppo" else None
-  return RLState(
+  state = RLState(
       init_state(variables, cfg.optimizer), reference if needs_reference else None, value)
+  return jax.device_put(state, state_shardings(state, mesh)) if mesh else state
+
+
+def state_shardings(state: RLState, mesh: ShardedModel) -> RLState:
+  """A NamedSharding for every array of a state, or of its shapes."""
+  variables, value = {"router": {}} | mesh.variables(), state.value
+  if value is not None:
+    head = jax.tree.map(lambda _: mesh.everywhere(), value.params["head"])
+    value = mesh.train_state(value, {"net": variables["params"], "head": head})
+  return RLState(mesh.train_state(state.train),
+                 None if state.reference is None else variables, value)
+
+
+def abstract_rl_state(
+    variables: dict, cfg: RLConfig, mesh: ShardedModel | None = None) -> RLState:
+  """Shapes and formats of `init_rl_state`, and on a mesh its places, for restoring one."""
+  shapes = jax.eval_shape(lambda v: init_rl_state(v, cfg), variables)
+  if mesh is None:
+    return shapes
+  return jax.tree.map(
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      shapes, state_shardings(shapes, mesh))
 
 
 def refresh(state: RLState) -> RLState:
@@ -200,19 +234,32 @@ def make_update(
   "learning_rate" and "value_learning_rate", of each of those steps, "spec", the objective,
   "temperature" and "gae_lambda". Metrics are means over the steps. The experience has
   `cfg.sampling.num_sequences` rows.
+
+  With `cfg.loop.data` or `fsdp` above 1 the state is on `train.mesh.spread`'s mesh, and stays where
+  `state_shardings` says; every device computes its share of each micro-batch.
+
+  Raises:
+    ValueError: if there are not as many devices, or a micro-batch does not divide over them.
   """
+  mesh = spread(model_cfg, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+  micro = cfg.objective.micro_batch_size or (
+      cfg.sampling.num_sequences // cfg.objective.minibatches)
+  require(mesh is None or micro % mesh.mesh.size == 0,
+          f"{micro} sequences at a time do not divide over the devices of loop.data="
+          f"{cfg.loop.data} and loop.fsdp={cfg.loop.fsdp}: change objective.micro_batch_size, or "
+          "sampling.num_prompts")
   objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
       "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance",
       "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo")
-  return _compiled(model_cfg, objective, without_data_fields(cfg.optimizer, "optimizer"))
+  return _compiled(model_cfg, mesh, objective, without_data_fields(cfg.optimizer, "optimizer"))
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(model_cfg, objective, optimizer):
+def _compiled(model_cfg, mesh, objective, optimizer):
   """One for all runs that differ in what enters as data."""
-  return jax.jit(functools.partial(
-      _update, model.Transformer(model_cfg), decay_mask(model_cfg), optimizer, objective),
-                 donate_argnums=0)
+  net, jit = (mesh.transformer(), mesh.jit) if mesh else (Transformer(model_cfg), jax.jit)
+  return jit(functools.partial(_update, net, decay_mask(model_cfg), optimizer, objective),
+             donate_argnums=0)
 
 
 def _update(net, decays, optimizer, objective, state, seen, hyper, key):
@@ -272,8 +319,12 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
 
 
 def _split(tree, first: int, second: int):
-  """Rows as [first, second] of them."""
-  return jax.tree.map(lambda x: x.reshape(first, second, *x.shape[1:]), tree)
+  """Rows as [first, second] of them, on a mesh the second axis spread over it."""
+  def one(x):
+    x = x.reshape(first, second, *x.shape[1:])
+    return nn.with_logical_constraint(x, (None, "batch", *[None] * (x.ndim - 2)))
+
+  return jax.tree.map(one, tree)
 
 
 def _minibatches(sequences: int, objective, key) -> jax.Array:

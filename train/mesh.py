@@ -6,6 +6,7 @@ The model names its axes (`model.logical_axes`); ShardingRules say what those na
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -86,6 +87,24 @@ class ShardedModel:
     """A NamedSharding for every variable."""
     return model.shardings(self.cfg, self.mesh, self.rules)
 
+  def everywhere(self) -> NamedSharding:
+    """Of what every device has a copy of."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def train_state(self, state: Any, params: Any = None) -> Any:
+    """A NamedSharding for every array of a `train.step.TrainState`.
+
+    Args:
+      state: arrays, or their shapes.
+      params: of its parameters; None if they are the model's own.
+    """
+    variables = self.variables()
+    params = variables["params"] if params is None else params
+    return state.replace(
+        step=self.everywhere(), skipped=self.everywhere(), params=params,
+        router=variables.get("router", {}), moments=type(state.moments)(params, params),
+        ema=params if state.ema is not None else None)
+
   def batch(self) -> NamedSharding:
     """Of a [B, T] batch."""
     return NamedSharding(self.mesh, PartitionSpec(self.rules.batch, self.rules.length))
@@ -129,3 +148,13 @@ class ShardedModel:
           out_specs=tokens)(weights, x_ND, gates_NK, experts_NK)
 
     return dispatch
+
+
+def spread(cfg: model.ModelConfig, *, data: int, fsdp: int) -> ShardedModel | None:
+  """The model on a mesh of all devices, or None for one device, which needs no mesh.
+
+  Args:
+    cfg: of the model.
+    data, fsdp: as in `make_mesh`, which says what is raised.
+  """
+  return None if (data, fsdp) == (1, 1) else ShardedModel(cfg, make_mesh(data=data, fsdp=fsdp))
