@@ -17,10 +17,10 @@ from experiments import provenance, settings
 from experiments.bases import Base, DocumentsConfig
 from experiments.options import Options
 from experiments.rl_report import write_rl_report
-from rl import loop
+from rl import loop, reflection
 from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.evaluate import evaluate
-from rl.sampler import Sampler
+from rl.sampler import Sampler, Samples
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.config_io import to_dict
 from train.run_folder import RunFolder, write_json_atomic
@@ -32,6 +32,9 @@ ARMS = {
     "random": ("rl.rewards.accuracy=0", "rl.rewards.format=0", "rl.rewards.random=1"),
     "rft": ("rl.objective.name=rft",),
     "ppo": ("rl.objective.name=ppo",),
+    # With bases of their own; one document in a hundred of the others' takes something back.
+    "without_reflection": ("documents.noise.self_correction=0",),
+    "reflection": ("documents.noise.self_correction=0.1",),
 }
 _TEMPERATURES = (0.3, 0.6)  # of the base's controls, besides greedy and the training's
 
@@ -116,18 +119,23 @@ def main(options: Options) -> None:
   # Every arm's settings are tried before anything runs.
   configs = {arm: settings.apply(SCALES[scale], (*options.settings, *ARMS[arm]), named=named)
              for arm in arms}
-  told = "base.model.vocab_size" in settings.assigned(options.settings)
   limit = options.max_minutes and 60 * options.max_minutes
   with contextlib.closing(RunFolder(options.folder(f"r1_zero-{scale}"))) as out:
     for seed in options.seed_range(1):
-      base = Base(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template, seed,
-                  out.path / f"base-seed{seed}", told)
       for arm in arms:
+        own = configs[arm].documents != cfg.documents
+        base = _base_of(configs[arm], seed, out.path, f"base-{arm}" if own else "base", options)
         with contextlib.closing(RunFolder(out.path / f"{arm}-seed{seed}")) as folder:
           if not _run_arm(arm, configs[arm], seed, base, folder, limit):
             print("stopped, saved; the same command goes on")
             return
     print(f"report: {write_rl_report(out.path)}")
+
+
+def _base_of(cfg: R1ZeroConfig, seed: int, out: pathlib.Path, name: str, options: Options) -> Base:
+  return Base(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template, seed,
+              out / f"{name}-seed{seed}",
+              told="base.model.vocab_size" in settings.assigned(options.settings))
 
 
 def _run_arm(arm, cfg: R1ZeroConfig, seed, base: Base, folder: RunFolder, limit) -> bool:
@@ -152,9 +160,9 @@ def _run_arm(arm, cfg: R1ZeroConfig, seed, base: Base, folder: RunFolder, limit)
   before = _base_figures(judge, start.variables, base.path / "evaluation.json", cfg)
   after = judge(result.state.train.variables)
   write_json_atomic(results, {
-      "arm": arm, "seed": seed, "settings": list(ARMS[arm]), "base": before, "after": after,
-      "cost": result.cost, "config": to_dict(cfg), "params": start.cfg.param_count(),
-      "provenance": provenance.describe()})
+      "arm": arm, "seed": seed, "settings": list(ARMS[arm]), "base_name": base.path.name,
+      "base": before, "after": after, "cost": result.cost, "config": to_dict(cfg),
+      "params": start.cfg.param_count(), "provenance": provenance.describe()})
   _print_outcome(arm, seed, before["heldout"], after["heldout"])
   return True
 
@@ -166,15 +174,18 @@ class _Judge:
     self.cfg, self.sampler = cfg, Sampler(model.Transformer(model_cfg), run, tokenizer)
 
   def __call__(self, variables: dict) -> dict:
-    return {split: self.split(variables, split) for split in ("heldout", "harder")
-            if split in self.sampler.task.splits}
+    found, drawn = self.split(variables, "heldout")
+    judged = {"heldout": found, "reflection": reflection.effect(self.sampler, variables, drawn)}
+    if "harder" in self.sampler.task.splits:
+      judged["harder"], _ = self.split(variables, "harder")
+    return judged
 
-  def split(self, variables: dict, split: str, temperature: float | None = None) -> dict:
+  def split(self, variables: dict, split: str,
+            temperature: float | None = None) -> tuple[dict, Samples]:
     samples = 1 if temperature == 0 else self.cfg.samples
-    found, _ = evaluate(
+    return evaluate(
         self.sampler, variables, split=split, problems=self.cfg.problems, samples=samples,
         ks=(samples,), temperature=temperature)
-    return found
 
 
 def _base_figures(judge: _Judge, variables: dict, path: pathlib.Path, cfg: R1ZeroConfig) -> dict:
@@ -187,7 +198,7 @@ def _base_figures(judge: _Judge, variables: dict, path: pathlib.Path, cfg: R1Zer
       return there["figures"]
   found = judge(variables)
   found["temperatures"] = {
-      str(temperature): judge.split(variables, "heldout", temperature)
+      str(temperature): judge.split(variables, "heldout", temperature)[0]
       for temperature in (0.0, *_TEMPERATURES)}
   path.parent.mkdir(exist_ok=True)
   return write_json_atomic(path, {"key": key, "figures": found})["figures"]

@@ -31,6 +31,7 @@ def write_rl_report(folder: pathlib.Path) -> pathlib.Path:
       ("", _verdict(runs)),
       ("Harder problems", _outcomes(runs, "harder")),
       ("The base, asked in other ways", _base(runs)),
+      ("Reflections", _reflections(runs, evaluations)),
       ("Curves", figure(folder, "evaluations", "Held-out problems over steps", plots.panels,
                         _curves(evaluations, {"pass@1": "pass@1", "lenient_pass@1": "pass@1, "
                                               "read kindly", "format": "well-formed",
@@ -54,7 +55,7 @@ def _outcomes(runs: dict[str, dict], split: str = "heldout") -> str:
   best = cons.replace("cons", "pass")
   names = ("pass@1", *((best,) if best != "pass@1" else ()), cons, *_FIGURES[1:])
   row = lambda found: [_cell(found.get(name)) for name in names]
-  lines = [[f"base, seed {seed}", *row(base[split])] for seed, base in _bases(runs).items()]
+  lines = [[name, *row(base[split])] for name, base in _bases(runs).items()]
   lines += [[name, *row(run["after"][split])] for name, run in runs.items()]
   return table(("run", *names), lines) + (
       "\n\n95 % bootstrap intervals over problems. \"lenient\" finds answers without their block.")
@@ -76,18 +77,40 @@ def _verdict(runs: dict[str, dict]) -> str:
   return table(("arm", "seeds", "pass@1, points gained", "read kindly"), lines)
 
 
-def _bases(runs: dict[str, dict]) -> dict[int, dict]:
-  """By seed; its arms share it."""
-  return {run["seed"]: run["base"] for run in runs.values()}
+def _bases(runs: dict[str, dict]) -> dict[str, dict]:
+  """By name; several arms share one."""
+  return {run.get("base_name", f"base-seed{run['seed']}"): run["base"] for run in runs.values()}
 
 
 def _base(runs: dict[str, dict]) -> str:
   lines = []
-  for seed, base in _bases(runs).items():
+  for of, base in _bases(runs).items():
     for temperature, found in base.get("temperatures", {}).items():
       name = "greedy" if float(temperature) == 0 else f"temperature {temperature}"
-      lines.append([seed, name, *(_cell(found.get(key)) for key in _FIGURES[:3])])
-  return table(("seed", "sampling", *_FIGURES[:3]), lines) if lines else ""
+      lines.append([of, name, *(_cell(found.get(key)) for key in _FIGURES[:3])])
+  return table(("base", "sampling", *_FIGURES[:3]), lines) if lines else ""
+
+
+def _reflections(runs: dict[str, dict], evaluations: dict[str, list[dict]]) -> str:
+  """How often completions take something back, and what cutting that out does to accuracy."""
+  rate = lambda run, when: run[when]["heldout"]["reflection"]
+  most = lambda name: max((row["reflection"] for row in evaluations[name]), default=None)
+  rates = [[name, _cell(rate(run, "base")), _cell(most(name)), _cell(rate(run, "after"))]
+           for name, run in runs.items()]
+  models = _bases(runs) | {name: run["after"] for name, run in runs.items()}
+  effects = {name: found["reflection"] for name, found in models.items()
+             if found.get("reflection")}
+  parts = ("kept", "cut", "difference", "again", "without")
+  lines = [[name, effect["completions"], effect["problems"], *(_cell(effect[x]) for x in parts)]
+           for name, effect in effects.items()]
+  text = table(("run", "rate in the base", "highest rate in RL", "rate after"), rates)
+  if lines:
+    text += "\n\n" + table(
+        ("model", "completions", "problems", "accuracy, kept", "cut out", "difference",
+         "reflects again", "accuracy of those that do not"), lines) + (
+             "\n\nCompletions that take something back, sampled on from behind that place and from "
+             "before it; shares are means over problems.")
+  return text
 
 
 def _curves(rows: dict[str, list[dict]], labels: dict[str, str]) -> dict:

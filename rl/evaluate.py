@@ -8,7 +8,7 @@ import numpy as np
 
 from rl import rewards
 from rl.extraction import lenient_answer, reflects, strict_answer
-from rl.pass_rates import Interval, interval, majority_vote, pass_at_1, pass_at_k
+from rl.pass_rates import estimate, majority_vote, pass_at_1, pass_at_k
 from rl.sampler import Sampler, Samples
 from rl.tasks.equality import number
 
@@ -75,7 +75,7 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any
       "length": by_problem(drawn.lengths_S).mean(1),
       "clipped": 1 - by_problem(drawn.ended_S).mean(1),
       "reflection": by_problem([reflects(text) for text in drawn.completions]).mean(1)}
-  return {name: list(_interval(rate)) for name, rate in rates.items()} | {
+  return {name: list(estimate(rate)) for name, rate in rates.items()} | {
       "unjudged": int((~judged).sum()), "problems": len(correct), "samples": samples}
 
 
@@ -86,11 +86,3 @@ def _canonical(answer: str | None) -> Fraction | str | None:
   value = number(answer)
   return answer.strip() if value is None else value
 
-
-def _interval(rates_P: np.ndarray) -> Interval:
-  """`interval`, which equal rates have none of: resampling cannot move them."""
-  known = rates_P[~np.isnan(rates_P)]
-  if known.size < 2 or np.ptp(known) == 0:
-    value = float(known.mean()) if known.size else float("nan")
-    return Interval(value, value, value)
-  return interval(rates_P)

@@ -13,13 +13,22 @@ _ANSWER_AT_END = re.compile(r"<answer>(.*)</answer>\s*\Z", re.DOTALL)
 _ANSWER_WORD = re.compile(r"(?:answer\b|答案)\**\s*(?:is|是|为)?\s*[:：=]?\s*(.*)", re.IGNORECASE)
 _EXPRESSION = re.compile(r"[0-9+\-*/(). ]+")
 _NUMBER = re.compile(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?")
-_REFLECTIVE = re.compile(r"\bwait\b|等等|等一下", re.IGNORECASE)
+_REFLECTION = re.compile(r"(?:\bwait\b|等等|等一下)[^\n<]*", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
 
 
+def reflection_at(completion: str) -> tuple[int, int] | None:
+  """Where it first takes something back, to the end of that line; None if it does not.
+
+  R1's "wait", which v2 of its paper counts as reflective.
+  """
+  found = _REFLECTION.search(completion)
+  return found and found.span()
+
+
 def reflects(completion: str) -> bool:
-  """Whether it takes something back: R1's "wait", which v2 of its paper counts as reflective."""
-  return _REFLECTIVE.search(completion) is not None
+  """Whether it takes something back."""
+  return reflection_at(completion) is not None
 
 
 def opens_thinking(prompt: str) -> bool:

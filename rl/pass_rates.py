@@ -89,6 +89,16 @@ def majority_vote(
   return np.array([rate(p) if judged_PN[p].any() else np.nan for p in range(len(correct_PN))])
 
 
+def estimate(rates_P: ArrayLike) -> Interval:
+  """`interval`, which equal rates have none of: resampling cannot move them. NaN if all are NaN."""
+  known = np.asarray(rates_P, float)
+  known = known[~np.isnan(known)]
+  if known.size > 1 and np.ptp(known) > 0:
+    return interval(known)
+  value = float(known.mean()) if known.size else float("nan")
+  return Interval(value, value, value)
+
+
 def interval(
     rates_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 9999,
     seed: int = 0) -> Interval:

@@ -117,35 +117,65 @@ class Sampler:
     of_row = np.repeat(np.arange(len(problems)), num_samples)
     sample_S = np.tile(np.arange(num_samples), len(problems))
     index_S = np.asarray(indices)[of_row]
+    drawn = self._complete(
+        variables, [tokens[p] for p in of_row], self.cfg.sampling.max_prompt_length, index_S,
+        sample_S, step, temperature, top_p)
+    texts = self._texts(drawn)
+    return Samples([problems[p] for p in of_row], [prompts[p] for p in of_row],
+                   [tokens[p] for p in of_row], texts, *drawn)
+
+  def resume(self, variables: dict, drawn: Samples, kept_S: Sequence[int], num_samples: int, *,
+             step: int) -> list[str]:
+    """Beginnings of completions, sampled on; each may become a whole completion's length longer.
+
+    Args:
+      variables: of the model.
+      drawn: the completions.
+      kept_S: tokens of each that are kept.
+      num_samples: continuations of each, side by side in the result.
+      step: see `sample`; with the row and the continuation's number, decides the random key.
+
+    Returns:
+      The text from each completion's beginning.
+    """
+    sampling, kept_S = self.cfg.sampling, np.asarray(kept_S)
+    begun = [tokens[:kept] for tokens, kept in zip(drawn.tokens_SN, kept_S, strict=True)]
+    row_S = np.repeat(np.arange(len(drawn)), num_samples)
+    resumed = self._complete(
+        variables, [np.concatenate([drawn.prompt_tokens[row], begun[row]]) for row in row_S],
+        sampling.max_prompt_length + sampling.max_completion_length, row_S,
+        np.tile(np.arange(num_samples), len(drawn)), step)
+    return [self.tokenizer.decode(begun[row]) + text for row, text in
+            zip(row_S, self._texts(resumed), strict=True)]
+
+  def _texts(self, drawn: tuple) -> list[str]:
+    token_SN, length_S, _, ended_S, *_ = drawn
+    return [self.tokenizer.decode(row[:length - ended]) for row, length, ended in
+            zip(token_SN, length_S, ended_S, strict=True)]
+
+  def _complete(self, variables, prompts, max_prompt, index_S, sample_S, step, temperature=None,
+                top_p=1.0) -> tuple[np.ndarray, ...]:
+    """A rollout's arrays for any number of prompts, a program's size at a time."""
     if self.mesh:
       variables = jax.device_put(variables, self.mesh.everywhere())
-    pieces = []
-    for rows in self._chunks(len(of_row)):
-      padded = np.resize(rows, self.cfg.sampling.num_sequences)
+    size, pieces = self.cfg.sampling.num_sequences, []
+    for start in range(0, len(prompts), size):
+      rows = np.arange(start, min(start + size, len(prompts)))
+      padded = np.resize(rows, size)
+      keys_S = sequence_keys(self.cfg.loop.seed, step, jnp.asarray(index_S[padded]),
+                             jnp.asarray(sample_S[padded]))
       pieces.append(self._rollout(
-          variables, [tokens[p] for p in of_row[padded]], index_S[padded], sample_S[padded], step,
+          variables, pad_prompts([prompts[row] for row in padded], max_prompt, keys_S),
           temperature, top_p, len(rows)))
-    token_SN, length_S, logp_SN, ended_S, *experts = map(
-        np.concatenate, zip(*pieces, strict=True))
-    texts = [self.tokenizer.decode(row[:length - ended]) for row, length, ended in
-             zip(token_SN, length_S, ended_S, strict=True)]
-    return Samples([problems[p] for p in of_row], [prompts[p] for p in of_row],
-                   [tokens[p] for p in of_row], texts, token_SN, length_S, logp_SN, ended_S,
-                   *experts)
+    return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
-  def _chunks(self, count: int) -> list[np.ndarray]:
-    size = self.cfg.sampling.num_sequences
-    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
-
-  def _rollout(self, variables, prompts, index_S, sample_S, step, temperature, top_p, count):
+  def _rollout(self, variables, prompts, temperature, top_p, count):
     sampling = self.cfg.sampling
-    keys_S = sequence_keys(self.cfg.loop.seed, step, jnp.asarray(index_S), jnp.asarray(sample_S))
     out = rollout(
-        self.net, variables, pad_prompts(prompts, sampling.max_prompt_length, keys_S),
-        max_new_tokens=sampling.max_completion_length, stop_token=self.tokenizer.eos,
-        temperature=sampling.temperature if temperature is None else temperature, top_p=top_p,
-        slots=sampling.slots, record_experts=self.cfg.objective.routing != "free",
-        mesh=self.mesh and self.mesh.mesh)
+        self.net, variables, prompts, max_new_tokens=sampling.max_completion_length,
+        stop_token=self.tokenizer.eos, slots=sampling.slots, top_p=top_p,
+        temperature=sampling.temperature if temperature is None else temperature,
+        record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh)
     kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)
     return tuple(np.asarray(part)[:count] for part in kept if part is not None)
 

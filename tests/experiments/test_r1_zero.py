@@ -34,7 +34,7 @@ def test_arms_share_a_base_and_report_before_and_after(folder):
     low, high = run["after"]["heldout"]["format"][1:]
     assert 0 <= low <= high <= 1
   report = (folder / "report.md").read_text()
-  assert "grpo-seed0" in report and "random-seed0" in report and "base, seed 0" in report
+  assert "grpo-seed0" in report and "random-seed0" in report and "base-seed0" in report
   assert (folder / "rollouts.png").stat().st_size > 5000
 
 

@@ -125,7 +125,6 @@ def loop(task: str, folder: pathlib.Path) -> dict:
   """Two steps on eight devices, at once, one by one, and the second on one device."""
   eight = small.config(task, loop={"steps": 2, **MESH})
   one = small.config(task, loop={"steps": 2})
-  model_cfg, small.MODEL = small.MODEL, small.MODEL
   whole = small.run(eight, folder / "whole")
   small.run(eight, folder / "parts", max_seconds=1e-9)
   parts = small.run(eight, folder / "parts")

@@ -144,7 +144,7 @@ def test_many_are_judged_in_order(sandboxed):
   assert sandbox.passes_many(pairs, **LIMITS, workers=3) == [False, True] * 3
 
 
-def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch):
+def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch, sandboxed):
   run = []
   passes = sandbox.passes
   monkeypatch.setattr(sandbox, "passes", lambda *pair, **limits: run.append(pair) or passes(

@@ -1,0 +1,76 @@
+"""Cutting reflections out: where the cut is, what is sampled on, and what is counted."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import model
+from rl import reflection
+from rl.extraction import reflection_at
+from rl.sampler import Sampler, Samples
+from rl.tasks import get_task
+from tests.rl import small
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+TEXTS = ("1+1=3\nwait 1+1=2\n2+1=3", "1+1=2", "no, 等一下 2</think>", "Wait")
+
+
+@pytest.fixture(scope="module")
+def sampler(task) -> Sampler:
+  cfg = small.config(task, sampling={"max_completion_length": 24})
+  longer = dataclasses.replace(small.MODEL, max_seq_len=64)
+  return Sampler(model.Transformer(longer), cfg, small.tokenizer())
+
+
+def written(sampler: Sampler, texts=TEXTS) -> Samples:
+  """Completions as if they had been sampled, one a problem."""
+  problems = [get_task(sampler.cfg.task).problem("heldout", i) for i in range(len(texts))]
+  prompts = [sampler.template.render(problem.question) for problem in problems]
+  tokens = sampler.tokenizer.encode_batch(list(texts))
+  lengths = np.array([len(row) for row in tokens])
+  padded = np.zeros((len(texts), lengths.max()), np.int32)
+  for row, own in zip(padded, tokens, strict=True):
+    row[:len(own)] = own
+  return Samples(problems, prompts, sampler.tokenizer.encode_batch(prompts), list(texts), padded,
+                 lengths, np.zeros(padded.shape, np.float32), np.ones(len(texts), bool))
+
+
+@pytest.mark.parametrize("text, found", list(zip(TEXTS, (
+    "wait 1+1=2", None, "等一下 2", "Wait"), strict=True)))
+def test_a_reflection_ends_with_its_line_or_at_a_tag(text, found):
+  span = reflection_at(text)
+  assert (span and text[slice(*span)]) == found
+  assert reflection_at("awaiting") is None
+
+
+def test_what_is_kept_ends_before_or_behind_the_reflection(sampler, monkeypatch):
+  beginnings = []
+  resume = sampler.resume
+
+  def noting(variables, drawn, kept_S, *args, **kwargs):
+    beginnings.append([sampler.tokenizer.decode(row[:kept])
+                       for row, kept in zip(drawn.tokens_SN, kept_S, strict=True)])
+    return resume(variables, drawn, kept_S, *args, **kwargs)
+
+  monkeypatch.setattr(sampler, "resume", noting)
+  found = reflection.effect(sampler, small.variables(), written(sampler), samples=2)
+  assert beginnings == [["1+1=3\nwait 1+1=2", "no, 等一下 2", "Wait"], ["1+1=3\n", "no, ", ""]]
+  assert found["completions"] == found["problems"] == 3
+  assert found["again"] == [0, 0, 0]  # this model does not know the word
+  assert found["without"] == found["cut"]
+  assert found["difference"][0] == pytest.approx(found["kept"][0] - found["cut"][0])
+  assert 0 < found["kept"][0] < 1
+
+
+def test_completions_without_a_reflection_have_none_to_cut(sampler):
+  assert reflection.effect(sampler, small.variables(), written(sampler, TEXTS[1:2])) is None
+
+
+def test_sampling_on_keeps_the_beginning_and_repeats_itself(sampler):
+  drawn, kept = written(sampler), [3, 5, 0, 1]
+  once, again = (sampler.resume(small.variables(), drawn, kept, 4, step=7) for _ in range(2))
+  assert once == again and len(set(once)) > len(drawn)
+  for i, text in enumerate(once):
+    row = i // 4
+    assert text.startswith(sampler.tokenizer.decode(drawn.tokens_SN[row, :kept[row]]))
