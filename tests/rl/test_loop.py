@@ -307,6 +307,20 @@ def test_a_runs_folder_can_be_loaded(tmp_path, task):
     rl.start.load(str(tmp_path / "nothing"))
 
 
+def test_a_runs_folder_can_be_loaded_when_its_task_is_gone(tmp_path):
+  spec = small.write_task(tmp_path)
+  cfg, folder = small.config(spec, loop={"steps": 1}), RunFolder(tmp_path / "run")
+  folder.check_config(rl.start.as_dict(cfg, small.MODEL))
+  folder.close()
+  result = small.run(cfg, tmp_path / "run")
+  (tmp_path / "task.jsonl").unlink()
+  get_task.cache_clear()  # as in a process that has not seen the file
+  with pytest.raises(ValueError, match="there is no such file"):
+    get_task(spec)
+  found = rl.start.load(str(tmp_path / "run"))
+  train_small.assert_same_bits(found.variables, result.state.train.variables)
+
+
 def test_documents_are_the_tasks_own_written_once(tmp_path):
   write = lambda name, seed=0: write_documents(
       tmp_path / name, "arithmetic:terms=2,digits=1", "short", Noise(), 20, seed)

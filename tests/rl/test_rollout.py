@@ -85,18 +85,18 @@ def margins(cfg, given: Prompts, out: Rollout, temperature=TEMPERATURE):
   return perturbed_SNV.argmax(-1), first - second
 
 
-def check_same(given: Prompts, a: Rollout, b: Rollout) -> int:
+def check_same(given: Prompts, a: Rollout, b: Rollout, cfg=MLA, error=LOGIT_ERROR) -> int:
   """How many rows differ: only from a token on whose lead is within the logits' error."""
-  _, lead_SN = margins(MLA, given, a)
+  _, lead_SN = margins(cfg, given, a)
   differ_SN = a.mask_SN & (a.tokens_SN != b.tokens_SN)
   rows = np.flatnonzero(differ_SN.any(1))
   for row in rows:
-    assert lead_SN[row, differ_SN[row].argmax()] < 2 * LOGIT_ERROR / TEMPERATURE
+    assert lead_SN[row, differ_SN[row].argmax()] < 2 * error / TEMPERATURE
   same = np.setdiff1d(np.arange(len(differ_SN)), rows)
   np.testing.assert_array_equal(a.lengths_S[same], b.lengths_S[same])
   np.testing.assert_array_equal(a.ended_S[same], b.ended_S[same])
   np.testing.assert_allclose(
-      a.logprobs_SN[same], b.logprobs_SN[same], rtol=0, atol=2 * LOGIT_ERROR / TEMPERATURE)
+      a.logprobs_SN[same], b.logprobs_SN[same], rtol=0, atol=2 * error / TEMPERATURE)
   return len(rows)
 
 
@@ -104,6 +104,15 @@ def test_slots_that_are_refilled_give_what_all_at_once_gives():
   differing = check_same(prompts(), at_once(), by_twenty())
   print(f"{differing} of {SEQUENCES} completions differ")
   assert differing <= 2
+
+
+def test_a_sure_choice_that_differs_is_noticed():
+  _, lead_SN = margins(MLA, prompts(), at_once())
+  row, place = np.unravel_index(np.where(at_once().mask_SN, lead_SN, 0).argmax(), lead_SN.shape)
+  other = at_once().tokens_SN.copy()
+  other[row, place] += 1
+  with pytest.raises(AssertionError):
+    check_same(prompts(), at_once(), at_once()._replace(tokens_SN=other))
 
 
 def test_generate_gives_the_same_with_the_same_keys():
