@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
     "bench_train": "time training beside transformers (--set bench.peer=transformers)",
     "bench_seeds": "time several seeds trained together against one",
+    "bench_rl_cost": "time PPO, GRPO and RFT beside each other, and count their peak bytes",
     "bench_moe": "time the ways of computing routed experts against each other",
     "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",
 }
