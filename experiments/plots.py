@@ -187,13 +187,16 @@ def validation(evaluations: list[dict], path: str | pathlib.Path) -> None:
 
 @_styled
 def panels(
-    drawn: dict[str, dict[str, tuple[list, list]]], path: str | pathlib.Path) -> None:
+    drawn: dict[str, dict[str, tuple[list, list]]], path: str | pathlib.Path,
+    doublings: str | None = None) -> None:
   """Small curves over steps, two beside each other.
 
   Args:
     drawn: by the panel's label, by the curve's name, steps and values; None is a gap. A name has
       the same colour in every panel.
     path: of the PNG.
+    doublings: the label of the horizontal axis if that is not of steps but of powers of two, each
+      as far from the next.
   """
   names = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
   styles = dict(zip(names, _styles(), strict=False))
@@ -209,7 +212,12 @@ def panels(
       axes.plot(steps, np.array(values, float), color=colour, linestyle=dash, label=name,
                 marker="o" if len(steps) < 12 else None, markersize=3)
     axes.set_ylabel(label)
-    _step_axis(axes)
+    if doublings:
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter("{x:.0f}")
+      axes.set_xlabel(doublings)
+    else:
+      _step_axis(axes)
   _legend(axes_RC.flat[0])
   _save(figure, path)
 

@@ -4,6 +4,7 @@ Both take what `results.json` holds and skip what is absent. A number that could
 null there and a dash here.
 """
 
+import functools
 import math
 import pathlib
 import statistics
@@ -285,6 +286,20 @@ def _study_summary(study: dict) -> str:
   return f"> {study.get('claim', 'No claim stated')}{source}\n\n{of}".strip()
 
 
+def _panels(folder: pathlib.Path, drawn: dict) -> str:
+  """A figure of `plots.panels`."""
+  draw = functools.partial(plots.panels, doublings=drawn.get("doublings"))
+  return figure(folder, drawn["name"], drawn["caption"], draw, drawn["curves"])
+
+
+def _bases(bases: list[dict]) -> str:
+  """The models that RL began with; the metrics are theirs, before it."""
+  metrics = list(dict.fromkeys(name for base in bases for name in base["metrics"]))
+  return table(("base", "arms", "device time", *metrics), [
+      [base["name"], ", ".join(base["arms"]), duration(base["cost"]["device_seconds"]),
+       *(base["metrics"].get(name) for name in metrics)] for base in bases]) if bases else ""
+
+
 def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
   """Writes report.md and its figures for a study.
 
@@ -295,8 +310,9 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       those whose status is `FINISHED` count; "comparisons": [{"name", "metric", "arm", "baseline",
       "paired": fields of `stats.Paired`, "claim": fields of `stats.Claim`, "verdict", "paper":
       what the paper reports, in words}]; "noise" and "detectable": {metric: x}; "curves": {name:
-      rows for `plots.loss_curves`}; "total_cost"; "provenance"; "source_hash". All but the name
-      may be absent.
+      rows for `plots.loss_curves`}; "panels": [{"name", "caption", "curves": of `plots.panels`,
+      "doublings": likewise}]; "bases": [{"name", "arms", "metrics", "cost"}]; "total_cost";
+      "provenance"; "source_hash". All but the name may be absent.
 
   Returns:
     The path of report.md.
@@ -311,6 +327,8 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
                    _forest_lines(comparisons))),
       ("Loss", figure(folder, "loss", "Training loss by arm", plots.loss_curves,
                        study.get("curves", {}))),
+      *((drawn["caption"], _panels(folder, drawn)) for drawn in study.get("panels", [])),
+      ("Bases", _bases(study.get("bases", []))),
       ("Arms", _arms(study.get("arms", []), runs)),
       ("Noise", _sensitivity(study.get("noise", {}), study.get("detectable", {}))),
       ("Failed runs", _failures(runs)),

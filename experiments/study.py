@@ -1,9 +1,10 @@
 """Studies: arms that differ in a setting, trained on paired seeds, judged by rules fixed before.
 
 A study runs in two phases. First every arm's learning rate is swept on seeds of its own; then each
-arm trains at its best one on the seeds that are compared. Runs that differ in numbers only train
-together, as lanes of one program. What is finished is in `parts/`, one small file an invocation:
-folders of several machines merge by copying those files together.
+arm trains at its best one on the seeds that are compared. What a run is, its study says: training
+on text, or RL from a base. Runs of one program train together, as lanes of it. What is finished is
+in `parts/`, one small file an invocation: folders of several machines merge by copying those files
+together.
 """
 
 import dataclasses
@@ -15,25 +16,22 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments import provenance, settings
 from experiments.options import Options
-from experiments.pretrain import fit_vocabulary
 from experiments.report import FINISHED, write_study_report
-from experiments.stats import Claim, expert_domain_information, judge, noise, paired
+from experiments.runs import Runs, Task
+from experiments.stats import Claim, judge, noise, paired
+from experiments.text_runs import TextRuns
 from train import cost
-from train.config import RunConfig
-from train.data import Data, load
-from train.loop import Result, TrainingError, train
-from train.program import shared
+from train.loop import TrainingError
 from train.run_folder import RunFolder, write_json_atomic
 
 _SWEEP_SEED = 1000  # seeds from here on choose learning rates and are never compared
-_CURVE_POINTS = 60
-_SHUFFLES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +48,11 @@ class Comparison:
 
   Attributes:
     name: in a few words.
-    metric: a key of `measure`.
+    metric: of the runs' metrics.
     arm: the treatment. "group_*" stands for that arm of the group whose mean `matched` metric is
-      closest to the baseline's.
-    baseline: what it is compared with on the same seeds; None judges the arm's own value.
+      closest to the baseline's; or, where `matched` is "sweep", for the one that swept best.
+    baseline: what it is compared with on the same seeds; None judges the arm's own value. With
+      `matched` "sweep" it may be a group too.
     claim: see `stats.Claim`; the margin is fixed here, before any run.
     paper: what the paper reports, in words.
     matched: see `arm`.
@@ -80,15 +79,17 @@ class Scale:
     hardware: where that was measured.
     lanes: runs that train together where they can.
     sweep_seeds: for each learning rate.
+    shared_minutes: of what is made once for all runs, such as bases.
   """
 
-  config: RunConfig
+  config: Any
   learning_rates: tuple[float, ...]
   seeds: int
   minutes: float
   hardware: str
   lanes: int = 1
   sweep_seeds: int = 1
+  shared_minutes: float = 0.0
 
   def __post_init__(self):
     if len(self.learning_rates) < 3:
@@ -98,7 +99,10 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A claim of a paper, made testable. `baseline` is the arm whose seed noise is reported."""
+  """A claim of a paper, made testable.
+
+  `baseline` is the arm whose seed noise is reported; `kind` says what a run is.
+  """
 
   name: str
   claim: str
@@ -107,29 +111,17 @@ class Study:
   baseline: str
   comparisons: tuple[Comparison, ...]
   scales: dict[str, Scale]
+  kind: type[Runs] = TextRuns
 
   def cost(self, scale: str) -> str:
     """The whole study's price, in words."""
     s = self.scales[scale]
     runs = len(self.arms) * (len(s.learning_rates) * s.sweep_seeds + s.seeds)
-    minutes = runs / s.lanes * s.minutes
+    minutes = runs / s.lanes * s.minutes + s.shared_minutes
     total = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     together = f", {s.lanes} at a time" if s.lanes > 1 else ""
     return (f"{runs} runs ({len(self.arms)} arms x ({len(s.learning_rates)} learning rates + "
             f"{s.seeds} seeds)){together}, {total} on {s.hardware}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """One run."""
-
-  arm: str
-  learning_rate: float
-  seed: int
-
-  @property
-  def name(self) -> str:
-    return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 def main(study: Study, options: Options) -> None:
@@ -155,30 +147,6 @@ def _source_hash(study: Study) -> str:
   return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def measure(result: Result, lane: int | None) -> dict[str, float]:
-  """A finished run's metrics, on held-out text.
-
-  "validation_loss" in nats per token and "bits_per_byte", means over domains; "max_violation" over
-  all held-out tokens, the mean over layers; "specialisation", the mutual information of expert and
-  domain in nats, the mean over layers, less what shuffled domains give.
-  """
-  evaluation = result.evaluation
-  pick = lambda x: np.asarray(x) if lane is None else np.asarray(x)[lane]
-  metrics = {"validation_loss": float(pick(evaluation.mean_loss)),
-             "bits_per_byte": float(pick(evaluation.mean_bits_per_byte))}
-  if evaluation.max_violation is not None:
-    metrics["max_violation"] = float(pick(evaluation.max_violation))
-  loads = {domain: pick(rows) for domain, rows in evaluation.row_loads.items()}
-  layers = next(iter(loads.values())).shape[1]
-  if layers and len(loads) > 1:
-    rows_RLE = np.concatenate(list(loads.values()))
-    domain_R = np.repeat(list(loads), [len(rows) for rows in loads.values()])
-    metrics["specialisation"] = float(np.mean([
-        expert_domain_information(rows_RLE[:, layer], domain_R, _SHUFFLES, layer).corrected
-        for layer in range(layers)]))
-  return metrics
-
-
 class _Runner:
 
   def __init__(self, study: Study, scale_name: str, options: Options, source_hash: str):
@@ -189,18 +157,20 @@ class _Runner:
     if unknown:
       raise ValueError(f"--arms={','.join(sorted(unknown))} does not exist; {study.name} has "
                        + ", ".join(known))
-    self.base = settings.apply(self.scale.config, options.settings)
+    base = settings.apply(self.scale.config, options.settings, named=study.kind.named)
     # Every arm's settings are tried before anything runs.
-    self.configs = {arm.name: settings.apply(self.base, arm.settings) for arm in study.arms}
+    configs = {arm.name: settings.apply(base, arm.settings, named=study.kind.named)
+               for arm in study.arms}
+    self.runs = study.kind(base, configs, settings.assigned(options.settings))
     self.arms = list(options.arms) or list(known)
     self.seeds = options.seed_range(self.scale.seeds)
     if self.seeds.stop > _SWEEP_SEED:
       raise ValueError(f"--seeds={options.seeds}: seeds from {_SWEEP_SEED} on sweep learning rates")
-    self.told = "model.vocab_size" in settings.assigned(options.settings)
     self.out = RunFolder(options.folder(f"{study.name}-{scale_name}"))
     self.out.check_config({
         "study": study.name, "scale": scale_name, "settings": sorted(options.settings),
-        "arms": {arm.name: list(arm.settings) for arm in study.arms}, "source_hash": source_hash})
+        "arms": {arm.name: list(arm.settings) for arm in study.arms}, "source_hash": source_hash,
+        **self.runs.identity()})
     self.deadline = (time.monotonic() + 60 * options.max_minutes if options.max_minutes else None)
     self.parts = self.out.path / "parts"
     self.parts.mkdir(exist_ok=True)
@@ -214,7 +184,7 @@ class _Runner:
     return {Task(run["arm"], run["learning_rate"], run["seed"]): run for run in runs}
 
   def run(self) -> None:
-    self.data: Data = load(self.base.data)
+    self.runs.prepare()
     sweep = [Task(arm, rate, _SWEEP_SEED + i) for arm in self.arms
              for rate in self.scale.learning_rates for i in range(self.scale.sweep_seeds)]
     if not self._run_all(sweep):
@@ -224,21 +194,25 @@ class _Runner:
                    if arm in best])
 
   def best_learning_rates(self, runs: dict[Task, dict]) -> dict[str, float]:
-    """By validation loss, for the arms whose sweep is whole; a run that failed lost."""
-    best = {}
-    for arm in self.configs:
-      losses = {}
-      for rate in self.scale.learning_rates:
-        swept = [runs.get(Task(arm, rate, _SWEEP_SEED + i))
-                 for i in range(self.scale.sweep_seeds)]
-        if None in swept:
-          break
-        losses[rate] = np.mean([_finite(run["metrics"], "validation_loss", np.inf)
-                                for run in swept])
-      else:
-        rate = min(losses, key=losses.get)
-        if np.isfinite(losses[rate]):
-          best[arm] = rate
+    """Of the arms whose sweep is whole, and in which a run finished."""
+    return {arm: rate for arm, (rate, _) in self._swept(runs).items()}
+
+  def _swept(self, runs: dict[Task, dict]) -> dict[str, tuple[float, float]]:
+    """By arm the rate that scored best, and its score, larger for better; a run that failed lost.
+    """
+    score, best = self.runs.score, {}
+    value = lambda run: _finite(run["metrics"], score.metric, -np.inf * score.sign) * score.sign
+    for arm in (arm.name for arm in self.study.arms):
+      swept = {rate: [runs.get(Task(arm, rate, _SWEEP_SEED + i))
+                      for i in range(self.scale.sweep_seeds)]
+               for rate in self.scale.learning_rates}
+      if any(None in of_rate for of_rate in swept.values()):
+        continue
+      scores = {rate: float(np.mean([value(run) for run in of_rate]))
+                for rate, of_rate in swept.items()}
+      rate = max(scores, key=scores.get)
+      if np.isfinite(scores[rate]):
+        best[arm] = (rate, scores[rate])
     return best
 
   def _run_all(self, tasks: Sequence[Task]) -> bool:
@@ -251,17 +225,11 @@ class _Runner:
         return False
     return True
 
-  def _config(self, task: Task) -> RunConfig:
-    cfg = fit_vocabulary(self.configs[task.arm], self.data, told=self.told)
-    return dataclasses.replace(
-        cfg, train=dataclasses.replace(cfg.train, seed=task.seed),
-        optimizer=dataclasses.replace(cfg.optimizer, learning_rate=task.learning_rate))
-
   def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
     """Tasks that one program can train together, as many as the scale allows."""
-    by_program: dict[RunConfig, list[Task]] = {}
+    by_program: dict[Hashable, list[Task]] = {}
     for task in tasks:
-      by_program.setdefault(shared(self._config(task)), []).append(task)
+      by_program.setdefault(self.runs.program(task), []).append(task)
     for together in by_program.values():
       for start in range(0, len(together), self.scale.lanes):
         yield together[start:start + self.scale.lanes]
@@ -273,24 +241,17 @@ class _Runner:
     folder = RunFolder(self.out.path / "runs" / (label if len(tasks) == 1 else f"lanes-{digest}"))
     left = self.deadline and max(1.0, self.deadline - time.monotonic())
     try:
-      result = train([self._config(task) for task in tasks], self.data, folder, max_seconds=left)
-      status = result.status
+      found, status = self.runs.train(tasks, folder, left), FINISHED
     except TrainingError as error:
-      result, status = None, f"failed: {error}"
+      found, status = [{"metrics": {}} for _ in tasks], f"failed: {error}"
     finally:
       folder.close()
-    if status == "stopped":
+    if found is None:
       return False
     spent = cost.total(folder.path)
     share = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
-    several = len(tasks) > 1
-    for lane, task in enumerate(tasks):
-      run = {**dataclasses.asdict(task), "status": FINISHED if result else status, "cost": share,
-             "metrics": {}}
-      if result:
-        run |= {"metrics": measure(result, lane if several else None),
-                "flops": _flops(self._config(task)), **_curves(result, lane if several else None)}
-      self.mine.append(run)
+    self.mine += [{**dataclasses.asdict(task), "status": status, "cost": share, **of_task}
+                  for task, of_task in zip(tasks, found, strict=True)]
     write_json_atomic(self.part, {"provenance": provenance.describe(), "runs": self.mine})
     shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
     return True
@@ -309,10 +270,14 @@ class _Runner:
   def judge(self) -> dict:
     """Merges the parts, compares what can be compared, and writes results.json and report.md."""
     runs = self.finished()
-    best = self.best_learning_rates(runs)
-    compared = {arm: {seed: run["metrics"] for seed, run in compared_runs(
-        runs.values(), arm, best.get(arm)).items()} for arm in self.configs}
-    comparisons = [c for c in (compare(c, compared) for c in self.study.comparisons) if c]
+    swept = self._swept(runs)
+    best = {arm: rate for arm, (rate, _) in swept.items()}
+    ran = {arm.name: compared_runs(runs.values(), arm.name, best.get(arm.name))
+           for arm in self.study.arms}
+    compared = {arm: {seed: run["metrics"] for seed, run in of_arm.items()}
+                for arm, of_arm in ran.items()}
+    scores = {arm: score for arm, (_, score) in swept.items()}
+    comparisons = [c for c in (compare(c, compared, scores) for c in self.study.comparisons) if c]
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
     study = {
@@ -326,9 +291,8 @@ class _Runner:
                   for metric in metrics if len(seeds) > 1},
         "detectable": {f"{c['name']} ({c['metric']})": c["paired"]["detectable"]
                        for c in comparisons},
-        "curves": {arm: [{"step": step, "loss": loss} for step, loss in run["curve"]]
-                   for arm in self.configs for task, run in runs.items()
-                   if task.arm == arm and task.seed == self.seeds[0] and "curve" in run},
+        **self.runs.drawn({arm: [of_arm[seed] for seed in sorted(of_arm)]
+                           for arm, of_arm in ran.items()}),
         "total_cost": cost.add_up([run["cost"] for run in runs.values()]),
         "provenance": self.where_it_ran()}
     write_json_atomic(self.out.path / "results.json", study)
@@ -355,16 +319,27 @@ def compared_runs(
           and run["seed"] < _SWEEP_SEED and run["status"] == FINISHED}
 
 
-def compare(question: Comparison, compared: dict[str, dict[int, dict]]) -> dict | None:
-  """A comparison's outcome over the seeds that both arms have, or None if there are none."""
-  baseline = compared[question.baseline] if question.baseline else None
-  arm = question.arm
+def compare(question: Comparison, compared: dict[str, dict[int, dict]],
+            swept: Mapping[str, float] | None = None) -> dict | None:
+  """A comparison's outcome over the seeds that both arms have, or None if there are none.
+
+  Args:
+    question: see there.
+    compared: by arm and seed, the metrics.
+    swept: by arm the best score of its sweep, larger for better, for `matched` "sweep".
+  """
+  arm, name = question.arm, question.baseline
+  if question.matched == "sweep":
+    arm, name = (_swept_best(pattern, swept or {}) for pattern in (arm, name))
+    if arm is None or (name is None) != (question.baseline is None):
+      return None
+  baseline = compared[name] if name else None
   if arm.endswith("*"):
-    group = [name for name, seeds in compared.items() if name.startswith(arm[:-1]) and seeds]
+    group = [other for other, seeds in compared.items() if other.startswith(arm[:-1]) and seeds]
     if not group or not baseline:
       return None
     mean = lambda seeds: np.mean([values[question.matched] for values in seeds.values()])
-    arm = min(group, key=lambda name: abs(mean(compared[name]) - mean(baseline)))
+    arm = min(group, key=lambda other: abs(mean(compared[other]) - mean(baseline)))
   arms = (compared[arm],) if baseline is None else (compared[arm], baseline)
   seeds = sorted(seed for seed in arms[0].keys() & arms[-1].keys()
                  if all(_finite(values[seed], question.metric) is not None for values in arms))
@@ -374,9 +349,16 @@ def compare(question: Comparison, compared: dict[str, dict[int, dict]]) -> dict 
   other = [baseline[seed][question.metric] for seed in seeds] if baseline is not None else 0.0
   pair = paired(values, other, sign=question.claim.sign)
   return {"name": question.name, "metric": question.metric, "arm": arm,
-          "baseline": question.baseline, "paired": dataclasses.asdict(pair),
+          "baseline": name, "paired": dataclasses.asdict(pair),
           "claim": dataclasses.asdict(question.claim), "paper": question.paper,
           "verdict": judge(pair, question.claim)}
+
+
+def _swept_best(pattern: str | None, swept: Mapping[str, float]) -> str | None:
+  """The arm of a group whose sweep scored best; None if none was swept. Other names as they are."""
+  if pattern is None or not pattern.endswith("*"):
+    return pattern
+  return max((arm for arm in swept if arm.startswith(pattern[:-1])), key=swept.get, default=None)
 
 
 def _finite(metrics: dict, name: str, otherwise: float | None = None) -> float | None:
@@ -390,20 +372,3 @@ def _with_edge(rate: float | None, rates: Sequence[float]) -> str:
     return "sweep not finished"
   edge = " (an end of the sweep)" if rate in (rates[0], rates[-1]) else ""
   return f"{rate:g}{edge}"
-
-
-def _flops(cfg: RunConfig) -> float:
-  """Of the training itself, without what interruptions repeated."""
-  return cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len * cfg.flops_per_token
-
-
-def _curves(result: Result, lane: int | None) -> dict:
-  """Training loss, averaged over stretches of steps, and every evaluation's mean loss."""
-  loss = lambda row: row["loss"] if lane is None else row["per_seed"]["loss"][lane]
-  rows = result.rows
-  stretches = np.array_split(np.arange(len(rows)), min(len(rows), _CURVE_POINTS))
-  curve = [[rows[part[-1]]["step"], float(np.mean([loss(rows[i]) for i in part]))]
-           for part in stretches]
-  held = [[e["step"], float(np.mean(list(e["loss"].values()))) if lane is None
-           else e["per_seed"]["mean_loss"][lane]] for e in result.evaluations]
-  return {"curve": curve, "validation_curve": held}

@@ -79,6 +79,28 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any
       "unjudged": int((~judged).sum()), "problems": len(correct), "samples": samples}
 
 
+def majority_at(drawn: Samples, samples: int, ks: Sequence[int]) -> dict[int, float]:
+  """cons@k for several k: the majority's rate over disjoint groups of k, and over problems.
+
+  Args:
+    drawn: completions of which `samples` side by side are a problem's.
+    samples: of each problem.
+    ks: divisors of `samples`.
+  """
+  values = rewards.accuracy(drawn.prompts, drawn.completions, **drawn.columns())
+  answers = [_canonical(strict_answer(text)) for text in drawn.completions]
+
+  def rate(k: int) -> float:
+    rows = lambda row: [row[i:i + k] for i in range(0, len(row), k)]
+    found = majority_vote(rows(answers), rows([value == 1 for value in values]),
+                          rows([value is not None for value in values]))
+    by_problem = np.array([group[~np.isnan(group)].mean() for group in
+                           found.reshape(-1, samples // k) if not np.isnan(group).all()])
+    return float(by_problem.mean()) if by_problem.size else float("nan")
+
+  return {k: rate(k) for k in ks}
+
+
 def _canonical(answer: str | None) -> Fraction | str | None:
   """Equal for answers that a vote should count as one: 7, 7.0 and 07."""
   if answer is None:

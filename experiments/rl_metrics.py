@@ -1,0 +1,104 @@
+"""What a study says of an RL run: from its rows, its evaluations and its samples.
+
+Shape letters:  P problems  N samples of each
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rl import rewards
+from rl.evaluate import evaluate, majority_at
+from rl.sampler import Sampler, Samples
+
+# By metric, the column of a run's rows that it is the mean of.
+_MEANS = {"kl": "kl", "clip_ratio": "clip_ratio/region", "gap": "sampling_gap",
+          "routing_agreement": "routing_agreement", "entropy": "entropy"}
+
+
+def powers_of_two(most: int) -> tuple[int, ...]:
+  """1, 2, 4 ... up to `most`, a power of two."""
+  return tuple(2**i for i in range(most.bit_length()))
+
+
+def judged(sampler: Sampler, variables: dict, *, problems: int, samples: int,
+           temperature: float | None) -> dict[str, Any]:
+  """A model's figures on held-out problems.
+
+  Args:
+    sampler: says task and model.
+    variables: of the model.
+    problems: how many.
+    samples: of each, a power of two.
+    temperature: None for the sampler's.
+
+  Returns:
+    "metrics": the estimates of `rl.evaluate.evaluate`, with "pass@k" and "cons@k" of all samples,
+    and "length_pays"; "pass@K" and "cons@K": [K, rate] for the powers of two up to `samples`.
+  """
+  ks = powers_of_two(samples)
+  found, drawn = evaluate(sampler, variables, split="heldout", problems=problems, samples=samples,
+                          ks=ks, temperature=temperature)
+  metrics = {name: value[0] for name, value in found.items() if isinstance(value, list)}
+  best, majority = [[k, metrics[f"pass@{k}"]] for k in ks], majority_at(drawn, samples, ks)
+  kept = ("pass@1", "lenient_pass@1", "format", "length", "clipped", "reflection")
+  return {
+      "metrics": {name: metrics[name] for name in kept} | {
+          "pass@k": best[-1][1], "cons@k": majority[samples],
+          "length_pays": length_pays(*right_and_length(drawn, samples))},
+      "pass@K": best, "cons@K": [[k, majority[k]] for k in ks]}
+
+
+def right_and_length(drawn: Samples, samples: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of each sample, whether its answer earns the reward, and its tokens: [P, N] both."""
+  values = rewards.accuracy(drawn.prompts, drawn.completions, **drawn.columns())
+  right = np.array([value == 1 for value in values])
+  return right.reshape(-1, samples), drawn.lengths_S.reshape(-1, samples)
+
+
+def length_pays(right_PN: np.ndarray, length_PN: np.ndarray) -> float | None:
+  """Tokens by which right completions are longer than wrong ones of the same problem.
+
+  Within a problem, as advantages are: that hard problems have long solutions and often wrong ones
+  says nothing of whether writing more helps. None if no problem has both kinds.
+  """
+  differences = [length_N[right_N].mean() - length_N[~right_N].mean()
+                 for right_N, length_N in zip(right_PN, length_PN, strict=True)
+                 if right_N.any() and not right_N.all()]
+  return float(np.mean(differences)) if differences else None
+
+
+def of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Metrics of a run's steps.
+
+  "length_slope", tokens a step, by least squares over all steps; the means over steps of "kl" (nats
+  per token, to the reference), "clip_ratio" (the share of ratios whose gradient was clipped), "gap"
+  (nats between the sampler's and the trainer's log-probabilities), "entropy" and
+  "routing_agreement", where rows have them; "max_clip_ratio", the largest; "seconds_per_step", the
+  median.
+  """
+  column = lambda name: np.array([row[name] for row in rows if row.get(name) is not None], float)
+  found = {metric: float(column(name).mean()) for metric, name in _MEANS.items()
+           if column(name).size}
+  if (clipped := column("clip_ratio/region")).size:
+    found["max_clip_ratio"] = float(clipped.max())
+  if len(rows) > 1:
+    found["length_slope"] = float(np.polynomial.Polynomial.fit(
+        column("step"), column("completions/mean_length"), 1).convert().coef[-1])
+  return found | {"seconds_per_step": statistics.median(row["seconds/step"] for row in rows)}
+
+
+def gains(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> dict:
+  """After less before, under "NAME_gain", of what both have."""
+  return {f"{name}_gain": value - before[name] for name, value in after.items()
+          if value is not None and before.get(name) is not None}
+
+
+def stretches(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],
+              most: int = 60) -> list[list[float]]:
+  """A curve [step, value] of at most so many points, means over as many stretches of steps."""
+  known = [(row["step"], value(row)) for row in rows if value(row) is not None]
+  parts = np.array_split(np.array(known, float), min(len(known), most)) if known else []
+  return [[int(part[-1, 0]), float(part[:, 1].mean())] for part in parts]
