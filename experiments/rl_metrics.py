@@ -85,8 +85,8 @@ def of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   if (clipped := column("clip_ratio/region")).size:
     found["max_clip_ratio"] = float(clipped.max())
   if len(rows) > 1:
-    found["length_slope"] = float(np.polynomial.Polynomial.fit(
-        column("step"), column("completions/mean_length"), 1).convert().coef[-1])
+    found["length_slope"] = float(
+        np.polyfit(column("step"), column("completions/mean_length"), 1)[0])
   return found | {"seconds_per_step": statistics.median(row["seconds/step"] for row in rows)}
 
 

@@ -22,7 +22,7 @@ EXPERIMENTS = {
     "bench_moe": "time the ways of computing routed experts against each other",
     "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",
 }
-STUDIES = ("load_balancing",)
+STUDIES = ("load_balancing", "rl_length", "rl_maj_pass", "rl_ppo", "rl_clip", "rl_routing")
 _GPU = pathlib.Path("/dev/nvidiactl")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "what to run; --list shows all")

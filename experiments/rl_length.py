@@ -1,0 +1,65 @@
+"""Whether RL makes solutions longer only where longer solutions are more often right.
+
+R1-Zero's solutions grew on their own, and the paper takes that for reasoning that pays. Two bases
+of the same task tell length and use apart: the documents of `a` are right where they are worked and
+wrong where they are not, those of `b` the other way round. `base_length_pays`, the tokens by which
+the base's right samples are longer than its wrong ones of the same problem, says whether they are.
+
+Objectives are arms, as some reward length by themselves. In DeepSeekMath's (`grpo`) each output is
+averaged over its tokens, so that a long wrong one is punished less for each of its tokens: the
+1/length artefact. Three others have no such factor: the mean over all tokens (`dapo`), the ratio of
+whole outputs (`grpo_r1`) and the sum over a constant (`dr_grpo`). GSPO is no guard: its ratio is a
+mean over an output's tokens.
+
+Matched between arms: architecture, tokens, problems and order of pretraining; how many documents
+are direct, brief and detailed, and how many malformed; problems, samples and rewards of RL; and the
+base, between objectives. Not matched: how often the bases are right.
+"""
+
+from experiments.rl_runs import RLRuns
+from experiments.rl_scales import scales
+from experiments.stats import Claim
+from experiments.study import Arm, Comparison, Study
+
+_OBJECTIVES = ("grpo", "dapo", "grpo_r1", "dr_grpo")
+# Direct answers are right more often than not; a worked solution has one to three steps, nearly all
+# of them wrong. About as many documents are right as with the defaults, `a`.
+_NOISE = {"a": (), "b": ("documents.noise.direct_error=0.4", "documents.noise.step_error=0.85",
+                         "documents.noise.detailed_error=0.85",
+                         "documents.noise.self_correction=0")}
+
+_ARMS = tuple(Arm(f"{base}_{name}", (*noise, f"rl.objective.name={name}"))
+              for base, noise in _NOISE.items() for name in _OBJECTIVES)
+
+# One token in fifty steps: over the 24 steps of the shortest run half a token, of the 5 by which
+# R1-Zero's miniature grows. Less is not called growth.
+_MARGIN = 0.02
+
+
+def _comparisons(objective: str) -> tuple[Comparison, ...]:
+  return (
+      Comparison(f"length grows where it pays, by {objective}", "length_slope", f"a_{objective}",
+                 None, Claim("threshold", sign=1, threshold=_MARGIN), "grows for 8,000 steps"),
+      Comparison(f"it does not where it does not, by {objective}", "length_slope", f"b_{objective}",
+                 None, Claim("threshold", sign=-1, threshold=_MARGIN)),
+      Comparison(f"it grows more where it pays, by {objective}", "length_slope", f"a_{objective}",
+                 f"b_{objective}", Claim("sign", sign=1, margin=_MARGIN)))
+
+
+STUDY = Study(
+    name="rl_length",
+    claim="RL from rules makes solutions longer where longer ones are more often right, and only "
+          "there.",
+    source="arXiv:2501.12948, section 2.2.4 and figure 3; on the artefact arXiv:2503.20783",
+    arms=_ARMS, baseline="a_grpo_r1",
+    comparisons=(
+        Comparison("length pays in base a", "base_length_pays", "a_grpo_r1", None,
+                   Claim("threshold", sign=1, threshold=0.0)),
+        Comparison("length does not pay in base b", "base_length_pays", "b_grpo_r1", None,
+                   Claim("threshold", sign=-1, threshold=0.0)),
+        *(comparison for name in _OBJECTIVES for comparison in _comparisons(name)),
+        # The artefact lengthens what is wrong, so it shows where length does not pay.
+        Comparison("the mean over each output's tokens lengthens more than that over all tokens",
+                   "length_slope", "b_grpo", "b_dapo", Claim("sign", sign=1))),
+    # On an H200 one base of each kind has to do: the seeds there are of RL alone.
+    scales=scales(cpu_steps=60, gpu_steps=24, gpu_bases=1, kinds=2), kind=RLRuns)

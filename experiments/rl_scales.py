@@ -1,0 +1,69 @@
+"""Budgets of the RL studies: R1-Zero's base and rollouts, for as many steps as a study can pay.
+
+Two CPU cores take 2.4 s for a step (of 16 problems x 16 completions, and of what evaluations cost
+meanwhile), 1 s for 256 completions of an evaluation and 6.5 minutes for a base. An H200 is
+estimated at 0.2 s, 0.15 s and 80 s, and 4 s for each run to begin.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from experiments.r1_zero import SCALES
+from experiments.rl_runs import EvaluationConfig, RLStudyConfig
+from experiments.study import Scale
+
+_RATES = (2.5e-4, 5e-4, 1e-3)
+_SEEDS = 3
+_EVALUATION = EvaluationConfig()
+
+
+class _Hardware(NamedTuple):
+  """Seconds of what a study does."""
+
+  name: str
+  begin: float
+  step: float
+  rollout: float
+  base: float
+
+
+_CPU = _Hardware("2 CPU cores", 5, 2.4, 1, 390)
+_GPU = _Hardware("one H200, estimated", 4, 0.2, 0.15, 80)
+
+
+def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: int = 1,
+           evaluation: EvaluationConfig = _EVALUATION, work: float = 1.0,
+           ) -> dict[str, Scale]:
+  """`smoke`, of which the figures mean nothing, `cpu` and `gpu`.
+
+  The latter two have three learning rates on one sweep seed, and three paired seeds.
+
+  Args:
+    cpu_steps, gpu_steps: rollouts of a run.
+    gpu_bases: see `RLStudyConfig`; on CPUs there is one a seed.
+    kinds: of bases that the arms begin with.
+    evaluation: before and after.
+    work: of a step, in those of a plain one.
+  """
+  tiny = SCALES["smoke"]
+  loop = dataclasses.replace(tiny.rl.loop, steps=3)
+  smoke = RLStudyConfig(
+      base=tiny.base, documents=tiny.documents, bases=1, rl=dataclasses.replace(tiny.rl, loop=loop),
+      evaluation=EvaluationConfig(8, 4, evaluation.temperature))
+  of_full = lambda steps, bases, hardware: _full(
+      steps, bases, evaluation, hardware, kinds, work)
+  return {
+      "smoke": Scale(smoke, _RATES, seeds=2, minutes=0.05, hardware="2 CPU cores",
+                     shared_minutes=0.5),
+      "cpu": of_full(cpu_steps, _SEEDS, _CPU), "gpu": of_full(gpu_steps, gpu_bases, _GPU)}
+
+
+def _full(steps, bases, evaluation, hardware, kinds, work) -> Scale:
+  whole = SCALES["cpu"]
+  config = RLStudyConfig(
+      base=whole.base, documents=whole.documents, bases=bases, evaluation=evaluation,
+      rl=dataclasses.replace(whole.rl, loop=dataclasses.replace(whole.rl.loop, steps=steps)))
+  rollouts = evaluation.problems * evaluation.samples / whole.rl.sampling.num_sequences
+  run = hardware.begin + steps * hardware.step * work + rollouts * hardware.rollout
+  return Scale(config, _RATES, seeds=_SEEDS, minutes=run / 60, hardware=hardware.name,
+               shared_minutes=kinds * bases * hardware.base / 60)
