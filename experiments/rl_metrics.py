@@ -16,6 +16,7 @@ from rl.sampler import Sampler, Samples
 # By metric, the column of a run's rows that it is the mean of.
 _MEANS = {"kl": "kl", "clip_ratio": "clip_ratio/region", "gap": "sampling_gap",
           "routing_agreement": "routing_agreement", "entropy": "entropy"}
+_GAINED = ("pass@1", "cons@k", "pass@k", "lenient_pass@1", "format", "length")
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:
@@ -90,10 +91,9 @@ def of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   return found | {"seconds_per_step": statistics.median(row["seconds/step"] for row in rows)}
 
 
-def gains(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> dict:
-  """After less before, under "NAME_gain", of what both have."""
-  return {f"{name}_gain": value - before[name] for name, value in after.items()
-          if value is not None and before.get(name) is not None}
+def gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+  """After less before, under "NAME_gain"."""
+  return {f"{name}_gain": after[name] - before[name] for name in _GAINED}
 
 
 def stretches(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],

@@ -109,7 +109,7 @@ class RLRuns:
     start = base.load(max_seconds)
     if start is None:
       return None
-    left = max_seconds and max(1.0, max_seconds - (time.monotonic() - began))
+    left = max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
     folder.check_config(rl.start.as_dict(cfg.rl, start.cfg))
     tokenizer = start.tokenizer()
     tokenizer.save(folder.path / rl.start.TOKENIZER)

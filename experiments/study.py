@@ -296,8 +296,10 @@ class _Runner:
         "total_cost": cost.add_up([run["cost"] for run in runs.values()]),
         "provenance": self.where_it_ran()}
     write_json_atomic(self.out.path / "results.json", study)
+    asked = dict.fromkeys(c.metric for c in self.study.comparisons)
     print(f"noise of {self.study.baseline} between seeds: " + (", ".join(
-        f"{metric} {value:.2g}" for metric, value in study["noise"].items()) or "needs two seeds"))
+        f"{metric} {study['noise'][metric]:.2g}" for metric in asked if metric in study["noise"])
+        or "needs two seeds"))
     for c in comparisons:
       pair = c["paired"]
       print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} [{pair['low']:.4g}, "
