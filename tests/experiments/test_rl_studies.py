@@ -1,0 +1,154 @@
+"""The RL studies as they are written: arms that exist and differ, metrics that are measured."""
+
+import importlib
+import random
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import rl_length, settings
+from experiments.rl_metrics import of_rows
+from experiments.rl_runs import RLRuns
+from experiments.run import STUDIES
+from experiments.runs import Task
+from experiments.study import Study, compare
+from rl import rewards
+from rl.objective import SPECS, policy_loss
+from rl.tasks import get_task
+from rl.templates import get_template
+
+NAMES = [name for name in STUDIES if name.startswith("rl_")]
+CASES = [(name, scale) for name in NAMES for scale in ("smoke", "cpu", "gpu")]
+# As `judged` and `gains` have them; of a run's rows, those of a row with everything in it.
+ROW = {"step": 1, "completions/mean_length": 1, "seconds/step": 1, "kl": 1, "entropy": 1,
+       "clip_ratio/region": 1, "sampling_gap": 1, "routing_agreement": 1}
+METRICS = {"pass@1", "cons@k", "pass@k", "format", "length", "base_length_pays",
+           "pass@1_gain", "cons@k_gain", "pass@k_gain", "length_gain",
+           *of_rows([ROW, ROW | {"step": 2}])}
+
+
+def of(name: str) -> Study:
+  return importlib.import_module(f"experiments.{name}").STUDY
+
+
+def configs(name, scale) -> dict:
+  return {arm.name: settings.apply(of(name).scales[scale].config, arm.settings)
+          for arm in of(name).arms}
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_all_arms_can_be_built_and_differ(name, scale):
+  built = configs(name, scale)
+  assert len(built) == len(of(name).arms) and len(set(built.values())) == len(built)
+  rates = of(name).scales[scale].learning_rates
+  assert len(set(rates)) >= 3 and sorted(rates) == list(rates)
+  runs = RLRuns(of(name).scales[scale].config, built, ())
+  for arm in built:
+    cfg = runs.config(Task(arm, rates[0], 3))
+    assert (cfg.rl.optimizer.learning_rate, cfg.rl.loop.seed) == (rates[0], 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comparisons_are_of_arms_and_metrics_that_exist(name):
+  study = of(name)
+  names = [arm.name for arm in study.arms]
+  assert study.name == name and study.kind is RLRuns and study.baseline in names
+  assert len({c.name for c in study.comparisons}) == len(study.comparisons)
+  for c in study.comparisons:
+    assert c.metric in METRICS
+    assert (c.baseline is None) == (c.claim.kind == "threshold")
+    for side in filter(None, (c.arm, c.baseline)):
+      assert side in names if not side.endswith("*") else (
+          c.matched == "sweep" and len([n for n in names if n.startswith(side[:-1])]) > 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arms_that_are_compared_begin_with_the_same_base(name):
+  """But where the base is the question."""
+  runs = RLRuns(of(name).scales["cpu"].config, configs(name, "cpu"), ())
+  paths = {arm.name: runs.base(Task(arm.name, 1e-3, 0)).path for arm in of(name).arms}
+  if name == "rl_length":
+    assert len(set(paths.values())) == 2
+    assert all(len({path for arm, path in paths.items() if arm[0] == base}) == 1 for base in "ab")
+  else:
+    assert len(set(paths.values())) == 1
+
+
+def test_all_studies_share_the_base_of_the_defaults():
+  paths = {RLRuns(of(name).scales["gpu"].config, configs(name, "gpu"), ()).base(
+      Task(of(name).baseline, 1e-3, 0)).path for name in NAMES}
+  assert len(paths) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_routing_is_recorded_wherever_its_agreement_is_compared(name):
+  built = configs(name, "cpu")
+  for c in of(name).comparisons:
+    if c.metric == "routing_agreement":
+      for arm in filter(None, (c.arm, c.baseline)):
+        assert built[arm].rl.objective.routing == "observed"
+
+
+def test_epsilon_is_of_tokens_and_off_policy_arms_are_off_policy():
+  for arm, cfg in configs("rl_clip", "cpu").items():
+    assert cfg.rl.objective.spec(32).ratio == "token"
+    assert cfg.rl.objective.updates == (1 if arm.startswith("on_") else 16)
+
+
+def test_what_is_called_a_guard_does_not_divide_by_an_outputs_length():
+  """What a token of a longer output weighs beside a shorter one's: 1 without the artefact."""
+  mask, logp = jnp.array([[True] * 2 + [False] * 6, [True] * 8]), jnp.full((2, 8), -1.0)
+
+  def weight(spec):
+    gradient = jax.grad(lambda x: policy_loss(x, logp, logp, jnp.ones(2), mask, spec)[0])(logp)
+    return float(gradient[1, 0] / gradient[0, 0])
+
+  built = configs("rl_length", "cpu")
+  of_arm = {arm: weight(cfg.rl.objective.spec(32).replace(beta=0.0)) for arm, cfg in built.items()}
+  for base in "ab":
+    assert of_arm[f"{base}_grpo"] == pytest.approx(2 / 8)
+    for guard in ("dapo", "grpo_r1", "dr_grpo"):
+      assert of_arm[f"{base}_{guard}"] == pytest.approx(1)
+  assert weight(SPECS["gspo"]) == pytest.approx(2 / 8)
+
+
+def right_shares(arm: str) -> dict[str, float]:
+  """By whether a document is worked, the share whose answer earns the reward; no model in it."""
+  cfg = configs("rl_length", "cpu")[arm]
+  task, template, rng = get_task(cfg.rl.task), get_template(cfg.rl.template), random.Random(0)
+  right = {"direct": [], "worked": []}
+  for _ in range(4000):
+    prompt, completion = task.document(rng, cfg.documents.noise, template)
+    answer = str(eval(prompt.split(":")[1].split("\n")[0]))  # of a sum
+    value = rewards.accuracy([prompt], [completion], answer=[answer], task=[cfg.rl.task])[0]
+    right["worked" if "=" in completion else "direct"].append(value)
+  return {kind: sum(values) / len(values) for kind, values in right.items()}
+
+
+def test_worked_documents_are_right_more_often_in_a_and_direct_ones_in_b():
+  # 4,000 documents, 1,600 of them worked: a share's standard error is at most 0.013.
+  a, b = right_shares("a_grpo"), right_shares("b_grpo")
+  assert a["worked"] > a["direct"] + 0.2
+  assert b["direct"] > b["worked"] + 0.2
+
+
+def test_a_and_b_differ_in_what_is_right_not_in_how_much_is_worked_or_malformed():
+  built = configs("rl_length", "cpu")
+  noise = [built[f"{base}_grpo"].documents.noise for base in "ab"]
+  for name in ("direct", "detailed", "malformed"):
+    assert getattr(noise[0], name) == getattr(noise[1], name)
+  assert rl_length.STUDY.arms[0].settings == ("rl.objective.name=grpo",)
+
+
+def test_of_ppos_value_rates_the_one_that_swept_best_is_compared():
+  question = next(c for c in of("rl_ppo").comparisons if c.arm and c.baseline == "ppo_1_*")
+  at = lambda value: {seed: {"pass@1": value} for seed in (0, 1)}
+  compared = {"ppo_1_value1x": at(0.9), "ppo_1_value4x": at(0.5), "ppo_0.95_value1x": at(0.4),
+              "ppo_0.95_value4x": at(0.8), "grpo": at(0.6)}
+  swept = {"ppo_1_value1x": 0.1, "ppo_1_value4x": 0.2, "ppo_0.95_value1x": 0.3,
+           "ppo_0.95_value4x": 0.2, "grpo": 0.9}
+  outcome = compare(question, compared, swept)
+  assert (outcome["arm"], outcome["baseline"]) == ("ppo_0.95_value1x", "ppo_1_value4x")
+  assert outcome["paired"]["mean"] == pytest.approx(0.4 - 0.5)
+  assert compare(question, compared, {"ppo_1_value1x": 0.1}) is None
