@@ -49,6 +49,9 @@ TEMPLATES = {template.name: template for template in (
     Template("r1", _R1),
     Template("short", "Q: {question}\nA:"),
     Template("short_think", "Q: {question}\n<think>"),
+    # Turns as ChatML has them, for models that are tuned to talk.
+    Template("chat", "<|im_start|>user\nWhat is {question}? Answer with a number only.<|im_end|>\n"
+             "<|im_start|>assistant\n"),
 )}
 
 

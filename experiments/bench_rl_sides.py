@@ -1,0 +1,264 @@
+"""The sides of `bench_rl`: this project's GRPO, and a peer's in a subprocess.
+
+Both take steps, evaluate and go back to the start when told, and count the same: tokens sampled, up
+to and with the one that ends a turn, and seconds of a step's phases.
+"""
+
+import dataclasses
+import json
+import pathlib
+import select
+import subprocess
+import sys
+import time
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+import rl.start
+from experiments import chat, sums
+from model import Numerics, Transformer
+from model.checks import require, require_positive, require_range
+from rl.advantages import group_advantages
+from rl.config import ObjectiveConfig, RLConfig, SamplingConfig
+from rl.sampler import Sampler
+from rl.step import experience, init_rl_state, make_update
+from train.config import OptimizerConfig
+
+PHASES = ("rollout", "reward", "update")
+_ROOT = pathlib.Path(__file__).parent.parent
+_PROBLEMS = 4096  # of "train", before they begin again
+_EVALUATION = 2**31 - 1  # the step whose random keys evaluations draw with
+_PATIENCE = 300  # seconds that a peer may take for an answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """What is trained, and how it is timed.
+
+  Attributes:
+    model: a Hugging Face folder, tuned on ChatML.
+    task: see `rl.tasks.get_task`; answers must be numbers.
+    num_prompts, num_generations, max_prompt_length, max_completion_length: of a rollout.
+    micro_batch_size: sequences that go forward and backward at once.
+    learning_rate: constant.
+    compute: format of products, over float32 masters.
+    seed: of everything.
+    peer: what to compare with; None for ours alone. "transformers" is generate and one training
+      step, for where TRL is missing.
+    peer_python: an interpreter that has torch, transformers and, for "trl", trl and datasets.
+    peer_generation: ways in which the peer samples; the fastest is quoted, and trains.
+    steps_timed: of a round.
+    repeats: rounds, in which the sides alternate, each from the first weights; medians are quoted.
+    minutes: of training, for either side; 0 for none.
+    goal: held-out pass@1 at which a side's training ends.
+    eval_problems, eval_samples: of an evaluation.
+    eval_every: steps between evaluations.
+  """
+
+  model: str = ""
+  task: str = "arithmetic:terms=2,digits=1,operators=+"
+  num_prompts: int = 32
+  num_generations: int = 16
+  max_prompt_length: int = 24
+  max_completion_length: int = 32
+  micro_batch_size: int = 256
+  learning_rate: float = 1e-5
+  compute: str = "bfloat16"
+  seed: int = 0
+  peer: str | None = None
+  peer_python: str = sys.executable
+  peer_generation: tuple[str, ...] = ("generate", "compiled", "continuous")
+  steps_timed: int = 3
+  repeats: int = 5
+  minutes: float = 2.0
+  goal: float = 0.85
+  eval_problems: int = 64
+  eval_samples: int = 8
+  eval_every: int = 5
+
+  def __post_init__(self):
+    require(self.peer in (None, "trl", "transformers"),
+            f"bench.peer={self.peer} must be none, trl or transformers")
+    ways = {"generate", "compiled", "continuous"}
+    require(bool(self.peer_generation) and set(self.peer_generation) <= ways,
+            f"bench.peer_generation={self.peer_generation} must be some of {sorted(ways)}")
+    require(self.compute in ("bfloat16", "float32"),
+            f"bench.compute={self.compute!r} must be bfloat16 or float32")
+    require_positive(self, "steps_timed", "repeats", "eval_samples", "eval_every")
+    require_range(self, 0, 60, "minutes")
+    require_range(self, 0, 1, "goal")
+    require(self.eval_problems > 1, "bench.eval_problems must be at least 2, for an interval")
+    self.run()
+
+  @property
+  def num_sequences(self) -> int:
+    return self.num_prompts * self.num_generations
+
+  def run(self) -> RLConfig:
+    """Our side: DAPO's loss, which is TRL's default, without a KL and with one step a rollout."""
+    sampling = SamplingConfig(
+        num_prompts=self.num_prompts, num_generations=self.num_generations,
+        max_prompt_length=self.max_prompt_length,
+        max_completion_length=self.max_completion_length)
+    optimizer = OptimizerConfig(learning_rate=self.learning_rate, schedule="constant",
+                                weight_decay=0.0, moments="float32")
+    cfg = RLConfig(
+        task=self.task, template="chat", sampling=sampling, optimizer=optimizer,
+        objective=ObjectiveConfig(name="dapo", micro_batch_size=self.micro_batch_size))
+    return dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, seed=self.seed))
+
+
+class Side(Protocol):
+  """Who trains when told."""
+
+  name: str
+
+  def go(self, steps: int) -> list[dict[str, float]]:
+    """Takes steps; of each the seconds of PHASES and of all, "tokens" and "mean_reward"."""
+
+  def evaluate(self) -> list[float]:
+    """The share of right samples of each held-out problem."""
+
+  def reset(self) -> None:
+    """Goes back to the weights and the optimizer of the start."""
+
+  def quit(self) -> None:
+    """Gives back what it holds."""
+
+
+class Ours:
+  """This project's sampler, advantages and update, as its RL loop puts them together."""
+
+  name = "ours"
+
+  def __init__(self, bench: Bench):
+    start = rl.start.load(bench.model)
+    self.bench, self.cfg, run = bench, start.cfg, bench.run()
+    require(start.tokenizer_path is not None, f"{bench.model} has no tokenizer.json")
+    network = dataclasses.replace(
+        start.cfg, numerics=Numerics(params="float32", compute=bench.compute))
+    self.sampler = Sampler(
+        Transformer(network), run, chat.ChatTokenizer.load(start.tokenizer_path))
+    self._run, self._initial = run, start.variables
+    self._update, self._spec = make_update(network, run), run.objective.spec(1)
+    self.reset()
+
+  def reset(self) -> None:
+    self._state, self._step = init_rl_state(self._initial, self._run), 0
+
+  def go(self, steps: int) -> list[dict[str, float]]:
+    return [self._one() for _ in range(steps)]
+
+  def _one(self) -> dict[str, float]:
+    bench, began = self.bench, time.perf_counter()
+    first = self._step * bench.num_prompts
+    drawn = self.sampler.sample(
+        self._state.train.variables, "train",
+        [index % _PROBLEMS for index in range(first, first + bench.num_prompts)],
+        bench.num_generations, step=self._step)
+    sampled = time.perf_counter()
+    rewards = sums.rewards(drawn.completions, [problem.answer for problem in drawn.problems])
+    judged = time.perf_counter()
+    # By place: with few problems, one may be asked twice in a rollout.
+    groups = np.repeat(np.arange(bench.num_prompts), bench.num_generations)
+    seen = experience(
+        drawn.prompt_tokens, drawn.tokens_SN, drawn.lengths_S, drawn.logprobs_SN,
+        group_advantages(rewards, groups).values, np.ones(len(drawn), bool),
+        # One shape for all rollouts: nothing is compiled while the clock runs.
+        multiple=bench.max_prompt_length + bench.max_completion_length)
+    rate = np.full(1, bench.learning_rate, np.float32)
+    self._state, _ = self._update(self._state, seen, {
+        "learning_rate": rate, "value_learning_rate": rate, "spec": self._spec,
+        "temperature": 1.0, "gae_lambda": 1.0}, jax.random.key(self._step))
+    jax.block_until_ready(self._state)
+    self._step += 1
+    now = time.perf_counter()
+    return {"rollout": sampled - began, "reward": judged - sampled, "update": now - judged,
+            "seconds": now - began, "tokens": int(drawn.lengths_S.sum()),
+            "mean_reward": float(np.mean(rewards))}
+
+  def evaluate(self) -> list[float]:
+    bench = self.bench
+    drawn = self.sampler.sample(
+        self._state.train.variables, "heldout", range(bench.eval_problems), bench.eval_samples,
+        step=_EVALUATION)
+    right = sums.rewards(drawn.completions, [problem.answer for problem in drawn.problems])
+    return np.reshape(right, (-1, bench.eval_samples)).mean(1).tolist()
+
+  def quit(self) -> None:
+    del self._state, self._initial
+
+  def for_peers(self) -> dict[str, Any]:
+    """The config of `experiments.peers.grpo`: the same prompts, token by token."""
+    bench, tokenizer = self.bench, self.sampler.tokenizer
+
+    def rows(split, count):
+      problems = [self.sampler.task.problem(split, index) for index in range(count)]
+      prompts = [self.sampler.template.render(problem.question) for problem in problems]
+      return [{"prompt": prompt, "ids": ids.tolist(), "answer": problem.answer}
+              for prompt, ids, problem in zip(
+                  prompts, tokenizer.encode_batch(prompts), problems, strict=True)]
+
+    names = ("model", "num_generations", "num_sequences", "max_completion_length",
+             "micro_batch_size", "learning_rate", "compute", "seed", "eval_samples")
+    return {name: getattr(bench, name) for name in names} | {
+        "stop": tokenizer.decode([tokenizer.eos]), "pad": tokenizer.decode([tokenizer.pad]),
+        "train": rows("train", _PROBLEMS), "heldout": rows("heldout", bench.eval_problems)}
+
+
+class Peer:
+  """A subprocess that trains when told; see `experiments.peers.grpo`."""
+
+  def __init__(self, bench: Bench, generation: str, config: pathlib.Path):
+    self.name = f"{bench.peer} ({generation})" if bench.peer == "trl" else bench.peer
+    self.versions: dict[str, str] = {}
+    self.master = None
+    self._process = subprocess.Popen(
+        [bench.peer_python, "-m", "experiments.peers.grpo", str(config), f"--kind={bench.peer}",
+         f"--generation={generation}"],
+        cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+  def ready(self, params: int) -> None:
+    """Waits for its first word.
+
+    Raises:
+      ValueError: if it stopped, or has another number of parameters.
+    """
+    answer = self._answer()
+    self.versions = answer["versions"]
+    require(answer["params"] == params,
+            f"{self.name} has {answer['params']:,} parameters, and ours {params:,}")
+
+  def _answer(self) -> dict[str, Any]:
+    ready, _, _ = select.select([self._process.stdout], [], [], _PATIENCE)
+    require(bool(ready), f"{self.name} has not answered for {_PATIENCE} s")
+    line = self._process.stdout.readline()
+    require(bool(line), f"{self.name} stopped: see its message above")
+    return json.loads(line)
+
+  def _ask(self, command: str) -> dict[str, Any]:
+    try:
+      self._process.stdin.write(f"{command}\n".encode())
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      raise ValueError(f"{self.name} stopped: see its message above") from None
+    return self._answer()
+
+  def go(self, steps: int) -> list[dict[str, float]]:
+    answer = self._ask(f"go {steps}")
+    self.master = answer["master"]
+    return answer["rows"]
+
+  def evaluate(self) -> list[float]:
+    return self._ask("evaluate")["rates"]
+
+  def reset(self) -> None:
+    self._ask("reset")
+
+  def quit(self) -> None:
+    self._process.kill()
+    self._process.wait()
+    self._process.stdin.close()
+    self._process.stdout.close()
