@@ -30,7 +30,7 @@ _WARM_UP = 2  # steps of either side before any is timed: all is compiled by the
 class BenchConfig:
   """See `Bench`."""
 
-  bench: Bench = Bench()
+  bench: Bench = dataclasses.field(default_factory=Bench)
 
 
 def main(options: Options) -> None:

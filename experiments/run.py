@@ -17,7 +17,7 @@ EXPERIMENTS = {
     "evaluate": "pass@1, pass@k and cons@k of a checkpoint on a task, with intervals",
     "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
     "bench_train": "time training beside transformers (--set bench.peer=transformers)",
-    "bench_rl": "time GRPO beside TRL on a real model (--set bench.model=DIR bench.peer=trl)",
+    "bench_rl": "time GRPO beside TRL on a model (--set bench.model=DIR --set bench.peer=trl)",
     "bench_seeds": "time several seeds trained together against one",
     "bench_rl_cost": "time PPO, GRPO and RFT beside each other, and count their peak bytes",
     "bench_moe": "time the ways of computing routed experts against each other",
