@@ -23,8 +23,6 @@ from experiments.options import Options
 from rl.pass_rates import interval
 from train.config_io import to_dict
 
-_WARM_UP = 2  # steps of either side before any is timed: all is compiled by then
-
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
@@ -67,15 +65,11 @@ def main(options: Options) -> None:
 
 
 def _warm(ours: Ours, peers: Sequence[Peer], result: dict[str, Any]) -> list[Peer]:
-  """Compiles ours while the peers load, then warms those up; those that can run."""
-  ours.go(_WARM_UP)
-  ours.evaluate()
+  """Compiles ours while the peers warm up; returns those that can run."""
+  ours.warm_up()
   alive = []
   for peer in peers:
-    def warm(peer=peer):
-      peer.ready(ours.cfg.param_count())
-      peer.go(_WARM_UP)
-    if _tried(peer, warm, result):
+    if _tried(peer, lambda peer=peer: peer.ready(ours.cfg.param_count()), result):
       alive.append(peer)
       result["versions_of_peer"] = peer.versions
   return alive
@@ -87,7 +81,7 @@ def _tried(side: Side, what: Callable[[], Any], result: dict[str, Any]) -> bool:
     what()
     return True
   except ValueError as error:
-    if side.name == "ours":
+    if not isinstance(side, Peer):
       raise
     print(f"left out: {error}", file=sys.stderr)
     result["failed"][side.name] = str(error)
@@ -105,13 +99,13 @@ def _time(bench: Bench, sides: list[Side], result: dict[str, Any]) -> None:
         rounds[side.name].append(side.go(bench.steps_timed))
       if not _tried(side, turn, result):
         sides.remove(side)
-  result["sides"] = {side.name: summary(rounds[side.name]) for side in sides}
+  result["sides"] = {side.name: summary(rounds[side.name]) | {"masters": side.masters}
+                     for side in sides}
   rates = {name: found["tokens_per_second"] for name, found in result["sides"].items()}
-  rivals = [name for name in rates if name != "ours"]
-  if rivals:
-    best = max(rivals, key=lambda name: rates[name]["step"])
-    result["best_peer"] = best
-    result["ratio"] = {phase: rates["ours"][phase] / rates[best][phase] for phase in rates[best]}
+  # The strongest first.
+  rivals = sorted(set(rates) - {"ours"}, key=lambda name: rates[name]["step"], reverse=True)
+  result["ratios"] = {name: {phase: rates["ours"][phase] / rate
+                             for phase, rate in rates[name].items()} for name in rivals}
 
 
 def summary(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
@@ -143,8 +137,8 @@ def _train_all(bench: Bench, sides: list[Side], result: dict[str, Any],
   """Ours, and then the fastest peer of those that can learn at this rate."""
   speed = lambda side: result["sides"][side.name]["tokens_per_second"]["step"]
   ours, *rivals = sides
-  # Steps of 1e-5 vanish in weights of bfloat16, to which continuous batching casts them.
-  able = [peer for peer in rivals if peer.master == "float32"]
+  # Small steps vanish in weights of bfloat16.
+  able = [peer for peer in rivals if peer.masters == "float32"]
   chosen = max(able, key=speed, default=None)
   for peer in rivals:
     if peer is not chosen:

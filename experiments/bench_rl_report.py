@@ -31,20 +31,22 @@ def write_bench_report(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _ratio(result: dict[str, Any]) -> str:
-  if "ratio" not in result:
-    return "No peer was measured."
-  ratio = result["ratio"]
-  parts = ", ".join(f"{phase} {number(ratio[phase], 3)}" for phase in PHASES)
-  return (f"**{number(ratio['step'], 3)} times** the tokens/s of {result['best_peer']}, the "
-          f"fastest peer ({parts}).")
+  """Ours over every peer; the strongest comes first, and bold."""
+  lines = []
+  for name, ratio in result["ratios"].items():
+    parts = ", ".join(f"{phase} {number(ratio[phase], 3)}" for phase in PHASES)
+    times = f"{number(ratio['step'], 3)} times"
+    lines.append(f"- {times if lines else f'**{times}**'} the tokens/s of {name} ({parts})")
+  return "\n".join(lines) or "No peer was measured."
 
 
 def _phases(sides: dict[str, dict]) -> str:
   rates = table(("tokens/s", *_COLUMNS, "slowest round", "fastest round"), [
       [name, *(side["tokens_per_second"][phase] for phase in _COLUMNS), min(side["by_round"]),
        max(side["by_round"])] for name, side in sides.items()])
-  seconds = table(("seconds a step", *_COLUMNS, "tokens", "reward"), [
-      [name, *(side["seconds"][phase] for phase in _COLUMNS), side["tokens"], side["mean_reward"]]
+  seconds = table(("seconds a step", *_COLUMNS, "tokens", "reward", "weights"), [
+      [name, *(side["seconds"][phase] for phase in _COLUMNS), side["tokens"], side["mean_reward"],
+       side["masters"]]
       for name, side in sides.items()])
   return (f"{rates}\n\n{seconds}\n\nTokens sampled, up to and with the one that ends a turn, over "
           "the seconds of a phase; medians over rounds. Phases that others leave unnamed are in "

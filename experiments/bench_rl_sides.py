@@ -27,10 +27,14 @@ from rl.step import experience, init_rl_state, make_update
 from train.config import OptimizerConfig
 
 PHASES = ("rollout", "reward", "update")
+# Of a peer: `generate` over float32 weights, over bfloat16 ones, with a static cache under
+# torch.compile, and continuous batching; see `experiments.peers.grpo`.
+WAYS = ("generate", "generate_bf16", "compiled", "continuous")
 _ROOT = pathlib.Path(__file__).parent.parent
 _PROBLEMS = 4096  # of "train", before they begin again
+_WARM_UP = 2  # steps of either side before any is timed: all is compiled by then
 _EVALUATION = 2**31 - 1  # the step whose random keys evaluations draw with
-_PATIENCE = 300  # seconds that a peer may take for an answer
+_PATIENCE = 240  # seconds that a peer may take for an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Bench:
     peer: what to compare with; None for ours alone. "transformers" is generate and one training
       step, for where TRL is missing.
     peer_python: an interpreter that has torch, transformers and, for "trl", trl and datasets.
-    peer_generation: ways in which the peer samples; the fastest is quoted, and trains.
+    peer_generation: ways in which TRL samples, of WAYS; the fastest is quoted, and the fastest over
+      float32 weights trains.
     steps_timed: of a round.
     repeats: rounds, in which the sides alternate, each from the first weights; medians are quoted.
     minutes: of training, for either side; 0 for none.
@@ -69,10 +74,10 @@ class Bench:
   seed: int = 0
   peer: str | None = None
   peer_python: str = sys.executable
-  peer_generation: tuple[str, ...] = ("generate", "compiled", "continuous")
+  peer_generation: tuple[str, ...] = WAYS
   steps_timed: int = 3
   repeats: int = 5
-  minutes: float = 2.0
+  minutes: float = 1.5
   goal: float = 0.85
   eval_problems: int = 64
   eval_samples: int = 8
@@ -81,9 +86,8 @@ class Bench:
   def __post_init__(self):
     require(self.peer in (None, "trl", "transformers"),
             f"bench.peer={self.peer} must be none, trl or transformers")
-    ways = {"generate", "compiled", "continuous"}
-    require(bool(self.peer_generation) and set(self.peer_generation) <= ways,
-            f"bench.peer_generation={self.peer_generation} must be some of {sorted(ways)}")
+    require(bool(self.peer_generation) and set(self.peer_generation) <= set(WAYS),
+            f"bench.peer_generation={self.peer_generation} must be some of {', '.join(WAYS)}")
     require(self.compute in ("bfloat16", "float32"),
             f"bench.compute={self.compute!r} must be bfloat16 or float32")
     require_positive(self, "steps_timed", "repeats", "eval_samples", "eval_every")
@@ -114,6 +118,7 @@ class Side(Protocol):
   """Who trains when told."""
 
   name: str
+  masters: str | None  # the weights' format
 
   def go(self, steps: int) -> list[dict[str, float]]:
     """Takes steps; of each the seconds of PHASES and of all, "tokens" and "mean_reward"."""
@@ -124,14 +129,11 @@ class Side(Protocol):
   def reset(self) -> None:
     """Goes back to the weights and the optimizer of the start."""
 
-  def quit(self) -> None:
-    """Gives back what it holds."""
-
 
 class Ours:
   """This project's sampler, advantages and update, as its RL loop puts them together."""
 
-  name = "ours"
+  name, masters = "ours", "float32"
 
   def __init__(self, bench: Bench):
     start = rl.start.load(bench.model)
@@ -144,6 +146,11 @@ class Ours:
     self._run, self._initial = run, start.variables
     self._update, self._spec = make_update(network, run), run.objective.spec(1)
     self.reset()
+
+  def warm_up(self) -> None:
+    """Compiles."""
+    self.go(_WARM_UP)
+    self.evaluate()
 
   def reset(self) -> None:
     self._state, self._step = init_rl_state(self._initial, self._run), 0
@@ -187,9 +194,6 @@ class Ours:
     right = sums.rewards(drawn.completions, [problem.answer for problem in drawn.problems])
     return np.reshape(right, (-1, bench.eval_samples)).mean(1).tolist()
 
-  def quit(self) -> None:
-    del self._state, self._initial
-
   def for_peers(self) -> dict[str, Any]:
     """The config of `experiments.peers.grpo`: the same prompts, token by token."""
     bench, tokenizer = self.bench, self.sampler.tokenizer
@@ -204,6 +208,7 @@ class Ours:
     names = ("model", "num_generations", "num_sequences", "max_completion_length",
              "micro_batch_size", "learning_rate", "compute", "seed", "eval_samples")
     return {name: getattr(bench, name) for name in names} | {
+        "warm_up": _WARM_UP,
         "stop": tokenizer.decode([tokenizer.eos]), "pad": tokenizer.decode([tokenizer.pad]),
         "train": rows("train", _PROBLEMS), "heldout": rows("heldout", bench.eval_problems)}
 
@@ -214,14 +219,14 @@ class Peer:
   def __init__(self, bench: Bench, generation: str, config: pathlib.Path):
     self.name = f"{bench.peer} ({generation})" if bench.peer == "trl" else bench.peer
     self.versions: dict[str, str] = {}
-    self.master = None
+    self.masters = None
     self._process = subprocess.Popen(
         [bench.peer_python, "-m", "experiments.peers.grpo", str(config), f"--kind={bench.peer}",
          f"--generation={generation}"],
         cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
   def ready(self, params: int) -> None:
-    """Waits for its first word.
+    """Waits until it is warm.
 
     Raises:
       ValueError: if it stopped, or has another number of parameters.
@@ -248,7 +253,7 @@ class Peer:
 
   def go(self, steps: int) -> list[dict[str, float]]:
     answer = self._ask(f"go {steps}")
-    self.master = answer["master"]
+    self.masters = answer["masters"]
     return answer["rows"]
 
   def evaluate(self) -> list[float]:

@@ -8,9 +8,9 @@ from the repository's root; jax is not needed.
 CONFIG is the path of a JSON file that `experiments.bench_rl` writes. It is spoken to by lines, so
 that a caller can alternate it with others; all answers are JSON:
 
-    {"ready": true, "params": 10000000, "versions": {...}}
+    {"ready": true, "params": 10000000, "versions": {...}}    after the warm-up
     go 5       ->  {"rows": [{"rollout": 1.2, "reward": 0.0, "update": 0.3, "seconds": 1.5,
-                    "tokens": 4096, "mean_reward": 0.25}, ...], "master": "float32"}
+                    "tokens": 4096, "mean_reward": 0.25}, ...], "masters": "float32"}
     evaluate   ->  {"rates": [0.5, ...]}     right samples of each held-out problem, as a share
     reset      ->  {"reset": true}           weights and optimizer as at the start
 
@@ -32,15 +32,20 @@ from typing import Any, TextIO
 from experiments import sums
 
 _PHASES = ("rollout", "reward", "update")
+GENERATION = {
+    "generate": "transformers' generate under autocast, over float32 weights",
+    "generate_bf16": "the same with weights in bfloat16",
+    "compiled": "with a static cache under torch.compile; weights in bfloat16",
+    "continuous": "transformers' continuous batching; it casts the weights to bfloat16",
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("config", type=_config, help="JSON file; see the head of this file")
   parser.add_argument("--kind", choices=("trl", "transformers"), default="trl")
-  parser.add_argument("--generation", choices=("generate", "compiled", "continuous"),
-                      default="generate", help="how completions are sampled; compiled is a static "
-                      "cache under torch.compile, continuous transformers' continuous batching")
+  parser.add_argument("--generation", choices=GENERATION, default="generate", help="; ".join(
+      f"{name}: {what}" for name, what in GENERATION.items()))
   return parser.parse_args(argv)
 
 
@@ -54,23 +59,28 @@ def _config(path: str) -> dict[str, Any]:
 class Conversation:
   """Commands in, answers out."""
 
-  def __init__(self, answers: TextIO, evaluate: Callable[[], list[float]],
-               reset: Callable[[], None], master: Callable[[], str]):
-    self._answers, self._evaluate, self._reset = answers, evaluate, reset
-    self._master, self._left, self._rows = master, 0, []
+  def __init__(self, answers: TextIO, policy: "Policy", reset: Callable[[], None]):
+    self._answers, self._policy, self._reset = answers, policy, reset
+    self._left, self._rows, self._warm = policy.config["warm_up"], [], False
 
-  def say(self, **answer: Any) -> None:
+  def _say(self, **answer: Any) -> None:
     print(json.dumps(answer), file=self._answers, flush=True)
 
   def done(self, row: dict[str, float]) -> None:
     """Notes a step; after the last that was asked for, answers and waits for more to do."""
     self._rows.append(row)
     self._left -= 1
-    if not self._left:
-      self.say(rows=self._rows, master=self._master())
-      self.wait()
+    if self._left:
+      return
+    if self._warm:
+      self._say(rows=self._rows, masters=self._policy.masters())
+    else:
+      self._policy.evaluate()
+      self._say(ready=True, params=self._policy.model.num_parameters(), versions=_versions())
+    self._warm = True
+    self._wait()
 
-  def wait(self) -> None:
+  def _wait(self) -> None:
     """Does what is asked until that is steps; at the end of the input the program ends."""
     for line in sys.stdin:
       command, _, count = line.strip().partition(" ")
@@ -78,10 +88,10 @@ class Conversation:
         self._left, self._rows = int(count), []
         return
       if command == "evaluate":
-        self.say(rates=self._evaluate())
+        self._say(rates=self._policy.evaluate())
       elif command == "reset":
         self._reset()
-        self.say(reset=True)
+        self._say(reset=True)
       else:
         sys.exit(f"error: no command {line.strip()!r}: go N, evaluate or reset")
     sys.exit(0)
@@ -120,11 +130,11 @@ def _synchronize() -> None:
 class Policy:
   """The model, as it was loaded and as it is, with its tokenizer."""
 
-  def __init__(self, config: dict[str, Any]):
+  def __init__(self, config: dict[str, Any], dtype: Any):
     self.config = config
     self.device = "cuda" if torch.cuda.is_available() else "cpu"
     self.model = transformers.AutoModelForCausalLM.from_pretrained(
-        config["model"], dtype=torch.float32, attn_implementation="sdpa").to(self.device)
+        config["model"], dtype=dtype, attn_implementation="sdpa").to(self.device)
     self.tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(pathlib.Path(config["model"]) / "tokenizer.json"),
         eos_token=config["stop"], pad_token=config["pad"], padding_side="left")
@@ -139,7 +149,7 @@ class Policy:
     self.model.load_state_dict(self._initial)
     optimizer.state.clear()
 
-  def master(self) -> str:
+  def masters(self) -> str:
     return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
   def autocast(self):
@@ -192,8 +202,6 @@ def run_trl(policy: Policy, answers: TextIO, generation: str) -> None:
   class Obedient(transformers.TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
-      talk.say(ready=True, params=policy.model.num_parameters(), versions=_versions())
-      talk.wait()
       clock.start()
 
     def on_step_end(self, *args, **kwargs):
@@ -211,9 +219,7 @@ def run_trl(policy: Policy, answers: TextIO, generation: str) -> None:
         processing_class=policy.tokenizer, callbacks=[Obedient()])
     if generation == "compiled":
       trainer.generation_config.disable_compile = False
-    talk = Conversation(
-        answers, policy.evaluate, lambda: policy.restore(trainer.optimizer.optimizer),
-        policy.master)
+    talk = Conversation(answers, policy, lambda: policy.restore(trainer.optimizer.optimizer))
     trainer.train()
 
 
@@ -241,9 +247,7 @@ def run_transformers(policy: Policy, answers: TextIO) -> None:
   config, position = policy.config, 0
   optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config["learning_rate"],
                                 betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-  talk = Conversation(answers, policy.evaluate, lambda: policy.restore(optimizer), policy.master)
-  talk.say(ready=True, params=policy.model.num_parameters(), versions=_versions())
-  talk.wait()
+  talk = Conversation(answers, policy, lambda: policy.restore(optimizer))
   groups = config["num_sequences"] // config["num_generations"]
   while True:
     clock = Clock()
@@ -286,7 +290,8 @@ def main(flags: argparse.Namespace) -> None:
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
   torch.manual_seed(flags.config["seed"])
-  policy = Policy(flags.config)
+  narrow = flags.config["compute"] == "bfloat16" and flags.generation != "generate"
+  policy = Policy(flags.config, torch.bfloat16 if narrow else torch.float32)
   if flags.kind == "trl":
     run_trl(policy, answers, flags.generation)
   else:

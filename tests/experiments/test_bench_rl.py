@@ -214,7 +214,7 @@ def peer(request, ours, tmp_path_factory):
 
 def test_a_peer_samples_as_many_completions_and_times_its_phases(peer):
   rows = peer.go(2)
-  assert len(rows) == 2 and peer.master == "float32"
+  assert len(rows) == 2 and peer.masters == "float32"
   for row in rows:
     assert 8 <= row["tokens"] <= 8 * 4
     assert min(row["rollout"], row["reward"], row["update"]) > 0
