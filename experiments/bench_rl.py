@@ -8,6 +8,7 @@ written after every part, so that a run that is cut off has not been for nothing
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -36,6 +37,9 @@ def main(options: Options) -> None:
   bench = settings.apply(BenchConfig(), options.settings).bench
   if not bench.model:
     raise ValueError("say which model to train: --set bench.model=DIR, a Hugging Face folder")
+  if bench.peer:
+    # Read when the device is first used: the sides share its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   folder = options.folder("bench_rl")
   result: dict[str, Any] = {"bench": to_dict(bench), "failed": {}}
 

@@ -48,6 +48,7 @@ class Bench:
     micro_batch_size: sequences that go forward and backward at once.
     learning_rate: constant.
     compute: format of products, over float32 masters.
+    unroll: layers of our sampler compiled one after another, as in `model.Transformer`.
     seed: of everything.
     peer: what to compare with; None for ours alone. "transformers" is generate and one training
       step, for where TRL is missing.
@@ -71,6 +72,7 @@ class Bench:
   micro_batch_size: int = 256
   learning_rate: float = 1e-5
   compute: str = "bfloat16"
+  unroll: int = 1
   seed: int = 0
   peer: str | None = None
   peer_python: str = sys.executable
@@ -90,7 +92,7 @@ class Bench:
             f"bench.peer_generation={self.peer_generation} must be some of {', '.join(WAYS)}")
     require(self.compute in ("bfloat16", "float32"),
             f"bench.compute={self.compute!r} must be bfloat16 or float32")
-    require_positive(self, "steps_timed", "repeats", "eval_samples", "eval_every")
+    require_positive(self, "unroll", "steps_timed", "repeats", "eval_samples", "eval_every")
     require_range(self, 0, 60, "minutes")
     require_range(self, 0, 1, "goal")
     require(self.eval_problems > 1, "bench.eval_problems must be at least 2, for an interval")
@@ -141,8 +143,8 @@ class Ours:
     require(start.tokenizer_path is not None, f"{bench.model} has no tokenizer.json")
     network = dataclasses.replace(
         start.cfg, numerics=Numerics(params="float32", compute=bench.compute))
-    self.sampler = Sampler(
-        Transformer(network), run, chat.ChatTokenizer.load(start.tokenizer_path))
+    tokenizer = chat.ChatTokenizer.load(start.tokenizer_path)
+    self.sampler = Sampler(Transformer(network, unroll=bench.unroll), run, tokenizer)
     self._run, self._initial = run, start.variables
     self._update, self._spec = make_update(network, run), run.objective.spec(1)
     self.reset()
