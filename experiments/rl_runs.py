@@ -1,7 +1,8 @@
 """Runs of a study that do RL from a base.
 
 A base is pretrained when the first run needs it, in the user's cache, where all arms, studies and
-later commands that begin with the same base find it. Runs go one at a time, a folder each.
+later commands that begin with the same base find it: whoever changes how bases are made deletes
+`bases` there. Runs go one at a time, a folder each.
 """
 
 import dataclasses
@@ -91,6 +92,7 @@ class RLRuns:
                told: Collection[str]):
     self._scale, self._configs = base, configs
     self._told = "base.model.vocab_size" in told
+    self._starts: dict[pathlib.Path, rl.start.Start] = {}
 
   def identity(self) -> dict[str, Any]:
     """The scale's config, most of which other files than the study's say."""
@@ -106,7 +108,7 @@ class RLRuns:
             max_seconds: float | None) -> list[dict[str, Any]] | None:
     (task,), began = tasks, time.monotonic()
     cfg, base = self.config(task), self.base(task)
-    start = base.load(max_seconds)
+    start = self._start(base, max_seconds)
     if start is None:
       return None
     left = max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
@@ -146,6 +148,15 @@ class RLRuns:
     seed = task.seed % cfg.bases
     path = cfg.base.data.cache_folder / "bases" / f"{_digest(decides)}-seed{seed}"
     return Base(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template, seed, path, self._told)
+
+  def _start(self, base: Base, max_seconds: float | None) -> rl.start.Start | None:
+    """The loaded base, kept for the runs to come."""
+    if base.path not in self._starts:
+      start = base.load(max_seconds)
+      if start is None:
+        return None
+      self._starts[base.path] = start
+    return self._starts[base.path]
 
   def drawn(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Curves over steps and over K, means over seeds, and the bases."""

@@ -95,6 +95,13 @@ def test_gains_are_what_came_after_less_what_was_before(results):
     assert [k for k, _ in run["after"]["cons@K"]] == [1, 2, 4]
 
 
+def test_with_one_update_per_rollout_no_token_is_clipped(results):
+  assert all(run["metrics"]["max_clip_ratio"] == 0 for run in results["runs"])
+  # And they did learn: rounding alone would leave the square of 1e-7 nats.
+  assert all(run["metrics"]["kl"] > 1e-6 for run in results["runs"]
+             if run["learning_rate"] == RATES[-1])
+
+
 def test_the_report_draws_rewards_and_never_calls_them_a_loss(folder, results):
   report = (folder / "report.md").read_text()
   assert "curves.png" in report and "by_k.png" in report and "loss.png" not in report

@@ -2,6 +2,8 @@
 
 import json
 import math
+import pathlib
+import shutil
 import sys
 import types
 
@@ -16,6 +18,7 @@ from experiments.study import Arm, Comparison, Scale, Study, Task, compare
 from train.config import DataConfig, RunConfig, Source
 
 RATES = (1e-3, 2e-3, 4e-3)
+RESULTS = pathlib.Path(study.__file__).parent / "results"
 CFG = RunConfig(model=model.get_config("nano"))
 LOWER = Claim("sign", sign=-1)
 WIDE = ("optimizer.beta1=0.8",)  # a setting for an arm; no run here is trained
@@ -109,6 +112,16 @@ def test_without_a_baseline_the_arms_own_values_are_judged():
   assert own(sign=-1, threshold=0.3)["baseline"] is None
 
 
+def test_of_groups_the_arms_that_swept_best_are_compared():
+  compared = {name: seeds({0: value, 1: value + 0.1}) for name, value in {
+      "new_1": 1.0, "new_2": 2.0, "old_1": 3.0, "old_2": 4.0}.items()}
+  swept = {"new_1": -0.5, "new_2": -0.4, "old_1": -9.0, "old_2": -9.5}
+  outcome = compare(question("new_*", "old_*", matched="sweep"), compared, swept)
+  assert (outcome["arm"], outcome["baseline"]) == ("new_2", "old_1")
+  assert outcome["paired"]["mean"] == pytest.approx(2.0 - 3.0)
+  assert compare(question("new_*", "old_*", matched="sweep"), compared, {"new_1": 0.0}) is None
+
+
 # Learning rates.
 
 def test_a_sweep_of_fewer_than_three_learning_rates_is_refused():
@@ -190,6 +203,19 @@ def test_the_parts_of_several_invocations_merge_into_one_verdict(tmp_path, capsy
   assert "3 reproduced, 1 contradicted, 1 unresolved" in text
   assert "2 of 15" in text and "failed: not finite" in text
   assert "on 3 seeds" in capsys.readouterr().out
+
+
+def test_results_of_earlier_versions_still_merge_to_the_same(tmp_path):
+  """The committed study, of which nothing but its parts is read."""
+  folder = tmp_path / "study"
+  shutil.copytree(RESULTS / "load_balancing-cpu", folder)
+  was = json.loads((folder / "results.json").read_text())
+  made = study._Runner(load_balancing.STUDY, "cpu", Options("load_balancing", out=folder),
+                       was["source_hash"])
+  made.judge()
+  made.out.close()
+  now = json.loads((folder / "results.json").read_text())
+  assert all(now[name] == was[name] for name in was.keys() - {"provenance"})
 
 
 def test_where_nothing_is_missing_nothing_is_trained(tmp_path):
