@@ -35,7 +35,7 @@ _ARMS = (
     Arm("off_10", (*_OFF, _BETA, _epsilon("10"))),
     Arm("beta_0", (*_OFF, _epsilon("10"), "rl.objective.beta=0")),
     Arm("beta_0.04", (*_OFF, _epsilon("10"), "rl.objective.beta=0.04")),
-    # R1's 26th of a run is 2 of 60 steps.
+    # R1's 26th of a run is one or two of the steps here.
     Arm("refresh", (*_OFF, _epsilon("10"), "rl.objective.beta=0.04",
                     "rl.objective.refresh_every=2")),
 )

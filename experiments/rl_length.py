@@ -12,8 +12,9 @@ whole outputs (`grpo_r1`) and the sum over a constant (`dr_grpo`). GSPO is no gu
 mean over an output's tokens.
 
 Matched between arms: architecture, tokens, problems and order of pretraining; how many documents
-are direct, brief and detailed, and how many malformed; problems, samples and rewards of RL; and the
-base, between objectives. Not matched: how often the bases are right.
+are direct, brief and detailed, and how many malformed; problems, samples, rewards, advantages and
+updates of RL, without a KL; and the base, between objectives. Not matched: how often the bases are
+right.
 """
 
 from experiments.rl_runs import RLRuns
@@ -28,7 +29,9 @@ _NOISE = {"a": (), "b": ("documents.noise.direct_error=0.4", "documents.noise.st
                          "documents.noise.detailed_error=0.85",
                          "documents.noise.self_correction=0")}
 
-_ARMS = tuple(Arm(f"{base}_{name}", (*noise, f"rl.objective.name={name}"))
+# Their papers' KLs and baselines differ too, which is not the question here.
+_SAME = ("rl.objective.beta=0", "rl.objective.baseline=mean_std")
+_ARMS = tuple(Arm(f"{base}_{name}", (*noise, f"rl.objective.name={name}", *_SAME))
               for base, noise in _NOISE.items() for name in _OBJECTIVES)
 
 # One token in fifty steps: over the 24 steps of the shortest run half a token, of the 5 by which

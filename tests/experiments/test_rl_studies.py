@@ -138,7 +138,9 @@ def test_a_and_b_differ_in_what_is_right_not_in_how_much_is_worked_or_malformed(
   noise = [built[f"{base}_grpo"].documents.noise for base in "ab"]
   for name in ("direct", "detailed", "malformed"):
     assert getattr(noise[0], name) == getattr(noise[1], name)
-  assert rl_length.STUDY.arms[0].settings == ("rl.objective.name=grpo",)
+  assert built["a_grpo"].documents == rl_length.STUDY.scales["cpu"].config.documents
+  assert len({(cfg.rl.objective.group_baseline, cfg.rl.objective.spec(32).beta)
+              for cfg in built.values()}) == 1
 
 
 def test_of_ppos_value_rates_the_one_that_swept_best_is_compared():
