@@ -40,7 +40,7 @@ _ARMS = (
                     "rl.objective.refresh_every=2")),
 )
 
-# Of pass@1: 0.03 is six of 200 problems, the width of its interval over problems.
+# Of pass@1: six of 200 problems, and less than half the width of its interval over problems.
 _SAME = 0.03
 
 STUDY = Study(

@@ -1,8 +1,9 @@
 """Budgets of the RL studies: R1-Zero's base and rollouts, for as many steps as a study can pay.
 
-Two CPU cores take 2.4 s for a step (of 16 problems x 16 completions, and of what evaluations cost
-meanwhile), 1 s for 256 completions of an evaluation and 6.5 minutes for a base. An H200 is
-estimated at 0.2 s, 0.15 s and 80 s, and 4 s for each run to begin.
+R1-Zero took on two CPU cores 2.4 s for a step (of 16 problems x 16 completions, and of what
+evaluations cost meanwhile), 1 s for 256 completions of an evaluation and 6.5 minutes for a base. An
+H200 is guessed to take 0.2 s, 0.15 s and 80 s, and 4 s for each run to begin. What a study costs is
+estimated from these.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class _Hardware(NamedTuple):
   base: float
 
 
-_CPU = _Hardware("2 CPU cores", 5, 2.4, 1, 390)
+_CPU = _Hardware("2 CPU cores, estimated", 5, 2.4, 1, 390)
 _GPU = _Hardware("one H200, estimated", 4, 0.2, 0.15, 80)
 
 
@@ -53,7 +54,7 @@ def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: in
   of_full = lambda steps, bases, hardware: _full(
       steps, bases, evaluation, hardware, kinds, work)
   return {
-      "smoke": Scale(smoke, _RATES, seeds=2, minutes=0.05, hardware="2 CPU cores",
+      "smoke": Scale(smoke, _RATES, seeds=2, minutes=0.05, hardware=_CPU.name,
                      shared_minutes=0.5),
       "cpu": of_full(cpu_steps, _SEEDS, _CPU), "gpu": of_full(gpu_steps, gpu_bases, _GPU)}
 

@@ -4,18 +4,13 @@ import dataclasses
 import json
 import pathlib
 
-import numpy as np
 import pytest
 
 from experiments import rl_maj_pass, settings, study
 from experiments.options import Options
-from experiments.rl_metrics import length_pays, of_rows, powers_of_two, stretches
 from experiments.rl_runs import EvaluationConfig, RLRuns
 from experiments.runs import Task
 from experiments.study import Scale
-from rl.evaluate import judge, majority_at
-from rl.sampler import Samples
-from rl.tasks import get_task
 from train.run_folder import MetricsFile, RunFolder
 
 TINY = (
@@ -221,48 +216,3 @@ def test_wrong_settings_are_refused_before_anything_runs(tmp_path):
   with pytest.raises(ValueError, match="temperature=0 must be positive"):
     EvaluationConfig(temperature=0)
   assert not (tmp_path / "bases").exists()
-
-
-def test_length_pays_by_the_difference_within_problems():
-  right_PN = np.array([[True, False, False], [True, True, False], [True, True, True],
-                       [False, False, False]])
-  length_PN = np.array([[10, 4, 6], [7, 9, 14], [100, 100, 100], [1, 1, 1]])
-  assert length_pays(right_PN, length_PN) == pytest.approx(((10 - 5) + (8 - 14)) / 2)
-  assert length_pays(right_PN[2:], length_PN[2:]) is None
-
-
-def test_the_length_slope_is_in_tokens_a_step():
-  rows = [{"step": step, "completions/mean_length": 5 + 0.25 * step, "seconds/step": step,
-           "kl": step, "clip_ratio/region": step / 10, "sampling_gap": 1e-7} for step in (1, 2, 4)]
-  found = of_rows(rows)
-  assert found["length_slope"] == pytest.approx(0.25)
-  assert found["kl"] == pytest.approx(7 / 3) and found["seconds_per_step"] == 2
-  assert found["clip_ratio"] == pytest.approx(0.7 / 3)
-  assert found["max_clip_ratio"] == pytest.approx(0.4)
-  assert "routing_agreement" not in found
-  assert "length_slope" not in of_rows(rows[:1])
-
-
-def test_curves_keep_every_step_in_some_mean():
-  rows = [{"step": step, "reward": float(step) if step != 4 else None} for step in range(1, 8)]
-  assert stretches(rows, lambda row: row["reward"], most=3) == [[2, 1.5], [5, 4.0], [7, 6.5]]
-  assert stretches([], lambda row: row["reward"]) == []
-
-
-def samples_of(answers) -> Samples:
-  """Completions with these answers, two problems of four samples side by side."""
-  problems = [get_task("arithmetic").problem("heldout", i) for i in (0, 1) for _ in range(4)]
-  texts = [f"<answer>{problem.answer if right else -9999}</answer>"
-           for problem, right in zip(problems, answers, strict=True)]
-  full = np.full(8, 3)
-  return Samples(problems, [""] * 8, [np.ones(1, int)] * 8, texts, np.zeros((8, 3), int), full,
-                 np.zeros((8, 3)), np.ones(8, bool))
-
-
-def test_the_majority_of_k_is_over_groups_of_a_problems_samples():
-  drawn = samples_of([1, 0, 0, 0, 1, 1, 1, 0])
-  found = majority_at(drawn, 4, powers_of_two(4))
-  assert found[1] == pytest.approx(4 / 8)
-  assert found[2] == pytest.approx((0.5 + 0 + 1 + 0.5) / 4)  # a tie is half of a vote
-  assert found[4] == pytest.approx((0 + 1) / 2)
-  assert found[4] == judge(drawn, 4)["cons@4"][0] and found[1] == judge(drawn, 4)["pass@1"][0]

@@ -50,6 +50,15 @@ def test_all_arms_can_be_built_and_differ(name, scale):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_study_is_as_cheap_as_its_scale_says(name):
+  for scale, most in {"smoke": 5, "cpu": 180, "gpu": 12}.items():
+    s = of(name).scales[scale]
+    runs = len(of(name).arms) * (len(s.learning_rates) * s.sweep_seeds + s.seeds)
+    assert runs * s.minutes + s.shared_minutes <= most
+  assert "2 CPU cores" in of(name).cost("cpu") and "H200" in of(name).cost("gpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_comparisons_are_of_arms_and_metrics_that_exist(name):
   study = of(name)
   names = [arm.name for arm in study.arms]
