@@ -118,17 +118,22 @@ class ShardedModel:
     return jax.jit(lambda key: model.init(self.cfg, key), out_shardings=self.variables())(key)
 
   def jit(self, function: Callable, **kwargs) -> Callable:
-    """`jax.jit` with the mesh and the rules in force while tracing."""
+    """`jax.jit` with the mesh and the rules in force while tracing; it has `lower`, too."""
     def traced(*args):
       with nn.logical_axis_rules(self.rules.pairs()):
         return function(*args)
 
     jitted = jax.jit(traced, **kwargs)
 
-    def run(*args):
-      with jax.set_mesh(self.mesh):
-        return jitted(*args)
+    def on_mesh(function):
+      def run(*args):
+        with jax.set_mesh(self.mesh):
+          return function(*args)
 
+      return run
+
+    run = on_mesh(jitted)
+    run.lower = on_mesh(jitted.lower)
     return run
 
   def dispatch(self) -> Callable:

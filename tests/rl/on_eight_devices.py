@@ -25,6 +25,7 @@ from train.mesh import make_mesh, spread
 
 MESH = {"data": 2, "fsdp": 4}
 MOE = dataclasses.replace(train_small.MOE, mtp=None, d_model=32, max_seq_len=32)
+WIDE = dataclasses.replace(small.MODEL, d_model=64, ffn_dim=256, vocab_size=MOE.vocab_size)
 SEQUENCES, LENGTH = 32, 12
 
 
@@ -79,14 +80,28 @@ def seen():
       experts_STLK=experts, multiple=16)
 
 
-def updated(cfg: RLConfig):
-  """The state and the metrics after an update, and whether the state is where it was."""
-  mesh = spread(MOE, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+def arguments(network: model.ModelConfig, cfg: RLConfig, given) -> tuple:
+  """Of an update."""
   rates = np.full(cfg.objective.updates, 1e-2, np.float32)
   hyper = {"learning_rate": rates, "value_learning_rate": rates, "spec": cfg.objective.spec(LENGTH),
            "temperature": np.float32(0.7), "gae_lambda": np.float32(1)}
-  state, metrics = make_update(MOE, cfg)(
-      init_rl_state(tiny.variables(MOE), cfg, mesh), seen(), hyper, jax.random.key(0))
+  mesh = spread(network, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+  return init_rl_state(tiny.variables(network), cfg, mesh), given, hyper, jax.random.key(0)
+
+
+def flops(**mesh) -> float:
+  """Of one device in an update of a dense model that is wide enough for its products to count."""
+  cfg, given = config(**mesh), seen().replace(experts=None)
+  cfg = dataclasses.replace(cfg, objective=ObjectiveConfig(
+      name="grpo", minibatches=2, micro_batch_size=8))
+  compiled = make_update(WIDE, cfg).lower(*arguments(WIDE, cfg, given)).compile()
+  return compiled.cost_analysis()["flops"]
+
+
+def updated(cfg: RLConfig):
+  """The state and the metrics after an update, and whether the state is where it was."""
+  mesh = spread(MOE, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+  state, metrics = make_update(MOE, cfg)(*arguments(MOE, cfg, seen()))
   as_told = lambda x, a: a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)
   told = abstract_rl_state(tiny.variables(MOE), cfg, mesh)
   return state, metrics, all(jax.tree.leaves(jax.tree.map(as_told, state, told)))
@@ -109,8 +124,8 @@ def update() -> dict:
       "metrics": {name: float(np.abs(np.asarray(metrics[name]) - one_metrics[name]).max()
                               / max(1, of_one(name).max())) for name in one_metrics},
       "moved": train_small.apart(one.train.params, tiny.variables(MOE)["params"]),
-      "stays": stays, "shard": list(w_down.addressable_shards[0].data.shape),
-      "whole": list(w_down.shape),
+      "flops": [flops(), flops(**MESH)], "stays": stays,
+      "shard": list(w_down.addressable_shards[0].data.shape), "whole": list(w_down.shape),
       "refusal": refusal(make_update, MOE, config(micro=4, **MESH)),
       "misfit": refusal(make_update, MOE, config(data=3))}
 

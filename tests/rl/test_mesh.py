@@ -52,6 +52,12 @@ def test_an_update_on_eight_devices_equals_one_devices(results):
   assert run["reference"] == 0
 
 
+def test_devices_share_an_updates_work(results):
+  one, eight = results["update"]["flops"]
+  # An eighth is each one's; what all do, such as reading the batch, must stay small beside it.
+  assert eight < one / 6
+
+
 def test_the_balancing_bias_comes_from_all_devices_loads(results):
   run = results["update"]
   assert run["router"] == 0 and run["copies_equal"]
