@@ -4,8 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from experiments import plots
 from experiments.bench_rl_sides import PHASES
 from experiments.markdown import document, duration, figure, flat, number, origin, table
 
@@ -24,7 +23,7 @@ def write_bench_report(folder: pathlib.Path) -> pathlib.Path:
       ("Phases", _phases(result["sides"])),
       ("Training", _training(result)),
       ("", figure(folder, "training", "Reward and held-out pass@1 over each side's own clock",
-                  _curves, training)),
+                  plots.learning, training)),
       ("Left out", table(("side", "why"), result["failed"].items()) if result["failed"] else ""),
       ("Settings", table(("setting", "value"), flat(result["bench"]))),
       ("How to run it again", origin(head))])
@@ -65,23 +64,3 @@ def _training(result: dict[str, Any]) -> str:
   goal = f"to pass@1 {result['bench']['goal']:g}"
   return table(("side", "pass@1 before", "after", "steps", "clock", goal), rows) if rows else ""
 
-
-def _curves(training: dict[str, dict], path: pathlib.Path) -> None:
-  drawing = Figure((9, 3.6), layout="constrained")
-  left, right = drawing.subplots(1, 2, sharex=True)
-  for i, (name, run) in enumerate(training.items()):
-    style = {"color": f"C{i}", "label": name}
-    left.plot([step["time"] for step in run["steps"]],
-              [step["mean_reward"] for step in run["steps"]], **style)
-    times = [one["time"] for one in run["evaluations"]]
-    mean, low, high = zip(*(one["pass@1"] for one in run["evaluations"]), strict=True)
-    right.plot(times, mean, marker="o", markersize=3, **style)
-    right.fill_between(times, low, high, color=style["color"], alpha=0.2, linewidth=0)
-  left.set_ylabel("reward of a rollout")
-  right.set_ylabel("held-out pass@1")
-  for axes in (left, right):
-    axes.set_xlabel("seconds, evaluations left out")
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
-  left.legend()
-  drawing.savefig(path, dpi=150, format="png")

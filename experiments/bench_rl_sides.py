@@ -52,7 +52,8 @@ class Bench:
     seed: of everything.
     peer: what to compare with; None for ours alone. "transformers" is generate and one training
       step, for where TRL is missing.
-    peer_python: an interpreter that has torch, transformers and, for "trl", trl and datasets.
+    peer_python: an interpreter that has torch, transformers and, for "trl", trl and datasets; None
+      for this one.
     peer_generation: ways in which TRL samples, of WAYS; the fastest is quoted, and the fastest over
       float32 weights trains.
     steps_timed: of a round.
@@ -75,7 +76,7 @@ class Bench:
   unroll: int = 1
   seed: int = 0
   peer: str | None = None
-  peer_python: str = sys.executable
+  peer_python: str | None = None
   peer_generation: tuple[str, ...] = WAYS
   steps_timed: int = 3
   repeats: int = 5
@@ -223,8 +224,8 @@ class Peer:
     self.versions: dict[str, str] = {}
     self.masters = None
     self._process = subprocess.Popen(
-        [bench.peer_python, "-m", "experiments.peers.grpo", str(config), f"--kind={bench.peer}",
-         f"--generation={generation}"],
+        [bench.peer_python or sys.executable, "-m", "experiments.peers.grpo", str(config),
+         f"--kind={bench.peer}", f"--generation={generation}"],
         cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
   def ready(self, params: int) -> None:

@@ -218,7 +218,32 @@ def panels(
       axes.set_xlabel(doublings)
     else:
       _step_axis(axes)
-  _legend(axes_RC.flat[0])
+  figure.legend(*axes_RC.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+  _save(figure, path)
+
+
+@_styled
+def learning(runs: dict[str, dict], path: str | pathlib.Path) -> None:
+  """Reward and held-out pass@1 of several trainers, each by its own clock.
+
+  Args:
+    runs: by trainer "steps", [{"time", "mean_reward"}], and "evaluations", [{"time", "pass@1":
+      [estimate, low, high]}], with times in seconds.
+    path: of the PNG.
+  """
+  figure, axes_RC = _figure(_HEIGHT * 0.8, 1, 2, sharex=True)
+  left, right = axes_RC[0]
+  for (name, run), (colour, dash) in zip(runs.items(), _styles(), strict=False):
+    style = {"color": colour, "linestyle": dash, "label": name}
+    left.plot([step["time"] for step in run["steps"]],
+              [step["mean_reward"] for step in run["steps"]], **style)
+    times = [one["time"] for one in run["evaluations"]]
+    mean, low, high = zip(*(one["pass@1"] for one in run["evaluations"]), strict=True)
+    right.plot(times, mean, marker="o", markersize=3, **style)
+    right.fill_between(times, low, high, color=colour, alpha=0.2, linewidth=0)
+  for axes, label in ((left, "reward of a rollout"), (right, "held-out pass@1")):
+    axes.set(xlabel="seconds, evaluations left out", ylabel=label, ylim=(0, 1))
+  _legend(left)
   _save(figure, path)
 
 
