@@ -4,8 +4,9 @@ DeepSeekMath samples up to 64 solutions of each problem at temperature 0.7, befo
 the majority's answer is right more often, the best of all is not. The curves over K are in the
 report. `format_only` is rewarded for its form alone: what it gains, GRPO gains by form too.
 
-A base that finds nearly every answer in 64 samples cannot do so more often: `pass@k` of the base,
-in the report's table of bases, says how much room there was.
+A base that finds nearly every answer in 64 samples cannot do so more often, so that Pass@K not
+rising there says little: `pass@k` of the base, in the report's table of bases, says how much room
+there was. The problems of a term more than training has leave room.
 
 Matched between arms: the base, problems, samples, updates and evaluations.
 """
@@ -31,9 +32,11 @@ STUDY = Study(
                    Claim("threshold", sign=1, threshold=_MARGIN), "Maj@K rises"),
         Comparison("the best of K is not", "pass@k_gain", "grpo", None,
                    Claim("threshold", sign=-1, threshold=_MARGIN), "Pass@K does not"),
+        Comparison("nor on harder problems", "harder_pass@k_gain", "grpo", None,
+                   Claim("threshold", sign=-1, threshold=_MARGIN)),
         Comparison("the majority gains by right answers, not by form alone", "cons@k_gain", "grpo",
                    "format_only", Claim("sign", sign=1, margin=_MARGIN)),
         Comparison("a single sample is right more often", "pass@1_gain", "grpo", None,
                    Claim("threshold", sign=1, threshold=_MARGIN), "rises")),
     scales=scales(cpu_steps=60, gpu_steps=60, evaluation=EvaluationConfig(
-        samples=64, temperature=0.7)), kind=RLRuns)
+        samples=64, temperature=0.7, harder=True)), kind=RLRuns)

@@ -24,13 +24,14 @@ def powers_of_two(most: int) -> tuple[int, ...]:
   return tuple(2**i for i in range(most.bit_length()))
 
 
-def judged(sampler: Sampler, variables: dict, *, problems: int, samples: int,
+def judged(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
            temperature: float | None) -> dict[str, Any]:
-  """A model's figures on held-out problems.
+  """A model's figures on problems of a split.
 
   Args:
     sampler: says task and model.
     variables: of the model.
+    split: of the task.
     problems: how many.
     samples: of each, a power of two.
     temperature: None for the sampler's.
@@ -40,7 +41,7 @@ def judged(sampler: Sampler, variables: dict, *, problems: int, samples: int,
     and "length_pays"; "pass@K" and "cons@K": [K, rate] for the powers of two up to `samples`.
   """
   ks = powers_of_two(samples)
-  found, drawn = evaluate(sampler, variables, split="heldout", problems=problems, samples=samples,
+  found, drawn = evaluate(sampler, variables, split=split, problems=problems, samples=samples,
                           ks=ks, temperature=temperature)
   metrics = {name: value[0] for name, value in found.items() if isinstance(value, list)}
   best, majority = [[k, metrics[f"pass@{k}"]] for k in ks], majority_at(drawn, samples, ks)
@@ -92,8 +93,9 @@ def of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-  """After less before, under "NAME_gain"."""
-  return {f"{name}_gain": after[name] - before[name] for name in _GAINED}
+  """After less before, under "NAME_gain"; "harder_*" too."""
+  return {f"{name}_gain": after[name] - before[name] for name in before
+          if name.removeprefix("harder_") in _GAINED}
 
 
 def stretches(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],

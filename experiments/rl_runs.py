@@ -31,6 +31,7 @@ from train.run_folder import RunFolder, write_json_atomic
 
 _CURVES = {"reward": "reward (mean of a rollout)", "pass@1": "held-out pass@1",
            "length": "length (tokens)", "kl": "KL to the reference (nats per token)"}
+_HARDER = ("pass@1", "cons@k", "pass@k")
 _BASE_METRICS = ("pass@1", "cons@k", "pass@k", "format", "length", "length_pays")
 
 
@@ -42,11 +43,13 @@ class EvaluationConfig:
     problems: held-out ones.
     samples: of each, a power of two: pass@k and cons@k are of all of them.
     temperature: None for the training's.
+    harder: also of the task's harder problems; their metrics are "harder_*".
   """
 
   problems: int = 200
   samples: int = 16
   temperature: float | None = None
+  harder: bool = False
 
   def __post_init__(self):
     require_positive(self, "problems", "samples")
@@ -181,7 +184,12 @@ class _Judge:
     self._cfg, self._sampler = cfg, sampler
 
   def __call__(self, variables: dict) -> dict:
-    return judged(self._sampler, variables, **dataclasses.asdict(self._cfg.evaluation))
+    asked = dataclasses.asdict(self._cfg.evaluation)
+    splits = ("heldout", "harder") if asked.pop("harder") else ("heldout",)
+    found, *harder = (judged(self._sampler, variables, split=split, **asked) for split in splits)
+    for other in harder:
+      found["metrics"] |= {f"harder_{name}": other["metrics"][name] for name in _HARDER}
+    return found
 
   def base(self, variables: dict, folder: pathlib.Path) -> dict:
     """The base's figures, kept beside it for the runs that ask for the same."""

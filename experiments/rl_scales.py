@@ -50,7 +50,7 @@ def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: in
   loop = dataclasses.replace(tiny.rl.loop, steps=3)
   smoke = RLStudyConfig(
       base=tiny.base, documents=tiny.documents, bases=1, rl=dataclasses.replace(tiny.rl, loop=loop),
-      evaluation=EvaluationConfig(8, 4, evaluation.temperature))
+      evaluation=dataclasses.replace(evaluation, problems=8, samples=4))
   of_full = lambda steps, bases, hardware: _full(
       steps, bases, evaluation, hardware, kinds, work)
   return {
@@ -64,7 +64,8 @@ def _full(steps, bases, evaluation, hardware, kinds, work) -> Scale:
   config = RLStudyConfig(
       base=whole.base, documents=whole.documents, bases=bases, evaluation=evaluation,
       rl=dataclasses.replace(whole.rl, loop=dataclasses.replace(whole.rl.loop, steps=steps)))
-  rollouts = evaluation.problems * evaluation.samples / whole.rl.sampling.num_sequences
+  completions = evaluation.problems * evaluation.samples * (1 + evaluation.harder)
+  rollouts = completions / whole.rl.sampling.num_sequences
   run = hardware.begin + steps * hardware.step * work + rollouts * hardware.rollout
   return Scale(config, _RATES, seeds=_SEEDS, minutes=run / 60, hardware=hardware.name,
                shared_minutes=kinds * bases * hardware.base / 60)

@@ -24,7 +24,7 @@ CASES = [(name, scale) for name in NAMES for scale in ("smoke", "cpu", "gpu")]
 ROW = {"step": 1, "completions/mean_length": 1, "seconds/step": 1, "kl": 1, "entropy": 1,
        "clip_ratio/region": 1, "sampling_gap": 1, "routing_agreement": 1}
 METRICS = {"pass@1", "cons@k", "pass@k", "format", "length", "base_length_pays",
-           "pass@1_gain", "cons@k_gain", "pass@k_gain", "length_gain",
+           "pass@1_gain", "cons@k_gain", "pass@k_gain", "length_gain", "harder_pass@k_gain",
            *of_rows([ROW, ROW | {"step": 2}])}
 
 
