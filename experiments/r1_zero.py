@@ -109,14 +109,6 @@ SCALES = {
         base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500)),
         documents=DocumentsConfig(noise=_CLEANER),
         rl=_rl("arithmetic:terms=3,digits=1", 5e-4, LoopConfig(steps=60, eval_every=10))),
-    # Small programs, judged by their unit tests: a quarter of an hour on two cores.
-    "code": R1ZeroConfig(
-        base=_base(_NANO, TrainConfig(steps=3000, batch_size=8, unroll=3, checkpoint_every=500)),
-        documents=DocumentsConfig(noise=_CLEANER),
-        rl=_rl("programs", 5e-4,
-               LoopConfig(steps=40, eval_every=10, eval_problems=32, checkpoint_every=10),
-               num_prompts=8, max_prompt_length=32, max_completion_length=112),
-        problems=50, samples=8),
     "gpu": R1ZeroConfig(
         base=_base(_SMALL, TrainConfig(steps=4000, batch_size=32, checkpoint_every=1000),
                    learning_rate=1e-3),
