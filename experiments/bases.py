@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -56,14 +57,30 @@ class Base:
   told: bool = False
 
   def load(self, max_seconds: float | None = None) -> rl.start.Start | None:
-    """Pretrains it unless that is done; None if pretraining was stopped before its end."""
+    """Pretrains it unless that is done; None if pretraining was stopped before its end.
+
+    Raises:
+      ValueError: if another base is in the folder.
+    """
     finished = self.path / "finished"
-    if not finished.exists():
+    if finished.exists():
+      self._check()
+    else:
       with contextlib.closing(RunFolder(self.path)) as folder:
         if self._pretrain(folder, max_seconds) == "stopped":
           return None
       finished.touch()
     return rl.start.load(str(self.path))
+
+  def _asked(self) -> dict:
+    return {"run": to_dict(self.run), "documents": to_dict(self.documents), "task": self.task,
+            "template": self.template, "seed": self.seed, "told": self.told}
+
+  def _check(self) -> None:
+    """Raises ValueError if the finished base is another than is asked for."""
+    config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+    with contextlib.closing(RunFolder(self.path)) as folder:
+      folder.check_config(config | {"asked": self._asked()})
 
   def _pretrain(self, folder: RunFolder, max_seconds: float | None) -> str:
     source = write_documents(
@@ -74,8 +91,7 @@ class Base:
         train=dataclasses.replace(self.run.train, seed=self.seed))
     data = load(run.data)
     run = fit_vocabulary(run, data, told=self.told)
-    folder.check_config({"config": to_dict(run), "seeds": [self.seed],
-                         "documents": to_dict(self.documents)})
+    folder.check_config({"config": to_dict(run), "seeds": [self.seed], "asked": self._asked()})
     data.tokenizer.save(self.path / rl.start.TOKENIZER)
     print(f"pretraining the base on {self.documents.count:,} documents", file=sys.stderr)
     return train([run], data, folder, max_seconds=max_seconds).status

@@ -86,5 +86,5 @@ def lines(found: dict) -> list[str]:
   figures = {name: value for name, value in found.items() if isinstance(value, list)}
   return [f"{name:16}{value:9.3f}  [{low:.3f}, {high:.3f}]"
           for name, (value, low, high) in figures.items()] + [
-              f"{found['problems']} problems, {found['samples']} samples of each, "
-              f"{found['unjudged']} not judged; intervals of 95 % over problems"]
+              f"{found['problems']} problems ({found['questions']} different), {found['samples']} "
+              f"samples of each, {found['unjudged']} not judged; intervals of 95 %"]

@@ -2,7 +2,8 @@
 
 The base is pretrained on worked solutions of every quality, so that it solves some problems some of
 the time. Then comes RL with rewards for right answers and for form, and nothing else: no SFT. Other
-arms are controls, on the same base: learning the form alone must not look like reasoning.
+arms are controls, on the same base: learning the form alone must not look like reasoning. The arms
+about reflection have bases of their own.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import dataclasses
 import json
 import pathlib
 import sys
+import time
+from collections.abc import Callable
 
 import model
 import rl.start
@@ -17,6 +20,7 @@ from experiments import provenance, settings
 from experiments.bases import Base, DocumentsConfig
 from experiments.options import Options
 from experiments.rl_report import write_rl_report
+from model.checks import require_positive
 from rl import loop, reflection
 from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.evaluate import evaluate
@@ -58,6 +62,9 @@ class R1ZeroConfig:
   init: str | None = None
   problems: int = 200
   samples: int = 16
+
+  def __post_init__(self):
+    require_positive(self, "problems", "samples")
 
 
 def _few_experts(name: str, expert_dim: int, **changes) -> model.ModelConfig:
@@ -130,7 +137,8 @@ def main(options: Options) -> None:
   # Every arm's settings are tried before anything runs.
   configs = {arm: settings.apply(SCALES[scale], (*options.settings, *ARMS[arm]), named=named)
              for arm in arms}
-  limit = options.max_minutes and 60 * options.max_minutes
+  _refuse_in_vain(cfg, configs, options)
+  limit = _time_left(options.max_minutes)
   with contextlib.closing(RunFolder(options.folder(f"r1_zero-{scale}"))) as out:
     for seed in options.seed_range(1):
       for arm in arms:
@@ -143,6 +151,24 @@ def main(options: Options) -> None:
     print(f"report: {write_rl_report(out.path)}")
 
 
+def _refuse_in_vain(cfg: R1ZeroConfig, configs: dict[str, R1ZeroConfig], options: Options) -> None:
+  """Raises ValueError for settings and arms of a base where a model is given instead of one."""
+  if not cfg.init:
+    return
+  vain = [name for name in settings.assigned(options.settings)
+          if name.split(".")[0] in ("base", "documents")]
+  vain += [f"--arms={arm}" for arm, own in configs.items() if own.documents != cfg.documents]
+  if vain:
+    raise ValueError(f"{', '.join(vain)} would change a base, but init={cfg.init} is the model to "
+                     "begin with: leave one of them out")
+
+
+def _time_left(minutes: float | None) -> Callable[[], float | None]:
+  """Seconds that are left of the command's minutes, at any later time; None if it has no limit."""
+  deadline = minutes and time.monotonic() + 60 * minutes
+  return lambda: deadline and max(1e-3, deadline - time.monotonic())
+
+
 def _base_of(cfg: R1ZeroConfig, seed: int, out: pathlib.Path, name: str, options: Options) -> Base:
   return Base(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template, seed,
               out / f"{name}-seed{seed}",
@@ -151,18 +177,19 @@ def _base_of(cfg: R1ZeroConfig, seed: int, out: pathlib.Path, name: str, options
 
 def _run_arm(arm, cfg: R1ZeroConfig, seed, base: Base, folder: RunFolder, limit) -> bool:
   """Runs one arm on one seed, unless it is done; False if it was stopped before its end."""
-  results = folder.path / "results.json"
-  if results.exists():
-    return True
-  start = rl.start.load(cfg.init) if cfg.init else base.load(limit)
+  start = rl.start.load(cfg.init) if cfg.init else base.load(limit())
   if start is None:
     return False
   run = dataclasses.replace(cfg.rl, loop=dataclasses.replace(cfg.rl.loop, seed=seed))
-  folder.check_config(rl.start.as_dict(run, start.cfg))
+  folder.check_config({**rl.start.as_dict(run, start.cfg), "init": cfg.init,
+                       "problems": cfg.problems, "samples": cfg.samples})
+  results = folder.path / "results.json"
+  if results.exists():
+    return True
   tokenizer = start.tokenizer()
   tokenizer.save(folder.path / rl.start.TOKENIZER)
   print(f"{arm}, seed {seed}", file=sys.stderr)
-  result = loop.train(run, start.cfg, start.variables, tokenizer, folder, max_seconds=limit)
+  result = loop.train(run, start.cfg, start.variables, tokenizer, folder, max_seconds=limit())
   for message in result.messages:
     print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
   if result.status == "stopped":
@@ -201,8 +228,9 @@ class _Judge:
 
 def _base_figures(judge: _Judge, variables: dict, path: pathlib.Path, cfg: R1ZeroConfig) -> dict:
   """The base before RL, with what it can do by other ways of asking; kept for the other arms."""
-  key = json.loads(json.dumps({"problems": cfg.problems, "samples": cfg.samples,
-                               "sampling": to_dict(cfg.rl.sampling)}))
+  key = json.loads(json.dumps({
+      "init": cfg.init, "task": cfg.rl.task, "template": cfg.rl.template,
+      "problems": cfg.problems, "samples": cfg.samples, "sampling": to_dict(cfg.rl.sampling)}))
   if path.exists():
     there = json.loads(path.read_text())
     if there["key"] == key:

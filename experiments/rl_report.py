@@ -44,7 +44,9 @@ def write_rl_report(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _cell(found: list | None) -> str:
-  return "–" if found is None else f"{number(found[0], 3)} [{found[1]:.3g}, {found[2]:.3g}]"
+  if found is None or found[0] is None:
+    return "–"
+  return f"{number(found[0], 3)} [{found[1]:.3g}, {found[2]:.3g}]"
 
 
 def _outcomes(runs: dict[str, dict], split: str = "heldout") -> str:
@@ -58,7 +60,13 @@ def _outcomes(runs: dict[str, dict], split: str = "heldout") -> str:
   lines = [[name, *row(base[split])] for name, base in _bases(runs).items()]
   lines += [[name, *row(run["after"][split])] for name, run in runs.items()]
   return table(("run", *names), lines) + (
-      "\n\n95 % bootstrap intervals over problems. \"lenient\" finds answers without their block.")
+      f"\n\n{_counts(runs, split)} 95 % bootstrap intervals over these. \"lenient\" finds "
+      "answers without their block.")
+
+
+def _counts(runs: dict[str, dict], split: str) -> str:
+  found = next(iter(runs.values()))["after"][split]
+  return f"{found['problems']} problems, {found['questions']} different ones."
 
 
 def _verdict(runs: dict[str, dict]) -> str:
@@ -101,15 +109,15 @@ def _reflections(runs: dict[str, dict], evaluations: dict[str, list[dict]]) -> s
   effects = {name: found["reflection"] for name, found in models.items()
              if found.get("reflection")}
   parts = ("kept", "cut", "difference", "again", "without")
-  lines = [[name, effect["completions"], effect["problems"], *(_cell(effect[x]) for x in parts)]
+  lines = [[name, effect["completions"], effect["questions"], *(_cell(effect[x]) for x in parts)]
            for name, effect in effects.items()]
   text = table(("run", "rate in the base", "highest rate in RL", "rate after"), rates)
   if lines:
     text += "\n\n" + table(
-        ("model", "completions", "problems", "accuracy, kept", "cut out", "difference",
+        ("model", "completions", "questions", "accuracy, kept", "cut out", "difference",
          "reflects again", "accuracy of those that do not"), lines) + (
              "\n\nCompletions that take something back, sampled on from behind that place and from "
-             "before it; shares are means over problems.")
+             "before it; 95 % bootstrap intervals over questions.")
   return text
 
 

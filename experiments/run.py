@@ -13,7 +13,7 @@ from experiments.options import Options
 EXPERIMENTS = {
     "pretrain": "train a model on text, resume it, report (--scale=smoke 1 min, cpu 4 min, gpu)",
     "generate": "print text from a checkpoint (--set checkpoint=DIR --set prompt=...)",
-    "r1_zero": "pretrain a base, then GRPO from rules alone (--scale=cpu 10 min; --arms, --seeds)",
+    "r1_zero": "pretrain a base, then GRPO from rules alone (--scale=demo 3 min, cpu 12 min, gpu)",
     "evaluate": "pass@1, pass@k and cons@k of a checkpoint on a task, with intervals",
     "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
     "bench_train": "time training beside transformers (--set bench.peer=transformers)",
@@ -28,17 +28,19 @@ _GPU = pathlib.Path("/dev/nvidiactl")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "what to run; --list shows all")
 _LIST = flags.DEFINE_bool("list", False, "list experiments and studies, with claim and cost")
-_SCALE = flags.DEFINE_string("scale", None, "smoke, cpu or gpu: how much work; default smoke")
+_SCALE = flags.DEFINE_string(
+    "scale", None, "how much work: smoke (the default), cpu, gpu or what --list says")
 _OUT = flags.DEFINE_string(
     "out", None, "folder for results; the same command on it resumes. Default runs/EXPERIMENT-SCALE"
     " where something is trained")
-_SEEDS = flags.DEFINE_string("seeds", None, "how many paired seeds; in studies also FROM:TO")
+_SEEDS = flags.DEFINE_string(
+    "seeds", None, "how many paired seeds; in studies and r1_zero also FROM:TO")
 _SET = flags.DEFINE_multi_string("set", [], "section.field=value, as often as needed")
 _A = flags.DEFINE_multi_string("a", [], "ab: a setting of the first arm, as in --set")
 _B = flags.DEFINE_multi_string("b", [], "ab: a setting of the second arm, as in --set")
-_ARMS = flags.DEFINE_list("arms", [], "studies: run these arms only")
+_ARMS = flags.DEFINE_list("arms", [], "studies and r1_zero: run these arms only")
 _MAX_MINUTES = flags.DEFINE_float(
-    "max_minutes", None, "stop, saved, after so long; the same command goes on", lower_bound=0)
+    "max_minutes", None, "stop, saved, after so long; the same command goes on", lower_bound=0.01)
 _PROFILE = flags.DEFINE_bool("profile", False, "pretrain: leave a trace of a few steps in --out")
 
 

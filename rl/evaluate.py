@@ -34,10 +34,11 @@ def evaluate(
     top_p: nucleus mass.
 
   Returns:
-    By name [estimate, low, high], 95 % bootstrap intervals over problems: "pass@1", "pass@k",
+    By name [estimate, low, high], 95 % bootstrap intervals over questions: "pass@1", "pass@k",
     "cons@samples" (the majority of all samples), "lenient_pass@1" and "lenient_cons" by a kind
     reading of completions, "format", "length" in tokens, "clipped" (cut off), "reflection" (takes
-    something back); and "unjudged", a count, "problems", "samples". And what was sampled.
+    something back); and "unjudged", a count, "problems", of which some may ask the same
+    ("questions" that differ), "samples". And what was sampled.
 
   Raises:
     ValueError: for an unknown split, or more problems than a finite one has.
@@ -75,8 +76,10 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any
       "length": by_problem(drawn.lengths_S).mean(1),
       "clipped": 1 - by_problem(drawn.ended_S).mean(1),
       "reflection": by_problem([reflects(text) for text in drawn.completions]).mean(1)}
-  return {name: list(estimate(rate)) for name, rate in rates.items()} | {
-      "unjudged": int((~judged).sum()), "problems": len(correct), "samples": samples}
+  questions = [problem.question for problem in drawn.problems[::samples]]
+  return {name: list(estimate(rate, questions)) for name, rate in rates.items()} | {
+      "unjudged": int((~judged).sum()), "problems": len(correct),
+      "questions": len(set(questions)), "samples": samples}
 
 
 def majority_at(drawn: Samples, samples: int, ks: Sequence[int]) -> dict[int, float]:

@@ -89,40 +89,54 @@ def majority_vote(
   return np.array([rate(p) if judged_PN[p].any() else np.nan for p in range(len(correct_PN))])
 
 
-def estimate(rates_P: ArrayLike) -> Interval:
-  """`interval`, which equal rates have none of: resampling cannot move them. NaN if all are NaN."""
-  known = np.asarray(rates_P, float)
-  known = known[~np.isnan(known)]
-  if known.size > 1 and np.ptp(known) > 0:
-    return interval(known)
+def estimate(rates_P: ArrayLike, questions_P: Sequence[Hashable] | None = None) -> Interval:
+  """`interval` with bounds that are the mean where resampling cannot move it; NaN of all NaN."""
+  rates_P = np.asarray(rates_P, float)
+  known_P = ~np.isnan(rates_P)
+  known = rates_P[known_P]
+  questions = None if questions_P is None else [
+      question for question, keep in zip(questions_P, known_P, strict=True) if keep]
+  if known.size > 1 and np.ptp(known) > 0 and (questions is None or len(set(questions)) > 1):
+    return interval(known, questions)
   value = float(known.mean()) if known.size else float("nan")
   return Interval(value, value, value)
 
 
 def interval(
-    rates_P: ArrayLike, *, confidence: float = 0.95, resamples: int = 9999,
-    seed: int = 0) -> Interval:
+    rates_P: ArrayLike, questions_P: Sequence[Hashable] | None = None, *, confidence: float = 0.95,
+    resamples: int = 9999, seed: int = 0) -> Interval:
   """The mean over problems, with a percentile bootstrap interval over problems.
 
   The interval is for other problems of the same kind: samples of one problem are not resampled, and
-  more of them narrow it only by making each rate more exact.
+  more of them narrow it only by making each rate more exact. Nor are problems that ask the same:
+  such are drawn together or not at all.
 
   Args:
     rates_P: by problem; NaN is left out. Pair two models by the difference of their rates.
+    questions_P: equal for problems that ask the same; None if no two do.
     confidence: coverage.
     resamples: of the bootstrap.
     seed: of the bootstrap; the same seed gives the same interval.
 
   Raises:
-    ValueError: fewer than two problems, or a confidence outside 0..1.
+    ValueError: fewer than two different problems, or a confidence outside 0..1.
   """
   rates_P = np.asarray(rates_P, float)
-  rates_P = rates_P[~np.isnan(rates_P)]
-  require(rates_P.size > 1, f"{rates_P.size} problems have a rate: an interval over problems needs "
-          "at least 2")
+  known_P = ~np.isnan(rates_P)
+  names = range(len(rates_P)) if questions_P is None else questions_P
+  sums, counts = collections.Counter(), collections.Counter()
+  for name, rate, known in zip(names, rates_P, known_P, strict=True):
+    if known:
+      sums[name] += rate
+      counts[name] += 1
+  rates_P = rates_P[known_P]
+  require(len(counts) > 1, f"{len(counts)} different problems have a rate: an interval over "
+          "problems needs at least 2")
   require(0 < confidence < 1, f"confidence={confidence} must lie between 0 and 1")
   found = stats.bootstrap(
-      (rates_P,), np.mean, n_resamples=resamples, confidence_level=confidence, method="percentile",
+      ([sums[name] for name in counts], [counts[name] for name in counts]),
+      lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis), paired=True,
+      n_resamples=resamples, confidence_level=confidence, method="percentile",
       rng=np.random.default_rng(seed)).confidence_interval
   return Interval(float(rates_P.mean()), float(found.low), float(found.high))
 

@@ -6,8 +6,6 @@ as hard problems call for it. So the same beginnings are completed twice: from b
 and from before it.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from rl import rewards
@@ -31,15 +29,17 @@ def effect(sampler: Sampler, variables: dict, drawn: Samples, samples: int = 4,
     most: completions looked at, from the first.
 
   Returns:
-    None if no completion reflects. Else "completions" and "problems", counts, and shares as
-    [estimate, low, high], 95 % bootstrap intervals over problems: "kept", the accuracy sampled on
-    from behind the reflection; "cut", from before it; "difference", kept - cut; "again", how often
-    the model reflects anyway after the cut; "without", the accuracy of those that do not, NaN if
-    there is none.
+    None if no completion reflects, or the context is too short for two of them. Else "completions"
+    and "questions", counts, and shares as [estimate, low, high], 95 % bootstrap intervals over
+    questions: "kept", the accuracy sampled on from behind the reflection; "cut", from before it;
+    "difference", kept - cut; "again", how often the model reflects anyway after the cut; "without",
+    the accuracy of those that do not, NaN if there is none.
   """
   spans = [(row, span) for row, text in enumerate(drawn.completions)
            if (span := reflection_at(text))][:most]
-  if not spans:
+  sampling = sampler.cfg.sampling
+  longest = sampling.max_prompt_length + 2 * sampling.max_completion_length
+  if not spans or longest > sampler.net.cfg.max_seq_len:
     return None
   found = drawn.rows(np.array([row for row, _ in spans]))
   judged = found.rows(np.repeat(np.arange(len(found)), samples))
@@ -52,11 +52,11 @@ def effect(sampler: Sampler, variables: dict, drawn: Samples, samples: int = 4,
     verdicts = rewards.accuracy(judged.prompts, texts[name], **judged.columns())
     right[name] = np.array([np.nan if verdict is None else verdict for verdict in verdicts])
   again = np.array([reflects(text) for text in texts["cut"]])  # nothing before the cut did
-  ids = [problem.id for problem in judged.problems]
+  questions = [problem.question for problem in judged.problems]
   shares = {**right, "difference": right["kept"] - right["cut"], "again": again.astype(float),
             "without": np.where(again, np.nan, right["cut"])}
-  return {"completions": len(found), "problems": len(set(ids))} | {
-      name: list(estimate(_by_problem(values, ids))) for name, values in shares.items()}
+  return {"completions": len(found), "questions": len(set(questions))} | {
+      name: list(estimate(values, questions)) for name, values in shares.items()}
 
 
 def _tokens_up_to(tokenizer: Tokenizer, tokens_N: np.ndarray, end: int) -> int:
@@ -64,8 +64,3 @@ def _tokens_up_to(tokenizer: Tokenizer, tokens_N: np.ndarray, end: int) -> int:
   lengths = (len(tokenizer.decode(tokens_N[:n])) for n in range(1, len(tokens_N) + 1))
   return next((n for n, length in enumerate(lengths) if length > end), len(tokens_N))
 
-
-def _by_problem(values_S: np.ndarray, ids: Sequence[str]) -> np.ndarray:
-  """A problem's mean over its rows that are not NaN; NaN if all are."""
-  own = [values_S[np.array(ids) == problem] for problem in dict.fromkeys(ids)]
-  return np.array([np.nan if np.isnan(values).all() else np.nanmean(values) for values in own])

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments import evaluate, r1_zero
+from experiments import evaluate, r1_zero, rl_report
 from experiments.options import Options
 from train.run_folder import MetricsFile
 
@@ -62,3 +62,27 @@ def test_a_checkpoint_of_rl_can_be_evaluated(folder, capsys, tmp_path):
   assert "pass@2" in capsys.readouterr().out
   result = json.loads((tmp_path / "results.json").read_text())
   assert result["problems"] == 3 and result["config"]["samples"] == 2
+
+
+def test_a_folder_refuses_other_settings_and_a_base_other_documents(folder):
+  cache = f"base.data.cache_dir={folder.parent}"
+  with pytest.raises(ValueError, match=r"rl\.optimizer\.learning_rate"):
+    r1_zero.main(Options("r1_zero", out=folder, arms=("grpo",), settings=(
+        *TINY, cache, "rl.optimizer.learning_rate=0.5")))
+  with pytest.raises(ValueError, match=r"asked\.documents\.noise\.step_error"):
+    r1_zero.main(Options("r1_zero", out=folder, arms=("format_only",), settings=(
+        *TINY, cache, "documents.noise.step_error=0.9")))
+
+
+def test_settings_that_would_change_nothing_are_refused(tmp_path):
+  init = "init=somewhere"
+  with pytest.raises(ValueError, match=r"documents\.count would change a base"):
+    r1_zero.main(Options("r1_zero", out=tmp_path, settings=(init, "documents.count=7")))
+  with pytest.raises(ValueError, match="--arms=reflection"):
+    r1_zero.main(Options("r1_zero", out=tmp_path, settings=(init,), arms=("reflection",)))
+  with pytest.raises(ValueError, match="samples=0"):
+    r1_zero.main(Options("r1_zero", out=tmp_path, settings=("samples=0",)))
+
+
+def test_figures_that_there_are_none_of_are_dashes():
+  assert [rl_report._cell(found) for found in (None, [None, None, None])] == ["–", "–"]

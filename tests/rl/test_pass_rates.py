@@ -105,3 +105,13 @@ def test_interval_leaves_out_problems_without_a_rate():
 def test_one_problem_has_no_interval(rates):
   with pytest.raises(ValueError, match="at least 2"):
     interval(rates)
+
+
+def test_problems_that_ask_the_same_count_once_for_the_interval():
+  rates, names = np.array([0.1, 0.4, 0.9, 0.2]), ["a", "b", "c", "d"]
+  assert interval(np.repeat(rates, 5), list(np.repeat(names, 5))) == pytest.approx(
+      interval(rates))
+  twice = interval([0.1, 0.1, 0.4, 0.9, 0.2], ["a", *names])
+  assert twice.estimate == pytest.approx(np.mean([0.1, *rates]))
+  with pytest.raises(ValueError, match="1 different problem"):
+    interval([0.0, 1.0], ["a", "a"])

@@ -56,7 +56,7 @@ def test_what_is_kept_ends_before_or_behind_the_reflection(sampler, monkeypatch)
   monkeypatch.setattr(sampler, "resume", noting)
   found = reflection.effect(sampler, small.variables(), written(sampler), samples=2)
   assert beginnings == [["1+1=3\nwait 1+1=2", "no, 等一下 2", "Wait"], ["1+1=3\n", "no, ", ""]]
-  assert found["completions"] == found["problems"] == 3
+  assert found["completions"] == found["questions"] == 3
   assert found["again"] == [0, 0, 0]  # this model does not know the word
   assert found["without"] == found["cut"]
   assert found["difference"][0] == pytest.approx(found["kept"][0] - found["cut"][0])
