@@ -80,6 +80,8 @@ class BenchConfig:
 def main(options: Options) -> None:
   options.refuse("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(BenchConfig(), options.settings, named={"model": get_config})
+  if options.out:
+    options.out.mkdir(parents=True, exist_ok=True)
   variables = init_on_host(cfg.model, cfg.rl.loop.seed)
   seen = _roll_out(cfg, variables, 0)
   updates = {name: _Update(cfg, name, variables, seen) for name in cfg.bench.objectives}

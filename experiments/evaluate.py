@@ -60,6 +60,8 @@ def main(options: Options) -> None:
   cfg = settings.apply(EvaluateConfig(), options.settings)
   if not cfg.checkpoint:
     raise ValueError("say what to evaluate: --set checkpoint=DIR")
+  if options.out:
+    options.out.mkdir(parents=True, exist_ok=True)
   # A program samples pairs; no more of them than there are completions to judge.
   pairs = min(cfg.slots, -(-cfg.problems * cfg.samples // 2))
   run = RLConfig(

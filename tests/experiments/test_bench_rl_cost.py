@@ -58,3 +58,9 @@ def test_ratios_are_to_the_first_objective(result):
 def test_what_cannot_be_measured_is_refused(setting, message):
   with pytest.raises(ValueError, match=message):
     bench_rl_cost.main(Options("bench_rl_cost", settings=(setting,)))
+
+
+def test_a_file_in_the_place_of_the_folder_is_noticed_before_anything_runs(tmp_path):
+  (tmp_path / "out").write_text("")
+  with pytest.raises(FileExistsError):
+    bench_rl_cost.main(Options("bench_rl_cost", out=tmp_path / "out", settings=TINY))
