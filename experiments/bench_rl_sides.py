@@ -24,15 +24,13 @@ from rl.advantages import group_advantages
 from rl.config import ObjectiveConfig, RLConfig, SamplingConfig
 from rl.sampler import Sampler
 from rl.step import experience, init_rl_state, make_update
+from rl.tasks import get_task
+from rl.tasks.problem import Problem
 from train.config import OptimizerConfig
 
-PHASES = ("rollout", "reward", "update")
-# Of a peer: `generate` over float32 weights, over bfloat16 ones, with a static cache under
-# torch.compile, and continuous batching; see `experiments.peers.grpo`.
-WAYS = ("generate", "generate_bf16", "compiled", "continuous")
 _ROOT = pathlib.Path(__file__).parent.parent
-_PROBLEMS = 4096  # of "train", before they begin again
-_WARM_UP = 2  # steps of either side before any is timed: all is compiled by then
+_PROBLEMS = 4096  # of "train", at most, before they begin again
+_WARM_UP = 2  # steps of either side before its first round: most is compiled by then
 _EVALUATION = 2**31 - 1  # the step whose random keys evaluations draw with
 _PATIENCE = 240  # seconds that a peer may take for an answer
 
@@ -43,7 +41,7 @@ class Bench:
 
   Attributes:
     model: a Hugging Face folder, tuned on ChatML.
-    task: see `rl.tasks.get_task`; answers must be numbers.
+    task: see `rl.tasks.get_task`; answers must be integers.
     num_prompts, num_generations, max_prompt_length, max_completion_length: of a rollout.
     micro_batch_size: sequences that go forward and backward at once.
     learning_rate: constant.
@@ -54,9 +52,10 @@ class Bench:
       step, for where TRL is missing.
     peer_python: an interpreter that has torch, transformers and, for "trl", trl and datasets; None
       for this one.
-    peer_generation: ways in which TRL samples, of WAYS; the fastest is quoted, and the fastest over
-      float32 weights trains.
+    peer_generation: ways in which TRL samples, of `sums.GENERATION`; the fastest is quoted, and the
+      fastest over float32 weights trains.
     steps_timed: of a round.
+    warm_up_rounds: before any is timed, at most: they end when all sides run steadily.
     repeats: rounds, in which the sides alternate, each from the first weights; medians are quoted.
     minutes: of training, for either side; 0 for none.
     goal: held-out pass@1 at which a side's training ends.
@@ -77,8 +76,9 @@ class Bench:
   seed: int = 0
   peer: str | None = None
   peer_python: str | None = None
-  peer_generation: tuple[str, ...] = WAYS
+  peer_generation: tuple[str, ...] = tuple(sums.GENERATION)
   steps_timed: int = 3
+  warm_up_rounds: int = 6
   repeats: int = 5
   minutes: float = 1.5
   goal: float = 0.85
@@ -89,11 +89,13 @@ class Bench:
   def __post_init__(self):
     require(self.peer in (None, "trl", "transformers"),
             f"bench.peer={self.peer} must be none, trl or transformers")
-    require(bool(self.peer_generation) and set(self.peer_generation) <= set(WAYS),
-            f"bench.peer_generation={self.peer_generation} must be some of {', '.join(WAYS)}")
+    ways = sums.GENERATION
+    require(bool(self.peer_generation) and set(self.peer_generation) <= set(ways),
+            f"bench.peer_generation={self.peer_generation} must be some of {', '.join(ways)}")
     require(self.compute in ("bfloat16", "float32"),
             f"bench.compute={self.compute!r} must be bfloat16 or float32")
     require_positive(self, "unroll", "steps_timed", "repeats", "eval_samples", "eval_every")
+    require(self.warm_up_rounds > 1, "bench.warm_up_rounds must be at least 2, to be compared")
     require_range(self, 0, 60, "minutes")
     require_range(self, 0, 1, "goal")
     require(self.eval_problems > 1, "bench.eval_problems must be at least 2, for an interval")
@@ -102,6 +104,11 @@ class Bench:
   @property
   def num_sequences(self) -> int:
     return self.num_prompts * self.num_generations
+
+  @property
+  def num_problems(self) -> int:
+    """Of "train", before they begin again: whole rollouts, as TRL leaves out a part of one."""
+    return max(1, _PROBLEMS // self.num_prompts) * self.num_prompts
 
   def run(self) -> RLConfig:
     """Our side: DAPO's loss, which is TRL's default, without a KL and with one step a rollout."""
@@ -124,13 +131,13 @@ class Side(Protocol):
   masters: str | None  # the weights' format
 
   def go(self, steps: int) -> list[dict[str, float]]:
-    """Takes steps; of each the seconds of PHASES and of all, "tokens" and "mean_reward"."""
+    """Takes steps; of each the seconds of `sums.PHASES` and of all, "tokens" and "mean_reward"."""
 
   def evaluate(self) -> list[float]:
     """The share of right samples of each held-out problem."""
 
   def reset(self) -> None:
-    """Goes back to the weights and the optimizer of the start."""
+    """Goes back to the weights and the optimizer of the start; the problems go on."""
 
 
 class Ours:
@@ -139,6 +146,11 @@ class Ours:
   name, masters = "ours", "float32"
 
   def __init__(self, bench: Bench):
+    self._problems = {"train": _problems(bench, "train", bench.num_problems),
+                      "heldout": _problems(bench, "heldout", bench.eval_problems)}
+    self.questions = [problem.question for problem in self._problems["heldout"]]
+    require(len(set(self.questions)) > 1, f"all {bench.eval_problems} held-out problems of "
+            f"{bench.task} ask the same: set bench.eval_problems higher, for an interval")
     start = rl.start.load(bench.model)
     self.bench, self.cfg, run = bench, start.cfg, bench.run()
     require(start.tokenizer_path is not None, f"{bench.model} has no tokenizer.json")
@@ -148,6 +160,7 @@ class Ours:
     self.sampler = Sampler(Transformer(network, unroll=bench.unroll), run, tokenizer)
     self._run, self._initial = run, start.variables
     self._update, self._spec = make_update(network, run), run.objective.spec(1)
+    self._step = 0
     self.reset()
 
   def warm_up(self) -> None:
@@ -156,7 +169,7 @@ class Ours:
     self.evaluate()
 
   def reset(self) -> None:
-    self._state, self._step = init_rl_state(self._initial, self._run), 0
+    self._state = init_rl_state(self._initial, self._run)
 
   def go(self, steps: int) -> list[dict[str, float]]:
     return [self._one() for _ in range(steps)]
@@ -166,7 +179,7 @@ class Ours:
     first = self._step * bench.num_prompts
     drawn = self.sampler.sample(
         self._state.train.variables, "train",
-        [index % _PROBLEMS for index in range(first, first + bench.num_prompts)],
+        [index % bench.num_problems for index in range(first, first + bench.num_prompts)],
         bench.num_generations, step=self._step)
     sampled = time.perf_counter()
     rewards = sums.rewards(drawn.completions, [problem.answer for problem in drawn.problems])
@@ -201,8 +214,7 @@ class Ours:
     """The config of `experiments.peers.grpo`: the same prompts, token by token."""
     bench, tokenizer = self.bench, self.sampler.tokenizer
 
-    def rows(split, count):
-      problems = [self.sampler.task.problem(split, index) for index in range(count)]
+    def rows(problems):
       prompts = [self.sampler.template.render(problem.question) for problem in problems]
       return [{"prompt": prompt, "ids": ids.tolist(), "answer": problem.answer}
               for prompt, ids, problem in zip(
@@ -213,7 +225,18 @@ class Ours:
     return {name: getattr(bench, name) for name in names} | {
         "warm_up": _WARM_UP,
         "stop": tokenizer.decode([tokenizer.eos]), "pad": tokenizer.decode([tokenizer.pad]),
-        "train": rows("train", _PROBLEMS), "heldout": rows("heldout", bench.eval_problems)}
+        **{split: rows(problems) for split, problems in self._problems.items()}}
+
+
+def _problems(bench: Bench, split: str, count: int) -> list[Problem]:
+  """The first of a split, each with an answer that `sums.rewards` can judge by."""
+  task = get_task(bench.task)
+  problems = [task.problem(split, index) for index in range(count)]
+  for problem in problems:
+    require(sums.is_number(problem.answer), f"bench.task={bench.task}: the answer to "
+            f"{problem.question!r} is {problem.answer!r}, and must be an integer: name a task of "
+            "sums, such as arithmetic")
+  return problems
 
 
 class Peer:

@@ -1,4 +1,4 @@
-"""What a completion of a sum is worth. The same rule for this project and for its peers.
+"""What this project and its peers share: what a completion of a sum is worth, and names.
 
 Peers run it in an interpreter of their own, so it needs the standard library alone.
 """
@@ -6,7 +6,20 @@ Peers run it in an interpreter of their own, so it needs the standard library al
 import re
 from collections.abc import Sequence
 
+PHASES = ("rollout", "reward", "update")  # of a step
+# The ways in which TRL samples; see `experiments.peers.grpo`.
+GENERATION = {
+    "generate": "transformers' generate under autocast, over float32 weights",
+    "generate_bf16": "the same with weights in bfloat16",
+    "compiled": "with a static cache under torch.compile; weights in bfloat16",
+    "continuous": "transformers' continuous batching; it casts the weights to bfloat16",
+}
 _NUMBER = re.compile(r"-?[0-9]+")
+
+
+def is_number(answer: str) -> bool:
+  """Whether completions can be compared with it."""
+  return _NUMBER.fullmatch(answer) is not None
 
 
 def rewards(completions: Sequence[str], answers: Sequence[str]) -> list[float]:

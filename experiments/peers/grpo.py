@@ -12,7 +12,7 @@ that a caller can alternate it with others; all answers are JSON:
     go 5       ->  {"rows": [{"rollout": 1.2, "reward": 0.0, "update": 0.3, "seconds": 1.5,
                     "tokens": 4096, "mean_reward": 0.25}, ...], "masters": "float32"}
     evaluate   ->  {"rates": [0.5, ...]}     right samples of each held-out problem, as a share
-    reset      ->  {"reset": true}           weights and optimizer as at the start
+    reset      ->  {"reset": true}           weights and optimizer as at the start; problems go on
 
 Times are seconds; tokens are those sampled, up to and with the one that ends a turn. Whatever
 others print goes to stderr.
@@ -31,21 +31,13 @@ from typing import Any, TextIO
 
 from experiments import sums
 
-_PHASES = ("rollout", "reward", "update")
-GENERATION = {
-    "generate": "transformers' generate under autocast, over float32 weights",
-    "generate_bf16": "the same with weights in bfloat16",
-    "compiled": "with a static cache under torch.compile; weights in bfloat16",
-    "continuous": "transformers' continuous batching; it casts the weights to bfloat16",
-}
-
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("config", type=_config, help="JSON file; see the head of this file")
   parser.add_argument("--kind", choices=("trl", "transformers"), default="trl")
-  parser.add_argument("--generation", choices=GENERATION, default="generate", help="; ".join(
-      f"{name}: {what}" for name, what in GENERATION.items()))
+  parser.add_argument("--generation", choices=sums.GENERATION, default="generate", help="; ".join(
+      f"{name}: {what}" for name, what in sums.GENERATION.items()))
   return parser.parse_args(argv)
 
 
@@ -104,7 +96,7 @@ class Clock:
     self.start()
 
   def start(self) -> None:
-    self._spent = dict.fromkeys(_PHASES, 0.0)
+    self._spent = dict.fromkeys(sums.PHASES, 0.0)
     self._began = time.perf_counter()
 
   @contextlib.contextmanager

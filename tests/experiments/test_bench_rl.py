@@ -17,8 +17,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import model
 from experiments import bench_rl, chat, sums
+from experiments.bench_rl_report import write_bench_report
 from experiments.bench_rl_sides import Bench, Ours, Peer
 from experiments.options import Options
+from rl.tasks.generated import half_of
 from rl.templates import get_template
 from train.tokenizer import Tokenizer
 
@@ -28,7 +30,8 @@ MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SHAPE = {
     "task": "arithmetic:terms=2,digits=1,operators=+", "num_prompts": 2, "num_generations": 4,
     "max_prompt_length": 64, "max_completion_length": 4, "micro_batch_size": 4, "steps_timed": 1,
-    "repeats": 2, "eval_problems": 2, "eval_samples": 2, "eval_every": 1, "compute": "float32"}
+    "warm_up_rounds": 2, "repeats": 2, "eval_problems": 4, "eval_samples": 2, "eval_every": 1,
+    "compute": "float32"}
 
 
 def needs(module: str) -> None:
@@ -103,7 +106,8 @@ def test_a_vocabulary_without_turns_is_refused():
     ({"peer": "verl"}, "must be none, trl or transformers"),
     ({"peer_generation": ()}, "peer_generation"), ({"peer_generation": ("vllm",)}, "continuous"),
     ({"repeats": 0}, "repeats=0 must be positive"), ({"minutes": -1}, "minutes"),
-    ({"goal": 2}, "goal"), ({"eval_problems": 1}, "at least 2"), ({"compute": "fp8"}, "bfloat16"),
+    ({"warm_up_rounds": 1}, "at least 2"), ({"goal": 2}, "goal"),
+    ({"eval_problems": 1}, "at least 2"), ({"compute": "fp8"}, "bfloat16"),
     ({"num_generations": 1}, "nothing to compare"), ({"micro_batch_size": 7}, "must divide")])
 def test_impossible_settings_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
@@ -117,7 +121,9 @@ def test_a_model_must_be_named():
 
 def test_tokens_counted_are_those_up_to_the_end_of_a_turn(ours):
   ours.reset()
-  drawn = ours.sampler.sample(ours._initial, "train", range(2), 4, step=0)
+  first = 2 * ours._step
+  drawn = ours.sampler.sample(
+      ours._initial, "train", range(first, first + 2), 4, step=ours._step)
   row, = ours.go(1)
   stop = ours.sampler.tokenizer.eos
   lengths = [min(4, list(tokens).index(stop) + 1 if stop in tokens else 4)
@@ -126,27 +132,57 @@ def test_tokens_counted_are_those_up_to_the_end_of_a_turn(ours):
   assert row["seconds"] == pytest.approx(row["rollout"] + row["reward"] + row["update"])
 
 
-def test_a_reset_goes_back_to_the_first_weights(ours):
-  ours.reset()
-  before = ours.evaluate()
-  first = ours.go(2)
-  ours.reset()
-  again = ours.go(2)
-  pick = lambda rows: [(row["tokens"], row["mean_reward"]) for row in rows]
-  assert pick(first) == pick(again)
-  ours.reset()
-  assert ours.evaluate() == before
+def table(ours: Ours) -> np.ndarray:
+  return np.array(ours._state.train.variables["params"]["embedding"]["embedding"])
 
 
-def test_steps_change_the_policy(ours, monkeypatch):
-  # Rewards of a random model are all 0: give it some to learn from.
+@pytest.fixture
+def rewarded(monkeypatch):
+  """Rewards of a random model are all 0: this gives it some to learn from."""
   monkeypatch.setattr(sums, "rewards", lambda completions, answers: [
       float(i % 2) for i in range(len(completions))])
+
+
+def test_a_reset_goes_back_to_the_first_weights(ours, rewarded):
   ours.reset()
-  table = lambda: np.array(ours._state.train.variables["params"]["embedding"]["embedding"])
-  before = table()
+  first = table(ours)
   ours.go(1)
-  assert np.abs(table() - before).max() > 0
+  ours.reset()
+  np.testing.assert_array_equal(table(ours), first)
+
+
+def test_all_sides_are_asked_the_same_problems_in_the_same_order_round_after_round(
+    ours, monkeypatch):
+  asked, judge = [], sums.rewards
+  monkeypatch.setattr(sums, "rewards", lambda completions, answers: (
+      asked.append(answers), judge(completions, answers))[1])
+  monkeypatch.setattr(ours, "_step", 0)
+  peers = [row["answer"] for row in ours.for_peers()["train"]]
+  ours.reset()
+  ours.go(2)
+  ours.reset()
+  ours.go(1)
+  assert np.concatenate(asked).tolist() == np.repeat(peers[:6], 4).tolist()
+  assert len(set(peers[:6])) > 2
+
+
+def test_problems_begin_again_after_whole_rollouts(ours, monkeypatch):
+  asked, judge = [], sums.rewards
+  monkeypatch.setattr(sums, "rewards", lambda completions, answers: (
+      asked.append(answers), judge(completions, answers))[1])
+  peers = [row["answer"] for row in ours.for_peers()["train"]]
+  monkeypatch.setattr(ours, "_step", len(peers) // 2 - 1)
+  ours.go(2)
+  assert np.concatenate(asked).tolist() == np.repeat([*peers[-2:], *peers[:2]], 4).tolist()
+  assert Bench(num_prompts=96).num_problems == 42 * 96
+  assert Bench(num_prompts=5120).num_problems == 5120
+
+
+def test_steps_change_the_policy(ours, rewarded):
+  ours.reset()
+  before = table(ours)
+  ours.go(1)
+  assert np.abs(table(ours) - before).max() > 0
 
 
 def test_rates_are_medians_over_rounds_of_tokens_over_a_phases_seconds():
@@ -159,9 +195,119 @@ def test_rates_are_medians_over_rounds_of_tokens_over_a_phases_seconds():
   assert found["seconds"]["step"] == 1.0 and found["mean_reward"] == 0.5
 
 
+def test_rounds_are_steady_when_the_last_two_agree_within_a_tenth_of_the_faster():
+  assert not bench_rl.steady([100])
+  assert bench_rl.steady([1, 90, 100]) and bench_rl.steady([1, 100, 90])
+  assert not bench_rl.steady([100, 100, 89]) and not bench_rl.steady([100, 100, 112])
+
+
+class Paced:
+  """A side that takes so many seconds for a step of 100 tokens, round by round."""
+
+  masters = "float32"
+
+  def __init__(self, name: str, *seconds: float):
+    self.name, self._seconds, self.resets = name, iter(seconds), 0
+
+  def reset(self) -> None:
+    self.resets += 1
+
+  def go(self, steps: int) -> list[dict[str, float]]:
+    return [{"seconds": next(self._seconds), "tokens": 100}] * steps
+
+
+def test_the_warm_up_goes_on_for_all_until_the_slowest_to_settle_is_steady():
+  sides, result = [Paced("ours", 2, 1, 1, 1), Paced("peer", 9, 3, 2, 2)], {"failed": {}}
+  bench_rl.settle(Bench(), sides, result)
+  assert result["warm_up"] == {
+      "ours": {"by_round": [50, 100, 100, 100], "steady": True},
+      "peer": {"by_round": [pytest.approx(100 / 9), pytest.approx(100 / 3), 50, 50],
+               "steady": True}}
+  assert [side.resets for side in sides] == [4, 4]
+
+
+def test_a_warm_up_without_end_is_cut_off_and_noted():
+  result = {"failed": {}}
+  bench_rl.settle(Bench(warm_up_rounds=3), [Paced("ours", 1, 2, 1), Paced("peer", 1, 1, 1)], result)
+  assert [side["steady"] for side in result["warm_up"].values()] == [False, True]
+  assert len(result["warm_up"]["ours"]["by_round"]) == 3
+
+
+def test_problems_that_ask_the_same_count_as_one():
+  rates = bench_rl.by_question([1.0, 0.0, 0.5, 0.0], ["1+2", "3+4", "1+2", "5+6"])
+  assert sorted(rates) == [0, 0, 0.75]
+
+
+@pytest.mark.parametrize("answer", ["7", "-7", "07"])
+def test_integers_can_be_judged_by(answer):
+  assert sums.is_number(answer) and sums.rewards([answer], [answer]) == [1]
+
+
+@pytest.mark.parametrize("answer", ["1.5", "", "(1+2)", "7 7", "1_0"])
+def test_other_answers_cannot(answer):
+  assert not sums.is_number(answer)
+
+
+def test_a_task_whose_answers_are_no_integers_is_refused_before_the_model_is_loaded(tmp_path):
+  with pytest.raises(ValueError, match="must be an integer: name a task of sums"):
+    run(tmp_path / "no model", tmp_path / "out", task="countdown")
+
+
+def test_held_out_problems_that_all_ask_the_same_are_refused(tmp_path):
+  questions = [f"0+{i}" for i in range(100)]
+  picked = [next(q for q in questions if half_of(q) == split) for split in ("train", "heldout")]
+  (tmp_path / "same.jsonl").write_text("".join(
+      json.dumps({"question": question, "answer": "2"}) + "\n" for question in picked))
+  with pytest.raises(ValueError, match="ask the same"):
+    run(tmp_path / "no model", tmp_path / "out", task=f"file:{tmp_path}/same.jsonl")
+
+
+def test_a_file_in_the_place_of_the_folder_is_noticed_before_anything_runs(tmp_path):
+  (tmp_path / "out").write_text("")
+  with pytest.raises(FileExistsError):
+    run(tmp_path / "no model", tmp_path / "out")
+
+
+@pytest.fixture
+def committed(tmp_path) -> pathlib.Path:
+  """A copy of the results that are older than the warm-up."""
+  source = pathlib.Path(bench_rl.__file__).parent / "results" / "bench_rl" / "results.json"
+  shutil.copy(source, tmp_path)
+  return tmp_path
+
+
+def test_a_report_has_the_last_and_the_fastest_round_beside_the_median(committed):
+  text = write_bench_report(committed).read_text()
+  line = next(line for line in text.splitlines() if "trl (generate)" in line)
+  # 41,819 / 8257 of rounds 2, and 42,483 / 10,562 of rounds 3.
+  assert "5.06 times" in line and line.count("4.02") == 2
+  assert "the first was not warm" in text and "over 64 held-out problems" in text
+
+
+def test_a_report_says_what_was_not_run(committed):
+  text = write_bench_report(committed).read_text()
+  assert "not run: compiled (" in text and "vLLM, with which TRL can sample, was not" in text
+
+
+@pytest.mark.parametrize(("steady", "found"), [
+    (True, "2 rounds to warm up came before those timed, until each side's last two agree within "
+           "10 %: reached by all"), (False, "not reached by trl (generate).")])
+def test_a_report_says_whether_the_warm_up_was_long_enough(committed, steady, found):
+  path = committed / "results.json"
+  result = json.loads(path.read_text()) | {"heldout_questions": 13, "warm_up": {
+      "ours": {"by_round": [1, 1], "steady": True},
+      "trl (generate)": {"by_round": [1, 2], "steady": steady}}}
+  path.write_text(json.dumps(result))
+  text = write_bench_report(committed).read_text()
+  assert found in text and "first was not warm" not in text
+  assert "over the 13 distinct questions of 64 held-out problems" in text
+
+
 def test_alone_it_times_trains_and_reports(folder, tmp_path, quick_compiles):
   result = run(folder, tmp_path)
   assert set(result["sides"]) == {"ours"} and len(result["sides"]["ours"]["by_round"]) == 2
+  assert len(result["warm_up"]["ours"]["by_round"]) == 2
+  assert 2 <= result["heldout_questions"] <= 4
   training = result["training"]["ours"]
   assert [one["step"] for one in training["evaluations"]] == list(
       range(len(training["steps"]) + 1))
@@ -224,5 +370,5 @@ def test_a_peer_samples_as_many_completions_and_times_its_phases(peer):
 def test_a_peer_evaluates_and_goes_back_to_the_start(peer):
   peer.reset()
   rates = peer.evaluate()
-  assert len(rates) == 2 and all(0 <= rate <= 1 for rate in rates)
+  assert len(rates) == 4 and all(0 <= rate <= 1 for rate in rates)
   assert len(peer.go(1)) == 1
