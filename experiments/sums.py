@@ -10,8 +10,8 @@ PHASES = ("rollout", "reward", "update")  # of a step
 # The ways in which TRL samples; see `experiments.peers.grpo`.
 GENERATION = {
     "generate": "transformers' generate under autocast, over float32 weights",
-    "generate_bf16": "the same with weights in bfloat16",
-    "compiled": "with a static cache under torch.compile; weights in bfloat16",
+    "generate_bf16": "transformers' generate over bfloat16 weights",
+    "compiled": "generate with a static cache under torch.compile, over bfloat16 weights",
     "continuous": "transformers' continuous batching; it casts the weights to bfloat16",
 }
 _NUMBER = re.compile(r"-?[0-9]+")
