@@ -217,8 +217,11 @@ def _verdicts(comparisons: list[dict]) -> str:
         f"{pair.same_sign} of {pair.n} {'>' if pair.sign > 0 else '<'} 0"
         if c["claim"]["kind"] == "sign" else pair.n,
         number(pair.detectable, 3), f"**{c['verdict']}**"])
-  return table(("comparison", "metric", "of", "claim", "paper", "mean", "95 % interval",
-                 "seeds", "detectable", "verdict"), lines) if lines else ""
+  found = table(("comparison", "metric", "of", "claim", "paper", "mean", "95 % interval",
+                "seeds", "detectable", "verdict"), lines) if lines else ""
+  reasons = [f"- not judged, **{c['name']}**: {c['not_judged']}." for c in comparisons
+             if "not_judged" in c]
+  return "\n\n".join(filter(None, [found, "\n".join(reasons)]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[plots.Comparison]:
@@ -309,10 +312,11 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       "runs": [{"arm", "learning_rate", "seed", "metrics": {name: x}, "status", "cost"}], of which
       those whose status is `FINISHED` count; "comparisons": [{"name", "metric", "arm", "baseline",
       "paired": fields of `stats.Paired`, "claim": fields of `stats.Claim`, "verdict", "paper":
-      what the paper reports, in words}]; "noise" and "detectable": {metric: x}; "curves": {name:
-      rows for `plots.loss_curves`}; "panels": [{"name", "caption", "curves": of `plots.panels`,
-      "doublings": likewise}]; "bases": [{"name", "arms", "metrics", "cost"}]; "total_cost";
-      "provenance"; "source_hash". All but the name may be absent.
+      what the paper reports, in words, "not_judged": why, where it was not}]; "noise" and
+      "detectable": {metric: x}; "curves": {name: rows for `plots.loss_curves`}; "panels": [{"name",
+      "caption", "curves": of `plots.panels`, "doublings": likewise}]; "bases": [{"name", "arms",
+      "metrics", "cost"}]; "total_cost"; "provenance"; "source_hash". All but the name may be
+      absent.
 
   Returns:
     The path of report.md.

@@ -56,6 +56,10 @@ class Comparison:
     claim: see `stats.Claim`; the margin is fixed here, before any run.
     paper: what the paper reports, in words.
     matched: see `arm`.
+    at_one_rate: the arms must have swept the same best rate, or it is unresolved: for metrics that
+      the learning rate itself moves, such as the distance from the base.
+    room: a metric and a bound that the arm's mean of it must stay under, or it is unresolved: for
+      claims that nothing rises, which a base that is already at the top could not contradict.
   """
 
   name: str
@@ -65,6 +69,8 @@ class Comparison:
   claim: Claim
   paper: str = ""
   matched: str = "max_violation"
+  at_one_rate: bool = False
+  room: tuple[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +140,11 @@ def execute(study: Study, scale_name: str, options: Options, source_hash: str) -
   """`main` for a study made on the spot; returns what results.json holds."""
   runner = _Runner(study, scale_name, options, source_hash)
   try:
-    runner.run()
-    return runner.judge()
+    finished = runner.run()
+    judged = runner.judge()
+    if not finished:
+      print("stopped, saved; the same command goes on")
+    return judged
   finally:
     runner.out.close()
 
@@ -183,15 +192,16 @@ class _Runner:
             for run in json.loads(path.read_text())["runs"]]
     return {Task(run["arm"], run["learning_rate"], run["seed"]): run for run in runs}
 
-  def run(self) -> None:
+  def run(self) -> bool:
+    """Runs what no part has; False if time ran out."""
     self.runs.prepare()
     sweep = [Task(arm, rate, _SWEEP_SEED + i) for arm in self.arms
              for rate in self.scale.learning_rates for i in range(self.scale.sweep_seeds)]
     if not self._run_all(sweep):
-      return
+      return False
     best = self.best_learning_rates(self.finished())
-    self._run_all([Task(arm, best[arm], seed) for arm in self.arms for seed in self.seeds
-                   if arm in best])
+    return self._run_all([Task(arm, best[arm], seed) for arm in self.arms for seed in self.seeds
+                          if arm in best])
 
   def best_learning_rates(self, runs: dict[Task, dict]) -> dict[str, float]:
     """Of the arms whose sweep is whole, and in which a run finished."""
@@ -277,7 +287,8 @@ class _Runner:
     compared = {arm: {seed: run["metrics"] for seed, run in of_arm.items()}
                 for arm, of_arm in ran.items()}
     scores = {arm: score for arm, (_, score) in swept.items()}
-    comparisons = [c for c in (compare(c, compared, scores) for c in self.study.comparisons) if c]
+    comparisons = [c for c in (compare(c, compared, scores, best) for c in self.study.comparisons)
+                   if c]
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
     study = {
@@ -304,11 +315,13 @@ class _Runner:
       pair = c["paired"]
       print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} [{pair['low']:.4g}, "
             f"{pair['high']:.4g}] on {pair['n']} seeds, detectable {pair['detectable']:.2g}; "
-            f"the paper: {c['paper'] or 'no figure'}")
-    spent = study["total_cost"]
-    joules = "" if spent["joules"] is None else f", {spent['joules'] / 1e3:.1f} kJ"
-    print(f"{len(runs)} runs cost {spent['device_seconds'] / 60:.1f} device-minutes, "
-          f"{spent['flops']:.3g} FLOP{joules}")
+            f"the paper: {c['paper'] or 'no figure'}"
+            + (f"; not judged: {c['not_judged']}" if "not_judged" in c else ""))
+    if runs:
+      spent = study["total_cost"]
+      joules = "" if spent["joules"] is None else f", {spent['joules'] / 1e3:.1f} kJ"
+      print(f"{len(runs)} runs cost {spent['device_seconds'] / 60:.1f} device-minutes, "
+            f"{spent['flops']:.3g} FLOP{joules}")
     print(f"report: {write_study_report(self.out.path, study)}")
     return study
 
@@ -322,13 +335,18 @@ def compared_runs(
 
 
 def compare(question: Comparison, compared: dict[str, dict[int, dict]],
-            swept: Mapping[str, float] | None = None) -> dict | None:
+            swept: Mapping[str, float] | None = None,
+            rates: Mapping[str, float] | None = None) -> dict | None:
   """A comparison's outcome over the seeds that both arms have, or None if there are none.
 
   Args:
     question: see there.
     compared: by arm and seed, the metrics.
     swept: by arm the best score of its sweep, larger for better, for `matched` "sweep".
+    rates: by arm its best learning rate, for `at_one_rate`.
+
+  Returns:
+    As in results.json; "not_judged" says why, where the figures may not decide.
   """
   arm, name = question.arm, question.baseline
   if question.matched == "sweep":
@@ -350,10 +368,31 @@ def compare(question: Comparison, compared: dict[str, dict[int, dict]],
   values = [compared[arm][seed][question.metric] for seed in seeds]
   other = [baseline[seed][question.metric] for seed in seeds] if baseline is not None else 0.0
   pair = paired(values, other, sign=question.claim.sign)
-  return {"name": question.name, "metric": question.metric, "arm": arm,
-          "baseline": name, "paired": dataclasses.asdict(pair),
-          "claim": dataclasses.asdict(question.claim), "paper": question.paper,
-          "verdict": judge(pair, question.claim)}
+  outcome = {"name": question.name, "metric": question.metric, "arm": arm,
+             "baseline": name, "paired": dataclasses.asdict(pair),
+             "claim": dataclasses.asdict(question.claim), "paper": question.paper,
+             "verdict": judge(pair, question.claim)}
+  reason = (_rates_differ(question, rates or {}, arm, name)
+            or _no_room(question, [compared[arm][seed] for seed in seeds]))
+  return outcome | {"verdict": "unresolved", "not_judged": reason} if reason else outcome
+
+
+def _rates_differ(question: Comparison, rates: Mapping[str, float], arm: str,
+                  baseline: str | None) -> str | None:
+  """Why the arms' learning rates forbid a verdict, if they do."""
+  if not question.at_one_rate or baseline is None or rates.get(arm) == rates.get(baseline):
+    return None
+  return (f"{arm} swept best at {rates.get(arm)} and {baseline} at {rates.get(baseline)}, and the "
+          f"rate itself moves {question.metric}")
+
+
+def _no_room(question: Comparison, of_seeds: Sequence[dict]) -> str | None:
+  """Why the arm had no room to fail the claim, if it had none."""
+  if question.room is None:
+    return None
+  metric, bound = question.room
+  mean = np.mean([values[metric] for values in of_seeds])
+  return None if mean < bound else f"no room: {metric} is {mean:.3g}, not under {bound:g}"
 
 
 def _swept_best(pattern: str | None, swept: Mapping[str, float]) -> str | None:

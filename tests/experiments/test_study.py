@@ -122,6 +122,28 @@ def test_of_groups_the_arms_that_swept_best_are_compared():
   assert compare(question("new_*", "old_*", matched="sweep"), compared, {"new_1": 0.0}) is None
 
 
+def test_a_comparison_at_one_rate_is_not_judged_where_the_best_rates_differ():
+  compared = {"new": seeds({0: 1.0, 1: 1.1}), "plain": seeds({0: 2.0, 1: 2.1})}
+  outcome = lambda asked, **rates: compare(
+      question("new", "plain", at_one_rate=asked), compared, None, rates)
+  assert outcome(True, new=1e-3, plain=1e-3)["verdict"] == "reproduced"
+  differing = outcome(True, new=1e-3, plain=2e-3)
+  assert differing["verdict"] == "unresolved"
+  assert "new swept best at 0.001 and plain at 0.002" in differing["not_judged"]
+  anyway = outcome(False, new=1e-3, plain=2e-3)
+  assert anyway["verdict"] == "reproduced" and "not_judged" not in anyway
+
+
+def test_that_nothing_rises_is_not_judged_where_there_was_no_room():
+  none = Claim("threshold", sign=-1, threshold=0.02)
+  ask = lambda before: compare(
+      question("new", None, "gain", none, room=("before", 0.98)),
+      {"new": {seed: {"gain": 0.0 + 0.001 * seed, "before": before} for seed in range(3)}})
+  assert ask(0.9)["verdict"] == "reproduced" and "not_judged" not in ask(0.9)
+  assert ask(0.99)["verdict"] == "unresolved"
+  assert ask(0.99)["not_judged"] == "no room: before is 0.99, not under 0.98"
+
+
 # Learning rates.
 
 def test_a_sweep_of_fewer_than_three_learning_rates_is_refused():
@@ -238,6 +260,14 @@ def test_a_loss_that_is_not_finite_does_not_keep_other_seeds_from_being_judged(t
   write_part(tmp_path, "5", [a_run("new", RATES[0], 3, math.inf, max_violation=0.1)])
   judged = runner(tmp_path, a_study(*COMPARISONS)).judge()
   assert judged["comparisons"][0]["paired"]["n"] == 3
+
+
+def test_a_report_says_why_a_comparison_was_not_judged(tmp_path, capsys):
+  fill(tmp_path)
+  judged = runner(tmp_path, a_study(question("new", "plain", at_one_rate=True))).judge()
+  assert judged["comparisons"][0]["verdict"] == "unresolved"
+  why = "new swept best at 0.001 and plain at 0.002"
+  assert why in (tmp_path / "report.md").read_text() and why in capsys.readouterr().out
 
 
 def one_seed(folder) -> None:
