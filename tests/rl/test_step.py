@@ -154,6 +154,13 @@ def test_the_first_loss_is_zero_and_its_gradient_is_not():
   assert metrics["sampling_gap"] < 1e-6
 
 
+def test_on_policy_no_token_is_clipped_and_epsilon_does_nothing():
+  narrow, metrics = update(seen(), epsilon=np.float32(1e-3))
+  wide, _ = update(seen(), epsilon=np.float32(10))
+  assert metrics["clip_ratio/region"] == 0
+  train_small.assert_same_bits(narrow, wide)
+
+
 def test_the_gradient_is_that_of_the_mean_log_probability_at_the_sampling_temperature():
   given = seen()
 
