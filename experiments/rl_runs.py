@@ -2,13 +2,15 @@
 
 A base is pretrained when the first run needs it, in the user's cache, where all arms, studies and
 later commands that begin with the same base find it: whoever changes how bases are made deletes
-`bases` there. Runs go one at a time, a folder each.
+`bases` there. What one command makes there others wait for. Runs go one at a time, a folder each.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -32,6 +34,7 @@ from train.run_folder import RunFolder, write_json_atomic
 _CURVES = {"reward": "reward (mean of a rollout)", "pass@1": "held-out pass@1",
            "length": "length (tokens)", "kl": "KL to the reference (nats per token)"}
 _HARDER = ("pass@1", "cons@k", "pass@k")
+_POLL_SECONDS = 1.0
 _BASE_METRICS = ("pass@1", "cons@k", "pass@k", "format", "length", "length_pays")
 
 
@@ -114,11 +117,11 @@ class RLRuns:
     start = self._start(base, max_seconds)
     if start is None:
       return None
-    left = max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
     folder.check_config(rl.start.as_dict(cfg.rl, start.cfg))
     tokenizer = start.tokenizer()
     tokenizer.save(folder.path / rl.start.TOKENIZER)
-    result = loop.train(cfg.rl, start.cfg, start.variables, tokenizer, folder, max_seconds=left)
+    result = loop.train(cfg.rl, start.cfg, start.variables, tokenizer, folder,
+                        max_seconds=_left(max_seconds, began))
     if result.status == "stopped":
       return None
     judge = _Judge(cfg, Sampler(model.Transformer(start.cfg), cfg.rl, tokenizer))
@@ -126,7 +129,7 @@ class RLRuns:
     after = judge(result.state.train.variables)
     return [{
         "metrics": after["metrics"] | gains(before["metrics"], after["metrics"])
-                   | {"base_length_pays": before["metrics"]["length_pays"]}
+                   | {f"base_{name}": before["metrics"][name] for name in ("length_pays", "pass@k")}
                    | of_rows(result.rows),
         "curves": _curves(result), "before": before, "after": after,
         "base": {"name": base.path.name, "cost": cost.total(base.path)}}]
@@ -155,7 +158,12 @@ class RLRuns:
   def _start(self, base: Base, max_seconds: float | None) -> rl.start.Start | None:
     """The loaded base, kept for the runs to come."""
     if base.path not in self._starts:
-      start = base.load(max_seconds)
+      began = time.monotonic()
+      held = _hold(base.path / "making", max_seconds)
+      if held is None:
+        return None
+      with contextlib.closing(held):
+        start = base.load(_left(max_seconds, began))
       if start is None:
         return None
       self._starts[base.path] = start
@@ -198,8 +206,32 @@ class _Judge:
            "seed": cfg.rl.loop.seed}
     path = folder / f"evaluation-{_digest(key)}.json"
     if not path.exists():
-      write_json_atomic(path, {"of": key, "found": self(variables)})
+      with contextlib.closing(_hold(path.with_suffix(""))):
+        if not path.exists():
+          write_json_atomic(path, {"of": key, "found": self(variables)})
     return json.loads(path.read_text())["found"]
+
+
+def _hold(folder: pathlib.Path, max_seconds: float | None = None) -> RunFolder | None:
+  """Holds a folder as soon as no other process does; None if time runs out before."""
+  began, told = time.monotonic(), False
+  while True:
+    try:
+      return RunFolder(folder)
+    except ValueError as error:
+      if not isinstance(error.__cause__, BlockingIOError):
+        raise
+    if max_seconds and time.monotonic() - began > max_seconds:
+      return None
+    if not told:
+      print(f"waiting for what another process makes in {folder}", file=sys.stderr, flush=True)
+    told = True
+    time.sleep(_POLL_SECONDS)
+
+
+def _left(max_seconds: float | None, began: float) -> float | None:
+  """What is left of a limit, if there is one, for something that takes a limit above 0."""
+  return max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
 
 
 def _digest(plain: Any) -> str:

@@ -1,14 +1,16 @@
 """RL runs of a study, from a base that all share: trained, stopped, merged, judged."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import threading
 
 import pytest
 
 from experiments import rl_maj_pass, settings, study
 from experiments.options import Options
-from experiments.rl_runs import EvaluationConfig, RLRuns
+from experiments.rl_runs import EvaluationConfig, RLRuns, _Judge
 from experiments.runs import Task
 from experiments.study import Scale
 from train.run_folder import MetricsFile, RunFolder
@@ -145,6 +147,53 @@ def test_a_base_that_was_stopped_stops_the_run(cache, folder, tmp_path):
   (made,) = (tmp_path / "bases").iterdir()
   assert not (made / "finished").exists()
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@contextlib.contextmanager
+def held_a_while(path, last=lambda: None):
+  """Another holder of a folder, who does something before leaving it."""
+  holder = RunFolder(path)
+
+  def leave():
+    last()
+    holder.close()
+
+  timer = threading.Timer(0.2, leave)
+  timer.start()
+  yield
+  timer.join()
+
+
+def test_a_base_that_another_command_makes_is_waited_for(cache, folder, capsys):
+  base = settings.apply(a_study().scales["tiny"].config, (f"base.data.cache_dir={cache}",))
+  runs, task = RLRuns(base, {"grpo": base}, ()), Task("grpo", 1e-3, 0)
+  making = runs.base(task).path / "making"
+  with contextlib.closing(RunFolder(making)):
+    assert runs._start(runs.base(task), 1e-9) is None
+  with held_a_while(making):
+    assert runs._start(runs.base(task), None) is not None
+  assert f"waiting for what another process makes in {making}" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_another_command_makes_is_waited_for(cache, folder):
+  base = settings.apply(a_study().scales["tiny"].config, (f"base.data.cache_dir={cache}",))
+  runs, task = RLRuns(base, {"grpo": base}, ()), Task("grpo", 1e-3, 1000)
+  there = {path: path.read_text() for path in runs.base(task).path.glob("evaluation-*.json")}
+  (path,) = (path for path, text in there.items() if json.loads(text)["of"]["seed"] == 1000)
+  path.unlink()
+  with held_a_while(path.with_suffix(""), last=lambda: path.write_text(there[path])):
+    # Without a model it could not be made here.
+    found = _Judge(runs.config(task), None).base(None, path.parent)
+  assert found == json.loads(there[path])["found"]
+
+
+def test_a_study_that_ran_out_of_time_says_how_to_go_on(cache, folder, tmp_path, capsys):
+  execute(cache, tmp_path / "out", max_minutes=1e-9)
+  out = capsys.readouterr().out
+  assert "stopped, saved; the same command goes on" in out and "runs cost" not in out
+  execute(cache, folder)
+  out = capsys.readouterr().out
+  assert "stopped" not in out and "8 runs cost" in out
 
 
 def test_a_folder_belongs_to_one_base_and_loop(cache, folder):
