@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from rl import rewards
-from rl.evaluate import evaluate, majority_at
-from rl.sampler import Sampler, Samples
+from rl.evaluate import draw, judge, majority_at, verdicts
+from rl.sampler import Sampler
 
 # By metric, the column of a run's rows that it is the mean of.
 _MEANS = {"kl": "kl", "clip_ratio": "clip_ratio/region", "gap": "sampling_gap",
@@ -41,23 +40,19 @@ def judged(sampler: Sampler, variables: dict, *, split: str, problems: int, samp
     and "length_pays"; "pass@K" and "cons@K": [K, rate] for the powers of two up to `samples`.
   """
   ks = powers_of_two(samples)
-  found, drawn = evaluate(sampler, variables, split=split, problems=problems, samples=samples,
-                          ks=ks, temperature=temperature)
+  drawn = draw(sampler, variables, split=split, problems=problems, samples=samples,
+               temperature=temperature)
+  accuracy = verdicts(drawn, samples)
+  found = judge(drawn, samples, ks, accuracy)
   metrics = {name: value[0] for name, value in found.items() if isinstance(value, list)}
-  best, majority = [[k, metrics[f"pass@{k}"]] for k in ks], majority_at(drawn, samples, ks)
+  best, majority = [[k, metrics[f"pass@{k}"]] for k in ks], majority_at(drawn, ks, accuracy)
   kept = ("pass@1", "lenient_pass@1", "format", "length", "clipped", "reflection")
   return {
       "metrics": {name: metrics[name] for name in kept} | {
           "pass@k": best[-1][1], "cons@k": majority[samples],
-          "length_pays": length_pays(*right_and_length(drawn, samples))},
+          "length_pays": length_pays(accuracy.correct_PN,
+                                     drawn.lengths_S.reshape(-1, samples))},
       "pass@K": best, "cons@K": [[k, majority[k]] for k in ks]}
-
-
-def right_and_length(drawn: Samples, samples: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of each sample, whether its answer earns the reward, and its tokens: [P, N] both."""
-  values = rewards.accuracy(drawn.prompts, drawn.completions, **drawn.columns())
-  right = np.array([value == 1 for value in values])
-  return right.reshape(-1, samples), drawn.lengths_S.reshape(-1, samples)
 
 
 def length_pays(right_PN: np.ndarray, length_PN: np.ndarray) -> float | None:

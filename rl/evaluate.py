@@ -1,8 +1,11 @@
-"""How good a model is at a task: pass@1, pass@k, cons@k, format and length, with intervals."""
+"""How good a model is at a task: pass@1, pass@k, cons@k, format and length, with intervals.
+
+Shape letters:  P problems  N samples of each
+"""
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +18,13 @@ from rl.tasks.equality import number
 # Training's steps never come here, so evaluation has random keys of its own; and they are the same
 # at each evaluation, which takes noise out of the difference of two.
 _STEP = 2**31 - 1
+
+
+class Verdicts(NamedTuple):
+  """Of P problems' N samples, which are right, and which could be judged: [P, N] both."""
+
+  correct_PN: np.ndarray
+  judged_PN: np.ndarray
 
 
 def evaluate(
@@ -43,26 +53,41 @@ def evaluate(
   Raises:
     ValueError: for an unknown split, or more problems than a finite one has.
   """
-  size = sampler.task.size(split)
-  if size is not None and problems > size:
-    raise ValueError(f"the split {split!r} has {size} problems, not {problems}")
-  drawn = sampler.sample(variables, split, range(problems), samples, step=_STEP,
-                         temperature=temperature, top_p=top_p)
+  drawn = draw(sampler, variables, split=split, problems=problems, samples=samples,
+               temperature=temperature, top_p=top_p)
   return judge(drawn, samples, ks), drawn
 
 
-def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any]:
-  """The figures of `evaluate`, for completions of which `samples` side by side are a problem's."""
+def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
+         temperature: float | None = None, top_p: float = 1.0) -> Samples:
+  """What `evaluate` judges; see there."""
+  size = sampler.task.size(split)
+  if size is not None and problems > size:
+    raise ValueError(f"the split {split!r} has {size} problems, not {problems}")
+  return sampler.sample(variables, split, range(problems), samples, step=_STEP,
+                        temperature=temperature, top_p=top_p)
+
+
+def verdicts(drawn: Samples, samples: int, reward: rewards.Reward = rewards.accuracy) -> Verdicts:
+  """A reward of completions of which `samples` side by side are a problem's.
+
+  Programs are slow to judge: whoever needs their verdicts twice keeps them.
+  """
+  values = reward(drawn.prompts, drawn.completions, **drawn.columns())
+  by_problem = lambda values: np.array(values).reshape(-1, samples)
+  return Verdicts(by_problem([value == 1 for value in values]),
+                  by_problem([value is not None for value in values]))
+
+
+def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
+          accuracy: Verdicts | None = None) -> dict[str, Any]:
+  """The figures of `evaluate`, for completions of which `samples` side by side are a problem's.
+
+  `accuracy` has their verdicts, where they are known.
+  """
   by_problem = lambda values: np.asarray(values).reshape(-1, samples)
-  columns = drawn.columns()
-
-  def verdicts(reward):
-    values = reward(drawn.prompts, drawn.completions, **columns)
-    judged = by_problem([value is not None for value in values])
-    return by_problem([value == 1 for value in values]), judged
-
-  correct, judged = verdicts(rewards.accuracy)
-  kindly, _ = verdicts(rewards.lenient_accuracy)
+  correct, judged = accuracy or verdicts(drawn, samples)
+  kindly, _ = verdicts(drawn, samples, rewards.lenient_accuracy)
   formed = rewards.well_formed(drawn.prompts, drawn.completions)
   answers = lambda extract: [[_canonical(extract(text)) for text in row] for row in
                              np.array(drawn.completions, object).reshape(-1, samples)]
@@ -82,21 +107,20 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = ()) -> dict[str, Any
       "questions": len(set(questions)), "samples": samples}
 
 
-def majority_at(drawn: Samples, samples: int, ks: Sequence[int]) -> dict[int, float]:
+def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[int, float]:
   """cons@k for several k: the majority's rate over disjoint groups of k, and over problems.
 
   Args:
-    drawn: completions of which `samples` side by side are a problem's.
-    samples: of each problem.
-    ks: divisors of `samples`.
+    drawn: completions.
+    ks: divisors of the samples of a problem.
+    accuracy: their verdicts.
   """
-  values = rewards.accuracy(drawn.prompts, drawn.completions, **drawn.columns())
   answers = [_canonical(strict_answer(text)) for text in drawn.completions]
+  samples = accuracy.correct_PN.shape[1]
 
   def rate(k: int) -> float:
-    rows = lambda row: [row[i:i + k] for i in range(0, len(row), k)]
-    found = majority_vote(rows(answers), rows([value == 1 for value in values]),
-                          rows([value is not None for value in values]))
+    rows = [answers[i:i + k] for i in range(0, len(answers), k)]
+    found = majority_vote(rows, *(of_PN.reshape(-1, k) for of_PN in accuracy))
     by_problem = np.array([group[~np.isnan(group)].mean() for group in
                            found.reshape(-1, samples // k) if not np.isnan(group).all()])
     return float(by_problem.mean()) if by_problem.size else float("nan")
