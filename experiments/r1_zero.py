@@ -20,7 +20,7 @@ from experiments import provenance, settings
 from experiments.bases import Base, DocumentsConfig
 from experiments.options import Options
 from experiments.rl_report import write_rl_report
-from model.checks import require_positive
+from model.checks import require, require_positive
 from rl import loop, reflection
 from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.evaluate import evaluate
@@ -41,7 +41,6 @@ ARMS = {
     "without_reflection": ("documents.noise.self_correction=0",),
     "reflection": ("documents.noise.self_correction=0.1",),
 }
-_TEMPERATURES = (0.3, 0.6)  # of the base's controls, besides greedy and the training's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,7 @@ class R1ZeroConfig:
     rl: the RL run.
     init: a model to begin RL with instead; then nothing is pretrained.
     problems, samples: of the evaluations before and after.
+    temperatures: at which the base is asked besides that of training; 0 is greedy.
   """
 
   base: RunConfig
@@ -62,9 +62,12 @@ class R1ZeroConfig:
   init: str | None = None
   problems: int = 200
   samples: int = 16
+  temperatures: tuple[float, ...] = (0.0, 0.3, 0.6)
 
   def __post_init__(self):
     require_positive(self, "problems", "samples")
+    require(min(self.temperatures, default=0) >= 0,
+            f"temperatures={self.temperatures} must not be negative")
 
 
 def _few_experts(name: str, expert_dim: int, **changes) -> model.ModelConfig:
@@ -106,12 +109,6 @@ SCALES = {
                LoopConfig(steps=4, eval_problems=4, eval_samples=4),
                num_prompts=4, num_generations=4),
         problems=8, samples=4),
-    # About a minute for the base and one for RL on two cores: the last act of `make demo`.
-    "demo": R1ZeroConfig(
-        base=_base(_NANO, TrainConfig(steps=1000, batch_size=8, unroll=3)),
-        documents=DocumentsConfig(20_000, _CLEANER),
-        rl=_rl("arithmetic:terms=2,digits=1", 5e-4, LoopConfig(steps=25, eval_every=5)),
-        problems=100, samples=8),
     "cpu": R1ZeroConfig(
         base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500)),
         documents=DocumentsConfig(noise=_CLEANER),
@@ -182,7 +179,8 @@ def _run_arm(arm, cfg: R1ZeroConfig, seed, base: Base, folder: RunFolder, limit)
     return False
   run = dataclasses.replace(cfg.rl, loop=dataclasses.replace(cfg.rl.loop, seed=seed))
   folder.check_config({**rl.start.as_dict(run, start.cfg), "init": cfg.init,
-                       "problems": cfg.problems, "samples": cfg.samples})
+                       "problems": cfg.problems, "samples": cfg.samples,
+                       "temperatures": cfg.temperatures})
   results = folder.path / "results.json"
   if results.exists():
     return True
@@ -230,7 +228,8 @@ def _base_figures(judge: _Judge, variables: dict, path: pathlib.Path, cfg: R1Zer
   """The base before RL, with what it can do by other ways of asking; kept for the other arms."""
   key = json.loads(json.dumps({
       "init": cfg.init, "task": cfg.rl.task, "template": cfg.rl.template,
-      "problems": cfg.problems, "samples": cfg.samples, "sampling": to_dict(cfg.rl.sampling)}))
+      "problems": cfg.problems, "samples": cfg.samples, "temperatures": cfg.temperatures,
+      "sampling": to_dict(cfg.rl.sampling)}))
   if path.exists():
     there = json.loads(path.read_text())
     if there["key"] == key:
@@ -238,7 +237,7 @@ def _base_figures(judge: _Judge, variables: dict, path: pathlib.Path, cfg: R1Zer
   found = judge(variables)
   found["temperatures"] = {
       str(temperature): judge.split(variables, "heldout", temperature)[0]
-      for temperature in (0.0, *_TEMPERATURES)}
+      for temperature in cfg.temperatures}
   path.parent.mkdir(exist_ok=True)
   return write_json_atomic(path, {"key": key, "figures": found})["figures"]
 

@@ -19,7 +19,7 @@ from rl.rollout import pad_prompts, rollout, sequence_keys
 from rl.tasks import get_task
 from rl.tasks.problem import Problem
 from rl.templates import get_template
-from train.mesh import spread
+from train.mesh import settled, spread
 from train.tokenizer import Tokenizer
 
 
@@ -156,8 +156,8 @@ class Sampler:
   def _complete(self, variables, prompts, max_prompt, index_S, sample_S, step, temperature=None,
                 top_p=1.0) -> tuple[np.ndarray, ...]:
     """A rollout's arrays for any number of prompts, a program's size at a time."""
-    if self.mesh:
-      variables = jax.device_put(variables, self.mesh.everywhere())
+    variables = jax.device_put(variables, self.mesh.everywhere()) if self.mesh else settled(
+        variables)
     size, pieces = self.cfg.sampling.num_sequences, []
     for start in range(0, len(prompts), size):
       rows = np.arange(start, min(start + size, len(prompts)))

@@ -155,6 +155,14 @@ class ShardedModel:
     return dispatch
 
 
+def settled[T](tree: T) -> T:
+  """A tree's arrays, committed to the one device that each is on.
+
+  A jitted function is compiled again for arrays that are free to move; what it returns is not.
+  """
+  return jax.tree.map(lambda x: jax.device_put(x, next(iter(x.devices()))), tree)
+
+
 def spread(cfg: model.ModelConfig, *, data: int, fsdp: int) -> ShardedModel | None:
   """The model on a mesh of all devices, or None for one device, which needs no mesh.
 
