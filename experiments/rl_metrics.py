@@ -4,7 +4,7 @@ Shape letters:  P problems  N samples of each
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,11 +91,3 @@ def gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, 
   """After less before, under "NAME_gain"; "harder_*" too."""
   return {f"{name}_gain": after[name] - before[name] for name in before
           if name.removeprefix("harder_") in _GAINED}
-
-
-def stretches(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],
-              most: int = 60) -> list[list[float]]:
-  """A curve [step, value] of at most so many points, means over as many stretches of steps."""
-  known = [(row["step"], value(row)) for row in rows if value(row) is not None]
-  parts = np.array_split(np.array(known, float), min(len(known), most)) if known else []
-  return [[int(part[-1, 0]), float(part[:, 1].mean())] for part in parts]

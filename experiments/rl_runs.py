@@ -20,8 +20,8 @@ import numpy as np
 import model
 import rl.start
 from experiments.bases import Base, DocumentsConfig
-from experiments.rl_metrics import gains, judged, of_rows, stretches
-from experiments.runs import Score, Task
+from experiments.rl_metrics import gains, judged, of_rows
+from experiments.runs import Score, Task, stretches
 from model.checks import require, require_positive
 from rl import loop
 from rl.config import RLConfig

@@ -1,8 +1,10 @@
 """What a run of a study is: the seam between comparing arms and training them."""
 
 import dataclasses
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
+
+import numpy as np
 
 from train.run_folder import RunFolder
 
@@ -70,3 +72,11 @@ class Runs(Protocol):
 
   def drawn(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Parts of `results.json` that the report draws, from every arm's compared runs, by seed."""
+
+
+def stretches(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],
+              most: int = 60) -> list[list[float]]:
+  """A curve [step, value] of at most so many points, means over as many stretches of steps."""
+  known = [(row["step"], value(row)) for row in rows if value(row) is not None]
+  parts = np.array_split(np.array(known, float), min(len(known), most)) if known else []
+  return [[int(part[-1, 0]), float(part[:, 1].mean())] for part in parts]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from experiments.pretrain import fit_vocabulary
-from experiments.runs import Score, Task
+from experiments.runs import Score, Task, stretches
 from experiments.stats import expert_domain_information
 from train.config import RunConfig
 from train.data import Data, load
@@ -15,7 +15,6 @@ from train.loop import Result, train
 from train.program import shared
 from train.run_folder import RunFolder
 
-_CURVE_POINTS = 60
 _SHUFFLES = 20
 
 
@@ -90,10 +89,6 @@ def _flops(cfg: RunConfig) -> float:
 def _curves(result: Result, lane: int | None) -> dict:
   """Training loss, averaged over stretches of steps, and every evaluation's mean loss."""
   loss = lambda row: row["loss"] if lane is None else row["per_seed"]["loss"][lane]
-  rows = result.rows
-  stretches = np.array_split(np.arange(len(rows)), min(len(rows), _CURVE_POINTS))
-  curve = [[rows[part[-1]]["step"], float(np.mean([loss(rows[i]) for i in part]))]
-           for part in stretches]
   held = [[e["step"], float(np.mean(list(e["loss"].values()))) if lane is None
            else e["per_seed"]["mean_loss"][lane]] for e in result.evaluations]
-  return {"curve": curve, "validation_curve": held}
+  return {"curve": stretches(result.rows, loss), "validation_curve": held}

@@ -18,7 +18,7 @@ import model
 from train.config import RunConfig
 from train.evaluate import Evaluation, Evaluator, count
 from train.losses import Batch, LanguageModelLoss
-from train.mesh import ShardedModel, make_mesh
+from train.mesh import ShardedModel, spread
 from train.optimizer import Schedule, decay_mask
 from train.step import TrainState, init_state, make_train_step
 
@@ -63,16 +63,14 @@ def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Call
 
 def _make_mesh(cfg: RunConfig, num_lanes: int) -> ShardedModel | None:
   train = cfg.train
-  if (train.data, train.fsdp) == (1, 1):
-    return None
-  if num_lanes > 1:
+  if num_lanes > 1 and (train.data, train.fsdp) != (1, 1):
     raise ValueError("several seeds train along an array axis of one device: with "
                      f"train.data={train.data} and train.fsdp={train.fsdp} run one at a time")
-  mesh = make_mesh(data=train.data, fsdp=train.fsdp)
+  mesh = spread(cfg.model, data=train.data, fsdp=train.fsdp)
   rows = train.batch_size // train.num_micro_batches
-  if rows % mesh.size:
-    raise ValueError(f"{rows} sequences at a time do not divide over {mesh.size} devices")
-  return ShardedModel(cfg.model, mesh)
+  if mesh and rows % mesh.mesh.size:
+    raise ValueError(f"{rows} sequences at a time do not divide over {mesh.mesh.size} devices")
+  return mesh
 
 
 class Program:
@@ -118,7 +116,7 @@ class Program:
     if not self._mesh:
       return shapes
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding), shapes, self._shardings(shapes))
+        x.shape, x.dtype, sharding=sharding), shapes, self._mesh.train_state(shapes))
 
   def step(self, state: TrainState, index: int, batch: Mapping[str, np.ndarray],
            ) -> tuple[TrainState, dict]:
@@ -163,16 +161,8 @@ class Program:
     return Batch(split(batch["tokens"]), split(batch["loss_mask"]),
                  None if segments is None else split(segments))
 
-  def _shardings(self, state: Any) -> TrainState:
-    variables = self._mesh.variables()
-    everywhere = NamedSharding(self._mesh.mesh, PartitionSpec())
-    params = variables["params"]
-    return state.replace(
-        step=everywhere, skipped=everywhere, params=params, router=variables.get("router", {}),
-        moments=type(state.moments)(params, params), ema=params if state.ema is not None else None)
-
   def _place(self, state: TrainState) -> TrainState:
-    return jax.device_put(state, self._shardings(state)) if self._mesh else state
+    return jax.device_put(state, self._mesh.train_state(state)) if self._mesh else state
 
 
 def first_lane(variables: dict, num_lanes: int) -> dict:

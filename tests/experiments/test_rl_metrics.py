@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.rl_metrics import length_pays, of_rows, powers_of_two, stretches
+from experiments.rl_metrics import length_pays, of_rows, powers_of_two
+from experiments.runs import stretches
 
 
 def test_length_pays_by_the_difference_within_problems():
