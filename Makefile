@@ -8,7 +8,7 @@ BIN = .venv/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo      train a small model on real text, from nothing, and report on it'
+	@echo 'make demo      train a small model on text, and another to reason by RL; report on both'
 	@echo 'make test      the tests that need only a CPU and minutes'
 	@echo 'make test-all  those and the long ones (EXTRAS=dev,tpu,hf adds what they need)'
 	@echo 'make lint      ruff'
@@ -26,6 +26,7 @@ help:
 
 demo: .venv/.made-$(EXTRAS)
 	$(BIN)/python -m experiments.run --experiment=pretrain --scale=cpu --out=runs/demo
+	$(BIN)/python -m experiments.run --experiment=r1_zero --scale=demo --out=runs/demo-rl
 
 test: .venv/.made-$(EXTRAS)
 	$(BIN)/python -m pytest -m 'not long' -q -n auto --dist worksteal

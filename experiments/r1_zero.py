@@ -109,10 +109,27 @@ SCALES = {
                LoopConfig(steps=4, eval_problems=4, eval_samples=4),
                num_prompts=4, num_generations=4),
         problems=8, samples=4),
+    # Sums alone: the last act of `make demo`, a few minutes on two cores.
+    "demo": R1ZeroConfig(
+        base=_base(_NANO, TrainConfig(steps=1200, batch_size=8, unroll=3)),
+        documents=DocumentsConfig(20_000, Noise(
+            direct=0.62, step_error=0.05, self_correction=0, malformed=0.35)),
+        rl=_rl("arithmetic:terms=3,digits=1,operators=+", 5e-4,
+               LoopConfig(steps=20, eval_every=10, eval_problems=64)),
+        problems=100, temperatures=(0.0,)),
     "cpu": R1ZeroConfig(
         base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500)),
         documents=DocumentsConfig(noise=_CLEANER),
         rl=_rl("arithmetic:terms=3,digits=1", 5e-4, LoopConfig(steps=60, eval_every=10))),
+    # Small programs, judged by their unit tests: a quarter of an hour on two cores.
+    "code": R1ZeroConfig(
+        base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500),
+                   seq_len=192),
+        documents=DocumentsConfig(noise=Noise(direct=0.5, detailed=0.1, malformed=0.3)),
+        rl=_rl("programs", 5e-4,
+               LoopConfig(steps=30, eval_every=10, eval_problems=64, checkpoint_every=10),
+               num_prompts=8, max_prompt_length=40, max_completion_length=112),
+        problems=100, samples=8, temperatures=(0.0,)),
     "gpu": R1ZeroConfig(
         base=_base(_SMALL, TrainConfig(steps=4000, batch_size=32, checkpoint_every=1000),
                    learning_rate=1e-3),

@@ -62,4 +62,5 @@ STUDY = Study(
         Comparison("a reference that follows frees it", "pass@1", "refresh", "beta_0.04",
                    Claim("sign", sign=1))),
     # On an H200 one base has to do: the seeds there are of RL alone.
-    scales=scales(cpu_steps=50, gpu_steps=24, gpu_bases=1, work=1.2), kind=RLRuns)
+    scales=scales(cpu_steps=50, gpu_steps=24, gpu_bases=1, work=1.2,
+                  rates=(3e-5, 8e-5, 2.5e-4)), kind=RLRuns)

@@ -57,4 +57,4 @@ STUDY = Study(
         # What float32's rounding leaves is some 3e-7 nats; this is where a flipped expert shows.
         Comparison("sampler and trainer agree", "gap", "frozen_free", None,
                    Claim("threshold", sign=-1, threshold=1e-3))),
-    scales=scales(cpu_steps=60, gpu_steps=40, work=1.2), kind=RLRuns)
+    scales=scales(cpu_steps=60, gpu_steps=40, work=1.2, rates=(6e-5, 1.2e-4, 2.5e-4)), kind=RLRuns)

@@ -13,7 +13,7 @@ from experiments.r1_zero import SCALES
 from experiments.rl_runs import EvaluationConfig, RLStudyConfig
 from experiments.study import Scale
 
-_RATES = (2.5e-4, 5e-4, 1e-3)
+_RATES = (2.5e-4, 5e-4, 1e-3)  # around what is best with one update per rollout
 _SEEDS = 3
 _EVALUATION = EvaluationConfig()
 
@@ -34,10 +34,10 @@ _GPU = _Hardware("one H200, estimated", 4, 0.2, 0.15, 80)
 
 def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: int = 1,
            evaluation: EvaluationConfig = _EVALUATION, work: float = 1.0,
-           ) -> dict[str, Scale]:
+           rates: tuple[float, ...] = _RATES) -> dict[str, Scale]:
   """`smoke`, of which the figures mean nothing, `cpu` and `gpu`.
 
-  The latter two have three learning rates on one sweep seed, and three paired seeds.
+  The latter two sweep the learning rates on one seed, and have three paired seeds.
 
   Args:
     cpu_steps, gpu_steps: rollouts of a run.
@@ -45,6 +45,7 @@ def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: in
     kinds: of bases that the arms begin with.
     evaluation: before and after.
     work: of a step, in those of a plain one.
+    rates: learning rates.
   """
   tiny = SCALES["smoke"]
   loop = dataclasses.replace(tiny.rl.loop, steps=3)
@@ -52,14 +53,14 @@ def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: in
       base=tiny.base, documents=tiny.documents, bases=1, rl=dataclasses.replace(tiny.rl, loop=loop),
       evaluation=dataclasses.replace(evaluation, problems=8, samples=4))
   of_full = lambda steps, bases, hardware: _full(
-      steps, bases, evaluation, hardware, kinds, work)
+      steps, bases, evaluation, hardware, kinds, work, rates)
   return {
-      "smoke": Scale(smoke, _RATES, seeds=2, minutes=0.05, hardware=_CPU.name,
+      "smoke": Scale(smoke, rates, seeds=2, minutes=0.05, hardware=_CPU.name,
                      shared_minutes=0.5),
       "cpu": of_full(cpu_steps, _SEEDS, _CPU), "gpu": of_full(gpu_steps, gpu_bases, _GPU)}
 
 
-def _full(steps, bases, evaluation, hardware, kinds, work) -> Scale:
+def _full(steps, bases, evaluation, hardware, kinds, work, rates) -> Scale:
   whole = SCALES["cpu"]
   config = RLStudyConfig(
       base=whole.base, documents=whole.documents, bases=bases, evaluation=evaluation,
@@ -67,5 +68,5 @@ def _full(steps, bases, evaluation, hardware, kinds, work) -> Scale:
   completions = evaluation.problems * evaluation.samples * (1 + evaluation.harder)
   rollouts = completions / whole.rl.sampling.num_sequences
   run = hardware.begin + steps * hardware.step * work + rollouts * hardware.rollout
-  return Scale(config, _RATES, seeds=_SEEDS, minutes=run / 60, hardware=hardware.name,
+  return Scale(config, rates, seeds=_SEEDS, minutes=run / 60, hardware=hardware.name,
                shared_minutes=kinds * bases * hardware.base / 60)
