@@ -121,7 +121,7 @@ SCALES = {
         base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500)),
         documents=DocumentsConfig(noise=_CLEANER),
         rl=_rl("arithmetic:terms=3,digits=1", 5e-4, LoopConfig(steps=60, eval_every=10))),
-    # Small programs, judged by their unit tests: a quarter of an hour on two cores.
+    # Small programs, judged by their unit tests: twenty minutes on two cores.
     "code": R1ZeroConfig(
         base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500),
                    seq_len=192),
