@@ -1,10 +1,10 @@
 """GRPO beside a peer, in one run: the same model, problems, lengths, reward and learning rate.
 
-The sides take turns on the device: first a few steps each from the first weights, again and again,
-until all run steadily and then as often as is timed, in which tokens/s of every phase are measured;
-then each trains, to the goal or as long as it
-may, with evaluations on held-out problems that the clock does not count. What is there so far is
-written after every part, so that a run that is cut off has not been for nothing.
+The sides take turns on the device. First each takes a few steps from the first weights, again and
+again until all run steadily, and then as often as is timed: tokens/s of every phase. Then each
+trains to the goal, or as long as it may, with evaluations on held-out problems that the clock does
+not count. What is there so far is written after every part, so that a run that is cut off has not
+been for nothing.
 
 Shape letters:  P held-out problems  Q their distinct questions
 """
