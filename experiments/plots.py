@@ -218,7 +218,9 @@ def panels(
       axes.set_xlabel(doublings)
     else:
       _step_axis(axes)
-  figure.legend(*axes_RC.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+  columns = 3 if max(map(len, names), default=0) < 20 else 2  # as many as fit beside each other
+  figure.legend(*axes_RC.flat[0].get_legend_handles_labels(), loc="outside upper center",
+                ncols=columns)
   _save(figure, path)
 
 
