@@ -113,9 +113,9 @@ SCALES = {
     "demo": R1ZeroConfig(
         base=_base(_NANO, TrainConfig(steps=1200, batch_size=8, unroll=3)),
         documents=DocumentsConfig(20_000, Noise(
-            direct=0.62, step_error=0.05, self_correction=0, malformed=0.35)),
-        rl=_rl("arithmetic:terms=3,digits=1,operators=+", 5e-4,
-               LoopConfig(steps=20, eval_every=10, eval_problems=64)),
+            direct=0.55, step_error=0.05, self_correction=0, malformed=0.35)),
+        rl=_rl("arithmetic:terms=3,digits=1,operators=+", 3e-4,
+               LoopConfig(steps=30, eval_every=15, eval_problems=64)),
         problems=100, temperatures=(0.0,)),
     "cpu": R1ZeroConfig(
         base=_base(_NANO, TrainConfig(steps=4000, batch_size=8, unroll=3, checkpoint_every=500)),
