@@ -1,5 +1,25 @@
-"""The low-precision and attention core: one public function per operation, one file per backend."""
+"""The low-precision and attention core: one public function per operation, one file per backend.
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+Every operation takes `implementation`: "xla" is the readable oracle, which works everywhere;
+"mosaic_gpu" (Hopper) and "mosaic_tpu" are kernels, and raise ValueError with the reason where this
+machine or these operands are not for them. None is "xla", until the kernels have run on hardware.
+"""
 
-__all__ = ["grouped_matmul"]
+from pallas_kernels.fp8_experts import fp8_experts
+from pallas_kernels.fp8_grouped import (
+    fp8_grouped_matmul,
+    fp8_grouped_weight_gradient,
+    quantize_groups,
+)
+from pallas_kernels.fp8_linear import fp8_linear
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
+from pallas_kernels.quantize import quantize, quantize_both, swiglu, swiglu_quantize
+from pallas_kernels.quantized import FORMATS, Quantized, dequantize
+from pallas_kernels.recipe import RECIPES, Recipe
+
+__all__ = [
+    "FORMATS", "RECIPES", "Quantized", "Recipe", "dequantize", "fp8_experts", "fp8_grouped_matmul",
+    "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul", "grouped_matmul",
+    "grouped_weight_gradient", "quantize", "quantize_both", "quantize_groups", "swiglu",
+    "swiglu_quantize"]

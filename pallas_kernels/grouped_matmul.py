@@ -1,41 +1,112 @@
-"""Grouped matrix product: rows sorted by group, each group with its own matrix.
+"""Grouped matrix products: rows sorted by group, each group with its own matrix.
 
 Shape letters:  R rows  G groups  K contracted width  N result width
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-IMPLEMENTATIONS = ("xla",)
+from pallas_kernels import implementations
+
+_CONTRACT_ROWS = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[])
 
 
 def grouped_matmul(
-    lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *,
-    precision: lax.PrecisionLike = None, implementation: str | None = None,
-) -> jax.Array:
+    lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
+    precision: lax.PrecisionLike = None, implementation: str | None = None) -> jax.Array:
   """Multiplies each group of consecutive rows with that group's matrix.
 
   Args:
     lhs_RK: rows, those of group 0 first.
-    rhs_GKN: one matrix per group.
+    rhs_GKN: one matrix per group; [G, N, K] if `transpose_rhs`.
     sizes_G: int32, rows per group; they may be empty or uneven, and rows past their sum give zero.
+    transpose_rhs: whether to multiply with the transpose of every matrix.
     precision: as for `jnp.dot`.
-    implementation: "xla", or None for the best that this backend has.
+    implementation: see `pallas_kernels`; gradients are computed by the same.
 
   Returns:
     [R, N] in the operands' format, accumulated in float32.
 
   Raises:
-    ValueError: on shapes that do not fit together, or an implementation that does not exist.
+    ValueError: on shapes that do not fit together, or an implementation that cannot do it here.
   """
   if lhs_RK.ndim != 2 or rhs_GKN.ndim != 3 or sizes_G.shape != rhs_GKN.shape[:1]:
+    form = "[G, N, K]" if transpose_rhs else "[G, K, N]"
     raise ValueError(
-        "grouped_matmul takes lhs [R, K], rhs [G, K, N] and sizes [G], not "
+        f"grouped_matmul takes lhs [R, K], rhs {form} and sizes [G], not "
         f"{lhs_RK.shape}, {rhs_GKN.shape} and {sizes_G.shape}")
-  if lhs_RK.shape[1] != rhs_GKN.shape[1]:
-    raise ValueError(f"grouped_matmul contracts K: lhs has {lhs_RK.shape[1]}, "
-                     f"rhs {rhs_GKN.shape[1]}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f"grouped_matmul has no implementation {implementation!r}; "
-                     f"there are: {', '.join(IMPLEMENTATIONS)}")
-  return lax.ragged_dot(lhs_RK, rhs_GKN, sizes_G, precision=precision)
+  contracted = rhs_GKN.shape[2 if transpose_rhs else 1]
+  if lhs_RK.shape[1] != contracted:
+    raise ValueError(f"grouped_matmul contracts K: lhs has {lhs_RK.shape[1]}, rhs {contracted}")
+  return implementations.run("grouped_matmul", implementation, _xla, _KERNELS, lhs_RK, rhs_GKN,
+                             sizes_G, transpose_rhs=transpose_rhs, precision=precision)
+
+
+def grouped_weight_gradient(
+    lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *, dtype: jnp.dtype | None = None,
+    implementation: str | None = None) -> jax.Array:
+  """Each group's lhs.T @ rhs over that group's rows: the gradient of every group's matrix.
+
+  Args:
+    lhs_RK, rhs_RN: rows, those of group 0 first.
+    sizes_G: int32, rows per group; rows past their sum are ignored.
+    dtype: of the result; None is that of the operands.
+    implementation: see `pallas_kernels`.
+
+  Returns:
+    [G, K, N], accumulated in float32; zeros for empty groups.
+
+  Raises:
+    ValueError: on shapes that do not fit together, or an implementation that cannot do it here.
+  """
+  if (lhs_RK.ndim != 2 or rhs_RN.ndim != 2 or len(lhs_RK) != len(rhs_RN) or sizes_G.ndim != 1):
+    raise ValueError(
+        "grouped_weight_gradient takes lhs [R, K], rhs [R, N] and sizes [G], not "
+        f"{lhs_RK.shape}, {rhs_RN.shape} and {sizes_G.shape}")
+  return implementations.run(
+      "grouped_weight_gradient", implementation, _xla_weight_gradient, _WEIGHT_GRADIENT_KERNELS,
+      lhs_RK, rhs_RN, sizes_G, dtype=dtype)
+
+
+def _xla(lhs_RK, rhs_GKN, sizes_G, *, transpose_rhs, precision):
+  return lax.ragged_dot(
+      lhs_RK, rhs_GKN.mT if transpose_rhs else rhs_GKN, sizes_G, precision=precision)
+
+
+def _xla_weight_gradient(lhs_RK, rhs_RN, sizes_G, *, dtype):
+  return lax.ragged_dot_general(
+      lhs_RK, rhs_RN, sizes_G, _CONTRACT_ROWS, precision=lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32).astype(dtype or lhs_RK.dtype)
+
+
+_PRODUCTS = implementations.late("mosaic_gpu.grouped_matmul")
+_GRADIENTS = implementations.late("mosaic_gpu.grouped_weight_gradient")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _mosaic_gpu(lhs_RK, rhs_GKN, sizes_G, transpose_rhs):
+  return _PRODUCTS.run(lhs_RK, rhs_GKN, sizes_G, transpose_rhs=transpose_rhs)
+
+
+def _forward(lhs_RK, rhs_GKN, sizes_G, transpose_rhs):
+  out_RN = _mosaic_gpu(lhs_RK, rhs_GKN, sizes_G, transpose_rhs)
+  return out_RN, (lhs_RK, rhs_GKN, sizes_G)
+
+
+def _backward(transpose_rhs, kept, dout_RN):
+  lhs_RK, rhs_GKN, sizes_G = kept
+  dlhs_RK = _mosaic_gpu(dout_RN, rhs_GKN, sizes_G, not transpose_rhs)
+  operands = (dout_RN, lhs_RK) if transpose_rhs else (lhs_RK, dout_RN)
+  return dlhs_RK, _GRADIENTS.run(*operands, sizes_G), None
+
+
+_mosaic_gpu.defvjp(_forward, _backward)
+_KERNELS = {"mosaic_gpu": implementations.Kernel(
+    lambda *operands, transpose_rhs, precision: _mosaic_gpu(*operands, transpose_rhs),
+    _PRODUCTS.refuse)}
+_WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": _GRADIENTS}

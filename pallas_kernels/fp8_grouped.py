@@ -1,0 +1,134 @@
+"""Grouped matrix products of FP8 operands with a scale for each tile.
+
+A weight gradient contracts over a group's rows, so tiles must not straddle groups:
+`quantize_groups` begins every group at a multiple of 128.
+
+Shape letters:  R rows, those of group 0 first  G groups  K contracted width  N result width
+                S rows with every group at a multiple of 128
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import implementations
+from pallas_kernels.quantize import SMALLEST_AMAX, quantize
+from pallas_kernels.quantized import BLOCK, Quantized, dequantize
+
+_CONTRACT_ROWS = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (1,)), ((), ())), lhs_ragged_dimensions=[1],
+    rhs_group_dimensions=[])
+_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped")}
+_WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_weight_gradient")}
+
+
+def fp8_grouped_matmul(
+    lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *,
+    dtype: jnp.dtype = jnp.bfloat16, implementation: str | None = None) -> jax.Array:
+  """Multiplies each group of consecutive rows with that group's matrix, transposed.
+
+  Args:
+    lhs_RK: scales of 1x128, which are of one row, so groups may begin anywhere.
+    rhs_GNK: scales of 128x128, for each group its own.
+    sizes_G: int32, rows per group; they may be empty or uneven, and rows past their sum give zero.
+    dtype: of the result.
+    implementation: see `pallas_kernels`.
+
+  Returns:
+    [R, N]; sums are promoted to float32 every 128 of K, as in `fp8_matmul`.
+
+  Raises:
+    ValueError: on shapes or tiles that do not fit, or an implementation that cannot do it here.
+  """
+  if (len(lhs_RK.shape) != 2 or len(rhs_GNK.shape) != 3 or sizes_G.shape != rhs_GNK.shape[:1]
+      or lhs_RK.shape[1] != rhs_GNK.shape[2]):
+    raise ValueError(
+        "fp8_grouped_matmul takes lhs [R, K], rhs [G, N, K] and sizes [G], not "
+        f"{lhs_RK.shape}, {rhs_GNK.shape} and {sizes_G.shape}")
+  if lhs_RK.tile != (1, BLOCK) or rhs_GNK.tile != (BLOCK, BLOCK):
+    raise ValueError("fp8_grouped_matmul takes lhs with 1x128 scales and rhs with 128x128, not "
+                     f"{lhs_RK.tile} and {rhs_GNK.tile}")
+  return implementations.run("fp8_grouped_matmul", implementation, _xla, _KERNELS,
+                             lhs_RK, rhs_GNK, sizes_G, dtype=dtype)
+
+
+def fp8_grouped_weight_gradient(
+    lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *,
+    dtype: jnp.dtype = jnp.float32, implementation: str | None = None) -> jax.Array:
+  """Each group's lhs @ rhs.T over that group's rows: the gradient of every group's matrix.
+
+  Args:
+    lhs_KS, rhs_NS: as `quantize_groups` makes them.
+    sizes_G: int32, rows per group.
+    dtype: of the result.
+    implementation: see `pallas_kernels`.
+
+  Returns:
+    [G, K, N]; zeros for empty groups.
+
+  Raises:
+    ValueError: on shapes or tiles that do not fit, or an implementation that cannot do it here.
+  """
+  if len(lhs_KS.shape) != 2 or len(rhs_NS.shape) != 2 or lhs_KS.shape[1] != rhs_NS.shape[1]:
+    raise ValueError("fp8_grouped_weight_gradient contracts the last axes of lhs [K, S] and rhs "
+                     f"[N, S], not of {lhs_KS.shape} and {rhs_NS.shape}")
+  if (lhs_KS.tile, rhs_NS.tile) != ((1, BLOCK), (1, BLOCK)):
+    raise ValueError("fp8_grouped_weight_gradient takes 1x128 scales, not "
+                     f"{lhs_KS.tile} and {rhs_NS.tile}")
+  return implementations.run(
+      "fp8_grouped_weight_gradient", implementation, _xla_weight_gradient,
+      _WEIGHT_GRADIENT_KERNELS, lhs_KS, rhs_NS, sizes_G, dtype=dtype)
+
+
+def aligned_rows(num_rows: int, num_groups: int) -> int:
+  """Rows that are enough for `quantize_groups`, however its rows fall into groups."""
+  return -(-(num_rows + num_groups * (BLOCK - 1)) // BLOCK) * BLOCK
+
+
+def aligned_starts(sizes_G: jax.Array) -> jax.Array:
+  """The first row of each group, at multiples of 128: [G]."""
+  blocks_G = -(-sizes_G // BLOCK)
+  return (jnp.cumsum(blocks_G) - blocks_G) * BLOCK
+
+
+def quantize_groups(
+    x_RK: jax.Array, sizes_G: jax.Array, tile: str = "1x128", *, format: str = "e4m3",
+    power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX) -> Quantized:
+  """Transposes rows and quantises them; scales of 128 columns are of rows of one group: [K, S].
+
+  Args:
+    x_RK: rows, those of group 0 first; those past the sum of the sizes are left out.
+    sizes_G: int32, rows per group.
+    tile, format, power_of_two, smallest_amax: see `quantize`.
+
+  Returns:
+    S is `aligned_rows`; between groups and after the last are zeros.
+  """
+  rows = aligned_rows(len(x_RK), len(sizes_G))
+  x_SK = jnp.zeros((rows, x_RK.shape[1]), x_RK.dtype).at[_places(sizes_G, len(x_RK), rows)].set(
+      x_RK, mode="drop", unique_indices=True)
+  return quantize(x_SK.T, tile, format=format, power_of_two=power_of_two,
+                  smallest_amax=smallest_amax)
+
+
+def _places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
+  """Where each row goes; behind the end for rows of no group."""
+  ends_G = jnp.cumsum(sizes_G)
+  group_R = jnp.searchsorted(ends_G, jnp.arange(num_rows), side="right")
+  within_R = jnp.arange(num_rows) - (ends_G - sizes_G).at[group_R].get(mode="fill", fill_value=0)
+  return aligned_starts(sizes_G).at[group_R].get(mode="fill", fill_value=rows) + within_R
+
+
+def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) -> jax.Array:
+  return _ragged_dot(dequantize(lhs_RK), dequantize(rhs_GNK).mT, sizes_G).astype(dtype)
+
+
+def _xla_weight_gradient(lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype):
+  aligned_G = -(-sizes_G // BLOCK) * BLOCK
+  return lax.ragged_dot_general(
+      dequantize(lhs_KS), dequantize(rhs_NS), aligned_G, _CONTRACT_ROWS,
+      precision=lax.Precision.HIGHEST).astype(dtype)
+
+
+def _ragged_dot(lhs_RK, rhs_GKN, sizes_G):
+  return lax.ragged_dot(lhs_RK, rhs_GKN, sizes_G, precision=lax.Precision.HIGHEST)

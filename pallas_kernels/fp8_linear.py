@@ -1,0 +1,151 @@
+"""A linear layer whose three products are in FP8 (arXiv:2412.19437, section 3.3).
+
+An operand is a `Quantized`, or an array for a product that the recipe leaves as it is.
+
+Shape letters:  M rows (tokens)  K input width  N output width  m, k tiles
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.quantize import SMALLEST_AMAX, quantize
+from pallas_kernels.quantized import BLOCK, Quantized, dequantize, num_tiles
+from pallas_kernels.recipe import Operand, Recipe
+
+# The gradient of a mean over tokens is as small as tokens are many: V3's floor for activations
+# would round all of it to zero. By much less the kernels cannot divide exactly.
+SMALLEST_GRADIENT_AMAX = 2.0**-64
+
+V3 = Recipe()
+
+
+class _Static(NamedTuple):
+  recipe: Recipe
+  kept: Operand | None
+  implementation: str | None
+
+
+def fp8_linear(
+    x_MK: jax.Array, w_KN: jax.Array, recipe: Recipe = V3, *, after_attention: bool = False,
+    implementation: str | None = None) -> jax.Array:
+  """x @ w; forward, input gradient and weight gradient with the operands that the recipe names.
+
+  Weights are quantised once: their gradient's product reads them transposed. What is kept for the
+  weight gradient is the input as quantised, which is tiled anew along the tokens.
+
+  Args:
+    x_MK: bfloat16 or float32.
+    w_KN: the master weight.
+    recipe: see there.
+    after_attention: whether x is attention's output, which is kept in more bits (section 3.3.3).
+    implementation: see `pallas_kernels`; of quantisation and products.
+
+  Returns:
+    [M, N] in x's format. The input's gradient has x's format and the weight's its own, float32
+    accumulators rounded once.
+
+  Raises:
+    ValueError: on shapes that do not fit, or an implementation that cannot do it here.
+  """
+  if x_MK.ndim != 2 or w_KN.ndim != 2 or x_MK.shape[1] != w_KN.shape[0]:
+    raise ValueError(
+        f"fp8_linear takes x [M, K] and w [K, N], not {x_MK.shape} and {w_KN.shape}")
+  kept = recipe.kept_after_attention if after_attention else recipe.kept
+  return _linear(_Static(recipe, kept, implementation), x_MK, w_KN)
+
+
+def as_operand(
+    x: jax.Array, form: Operand | None, dtype: jnp.dtype, *, smallest_amax: float = SMALLEST_AMAX,
+    implementation: str | None = None) -> Quantized | jax.Array:
+  """`x` quantised as `form` says; None: in `dtype`."""
+  if form is None:
+    return x.astype(dtype)
+  return quantize(x, form.tile, format=form.format, power_of_two=form.power_of_two,
+                  smallest_amax=smallest_amax, implementation=implementation)
+
+
+def as_array(x: Quantized | jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+  """What an operand stands for."""
+  return dequantize(x, dtype) if isinstance(x, Quantized) else x.astype(dtype)
+
+
+def with_tiles(x: Quantized, tile: tuple[int, int]) -> Quantized:
+  """The same numbers, a scale given to each of the smaller tiles that its own consists of.
+
+  Products take tiles of few sizes; with this they take any that those divide.
+  """
+  if x.tile == tile:
+    return x
+  rows, columns = (jnp.arange(count) * new // old
+                   for count, new, old in zip(num_tiles(x.shape, tile), tile, x.tile, strict=True))
+  return Quantized(x.values_MK, x.scales_mk[..., rows[:, None], columns], tile)
+
+
+def precision_of(dtype: jnp.dtype) -> lax.Precision | None:
+  """Float32 means float32: accelerators would otherwise multiply in TF32 or bfloat16."""
+  return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _product(lhs_MK, rhs_NK, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
+  if isinstance(lhs_MK, jax.Array):
+    return jnp.einsum("mk,nk->mn", lhs_MK, rhs_NK, precision=precision_of(lhs_MK.dtype),
+                      preferred_element_type=jnp.float32).astype(dtype)
+  if rhs_NK.tile != (1, BLOCK):
+    rhs_NK = with_tiles(rhs_NK, (BLOCK, BLOCK))
+  return fp8_matmul(with_tiles(lhs_MK, (1, BLOCK)), rhs_NK, dtype=dtype,
+                    implementation=implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(static: _Static, x_MK, w_KN):
+  return _linear_forward(static, x_MK, w_KN)[0]
+
+
+def _linear_forward(static: _Static, x_MK, w_KN):
+  recipe = static.recipe
+  operand = functools.partial(
+      as_operand, dtype=x_MK.dtype, implementation=static.implementation)
+  x = operand(x_MK, recipe.forward and recipe.forward.activation)
+  w, w_transposed = weight_operands(w_KN, recipe, operand)
+  y_MN = _product(x, w.mT, x_MK.dtype, static.implementation)
+  kept = kept_operand(x_MK, x, static.kept, recipe, operand)
+  # An empty array says what format the weight has.
+  return y_MN, (kept, w_transposed, jnp.zeros(0, w_KN.dtype))
+
+
+def weight_operands(w_KN, recipe: Recipe, operand):
+  """The weight for the forward product, and for the input gradient: the same if it can be."""
+  of_forward = recipe.forward and recipe.forward.weight
+  of_gradient = recipe.input_gradient and recipe.input_gradient.weight
+  w = operand(w_KN, of_forward)
+  return w, w if of_gradient == of_forward else operand(w_KN, of_gradient)
+
+
+def kept_operand(x_MK, x: Quantized | jax.Array, form: Operand | None, recipe: Recipe, operand):
+  """What the weight gradient is given of the input, which the forward product read as `x`."""
+  if recipe.weight_gradient and not form:
+    return x
+  return operand(x_MK, recipe.weight_gradient and form)
+
+
+def _linear_backward(static: _Static, residuals, dy_MN):
+  recipe, implementation = static.recipe, static.implementation
+  kept, w_KN, of_weight = residuals
+  dtype = dy_MN.dtype
+  gradient = functools.partial(
+      as_operand, dtype=dtype, smallest_amax=SMALLEST_GRADIENT_AMAX, implementation=implementation)
+  dy = gradient(dy_MN, recipe.input_gradient and recipe.input_gradient.gradient)
+  dx_MK = _product(dy, w_KN, dtype, implementation)
+
+  x_KM = as_operand(as_array(kept).T, recipe.weight_gradient and recipe.weight_gradient.activation,
+                    dtype, implementation=implementation)
+  dy_NM = gradient(dy_MN.T, recipe.weight_gradient and recipe.weight_gradient.gradient)
+  return dx_MK, _product(x_KM, dy_NM, of_weight.dtype, implementation)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)

@@ -1,0 +1,76 @@
+"""Which implementation of an operation runs: the one named, or XLA's.
+
+No kernel has run on its hardware yet. Once one has, and agrees with the oracle there, None takes it
+where it can.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+BACKENDS = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0 (Hopper)",
+            "mosaic_tpu": "a TPU"}
+NAMES = ("xla", *BACKENDS)
+
+
+class Kernel(NamedTuple):
+  """An implementation for one kind of hardware.
+
+  Attributes:
+    run: takes what the operation takes.
+    refuse: takes the same, and says why `run` cannot do it, or None if it can.
+  """
+
+  run: Callable
+  refuse: Callable[..., str | None]
+
+
+def late(module: str, name: str = "KERNEL") -> Kernel:
+  """A kernel of `pallas_kernels.MODULE`, imported when it is first asked: Pallas takes long to."""
+  def call(field):
+    return lambda *operands, **options: getattr(getattr(
+        importlib.import_module(f"pallas_kernels.{module}"), name), field)(*operands, **options)
+  return Kernel(call("run"), call("refuse"))
+
+
+def here() -> str | None:
+  """The name of the kernels that this process' first device runs, None if there are none."""
+  device = jax.devices()[0]
+  if device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0":
+    return "mosaic_gpu"
+  return "mosaic_tpu" if device.platform == "tpu" else None
+
+
+def run(
+    operation: str, implementation: str | None, xla: Callable, kernels: Mapping[str, Kernel],
+    *operands: Any, **options: Any) -> Any:
+  """Runs an operation by the implementation named.
+
+  Args:
+    operation: its name, for errors.
+    implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for "xla".
+    xla: the oracle; it takes everything that the operation takes.
+    kernels: by name.
+    *operands, **options: of the operation.
+
+  Raises:
+    ValueError: if the named implementation does not exist, not here, or not for these operands.
+  """
+  chosen = xla
+  if implementation not in (None, "xla"):
+    chosen = _named(operation, implementation, kernels, *operands, **options)
+  return chosen(*operands, **options)
+
+
+def _named(operation, implementation, kernels, *operands, **options) -> Callable:
+  if implementation not in kernels:
+    there = ", ".join(("xla", *kernels))
+    raise ValueError(f"{operation} has no implementation {implementation!r}; there are: {there}")
+  if here() != implementation:
+    raise ValueError(f"{operation}: {implementation!r} needs {BACKENDS[implementation]}, and this "
+                     f"is {jax.devices()[0].device_kind}; 'xla' runs everywhere")
+  if reason := kernels[implementation].refuse(*operands, **options):
+    raise ValueError(f"{operation}: {implementation!r} {reason}; 'xla' takes it")
+  return kernels[implementation].run

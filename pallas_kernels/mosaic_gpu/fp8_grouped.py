@@ -1,0 +1,110 @@
+"""Grouped FP8 matrix product on Hopper, whatever the sizes of the groups; see `fp8_matmul`.
+
+Tiles are of one group each. One that owns all of its rows is stored whole, and any other in runs of
+1, 2, 4, ... rows, so that no neighbour's are touched.
+
+Shape letters:  R rows  G groups  K contracted width  N result width  k blocks of K  T tiles
+                F fields of a tile
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat, implementations
+from pallas_kernels.mosaic_gpu import fp8_matmul, schedule
+from pallas_kernels.mosaic_gpu.fp8_matmul import ROWS, WARPGROUPS, Refs, Sums, Tile, Tiling
+from pallas_kernels.quantized import BLOCK, Quantized
+
+CUT_BYTES = 128  # of a row of the piece of a tile that is stored in runs
+
+
+def run(
+    lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype,
+    tiling: Tiling | None = None, interpret: object = None) -> jax.Array:
+  """See `pallas_kernels.fp8_grouped_matmul`.
+
+  Args:
+    lhs_RK, rhs_GNK, sizes_G, dtype: as there.
+    tiling, interpret: see `fp8_matmul.run`.
+
+  Returns:
+    [R, N].
+  """
+  tiling = tiling or fp8_matmul.default_tiling(dtype, vectors=False)
+  (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
+  end = max(-(-rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, tiling.block_m) - rows
+  values_RK = jnp.pad(lhs_RK.values_MK, ((0, end), (0, 0)))
+  num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
+
+  def body(fields_TF, count_1, refs: Refs, cut_smem):
+    def locate(index):
+      ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.snake)
+      tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
+      num_k = jnp.where(tile.group < groups, k // BLOCK, 0).astype(jnp.int32)
+      return Tile(tile.start, column, 0, num_k, refs.rhs_NK.at[tile.group],
+                  refs.rhs_scales.at[tile.group], False,
+                  functools.partial(_store_owned, refs, cut_smem, tile, column, tiling))
+
+    fp8_matmul.multiply_tiles(refs, count_1[0] * num_columns, locate, tiling)
+
+  operands = (values_RK, rhs_GNK.values_MK, jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))),
+              rhs_GNK.scales_mk)
+  most = schedule.most_tiles(rows + end, groups, tiling.block_m) * num_columns
+  piece = WARPGROUPS, ROWS, CUT_BYTES // jnp.dtype(dtype).itemsize
+  return fp8_matmul.launch(
+      body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling, most, interpret,
+      before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
+      cut_smem=plgpu.SMEM(piece, dtype))[:rows]
+
+
+def refuse(
+    lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
+  """Why `run` cannot multiply these, or None."""
+  for name, size in (("N", rhs_GNK.shape[1]), ("K", lhs_RK.shape[1])):
+    if reason := fp8_matmul.refuse_size(name, size):
+      return reason
+  if lhs_RK.shape[0] == 0 or len(sizes_G) == 0:
+    return f"needs rows and groups, and there are {lhs_RK.shape[0]} and {len(sizes_G)}"
+  return fp8_matmul.refuse_formats(lhs_RK, rhs_GNK, dtype)
+
+
+def _store_owned(
+    refs: Refs, cut_smem, tile: schedule.Tile, column, tiling: Tiling, sums: Sums) -> None:
+  """Stores those of this warpgroup's rows that the tile owns."""
+  def store(row, chunks):
+    first = jnp.clip(tile.first - row, 0, ROWS)
+    count = jnp.clip(tile.end - row, 0, ROWS) - first
+    pl.when(count == ROWS)(lambda: fp8_matmul.store_wave(refs, refs.out, row, column, chunks))
+    pl.when((count > 0) & (count < ROWS))(
+        lambda: _store_runs(refs.out, cut_smem, row + first, first, count, column, chunks))
+
+  for wave, chunks in enumerate(sums):
+    store(tile.start + tiling.row(wave), chunks)
+
+
+def _store_runs(out_RN, cut_smem, row, first, count, column, chunks) -> None:
+  """Stores `count` rows of a warpgroup's, those from `first`, at `row`."""
+  cut = cut_smem.at[lax.axis_index("wg")]
+  chunk = chunks[0].shape[1]
+  width = min(cut.shape[1], chunk)
+  for start in range(0, len(chunks) * chunk, width):
+    at = start % chunk
+    piece = lax.slice(chunks[start // chunk], (0, at), (ROWS, at + width))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    compat.store(cut.at[:, pl.ds(0, width)], piece.astype(cut.dtype))
+    plgpu.commit_smem()
+    for bit in range(ROWS.bit_length() - 1):
+      done = count >> (bit + 1) << (bit + 1)  # rows in longer runs, which come first
+      pl.when((count >> bit) & 1 == 1)(functools.partial(
+          plgpu.copy_smem_to_gmem, cut.at[pl.ds(first + done, 1 << bit), pl.ds(0, width)],
+          out_RN.at[pl.ds(row + done, 1 << bit), pl.ds(column + start, width)],
+          commit_group=False))
+    plgpu.commit_smem_to_gmem_group()
+
+
+KERNEL = implementations.Kernel(run, refuse)

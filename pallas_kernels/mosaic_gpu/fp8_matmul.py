@@ -1,0 +1,391 @@
+"""FP8 matrix product on Hopper, and the kernel that all FP8 products there are made of.
+
+A kernel stays on its multiprocessor and goes from tile to tile of the result. One warpgroup fetches
+operands into a ring in shared memory, running ahead into the next tile; two others multiply, 64
+rows each. A tensor core keeps 14 bits of a sum, so every 128 of K begins a new accumulator, which
+is scaled and added to a float32 sum: the promotion (arXiv:2412.19437, section 3.3.2). While one
+warpgroup promotes, the tensor core has the other's products, or with a depth of 2 its own.
+
+Shape letters:  M, N rows of the operands  K contracted width  k blocks of 128 of K  n blocks of N
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import implementations
+from pallas_kernels.mosaic_gpu import schedule
+from pallas_kernels.quantized import BLOCK, Quantized
+
+MULTIPROCESSORS = 132  # of an H100 or H200; on fewer the kernel is right, but waits
+WARPGROUPS = 2  # that multiply; a third would leave each too few registers for two sums
+ROWS = 64  # of a warpgroup's matrix instruction
+FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How a product is cut into tiles.
+
+  A thread's registers hold sums for the tile's 64 rows or twice that, and `depth` products beside
+  them: columns times the number of those is at most 384. A tile of 128x128 asks L2 for 64 bytes a
+  cycle, more than it gives, and twice the rows or a cluster of two for 48, both for 32.
+
+  Attributes:
+    block_m: rows of a tile, 128 or 256.
+    block_n: columns of a tile, a multiple of 32, up to 192.
+    depth: products that a warpgroup has in flight, 1 or 2.
+    stages: blocks of K in shared memory.
+    snake: tiles side by side that are visited together, so that they share operands in L2.
+    cluster: multiprocessors side by side along N that fetch lhs once for all, 1, 2 or 4.
+  """
+
+  block_m: int = 128
+  block_n: int = 128
+  depth: int = 2
+  stages: int = 5
+  snake: int = 8
+  cluster: int = 1
+
+  def __post_init__(self):
+    if (self.block_m not in (128, 256) or self.block_n % 32 or self.block_n < 32
+        or self.depth not in (1, 2) or self.cluster not in (1, 2, 4)
+        or self.stages <= self.depth or self.snake < 1):
+      raise ValueError(f"no kernel is cut as {self}; see Tiling for the ranges")
+    if (self.waves + self.depth) * self.block_n > 384:
+      raise ValueError(f"{self} leaves too few registers; narrow block_n, or set depth to 1")
+
+  @property
+  def waves(self) -> int:
+    """Matrix instructions that a warpgroup needs for its rows."""
+    return self.block_m // (WARPGROUPS * ROWS)
+
+  def row(self, wave: int) -> jax.Array:
+    """Of the tile, where this warpgroup's wave begins."""
+    return (lax.axis_index("wg") * self.waves + wave) * ROWS
+
+
+Sums = tuple[tuple[jax.Array, ...], ...]  # of a tile, for each wave in chunks of columns
+
+
+class Tile(NamedTuple):
+  """A tile of the result: its operands and where it goes.
+
+  Attributes:
+    lhs_row, rhs_row: the first.
+    first_k, num_k: blocks of K.
+    rhs_NK, rhs_scales: of the tile's group.
+    vectors: whether `rhs_scales` are [k, N], one for every row, or [n, k], one for every 128.
+    store: takes the tile's sums.
+  """
+
+  lhs_row: jax.Array
+  rhs_row: jax.Array
+  first_k: jax.Array | int
+  num_k: jax.Array | int
+  rhs_NK: jax.Ref
+  rhs_scales: jax.Ref
+  vectors: bool
+  store: Callable[[Sums], None]
+
+
+class Refs(NamedTuple):
+  """What a kernel works on; in shared memory the first axis is stages."""
+
+  lhs_MK: jax.Ref
+  rhs_NK: jax.Ref
+  lhs_scales_kM: jax.Ref
+  rhs_scales: jax.Ref
+  out: jax.Ref
+  lhs_smem: jax.Ref
+  rhs_smem: jax.Ref
+  out_smem: jax.Ref
+  full: jax.Ref
+  empty: jax.Ref
+
+
+def run(
+    lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype,
+    tiling: Tiling | None = None, interpret: object = None) -> jax.Array:
+  """See `pallas_kernels.fp8_matmul`.
+
+  Args:
+    lhs_MK, rhs_NK, dtype: as there.
+    tiling: None for a good one.
+    interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
+
+  Returns:
+    [M, N].
+  """
+  vectors = rhs_NK.tile == (1, BLOCK)
+  tiling = tiling or default_tiling(dtype, vectors)
+  values_MK = jnp.pad(lhs_MK.values_MK, ((0, -lhs_MK.shape[0] % schedule.ALIGNMENT), (0, 0)))
+  (m, k), n = values_MK.shape, rhs_NK.shape[0]
+  grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))
+
+  def body(refs: Refs):
+    def locate(index):
+      mi, ni = plgpu.planar_snake(index, grid, 1, tiling.snake)
+      row, column = mi * tiling.block_m, first_column(ni, tiling)
+      return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales, vectors,
+                  functools.partial(store, refs, refs.out, row, column, tiling))
+
+    multiply_tiles(refs, math.prod(grid), locate, tiling)
+
+  columns = tiling.block_n * tiling.cluster
+  operands = (values_MK, rhs_NK.values_MK, k_major(lhs_MK.scales_mk, tiling.block_m),
+              k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)
+  return launch(body, operands, jax.ShapeDtypeStruct((m, n), dtype), tiling, math.prod(grid),
+                interpret)[:lhs_MK.shape[0]]
+
+
+def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
+  """Why `run` cannot multiply these, or None."""
+  for name, size in (("N", rhs_NK.shape[0]), ("K", lhs_MK.shape[1])):
+    if reason := refuse_size(name, size):
+      return reason
+  if lhs_MK.shape[0] == 0:
+    return "needs at least one row, and lhs has none"
+  return refuse_formats(lhs_MK, rhs_NK, dtype)
+
+
+def refuse_size(name: str, size: int) -> str | None:
+  """Why an axis cannot be cut into blocks of 128, or None."""
+  if size == 0 or size % BLOCK:
+    return f"needs {name} to be a multiple of {BLOCK}, and it is {size}"
+  return None
+
+
+def refuse_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
+  """Why operands or a result of these formats cannot be had, or None."""
+  formats = lhs.values_MK.dtype, rhs.values_MK.dtype
+  if formats != (jnp.float8_e4m3fn, jnp.float8_e4m3fn):
+    return f"needs both operands in float8_e4m3fn, and they are {formats[0]} and {formats[1]}"
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
+  return None
+
+
+def default_tiling(dtype: jnp.dtype, vectors: bool) -> Tiling:
+  """The most stages that fit, as float32 results take twice the room, without spilled registers."""
+  return Tiling(depth=1 if vectors else 2, stages=5 if jnp.dtype(dtype).itemsize == 2 else 4)
+
+
+def k_major(scales_Mk: jax.Array, multiple: int) -> jax.Array:
+  """[k, M], with zeros for the rows of a tile that reaches past the last."""
+  return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % multiple)))
+
+
+def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
+  """Of this multiprocessor's tile among those that its cluster has side by side."""
+  return (ni * tiling.cluster + lax.axis_index("cluster")) * tiling.block_n
+
+
+def launch(
+    body: Callable[..., None], operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct,
+    tiling: Tiling, most_tiles: int, interpret: object, *,
+    before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
+  """Runs a kernel on every multiprocessor.
+
+  Args:
+    body: takes `before`, the refs, and `scratch`.
+    operands: lhs, rhs and their scales; see `Refs`.
+    out: shape and dtype of the result.
+    tiling: of the result.
+    most_tiles: of a cluster, of which there need not be more.
+    interpret: see `run`.
+    before: more arrays.
+    **scratch: more of the shared memory.
+  """
+  def kernel(*refs, extra, **own):
+    body(*refs[:-5], Refs(*refs[-5:], **own), **extra)
+
+  return plgpu.kernel(
+      kernel, out_type=out, grid=(min(MULTIPROCESSORS // tiling.cluster, most_tiles),),
+      grid_names=("sm",),
+      cluster=(tiling.cluster,), cluster_names=("cluster",), num_threads=WARPGROUPS + 1,
+      thread_name="wg", scratch_types=_shared(out.dtype, tiling) | {"extra": scratch},
+      compiler_params=plgpu.CompilerParams(
+          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+      interpret=interpret)(*before, *operands)
+
+
+def _shared(dtype, tiling) -> dict[str, object]:
+  stages, block_n = tiling.stages, tiling.block_n
+  row = min(128, math.gcd(block_n, 128) * dtype.itemsize)
+  barrier = plgpu.Barrier if tiling.cluster == 1 else functools.partial(
+      plgpu.ClusterBarrier, collective_axes=("cluster",))
+  ring = functools.partial(plgpu.SMEM, dtype=jnp.float8_e4m3fn, transforms=swizzle(BLOCK))
+  return {
+      "lhs_smem": ring((stages, tiling.block_m, BLOCK)),
+      "rhs_smem": ring((stages, block_n, BLOCK)),
+      "out_smem": plgpu.SMEM((WARPGROUPS, ROWS, block_n), dtype,
+                             transforms=swizzle(row, dtype.itemsize)),
+      "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      "empty": barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+  }
+
+
+def swizzle(width: int, itemsize: int = 1) -> tuple[object, object]:
+  """How rows of this many bytes lie in shared memory without conflicts between banks."""
+  return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)
+
+
+def multiply_tiles(
+    refs: Refs, num_tiles: int | jax.Array, locate: Callable[[jax.Array], Tile],
+    tiling: Tiling) -> None:
+  """Divides tiles among multiprocessors and roles among warpgroups; the body of a kernel."""
+  wg = lax.axis_index("wg")
+
+  @pl.when(wg == WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+    _fetch_tiles(refs, num_tiles, locate, tiling)
+
+  @pl.when(wg < WARPGROUPS)
+  def _():
+    plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
+
+    @plgpu.nd_loop((num_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+    def _(loop, carry):
+      tile = locate(loop.index[0])
+      fetched, sums = _multiply_tile(refs, tile, carry, tiling)
+      tile.store(sums)
+      return fetched
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch_tiles(refs, num_tiles, locate, tiling) -> None:
+  def await_empty(step):
+    plgpu.barrier_wait(refs.empty.at[lax.rem(step, tiling.stages)])
+
+  @plgpu.nd_loop((num_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+  def steps(loop, carry):
+    tile = locate(loop.index[0])
+
+    def fetch(i, step):
+      pl.when(step >= tiling.stages)(lambda: await_empty(step))
+      _fetch(refs, tile, tile.first_k + i, lax.rem(step, tiling.stages), tiling)
+      return step + 1
+
+    return lax.fori_loop(0, tile.num_k, fetch, carry)
+
+  # Nobody may leave while another of its cluster still writes to its memory.
+  pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)(await_empty)
+
+
+def _fetch(refs, tile, ki, slot, tiling) -> None:
+  columns = pl.ds(ki * BLOCK, BLOCK)
+  plgpu.copy_gmem_to_smem(
+      refs.lhs_MK.at[pl.ds(tile.lhs_row, tiling.block_m), columns], refs.lhs_smem.at[slot],
+      refs.full.at[slot], collective_axes="cluster" if tiling.cluster > 1 else None)
+  plgpu.copy_gmem_to_smem(
+      tile.rhs_NK.at[pl.ds(tile.rhs_row, tiling.block_n), columns], refs.rhs_smem.at[slot],
+      refs.full.at[slot])
+
+
+def _multiply_tile(refs, tile, step, tiling) -> tuple[jax.Array, Sums]:
+  """Steps taken so far, and the tile's sums."""
+  width = tiling.block_n if tile.vectors else math.gcd(tiling.block_n, BLOCK)
+  zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+  sums = ((zeros,) * (tiling.block_n // width),) * tiling.waves
+  span = max(1, tiling.depth // tiling.waves)  # blocks of K in flight
+
+  def several(num, first_k):
+    def add(i, carry):
+      step, sums = carry
+      return step + num, _add_products(refs, tile, first_k + i * num, step, num, sums, tiling)
+    return add
+
+  carry = lax.fori_loop(0, tile.num_k // span, several(span, tile.first_k), (step, sums))
+  if span == 1 or (isinstance(tile.num_k, int) and tile.num_k % span == 0):
+    return carry
+  odd = tile.num_k % span
+  return lax.fori_loop(0, odd, several(1, tile.first_k + tile.num_k - odd), carry)
+
+
+def _add_products(refs, tile, ki, step, num, sums, tiling) -> Sums:
+  """Adds the products of the next `num` blocks of K."""
+  slots = [lax.rem(step + i, tiling.stages) for i in range(num)]
+  jobs = [(i, wave) for i in range(num) for wave in range(tiling.waves)]
+
+  def products(batch, sums, *accumulators):
+    for (i, wave), accumulator in zip(batch, accumulators, strict=True):
+      if wave == 0:
+        plgpu.barrier_wait(refs.full.at[slots[i]])
+      rows = refs.lhs_smem.at[slots[i], pl.ds(tiling.row(wave), ROWS)]
+      plgpu.wgmma(accumulator, rows, refs.rhs_smem.at[slots[i]].T)
+    # Before the products are awaited, so that the way from memory costs nothing.
+    scales = [_scales(refs, tile, ki + i, wave, tiling) for i, wave in batch]
+    sums = list(sums)
+    for at, (i, wave) in enumerate(batch):
+      product = plgpu.wgmma_accumulator_load(accumulators[at], wait_n=len(batch) - 1 - at)
+      if wave == tiling.waves - 1:
+        plgpu.barrier_arrive(refs.empty.at[slots[i]])
+      sums[wave] = _promote(sums[wave], product, *scales[at])
+    return tuple(sums)
+
+  accumulator = plgpu.ACC((ROWS, tiling.block_n), jnp.float32)
+  for first in range(0, len(jobs), tiling.depth):
+    batch = jobs[first:first + tiling.depth]
+    sums = pl.run_scoped(functools.partial(products, batch, sums), *[accumulator] * len(batch))
+  return sums
+
+
+def _scales(refs, tile, ki, wave, tiling):
+  """Of the rows of lhs, and of rhs: of its columns, or one for each chunk of them."""
+  def load(source, axis):
+    return plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+
+  first = tile.lhs_row + tiling.row(wave)
+  row_scales = load(refs.lhs_scales_kM.at[ki, pl.ds(first, ROWS)], 1)
+  if tile.vectors:
+    return row_scales, load(tile.rhs_scales.at[ki, pl.ds(tile.rhs_row, tiling.block_n)], 0)
+  last = tile.rhs_scales.shape[0] - 1  # a tile may reach past it
+  chunk = math.gcd(tiling.block_n, BLOCK)
+  blocks = [jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last)
+            for column in range(0, tiling.block_n, chunk)]
+  return row_scales, [tile.rhs_scales[block, ki] for block in blocks]
+
+
+def _promote(sums, product, row_scales, column_scales) -> tuple[jax.Array, ...]:
+  shape = sums[0].shape
+  if not isinstance(column_scales, list):
+    product *= lax.broadcast_in_dim(column_scales, product.shape, [1])
+    return (sums[0] + product * lax.broadcast_in_dim(row_scales, shape, [0]),)
+  chunks = [lax.slice(product, (0, i * shape[1]), (ROWS, (i + 1) * shape[1]))
+            for i in range(len(sums))]
+  return tuple(total + chunk * lax.broadcast_in_dim(row_scales * scale, shape, [0])
+               for total, chunk, scale in zip(sums, chunks, column_scales, strict=True))
+
+
+def store(
+    refs: Refs, out_MN: jax.Ref, row: jax.Array, column: jax.Array, tiling: Tiling,
+    sums: Sums) -> None:
+  """Writes a tile, of which what reaches past the result is left out, without waiting for it."""
+  for wave, chunks in enumerate(sums):
+    store_wave(refs, out_MN, row + tiling.row(wave), column, chunks)
+
+
+def store_wave(
+    refs: Refs, out_MN: jax.Ref, row: jax.Array, column: jax.Array,
+    chunks: tuple[jax.Array, ...]) -> None:
+  """Writes a wave's sums once those before them have left shared memory."""
+  staged, width = refs.out_smem.at[lax.axis_index("wg")], chunks[0].shape[1]
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for i, chunk in enumerate(chunks):
+    staged[:, i * width:(i + 1) * width] = chunk.astype(staged.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(staged, out_MN.at[pl.ds(row, ROWS), pl.ds(column, staged.shape[1])])
+
+
+KERNEL = implementations.Kernel(run, refuse)

@@ -1,0 +1,321 @@
+"""Grouped matrix product on Hopper: one persistent kernel, whatever the sizes of the groups.
+
+One warpgroup fetches blocks by TMA into a ring in shared memory, ahead of the tile at hand; two
+multiply, each half of a tile's rows. Groups end where they want: a tile that owns all of its rows
+is stored whole, and any other in runs of 1, 2, 4, ... rows, none of them a neighbour's.
+
+Shape letters:  R rows  G groups  K contracted width  N result width  T tiles  F fields of a tile
+                W multiplying warpgroups  S stages  P pieces under way
+                M, C rows and columns of a piece, which is what is stored at once
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat
+from pallas_kernels.implementations import Kernel
+from pallas_kernels.mosaic_gpu import schedule
+
+MULTIPLIERS = 2  # warpgroups; the one behind them fetches
+SWIZZLE = 128  # bytes, the widest
+BLOCK_K = SWIZZLE // 2  # of bfloat16
+WIDTHS = 128  # K and N are multiples of it, as each is a gradient's rows
+STORE_ROWS = 64  # what a warpgroup multiplies at once
+SHARED = 226 * 1024  # bytes of shared memory, less some for barriers
+SMS = 132  # of a whole Hopper; on a part of one some programs wait for others
+SWIZZLED = (plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(SWIZZLE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How the product is cut.
+
+  Attributes:
+    rows, columns: of a tile of the result.
+    stages: of the ring, each 64 of what is contracted.
+    band: tiles of columns that are done before the next row of tiles, for reuse in L2.
+  """
+
+  rows: int = 128
+  columns: int = 256
+  stages: int = 4
+  band: int = 8
+
+  def __post_init__(self):
+    if self.rows % (MULTIPLIERS * STORE_ROWS) or self.columns % BLOCK_K or self.columns > 256:
+      raise ValueError(f"a tile's rows must be a multiple of 128 and its columns of 64, at most "
+                       f"256, and they are {self.rows} and {self.columns}")
+    if min(self.rows, self.columns, self.band) < 1 or self.stages < 2:
+      raise ValueError(f"{self} must be positive, and stages at least 2")
+
+  def pieces(self, others: int) -> int:
+    """How many pieces a warpgroup may have under way, beside so many others in shared memory."""
+    ring = self.stages * (self.rows + self.columns) * SWIZZLE
+    left = (SHARED - ring) // (STORE_ROWS * SWIZZLE) - others
+    return max(1, min(4, left // MULTIPLIERS))
+
+
+class Ring(NamedTuple):
+  """Blocks of both operands in shared memory, some being fetched and others multiplied.
+
+  Counts of blocks go on from tile to tile, so that fetching runs ahead of the tile at hand.
+
+  Attributes:
+    lhs_S, rhs_S: blocks, one of each a stage.
+    full_S, free_S: barriers: a stage's blocks are there; nobody needs them any more.
+  """
+
+  lhs_S: jax.Ref
+  rhs_S: jax.Ref
+  full_S: jax.Ref
+  free_S: jax.Ref
+
+  def slot(self, block):
+    return lax.rem(block, self.lhs_S.shape[0])
+
+  def fetch(self, blocks, before, source) -> None:
+    """Fetches what source(index) says of lhs and rhs, for every block of a tile."""
+    def block(index, _):
+      slot, stages = self.slot(before + index), self.lhs_S.shape[0]
+      pl.when(before + index >= stages)(lambda: plgpu.barrier_wait(self.free_S.at[slot]))
+      for operand, place in zip(source(index), (self.lhs_S, self.rhs_S), strict=True):
+        plgpu.copy_gmem_to_smem(operand, place.at[slot], self.full_S.at[slot])
+    lax.fori_loop(0, blocks, block, None)
+
+  def multiply(self, blocks, before, shape: tuple[int, int], operands):
+    """Sums products of what operands(index, slot) gives, for every block of a tile; float32."""
+    def block(acc, index):
+      slot = self.slot(before + index)
+      plgpu.barrier_wait(self.full_S.at[slot])
+      plgpu.wgmma(acc, *operands(index, slot))
+      plgpu.wgmma_wait(1)
+      # This product is under way, and the one before it is done.
+      pl.when(index > 0)(lambda: self._release(before + index - 1))
+
+    def accumulate(acc):
+      lax.fori_loop(0, blocks, lambda index, _: block(acc, index), None)
+      return acc[...]
+
+    result = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+    pl.when(blocks > 0)(lambda: self._release(before + blocks - 1))
+    return result
+
+  def skip(self, blocks, before) -> None:
+    """Lets the blocks of a tile pass."""
+    def block(index, _):
+      plgpu.barrier_wait(self.full_S.at[self.slot(before + index)])
+      self._release(before + index)
+    lax.fori_loop(0, blocks, block, None)
+
+  def _release(self, block) -> None:
+    plgpu.barrier_arrive(self.free_S.at[self.slot(block)])
+
+  def work(self, each_tile, fetch, multiply) -> None:
+    """Has one warpgroup do each_tile(fetch) and the others each_tile(multiply)."""
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == MULTIPLIERS)
+    def _():
+      plgpu.set_max_registers(40, action="decrease")
+      used = jnp.minimum(each_tile(fetch), self.lhs_S.shape[0])
+      lax.fori_loop(0, used, lambda slot, _: plgpu.barrier_wait(self.free_S.at[slot]), None)
+
+    @pl.when(wg < MULTIPLIERS)
+    def _():
+      plgpu.set_max_registers(232, action="increase")
+      each_tile(multiply)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def ring_types(tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int, int]) -> list:
+  """The scratch that a `Ring` of bfloat16 needs, in its order."""
+  blocks = [plgpu.SMEM((tiling.stages, *block), jnp.bfloat16, transforms=SWIZZLED)
+            for block in (lhs_block, rhs_block)]
+  return [*blocks, plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+          plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiling.stages)]
+
+
+def refuse(
+    lhs_RK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
+    precision: lax.PrecisionLike = None) -> str | None:
+  """Why this kernel, or those of its gradients, cannot multiply these; see `Kernel`."""
+  del precision  # bfloat16's products are exact, and their sums are float32's
+  return why_not(lhs_RK, rhs, sizes_G, lhs_RK.shape[1], rhs.shape[1 if transpose_rhs else 2])
+
+
+def why_not(lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *widths: int) -> str | None:
+  """What the kernels of a product and of its gradients cannot do of this, None if they can."""
+  if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16:
+    return f"needs bfloat16, not {lhs.dtype} and {rhs.dtype}"
+  if not len(lhs) or not len(sizes_G):
+    return f"needs rows and groups, not {len(lhs)} and {len(sizes_G)}"
+  for name, width in zip("KN", widths, strict=True):
+    if not width or width % WIDTHS:
+      return f"needs {name} to be a multiple of {WIDTHS}, and it is {width}"
+  return None
+
+
+def default_tiling(columns: int) -> Tiling:
+  """The widest tile that divides the result's columns: its operands are read least often."""
+  return Tiling(128, 256) if columns % 256 == 0 else Tiling(256, 128)
+
+
+def run(
+    lhs_RK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
+    precision: lax.PrecisionLike = None, dtype: jnp.dtype | None = None,
+    tiling: Tiling | None = None, programs: int | None = None) -> jax.Array:
+  """Multiplies each group of rows with its matrix; see `pallas_kernels.grouped_matmul`.
+
+  Args:
+    lhs_RK: bfloat16.
+    rhs: bfloat16 [G, K, N], or [G, N, K] if `transpose_rhs`.
+    sizes_G: int32, rows per group.
+    precision: not needed: products are exact and sums float32.
+    dtype: of the result, bfloat16 or float32; None is bfloat16.
+    tiling: None is `default_tiling`.
+    programs: that share the tiles; None is one on each multiprocessor of an H200.
+
+  Returns:
+    [R, N].
+  """
+  del precision
+  columns = rhs.shape[1 if transpose_rhs else 2]
+  tiling = tiling or default_tiling(columns)
+  if columns % tiling.columns:
+    raise ValueError(f"tiles of {tiling.columns} columns do not divide N={columns}")
+  rows = len(lhs_RK)
+  padded = max(-(-rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, tiling.rows)
+  lhs_RK = jnp.pad(lhs_RK, ((0, padded - rows), (0, 0)))
+  tiles = schedule.row_tiles(sizes_G, padded, tiling.rows)
+  out_RN = _call(tiles, lhs_RK, rhs, jax.ShapeDtypeStruct((padded, columns), dtype or jnp.bfloat16),
+                 transpose_rhs, tiling, programs or SMS)
+  return out_RN[:rows]
+
+
+KERNEL = Kernel(run, refuse)
+
+
+def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs):
+  rhs_block = (tiling.columns, BLOCK_K) if transpose_rhs else (BLOCK_K, tiling.columns)
+  width = SWIZZLE // out.dtype.itemsize
+  out_swizzled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(SWIZZLE))
+  return plgpu.kernel(
+      functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling),
+      out_type=out,
+      grid=(programs,),
+      grid_names=("sm",),
+      num_threads=MULTIPLIERS + 1,
+      thread_name="wg",
+      scratch_types=[
+          *ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
+          plgpu.SMEM((MULTIPLIERS, tiling.pieces(MULTIPLIERS), STORE_ROWS, width), out.dtype,
+                     transforms=out_swizzled),
+          plgpu.SMEM((MULTIPLIERS, STORE_ROWS, width), out.dtype)],
+      compiler_params=plgpu.CompilerParams(
+          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+  )(*tiles, lhs_RK, rhs)
+
+
+def _kernel(
+    fields_TF, count_1, lhs_RK, rhs, out_RN, lhs_S, rhs_S, full_S, free_S, whole_WPMC, cut_WMC, *,
+    transpose_rhs: bool, tiling: Tiling):
+  ring = Ring(lhs_S, rhs_S, full_S, free_S)
+  num_columns = out_RN.shape[1] // tiling.columns
+  num_blocks = lhs_RK.shape[1] // BLOCK_K
+  wg = lax.axis_index("wg")
+
+  def each_tile(visit):
+    """Calls visit(tile, column, blocks, blocks before) for this program's tiles; all blocks."""
+    @plgpu.nd_loop((count_1[0] * num_columns,), collective_axes="sm", init_carry=jnp.int32(0))
+    def total(loop, carry):
+      row, column = plgpu.planar_snake(
+          loop.index[0], (count_1[0], num_columns), 1, tiling.band)
+      tile = schedule.read(fields_TF, row)
+      blocks = jnp.where(tile.group < rhs.shape[0], num_blocks, 0).astype(jnp.int32)
+      visit(tile, column * tiling.columns, blocks, carry)
+      return carry + blocks
+
+    return total
+
+  def fetch(tile, column, blocks, before):
+    def source(index):
+      k, n = pl.ds(index * BLOCK_K, BLOCK_K), pl.ds(column, tiling.columns)
+      return (lhs_RK.at[pl.ds(tile.start, tiling.rows), k],
+              rhs.at[(tile.group, n, k) if transpose_rhs else (tile.group, k, n)])
+    ring.fetch(blocks, before, source)
+
+  def multiply(tile, column, blocks, before):
+    rows = tiling.rows // MULTIPLIERS
+    start = tile.start + wg * rows
+
+    def operands(_, slot):
+      rhs_block = rhs_S.at[slot].T if transpose_rhs else rhs_S.at[slot]
+      return lhs_S.at[slot, pl.ds(wg * rows, rows)], rhs_block
+
+    def product():
+      result = ring.multiply(blocks, before, (rows, tiling.columns), operands)
+      store(result, start, column, tile, out_RN, whole_WPMC.at[wg], cut_WMC.at[wg])
+
+    # Where a group ends early in a tile, the tensor cores are left to the other warpgroup.
+    owns = (tile.first < start + rows) & (start < tile.end)
+    pl.when(owns)(product)
+    pl.when(~owns)(lambda: ring.skip(blocks, before))
+
+  ring.work(each_tile, fetch, multiply)
+
+
+def store(value_MN, start, column, tile: schedule.Tile, out_RN, whole_PMC, cut_MC) -> None:
+  """Stores those rows of a warpgroup's part of a tile that the tile owns.
+
+  Args:
+    value_MN: float32 registers.
+    start, column: where its first row and column lie in `out_RN`.
+    tile: whose rows they are.
+    out_RN: in global memory.
+    whole_PMC, cut_MC: this warpgroup's shared memory, swizzled and not.
+  """
+  def copy_owned(value_MC, row, columns):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    compat.store(cut_MC, value_MC)
+    plgpu.commit_smem()
+    first = jnp.clip(tile.first - row, 0, STORE_ROWS)
+    count = jnp.clip(tile.end - row, 0, STORE_ROWS) - first
+    for bit in range(STORE_ROWS.bit_length()):
+      done = first + (count >> (bit + 1) << (bit + 1))  # behind the larger runs
+      pl.when((count >> bit) & 1 == 1)(functools.partial(
+          plgpu.copy_smem_to_gmem, cut_MC.at[pl.ds(done, 1 << bit)],
+          out_RN.at[pl.ds(row + done, 1 << bit), columns], commit_group=False))
+    plgpu.commit_smem_to_gmem_group()
+
+  owns_all = (tile.first <= start) & (start + value_MN.shape[0] <= tile.end)
+  pl.when(owns_all)(lambda: store_whole(value_MN, start, column, out_RN, whole_PMC))
+  pl.when(~owns_all)(lambda: _pieces(value_MN, start, column, out_RN, cut_MC.shape[1], copy_owned))
+
+
+def store_whole(value_MN, start, column, out_RN, whole_PMC) -> None:
+  """Stores all of a warpgroup's part of a tile; arguments are those of `store`."""
+  def copy(value_MC, row, columns):
+    place = next(places)
+    plgpu.wait_smem_to_gmem(whole_PMC.shape[0] - 1, wait_read_only=True)
+    whole_PMC[place] = value_MC
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(whole_PMC.at[place], out_RN.at[pl.ds(row, STORE_ROWS), columns])
+
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, which had all this one's time
+  places = itertools.cycle(range(whole_PMC.shape[0]))
+  _pieces(value_MN, start, column, out_RN, whole_PMC.shape[2], copy)
+
+
+def _pieces(value_MN, start, column, out_RN, width: int, copy) -> None:
+  value_MN = value_MN.astype(out_RN.dtype)
+  for row in range(0, value_MN.shape[0], STORE_ROWS):
+    for at in range(0, value_MN.shape[1], width):
+      copy(value_MN[row:row + STORE_ROWS, at:at + width], start + row, pl.ds(column + at, width))

@@ -1,0 +1,289 @@
+"""Quantisation on Hopper: memory-bound, so every number is read once and written once.
+
+A block of 128 threads takes one piece that is 128 columns wide: the copy engine brings it to shared
+memory and takes the values away, and leaves out what lies behind the last row. Several blocks
+share a multiprocessor, so that some load while others compute.
+
+Shape letters:  M rows  K columns  R rows of 128 columns  S rows in registers at a time
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels import compat, implementations
+from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
+
+# The residual of a quotient of less could be denormal, and then it would be rounded.
+LEAST_AMAX = 1e-20
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane,
+    # No thread reads what another wrote without `commit_smem` in between.
+    unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How the work is cut.
+
+  Attributes:
+    rows: of 128 columns that a block of threads takes; tiles of 128 rows always take 128.
+    step: rows that are in registers at a time: a multiple of 16 that divides rows and 128.
+  """
+
+  rows: int = 64
+  step: int = 32
+
+  def __post_init__(self):
+    if self.step % 16 or self.rows % self.step or BLOCK % self.step:
+      raise ValueError("Tiling's step must be a multiple of 16 that divides 128 and rows, and is "
+                       f"{self.step} of {self.rows} rows")
+
+
+def run(
+    x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
+    smallest_amax: float, tiling: Tiling | None = None, interpret: Any = None) -> Quantized:
+  """See `pallas_kernels.quantize`.
+
+  Args:
+    tiling: how the work is cut.
+    interpret: `plgpu.InterpretGPUParams`, to run on a CPU.
+  """
+  tiling = tiling or Tiling()
+  rows, columns = math.prod(x_MK.shape[:-1]), x_MK.shape[-1]
+  if tile[0] == 1:  # Each 128 columns are on their own, so they may as well lie in one column.
+    rows, columns = rows * columns // BLOCK, BLOCK
+  else:
+    tiling = dataclasses.replace(tiling, rows=BLOCK)
+  x = pad_rows(x_MK.reshape(rows, columns))
+  grid = (pl.cdiv(rows, tiling.rows), columns // BLOCK)
+  scales_shape = {(1, BLOCK): (grid[0] * tiling.rows,), (BLOCK, 1): (grid[0], columns),
+                  (BLOCK, BLOCK): grid}[tile]
+  quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
+  dtype = FORMATS[format].dtype
+
+  def kernel(x, values, scales, x_smem, values_smem, scales_smem, loaded):
+    i, j = this_block(grid)
+    place = (pl.ds(i * tiling.rows, tiling.rows), pl.ds(j * BLOCK, BLOCK))
+    plgpu.copy_gmem_to_smem(x.at[place], x_smem, loaded)
+    plgpu.barrier_wait(loaded)
+    if tile == (1, BLOCK):
+      write_scale = lambda first, scale_S: compat.store(
+          scales.at[pl.ds(i * tiling.rows + first, tiling.step)], scale_S)
+      quantizer.rows(x_smem, values_smem, tiling.step, write_scale)
+    elif tile == (BLOCK, 1):
+      scale_K = quantizer.columns(x_smem, values_smem, scales_smem, tiling.step)
+      compat.store(scales.at[i, place[1]], scale_K)
+    else:
+      scales[i, j] = quantizer.block(x_smem, values_smem, tiling.step)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(values_smem, values.at[place])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  values, scales = plgpu.kernel(
+      kernel,
+      out_type=(jax.ShapeDtypeStruct(x.shape, dtype),
+                jax.ShapeDtypeStruct(scales_shape, jnp.float32)),
+      grid=(math.prod(grid),), grid_names=("block",),
+      scratch_types=(swizzled(tiling.rows, x_MK.dtype), swizzled(tiling.rows, dtype),
+                     plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
+      compiler_params=COMPILER_PARAMS, interpret=interpret,
+  )(x)
+  scales = scales[:rows] if tile == (1, BLOCK) else scales
+  counts = (-(-x_MK.shape[-2] // tile[0]), x_MK.shape[-1] // tile[1])
+  return Quantized(values[:rows].reshape(x_MK.shape),
+                   scales.reshape(*x_MK.shape[:-2], *counts), tile)
+
+
+def refuse(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:
+  """Why `run` cannot take this, or None if it can."""
+  if tile not in ((1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)):
+    return f"needs tiles of 1x128, 128x1 or 128x128, and they are {tile[0]}x{tile[1]}"
+  if x_MK.ndim > 2 and tile[0] > 1 and x_MK.shape[-2] % BLOCK:
+    return ("needs M to be a multiple of 128 where tiles have 128 rows and there are several "
+            f"matrices, and it is {x_MK.shape[-2]}")
+  return refuse_any(x_MK, **options)
+
+
+def refuse_any(
+    x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float) -> str | None:
+  """What none of the kernels here can take, or None."""
+  del power_of_two
+  if FORMATS[format].dtype.itemsize > 1:
+    return f"has no {format}"
+  if x_MK.shape[-1] % BLOCK:
+    return f"needs the last axis to be a multiple of 128, and it is {x_MK.shape[-1]}"
+  if x_MK.size == 0:
+    return f"needs at least one row, and the shape is {x_MK.shape}"
+  if smallest_amax < LEAST_AMAX:
+    return f"needs smallest_amax to be at least {LEAST_AMAX}, and it is {smallest_amax}"
+  return None
+
+
+KERNEL = implementations.Kernel(run, refuse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+  """Quantises a piece of 128 columns from shared memory to shared memory.
+
+  Attributes:
+    format, power_of_two, smallest_amax: see `pallas_kernels.quantize`.
+    divides: with the division of the machine; else by `divide`, which interpreters lack.
+  """
+
+  format: str
+  power_of_two: bool
+  smallest_amax: float
+  divides: bool
+
+  def rows(self, x_smem, values_smem, step: int, write_scale: Callable) -> None:
+    """Tiles of 1x128; hands on the first row and the scales of every step."""
+    layout = row_layout(x_smem.dtype)
+    for first, piece in steps(x_smem.shape[0], step):
+      x_SK = plgpu.load(x_smem.at[piece], layout=layout)
+      write_scale(first, self.row_values(x_SK, values_smem.at[piece], layout))
+
+  def row_values(self, x_SK: jax.Array, values_smem, layout) -> jax.Array:
+    """Tiles of 1x128 of numbers in registers; returns scales."""
+    scale_S = self.scale(jnp.abs(x_SK).max(1))
+    values_smem[...] = self.values(x_SK, scale_S, (0,), layout)
+    return scale_S
+
+  def columns(self, x_smem, values_smem, scales_smem, step: int) -> jax.Array:
+    """Tiles of 128x1; returns scales."""
+    scale_K = self.column_scales(x_smem, scales_smem, step)
+    layout = row_layout(x_smem.dtype)
+    spread_K = plgpu.load(scales_smem, layout=layout.reduce(0), optimized=False)
+    self._scaled(x_smem, values_smem, step, spread_K, (1,), layout)
+    return scale_K
+
+  def column_scales(self, x_smem, scales_smem, step: int) -> jax.Array:
+    """Scales of tiles of 128x1, also in shared memory for those lanes that need them."""
+    scale_K = self.scale(self.largest(x_smem, step, column_layout(x_smem.dtype)).max(0))
+    compat.store(scales_smem, scale_K)
+    plgpu.commit_smem()
+    return scale_K
+
+  def block(self, x_smem, values_smem, step: int) -> jax.Array:
+    """One tile of 128x128; returns its scale."""
+    layout = row_layout(x_smem.dtype)
+    scale = self.scale(self.largest(x_smem, step, layout).max(1).max(0))
+    self._scaled(x_smem, values_smem, step, scale, (), layout)
+    return scale
+
+  def largest(self, x_smem, step: int, layout) -> jax.Array:
+    """Magnitudes at each place of a step, the largest of all steps: [S, 128]."""
+    largest_SK = None
+    for _, piece in steps(x_smem.shape[0], step):
+      x_SK = jnp.abs(plgpu.load(x_smem.at[piece], layout=layout))
+      largest_SK = x_SK if largest_SK is None else jnp.maximum(largest_SK, x_SK)
+    return largest_SK
+
+  def scale(self, amax: jax.Array) -> jax.Array:
+    """As `scales_of` in `pallas_kernels.quantize`, to the bit."""
+    scale = jnp.maximum(amax.astype(jnp.float32), self.smallest_amax)
+    scale = scale / FORMATS[self.format].largest
+    if not self.power_of_two:
+      return scale
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    bits = (bits + 0x7FFFFF) & 0x7F800000  # carries to the exponent unless the mantissa is zero
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+  def values(self, x: jax.Array, scale: jax.Array, axes: Sequence[int], layout) -> jax.Array:
+    """x divided by scales along these axes; no quotient rounds to beyond the format's largest."""
+    along = lambda y: plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, axes), layout)
+    x = x.astype(jnp.float32)
+    if self.power_of_two:
+      quotient = x * along(1 / scale)
+    elif self.divides:
+      quotient = x / along(scale)
+    else:
+      quotient = divide(x, along(scale), along(1 / scale), layout)
+    return quotient.astype(FORMATS[self.format].dtype)
+
+  def _scaled(self, x_smem, values_smem, step: int, scale, axes, layout) -> None:
+    for _, piece in steps(x_smem.shape[0], step):
+      x_SK = plgpu.load(x_smem.at[piece], layout=layout)
+      values_smem[piece] = self.values(x_SK, scale, axes, layout)
+
+
+def pad_rows(x_MK: jax.Array) -> jax.Array:
+  """Adds rows of zeros up to a multiple of 8: swizzled memory is copied in pieces of 8 rows."""
+  return jnp.pad(x_MK, ((0, -len(x_MK) % 8), (0, 0)))
+
+
+def this_block(grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+  """Its row and column; CUDA counts far along one axis only."""
+  block = lax.axis_index("block")
+  return lax.div(block, grid[1]), lax.rem(block, grid[1])
+
+
+def steps(rows: int, step: int) -> list[tuple[int, Any]]:
+  """The first row and the slice of every step."""
+  return [(first, pl.ds(first, step)) for first in range(0, rows, step)]
+
+
+def divide(x: jax.Array, by: jax.Array, inverse: jax.Array, layout) -> jax.Array:
+  """x / by in three instructions, where the compiler's exact division takes about twelve.
+
+  The quotient by the inverse is off by at most 1.5 units in the last place. Its residual, from a
+  fused product, corrects that but for less than 2^-22 of a unit (Markstein, IBM Journal of Research
+  and Development 34, 1990), which changes no FP8 number: see test_quantize_gpu.py.
+  """
+  @plgpu.inline_mgpu(
+      arg_types=(layout, layout, layout),
+      return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
+  def corrected(_, x: FragmentedArray, by: FragmentedArray, inverse: FragmentedArray):
+    return x._pointwise(_corrected_quotient, by, inverse)
+
+  return corrected(x, by, inverse)
+
+
+def _corrected_quotient(x, by, inverse):
+  quotient = arith.mulf(x, inverse)
+  residual = llvm.intr_fma(arith.negf(quotient), by, x)
+  return llvm.intr_fma(residual, inverse, quotient)
+
+
+def row_layout(dtype: jnp.dtype):
+  """16 bytes a lane, and few lanes a row, which reduce along it: [16 n, 64 n]."""
+  width = 16 // dtype.itemsize
+  tiles = ((2 * width, 64), (width // 2, 64), (width,))
+  return plgpu.Layout.TILED(
+      plgpu.Tiling(tiles), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def store_in_column(ref, row_S: jax.Array, layout) -> None:
+  """Writes what is reduced along rows of this layout to a column in memory: [S, 1]."""
+  (rows, _), (rows_of_warp, _), _ = layout.to_mgpu().tiling.tiles
+  column = plgpu.Layout.TILED(
+      plgpu.Tiling(((rows, 1), (rows_of_warp, 1))), warp_dims=(-4,),
+      lane_dims=(-2, plgpu.Replicated(32 // rows_of_warp)), vector_dim=-1)
+  compat.store(ref, plgpu.layout_cast(lax.broadcast_in_dim(row_S, ref.shape, (0,)), column))
+
+
+def column_layout(dtype: jnp.dtype):
+  """16 bytes a lane, and every column in one warp, which reduces along it: [8 n, 128 n].
+
+  Eight lanes in turn take rows that are half a pattern of the swizzle apart, to meet in no bank.
+  """
+  width = 16 // dtype.itemsize
+  tiles = ((width, 128), (width, 32), (width // 2, width))
+  return plgpu.Layout.TILED(
+      plgpu.Tiling(tiles), warp_dims=(-5,), lane_dims=(-2, -4, -3), vector_dim=-1)
+
+
+def swizzled(rows: int, dtype: jnp.dtype):
+  """Shared memory in an order in which lanes of one column do not meet in one bank."""
+  return plgpu.SMEM((rows, BLOCK), dtype, transforms=(
+      plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)))

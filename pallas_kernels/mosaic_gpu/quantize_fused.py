@@ -1,0 +1,140 @@
+"""Quantisation on Hopper after SwiGLU, and of a matrix and its transpose at once.
+
+Shape letters:  M rows  K columns  F hidden units  R rows of a block of threads  S rows of a step
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat, implementations
+from pallas_kernels.mosaic_gpu.quantize import (
+    COMPILER_PARAMS,
+    Quantizer,
+    Tiling,
+    pad_rows,
+    refuse_any,
+    row_layout,
+    steps,
+    store_in_column,
+    swizzled,
+    this_block,
+)
+from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
+
+
+def run_swiglu(
+    gate_up_M2F: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float,
+    tiling: Tiling | None = None, interpret: Any = None) -> Quantized:
+  """See `pallas_kernels.swiglu_quantize`, and `quantize.run` for tiling and interpret."""
+  tiling = tiling or Tiling()
+  *batch, _, width = gate_up_M2F.shape
+  dtype, layout = gate_up_M2F.dtype, row_layout(gate_up_M2F.dtype)
+  num_rows = math.prod(batch)
+  gate_up = pad_rows(gate_up_M2F.reshape(num_rows, 2 * width))
+  grid = (pl.cdiv(num_rows, tiling.rows), width // BLOCK)
+  quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
+
+  def kernel(gate_up, values, scales, gate_smem, up_smem, values_smem, loaded):
+    i, j = this_block(grid)
+    rows = pl.ds(i * tiling.rows, tiling.rows)
+    for half, smem in enumerate((gate_smem, up_smem)):
+      columns = pl.ds(half * width + j * BLOCK, BLOCK)
+      plgpu.copy_gmem_to_smem(gate_up.at[rows, columns], smem, loaded)
+    plgpu.barrier_wait(loaded)
+    for first, piece in steps(tiling.rows, tiling.step):
+      gate_SF, up_SF = (plgpu.load(smem.at[piece], layout=layout)
+                        .astype(jnp.float32) for smem in (gate_smem, up_smem))
+      # 1 / (1 + exp(-gate)), to a few units in the last place and without a division.
+      sigmoid_SF = lax.square(lax.rsqrt(1 + jnp.exp(-gate_SF)))
+      scale_S = quantizer.row_values(gate_SF * sigmoid_SF * up_SF, values_smem.at[piece], layout)
+      store_in_column(scales.at[pl.ds(i * tiling.rows + first, tiling.step), pl.ds(j, 1)], scale_S,
+                      layout)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(values_smem, values.at[rows, pl.ds(j * BLOCK, BLOCK)])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  small, smem = FORMATS[format].dtype, swizzled(tiling.rows, dtype)
+  values, scales = plgpu.kernel(
+      kernel,
+      out_type=(jax.ShapeDtypeStruct((len(gate_up), width), small),
+                jax.ShapeDtypeStruct((grid[0] * tiling.rows, grid[1]), jnp.float32)),
+      grid=(math.prod(grid),), grid_names=("block",),
+      scratch_types=(smem, smem, swizzled(tiling.rows, small), plgpu.Barrier(num_arrivals=2)),
+      compiler_params=COMPILER_PARAMS, interpret=interpret,
+  )(gate_up)
+  return Quantized(values[:num_rows].reshape(*batch, width),
+                   scales[:num_rows].reshape(*batch, -1), (1, BLOCK))
+
+
+def run_both(
+    x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float,
+    tiling: Tiling | None = None, interpret: Any = None) -> tuple[Quantized, Quantized]:
+  """See `pallas_kernels.quantize_both`, and `quantize.run` for tiling and interpret."""
+  tiling = dataclasses.replace(tiling or Tiling(), rows=BLOCK)
+  (rows, columns), small = x_MK.shape, FORMATS[format].dtype
+  x = pad_rows(x_MK)
+  grid = (pl.cdiv(rows, BLOCK), columns // BLOCK)
+  quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
+
+  def kernel(x, values, scales, values_t, scales_t, x_smem, values_smem, values_t_smem,
+             scales_t_smem, loaded):
+    i, j = this_block(grid)
+    place = (pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK))
+    plgpu.copy_gmem_to_smem(x.at[place], x_smem, loaded)
+    plgpu.barrier_wait(loaded)
+    quantizer.rows(x_smem, values_smem, tiling.step, lambda first, scale_S: store_in_column(
+        scales.at[pl.ds(i * BLOCK + first, tiling.step), pl.ds(j, 1)], scale_S,
+        row_layout(x_smem.dtype)))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(values_smem, values.at[place])
+    scale_K = quantizer.column_scales(x_smem, scales_t_smem, tiling.step)
+    compat.store(scales_t.at[i, place[1]], scale_K)
+    _transposed_values(quantizer, x_smem, scales_t_smem, values_t_smem)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(values_t_smem, values_t.at[place[::-1]])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  values, scales, values_t, scales_t = plgpu.kernel(
+      kernel,
+      out_type=(
+          jax.ShapeDtypeStruct(x.shape, small),
+          jax.ShapeDtypeStruct((grid[0] * BLOCK, grid[1]), jnp.float32),
+          jax.ShapeDtypeStruct((columns, grid[0] * BLOCK), small),
+          jax.ShapeDtypeStruct((grid[0], columns), jnp.float32)),
+      grid=(math.prod(grid),), grid_names=("block",),
+      scratch_types=(
+          swizzled(BLOCK, x_MK.dtype), swizzled(BLOCK, small), swizzled(BLOCK, small),
+          plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
+      compiler_params=COMPILER_PARAMS, interpret=interpret,
+  )(x)
+  return (Quantized(values[:rows], scales[:rows], (1, BLOCK)),
+          Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK)))
+
+
+def _transposed_values(quantizer: Quantizer, x_smem, scales_smem, values_smem) -> None:
+  """Writes values of tiles of 128x1, exchanging rows and columns two by two between lanes."""
+  transposed, width = plgpu.Layout.WGMMA_TRANSPOSED, 128 // x_smem.dtype.itemsize
+  for first in range(0, BLOCK, width):
+    columns = pl.ds(first, width)
+    scale_K = plgpu.load(scales_smem.at[columns], layout=transposed.reduce(0), optimized=False)
+    x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA)
+    x_MK = plgpu.layout_cast(x_MK, transposed)
+    values_smem.at[columns].T[...] = quantizer.values(x_MK, scale_K, (1,), transposed)
+
+
+def refuse_both(x_MK: jax.Array, **options) -> str | None:
+  """Why `run_both` cannot take this, or None if it can."""
+  if x_MK.ndim != 2:
+    return f"needs a single matrix, and the shape is {x_MK.shape}"
+  return refuse_any(x_MK, **options)
+
+
+SWIGLU_KERNEL = implementations.Kernel(run_swiglu, refuse_any)
+BOTH_KERNEL = implementations.Kernel(run_both, refuse_both)

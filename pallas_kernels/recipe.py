@@ -1,0 +1,144 @@
+"""What FP8 training rounds, and how: data, so that every study of it is a configuration."""
+
+import dataclasses
+from typing import Literal
+
+from pallas_kernels.quantized import FORMATS
+
+_TILES = ("1x128", "128x128", "row", "tensor")
+_WEIGHT_TILES = ("128x128", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """How a matrix is quantised; see `pallas_kernels.quantize`. What is contracted is its last axis.
+
+  Attributes:
+    format: of its values.
+    tile: what shares a scale: 128 of a row, a block, a row, or the whole matrix.
+    power_of_two: whether scales are powers of two.
+  """
+
+  format: Literal["e4m3", "e5m2", "e5m6"] = "e4m3"
+  tile: Literal["1x128", "128x128", "row", "tensor"] = "1x128"
+  power_of_two: bool = False
+
+  def __post_init__(self):
+    for name, known in (("format", tuple(FORMATS)), ("tile", _TILES)):
+      if getattr(self, name) not in known:
+        raise ValueError(
+            f"Operand.{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+
+
+_WEIGHT = Operand(tile="128x128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+  """y = x w: rows of the input times the weight."""
+
+  activation: Operand = Operand()
+  weight: Operand = _WEIGHT
+
+  def __post_init__(self):
+    _check_weight(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGradient:
+  """dx = dy w.T: rows of the output's gradient times the weight, transposed."""
+
+  gradient: Operand = Operand()
+  weight: Operand = _WEIGHT
+
+  def __post_init__(self):
+    _check_weight(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightGradient:
+  """dw = x.T dy: both operands transposed, as it contracts over tokens."""
+
+  activation: Operand = Operand()
+  gradient: Operand = Operand()
+
+
+def _check_weight(product: Forward | InputGradient) -> None:
+  if product.weight.tile not in _WEIGHT_TILES:
+    raise ValueError(
+        f"{type(product).__name__}.weight.tile={product.weight.tile!r} must be one of "
+        f"{', '.join(_WEIGHT_TILES)}: the same scales have to serve the transposed weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The operands of a linear layer's three products, and what is kept for the backward ones.
+
+  Defaults are V3's (arXiv:2412.19437, section 3.3).
+
+  Attributes:
+    forward, input_gradient, weight_gradient: None for a product that is not in FP8.
+    kept: what the weight gradient is given of the input; None for what the forward product read.
+      Where the weight gradient is not in FP8, the input is kept as it is.
+    kept_after_attention: the same for the layer after attention.
+    kept_swiglu: of the routed experts' SwiGLU inputs, whose output is recomputed; None keeps them
+      as they are.
+    dispatch_power_of_two: whether what is sent to experts, inputs and gradients, has scales of
+      powers of two (V3 section 3.3.3): then tiling it anew for the weight gradient loses nothing.
+  """
+
+  forward: Forward | None = Forward()
+  input_gradient: InputGradient | None = InputGradient()
+  weight_gradient: WeightGradient | None = WeightGradient()
+  kept: Operand | None = None
+  kept_after_attention: Operand | None = Operand("e5m6", power_of_two=True)
+  kept_swiglu: Operand | None = Operand()
+  dispatch_power_of_two: bool = True
+
+  @classmethod
+  def parse(cls, text: str) -> "Recipe":
+    """A recipe by its name in RECIPES.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if text not in RECIPES:
+      raise ValueError(f"there is no recipe {text!r}; there are: {', '.join(RECIPES)}")
+    return RECIPES[text]
+
+  @property
+  def dispatched(self) -> "Recipe":
+    """This recipe for inputs and gradients that have been sent to experts."""
+    if not self.dispatch_power_of_two:
+      return self
+    whole = lambda operand: dataclasses.replace(operand, power_of_two=True)
+    change = lambda product, name: product and dataclasses.replace(
+        product, **{name: whole(getattr(product, name))})
+    return dataclasses.replace(
+        self, forward=change(self.forward, "activation"),
+        input_gradient=change(self.input_gradient, "gradient"),
+        weight_gradient=change(self.weight_gradient, "activation"))
+
+
+def _all(operand: Operand, weight: Operand = _WEIGHT) -> Recipe:
+  return Recipe(
+      Forward(operand, weight), InputGradient(operand, weight), WeightGradient(operand, operand),
+      kept_after_attention=dataclasses.replace(operand, format="e5m6", power_of_two=True),
+      kept_swiglu=operand)
+
+
+def _gradients(gradient: Operand) -> Recipe:
+  return Recipe(
+      input_gradient=InputGradient(gradient), weight_gradient=WeightGradient(gradient=gradient))
+
+
+RECIPES = {
+    # E4M3 everywhere, with scales for each tile: what V3 was trained with.
+    "v3": Recipe(),
+    # One scale for each matrix: what it was a departure from.
+    "per_tensor": _all(Operand(tile="tensor"), Operand(tile="tensor")),
+    # Hybrid formats: more range and a bit less of mantissa for gradients.
+    "e5m2_gradients": _gradients(Operand(format="e5m2")),
+    # Gradients in blocks as weights are, so that transposing needs no new tiles (V3 appendix B.2).
+    "block_gradients": _gradients(Operand(tile="128x128")),
+}

@@ -1,0 +1,144 @@
+"""Experts in FP8: what FP8 linear layers one expert after another give, kept in few bits.
+
+Shape letters:  R rows  E experts  D model width  F expert width
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import RECIPES, Recipe, dequantize, fp8_experts, fp8_linear, quantize, swiglu
+from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX
+from pallas_kernels.quantized import error
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+R, E, D, F = 200, 4, 150, 70
+SIZES = (3, 130, 0, 50)  # the last rows are nobody's
+NAMES = ("y", "dx", "dgates", "dw_gate_up", "dw_down")
+# Products of up to 200 terms in float32, in another order; an element next to a tie may round to
+# the other side, by a step of 2^-3 at most, and these are few of many.
+ROUNDING = 1e-3
+# One rounding to three bits of mantissa; see test_fp8_linear.
+LARGEST = 2.0**-4 / 3**0.5
+PLAIN = Recipe(kept_swiglu=None, dispatch_power_of_two=False)
+
+
+def normal(shape, seed, scale=1.0):
+  return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+X, GATES, DY = normal((R, D), 0), jnp.abs(normal((R,), 1)), normal((R, D), 2, 1e-8)
+W_GATE_UP, W_DOWN = normal((E, D, 2, F), 3, 0.1), normal((E, F, D), 4, 0.1)
+
+
+def run(recipe, sizes=SIZES, dtype=jnp.float32):
+  """Output and gradients."""
+  return dict(zip(NAMES, _run(recipe, jnp.array(sizes), dtype), strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _run(recipe, sizes_E, dtype):
+  y, vjp = jax.vjp(lambda *args: fp8_experts(*args, sizes_E, recipe),
+                   X.astype(dtype), GATES, W_GATE_UP, W_DOWN)
+  return y, *vjp(DY.astype(dtype))
+
+
+def one_expert(x_RD, gates_R, w_gate_up, w_down, recipe):
+  gate_up = fp8_linear(x_RD, w_gate_up.reshape(D, -1), recipe).reshape(-1, 2, F)
+  return fp8_linear(swiglu(gate_up) * gates_R[:, None], w_down, recipe)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_by_one(recipe):
+  """The same by `fp8_linear` on each expert's rows."""
+  out, first = {name: [] for name in NAMES}, 0
+  for expert, size in enumerate((*SIZES, R - sum(SIZES))):
+    rows = slice(first, first + size)
+    first += size
+    nobody = expert == E
+    w_gate_up, w_down = ((jnp.zeros_like(w[0]) if nobody else w[expert])
+                         for w in (W_GATE_UP, W_DOWN))
+    y, vjp = jax.vjp(lambda *args: one_expert(*args, recipe), X[rows], GATES[rows], w_gate_up,
+                     w_down)
+    for name, value in zip(NAMES, (y, *vjp(DY[rows])), strict=True):
+      if not (nobody and name.startswith("dw")):
+        out[name].append(value)
+  join = lambda name: jnp.stack if name.startswith("dw") else jnp.concatenate
+  return {name: join(name)(values) for name, values in out.items()}
+
+
+@pytest.fixture(scope="module")
+def exact():
+  return run(Recipe(None, None, None, kept_swiglu=None))
+
+
+def test_without_fp8_they_are_the_exact_layers(exact):
+  want = one_by_one(Recipe(None, None, None))
+  for name in NAMES:
+    assert error(exact[name], want[name]) < 1e-6, name
+
+
+def test_each_expert_is_two_fp8_layers_on_its_own_rows():
+  ours, want = run(PLAIN), one_by_one(PLAIN)
+  for name in ("y", "dx", "dgates", "dw_gate_up"):
+    assert error(ours[name], want[name]) < ROUNDING, name
+
+
+def test_the_hidden_units_are_computed_again_not_tiled_twice():
+  dw_down, first = run(PLAIN)["dw_down"], 0
+  for expert, size in enumerate(SIZES):
+    rows = slice(first, first + size)
+    first += size
+    gate_up = fp8_linear(X[rows], W_GATE_UP[expert].reshape(D, -1)).reshape(-1, 2, F)
+    hidden = swiglu(gate_up) * GATES[rows, None]
+    want = np.zeros((F, D)) if not size else (
+        np.asarray(dequantize(quantize(hidden.T)), np.float64) @ np.asarray(
+            dequantize(quantize(DY[rows].T, smallest_amax=SMALLEST_GRADIENT_AMAX))).T)
+    assert np.linalg.norm(dw_down[expert] - want) <= ROUNDING * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_errors_are_those_of_few_roundings(exact, name):
+  step = 2 if name == "e5m2_gradients" else 1
+  for key, value in run(RECIPES[name]).items():
+    # The longest way, to the up-projection's gradient, rounds x thrice, the weights twice, SwiGLU's
+    # two inputs, the hidden units' gradient and its own; each at most as much as the largest.
+    assert 0.02 < error(value, exact[key]) < step * 9**0.5 * LARGEST, key
+
+
+def test_powers_of_two_spare_the_second_rounding_of_what_was_sent(exact):
+  of = lambda recipe: error(run(recipe)["dw_gate_up"], exact["dw_gate_up"])
+  assert of(dataclasses.replace(PLAIN, dispatch_power_of_two=True)) < of(PLAIN)
+
+
+def test_rows_of_nobody_and_experts_without_rows_get_zeros():
+  out = run(Recipe())
+  assert not out["y"][sum(SIZES):].any() and not out["dx"][sum(SIZES):].any()
+  assert not out["dgates"][sum(SIZES):].any()
+  assert not out["dw_gate_up"][2].any() and not out["dw_down"][2].any()
+  assert all(not value.any() for value in run(Recipe(), sizes=(0, 0, 0, 0)).values())
+
+
+def test_only_fp8_is_kept_for_the_backward_pass():
+  _, vjp = jax.vjp(
+      lambda *args: fp8_experts(*args, jnp.array(SIZES)), X.astype(jnp.bfloat16), GATES,
+      W_GATE_UP, W_DOWN)
+  kept = {leaf.shape: leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.size >= R * F}
+  assert kept.keys() == {(R, D), (R, 2 * F), (E, D, 2 * F), (E, F, D)}
+  assert set(kept.values()) == {jnp.dtype(jnp.float8_e4m3fn)}
+
+
+def test_formats_are_those_of_the_inputs():
+  formats = {name: value.dtype for name, value in run(Recipe(), dtype=jnp.bfloat16).items()}
+  assert formats == {"y": jnp.bfloat16, "dx": jnp.bfloat16, "dgates": jnp.float32,
+                     "dw_gate_up": jnp.float32, "dw_down": jnp.float32}
+
+
+def test_shapes_that_do_not_fit_are_refused():
+  with pytest.raises(ValueError, match=r"sizes \[E\], not"):
+    run(Recipe(), sizes=(100, 100))
