@@ -188,7 +188,7 @@ def validation(evaluations: list[dict], path: str | pathlib.Path) -> None:
 @_styled
 def panels(
     drawn: dict[str, dict[str, tuple[list, list]]], path: str | pathlib.Path,
-    doublings: str | None = None) -> None:
+    doublings: str | None = None, logarithmic: bool = False) -> None:
   """Small curves over steps, two beside each other.
 
   Args:
@@ -197,6 +197,7 @@ def panels(
     path: of the PNG.
     doublings: the label of the horizontal axis if that is not of steps but of powers of two, each
       as far from the next.
+    logarithmic: whether values are drawn so.
   """
   names = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
   styles = dict(zip(names, _styles(), strict=False))
@@ -212,6 +213,8 @@ def panels(
       axes.plot(steps, np.array(values, float), color=colour, linestyle=dash, label=name,
                 marker="o" if len(steps) < 12 else None, markersize=3)
     axes.set_ylabel(label)
+    if logarithmic:
+      axes.set_yscale("log")
     if doublings:
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:.0f}")

@@ -20,10 +20,12 @@ EXPERIMENTS = {
     "bench_rl": "time GRPO beside TRL on a model (--set bench.model=DIR --set bench.peer=trl)",
     "bench_seeds": "time several seeds trained together against one",
     "bench_rl_cost": "time PPO, GRPO and RFT beside each other, and count their peak bytes",
+    "bench_kernels": "time the FP8 and grouped products beside torch's (--scale=smoke, gpu)",
     "bench_moe": "time the ways of computing routed experts against each other",
+    "fp8_accumulation": "how much tensor cores lose of sums of FP8 products, against K",
     "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",
 }
-STUDIES = ("load_balancing", "rl_length", "rl_maj_pass", "rl_ppo", "rl_clip", "rl_routing")
+STUDIES = ("load_balancing", "fp8", "rl_length", "rl_maj_pass", "rl_ppo", "rl_clip", "rl_routing")
 _GPU = pathlib.Path("/dev/nvidiactl")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "what to run; --list shows all")

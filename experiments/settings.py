@@ -117,6 +117,8 @@ class _Draft:
       except ValueError as error:
         return Invalid(f"{path}: {error}")
     for kind in alternatives(hint):
+      if hasattr(kind, "parse"):
+        return self._parsed(kind, hint, text[1:-1] if re.fullmatch(_QUOTED, text) else text, path)
       if typing.get_origin(kind) is tuple:
         inner = text[1:-1] if text[:1] + text[-1:] == "()" and len(_split(text)) == 1 else text
         item_type = typing.get_args(kind)[0]
@@ -125,6 +127,13 @@ class _Draft:
       if value is not None:
         return value
     return text[1:-1] if re.fullmatch(_QUOTED, text) else text
+
+  def _parsed(self, kind: type, hint: Any, text: str, path: str) -> Any:
+    """As fields, not as text, so that those set on top of it find them."""
+    try:
+      return to_plain(kind.parse(text), hint)
+    except ValueError as error:
+      return Invalid(f"{path}: {error}")
 
   def _read_call(self, cls: type, inner: str, path: str) -> Any:
     settings, errors = _pairs(_split(inner))

@@ -77,7 +77,7 @@ class GroupedQueryAttention(nn.Module):
     def project(name, heads, axis):
       w_DHK = weight(
           self, f"w_{name}", cfg, ("embed", axis, "head_dim"), (d_model, heads, head_dim))
-      out_BTHK = cfg.numerics.einsum("btd,dhk->bthk", x_BTD, w_DHK)
+      out_BTHK = cfg.numerics.linear("btd,dhk->bthk", x_BTD, w_DHK)
       if attention.qkv_bias:
         b_HK = bias(self, f"b_{name}", cfg, (axis, "head_dim"), (heads, head_dim))
         out_BTHK += b_HK.astype(out_BTHK.dtype)
@@ -95,7 +95,7 @@ class GroupedQueryAttention(nn.Module):
     out_BTHK = checkpoint_name(out_BTHK, "attention")
     w_HKD = weight(self, "w_o", cfg, ("heads", "head_dim", "embed"),
                    (attention.num_heads, head_dim, d_model))
-    out_BTD = cfg.numerics.einsum("bthk,hkd->btd", out_BTHK, w_HKD)
+    out_BTD = cfg.numerics.linear("bthk,hkd->btd", out_BTHK, w_HKD, after_attention=True)
     if attention.out_bias:
       out_BTD += bias(self, "b_o", cfg, ("norm",), (d_model,)).astype(out_BTD.dtype)
     return out_BTD, cache

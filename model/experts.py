@@ -3,7 +3,7 @@
 Every function takes `(weights, x_ND, gates_NK, experts_NK, numerics)` and returns y_ND, each
 token's gated sum over its K experts; an expert number outside 0..E-1 means none, and adds nothing.
 No token is ever dropped. The gate multiplies the hidden units: the down projection is linear, and
-there the width is smallest.
+there the width is smallest. With a recipe for FP8 there is one way, the grouped one.
 
 Shape letters:  N tokens  K experts per token  R = N * K assignments  E experts  C slots per expert
                 D model width  F expert width  P rows of an overflow block
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.layers import gated
 from model.numerics import Numerics
-from pallas_kernels import grouped_matmul
+from pallas_kernels import fp8_experts, grouped_matmul
 
 # Slots per expert over the mean load, and rows of an overflow block. Measured; see
 # experiments/results/bench_moe.
@@ -42,6 +42,7 @@ def dense_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
   """Every expert for every token: the oracle, E / K times the work."""
+  _refuse_recipe("dense", numerics)
   chosen_NKE = jax.nn.one_hot(experts_NK, weights.num_experts, dtype=gates_NK.dtype)
   gates_NE = jnp.einsum("nk,nke->ne", gates_NK, chosen_NKE, precision=lax.Precision.HIGHEST)
   hidden_NEF = gated(numerics.einsum("nd,edgf->negf", x_ND, weights.w_gate_up))
@@ -89,11 +90,16 @@ def grouped_experts(
   token_R = order_R // experts_NK.shape[1]
   place_NK = _inverse(order_R).reshape(experts_NK.shape)
 
+  cast = lambda x: x.astype(numerics.compute_dtype)
+  rows_RD = _take_rows(cast(x_ND), token_R, place_NK)
+  if numerics.recipe:
+    y_RD = fp8_experts(rows_RD, gates_NK.reshape(-1)[order_R], weights.w_gate_up, weights.w_down,
+                       sizes_E, numerics.recipe)
+    return _sum_rows(y_RD, token_R, place_NK)
+
   matmul = functools.partial(
       grouped_matmul, sizes_G=sizes_E,
       precision=lax.Precision.HIGHEST if numerics.compute == "float32" else None)
-  cast = lambda x: x.astype(numerics.compute_dtype)
-  rows_RD = _take_rows(cast(x_ND), token_R, place_NK)
   gate_up = matmul(rows_RD, cast(weights.w_gate_up).reshape(num_experts, d_model, 2 * d_ff))
   hidden_RF = gated(checkpoint_name(gate_up, "ffn_gate_up").reshape(-1, 2, d_ff))
   hidden_RF *= gates_NK.reshape(-1)[order_R, None].astype(hidden_RF.dtype)
@@ -154,6 +160,7 @@ def slot_experts(
   Balanced routing costs `slack` times the useful work and no loop; any other routing is as exact,
   and slower in proportion to what overflows.
   """
+  _refuse_recipe("slots", numerics)
   num_experts, d_ff, d_model = weights.w_down.shape
   assignments = experts_NK.size
   capacity = -(-int(slack * assignments) // num_experts)
@@ -264,5 +271,17 @@ def _slot_ffn_backward(static, residuals, dy_ND):
 
 
 _slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
+
+
+def fastest_experts(numerics: Numerics) -> str:
+  """The key of EXPERTS to take unless there is a reason."""
+  return "grouped" if numerics.recipe else "slots"
+
+
+def _refuse_recipe(way: str, numerics: Numerics) -> None:
+  if numerics.recipe:
+    raise ValueError(f"experts={way!r} do not multiply in FP8, and numerics.recipe asks for it: "
+                     "take experts='grouped', or numerics without a recipe")
+
 
 EXPERTS = {"dense": dense_experts, "grouped": grouped_experts, "slots": slot_experts}

@@ -50,9 +50,9 @@ def attend_expanded(
   Returns:
     [B, T, H, V].
   """
-  einsum = cfg.numerics.einsum
-  k_BSHK = einsum("bsc,chk->bshk", latent_BSC, w_uk_CHK)
-  v_BSHV = einsum("bsc,chv->bshv", latent_BSC, w_uv_CHV)
+  linear = cfg.numerics.linear
+  k_BSHK = linear("bsc,chk->bshk", latent_BSC, w_uk_CHK)
+  v_BSHV = linear("bsc,chv->bshv", latent_BSC, w_uv_CHV)
   shared_BSHR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSHK.shape[:3], k_BSR.shape[-1]))
   queries = jnp.concatenate([q_BTHK, q_BTHR], axis=-1)
   keys = jnp.concatenate([k_BSHK, shared_BSHR.astype(k_BSHK.dtype)], axis=-1)
@@ -64,6 +64,8 @@ def attend_absorbed(
     w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
 ) -> jax.Array:
   """The same function without expanding: multi-query attention over the latent (V2 section 2.1.2).
+
+  A weight next to a query or a mixture is a part of attention here, and never in FP8.
 
   Returns:
     [B, T, H, V].
@@ -97,7 +99,7 @@ class MultiHeadLatentAttention(nn.Module):
     q_BTHK, q_BTHR = queries[..., :a.qk_nope_head_dim], turn(queries[..., a.qk_nope_head_dim:])
 
     w_dkv = weight(self, "w_dkv", cfg, ("embed", "kv_lora"), (x_BTD.shape[-1], a.cache_elements))
-    joint = checkpoint_name(cfg.numerics.einsum("btd,dc->btc", x_BTD, w_dkv), "latent")
+    joint = checkpoint_name(cfg.numerics.linear("btd,dc->btc", x_BTD, w_dkv), "latent")
     latent_BSC = self._norm("kv_norm", joint[..., :a.kv_lora_rank])
     k_BSR = turn(joint[..., None, a.kv_lora_rank:])[..., 0, :]
     if cache is not None:
@@ -114,7 +116,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     w_o = weight(self, "w_o", cfg, ("heads", "head_dim", "embed"),
                  (a.num_heads, a.v_head_dim, x_BTD.shape[-1]))
-    return cfg.numerics.einsum("bthv,hvd->btd", out_BTHV, w_o), cache
+    out_BTD = cfg.numerics.linear("bthv,hvd->btd", out_BTHV, w_o, after_attention=True)
+    return out_BTD, cache
 
   def _norm(self, name: str, x: jax.Array) -> jax.Array:
     if not self.cfg.attention.latent_norm:
@@ -127,8 +130,8 @@ class MultiHeadLatentAttention(nn.Module):
     heads = (a.num_heads, a.score_dim)
     if a.q_lora_rank is None:
       w_q = weight(self, "w_q", cfg, ("embed", "heads", "head_dim"), (x_BTD.shape[-1], *heads))
-      return checkpoint_name(cfg.numerics.einsum("btd,dhk->bthk", x_BTD, w_q), "latent")
+      return checkpoint_name(cfg.numerics.linear("btd,dhk->bthk", x_BTD, w_q), "latent")
     w_dq = weight(self, "w_dq", cfg, ("embed", "q_lora"), (x_BTD.shape[-1], a.q_lora_rank))
-    latent_BTQ = checkpoint_name(cfg.numerics.einsum("btd,dq->btq", x_BTD, w_dq), "latent")
+    latent_BTQ = checkpoint_name(cfg.numerics.linear("btd,dq->btq", x_BTD, w_dq), "latent")
     w_uq = weight(self, "w_uq", cfg, ("q_lora", "heads", "head_dim"), (a.q_lora_rank, *heads))
-    return cfg.numerics.einsum("btq,qhk->bthk", self._norm("q_norm", latent_BTQ), w_uq)
+    return cfg.numerics.linear("btq,qhk->bthk", self._norm("q_norm", latent_BTQ), w_uq)

@@ -137,7 +137,7 @@ class MoE(nn.Module):
   """Shared experts for every token, routed experts for some (eq. 12, without its residual)."""
 
   cfg: ModelConfig
-  experts: str = "slots"
+  experts: str
   dispatch: Dispatch = local_dispatch
 
   @nn.compact

@@ -2,10 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from model.checks import require
+from pallas_kernels import Recipe, fp8_linear
 
 _FORMATS = ("float32", "bfloat16", "float16")
 
@@ -16,16 +20,36 @@ class Numerics:
 
   Whatever the policy, the router's gate, norms, softmax and rotations run in float32, and the
   balancing bias is stored in it.
+
+  Attributes:
+    params: what `init` creates parameters in.
+    compute: operands and results of every product.
+    recipe: how linear layers quantise their operands to FP8 first; None for layers that do not.
+      Embedding, head, gate, norms and attention's own products never do (V3 section 3.3.1).
   """
 
-  params: str = "float32"   # what `init` creates parameters in
-  compute: str = "float32"  # operands and results of every linear layer
+  params: str = "float32"
+  compute: str = "float32"
+  recipe: Recipe | None = None
 
   def __post_init__(self):
     for name in ("params", "compute"):
       value = getattr(self, name)
       if value not in _FORMATS:
         raise ValueError(f"Numerics.{name}={value!r} must be one of {', '.join(_FORMATS)}")
+    require(not self.recipe or self.compute != "float16",
+            "Numerics.compute='float16' goes with no recipe: FP8 has a wider range; take bfloat16")
+
+  @classmethod
+  def parse(cls, text: str) -> "Numerics":
+    """A policy by its name in NUMERICS.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    require(text in NUMERICS,
+            f"there is no numerics policy {text!r}; there are: {', '.join(NUMERICS)}")
+    return NUMERICS[text]
 
   @property
   def param_dtype(self) -> jnp.dtype:
@@ -36,11 +60,30 @@ class Numerics:
     return jnp.dtype(self.compute)
 
   def einsum(self, spec: str, *operands: jax.Array) -> jax.Array:
-    """A product of activations and weights, in the compute format.
+    """A product in the compute format.
 
     Float32 means float32: accelerators would otherwise multiply in TF32 or bfloat16.
     """
     return jnp.einsum(spec, *self._cast(operands), precision=self.precision)
+
+  def linear(
+      self, spec: str, x: jax.Array, w: jax.Array, *, after_attention: bool = False) -> jax.Array:
+    """A linear layer: the same product of activations and a weight, in FP8 if there is a recipe.
+
+    Args:
+      spec: the last letters of x are summed, and the first of w: "btd,dhk->bthk".
+      x: activations.
+      w: as stored.
+      after_attention: see `pallas_kernels.fp8_linear`.
+    """
+    if self.recipe is None:
+      return self.einsum(spec, x, w)
+    x_letters, w_letters = spec.partition("->")[0].split(",")
+    summed = sum(letter in w_letters for letter in x_letters)
+    width = math.prod(w.shape[:summed])
+    y = fp8_linear(x.astype(self.compute_dtype).reshape(-1, width), w.reshape(width, -1),
+                   self.recipe, after_attention=after_attention)
+    return y.reshape(*x.shape[:-summed], *w.shape[summed:])
 
   def einsum_f32(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The same product with its float32 accumulator kept; gradients flow in the compute format."""
@@ -73,4 +116,5 @@ _einsum_f32.defvjp(_einsum_f32_forward, _einsum_f32_backward)
 NUMERICS = {
     "fp32": Numerics(),
     "bf16": Numerics(compute="bfloat16"),
+    "fp8": Numerics(compute="bfloat16", recipe=Recipe()),
 }

@@ -14,6 +14,7 @@ from model.attention import Context, GroupedQueryAttention
 from model.balance import RouterStats
 from model.cache import Cache
 from model.config import MLAConfig, ModelConfig
+from model.experts import fastest_experts
 from model.layers import Embedding, RMSNorm, SwiGLU, weight
 from model.logprobs import token_logprobs
 from model.mla import MultiHeadLatentAttention
@@ -113,7 +114,7 @@ class MTPModule(nn.Module):
     embedded = RMSNorm(cfg, name="embedding_norm")(embedded_BTD)
     pair = (hidden, embedded) if cfg.mtp.concat == "hidden_first" else (embedded, hidden)
     w_proj = weight(self, "w_proj", cfg, (None, "embed"), (2 * d_model, d_model))
-    h_BTD = cfg.numerics.einsum("btc,cd->btd", jnp.concatenate(pair, axis=-1), w_proj)
+    h_BTD = cfg.numerics.linear("btc,cd->btd", jnp.concatenate(pair, axis=-1), w_proj)
     (h_BTD, _), stats = self.block(name="block")((h_BTD, None), jnp.int32(0), context)
     return h_BTD, RMSNorm(cfg, name="norm")(h_BTD), stats
 
@@ -124,7 +125,8 @@ class Transformer(nn.Module):
   Attributes:
     cfg: the architecture.
     remat: what the backward pass recomputes, a key of REMAT.
-    experts: how routed experts are computed, a key of `model.experts.EXPERTS`.
+    experts: how routed experts are computed, a key of `model.experts.EXPERTS`; None for the fastest
+      that the numerics allow.
     dispatch: how tokens reach experts on other devices; see `model.moe`.
     mla_form: "expanded" or "absorbed"; None chooses the cheaper for the shapes at hand.
     unroll: layers compiled one after another in the loop over layers: more make steps faster and
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
 
   cfg: ModelConfig
   remat: str = "none"
-  experts: str = "slots"
+  experts: str | None = None
   dispatch: Dispatch = local_dispatch
   mla_form: str | None = None
   unroll: int = 1
@@ -159,8 +161,8 @@ class Transformer(nn.Module):
     return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
-    return {"cfg": self.cfg, "experts": self.experts if experts else None,
-            "dispatch": self.dispatch, "mla_form": self.mla_form}
+    way = (self.experts or fastest_experts(self.cfg.numerics)) if experts else None
+    return {"cfg": self.cfg, "experts": way, "dispatch": self.dispatch, "mla_form": self.mla_form}
 
   def __call__(
       self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None,

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import model
 from experiments import settings
 from model import GQAConfig, LinearScaling, MTPConfig, YarnScaling
+from pallas_kernels import RECIPES
+from pallas_kernels.recipe import Operand
 from train.config import DataConfig, RunConfig, Source
 from train.config_io import flatten, from_dict, to_dict
 
@@ -261,3 +263,22 @@ def test_absent_fields_take_their_defaults():
   plain = to_dict(NANO)
   del plain["data"], plain["model"]["norm_eps"]
   assert from_dict(RunConfig, plain) == NANO
+
+
+def test_numerics_and_recipes_are_named_and_their_fields_set_on_top():
+  fp8 = model.NUMERICS["fp8"]
+  config = apply("model.numerics.recipe.input_gradient=none", "model.numerics=fp8",
+                 "model.numerics.recipe.weight_gradient.gradient.format=e5m2",
+                 "model.numerics.recipe=per_tensor")
+  recipe = config.model.numerics.recipe
+  assert recipe.forward == RECIPES["per_tensor"].forward and recipe.input_gradient is None
+  assert recipe.weight_gradient.gradient == Operand("e5m2", "tensor")
+  assert apply("model.numerics=fp8").model.numerics == fp8
+  assert apply("model.numerics=fp8", "model.numerics.recipe=none").model.numerics == (
+      model.NUMERICS["bf16"])
+  assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+  assert apply(*(f"{key}={value}" for key, _, value in settings.fields(config))) == config
+  assert errors("model.numerics=fp9") == [
+      "model.numerics: there is no numerics policy 'fp9'; there are: fp32, bf16, fp8"]
+  assert "Numerics.compute='float16' goes with no recipe" in errors(
+      "model.numerics=fp8", "model.numerics.compute=float16")[0]

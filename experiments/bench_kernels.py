@@ -1,0 +1,182 @@
+"""Times the low-precision operations beside their peers, alternating, in one process.
+
+--scale=smoke runs small shapes by XLA, to see that all of it works; --scale=gpu is for a Hopper
+GPU, and takes torch's products for peers where torch is installed. A target is met if the 95 %
+interval of the ratio over rounds lies above it. The ceilings are measured in the same process: a
+copy's rate, and XLA's own products of 8192^3.
+"""
+
+import dataclasses
+import functools
+import importlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import provenance, settings
+from experiments.kernel_cases import SHAPES, Case, cases
+from experiments.markdown import table
+from experiments.options import Options
+from experiments.stats import paired
+from model.checks import require
+from pallas_kernels import implementations
+from pallas_kernels.quantized import error
+from train.config_io import to_dict
+
+_CEILING = {"smoke": 256, "gpu": 8192}
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+  """How to measure.
+
+  Attributes:
+    rounds: in which every side is timed once.
+    seconds: that a side runs for in a round, about.
+    only: part of the name of the operations to time; empty for all.
+    peers: whether to time torch's.
+  """
+
+  rounds: int = 20
+  seconds: float = 0.01
+  only: str = ""
+  peers: bool = True
+
+  def __post_init__(self):
+    require(self.rounds > 1, f"rounds={self.rounds} must be 2 or more: an interval needs them")
+    require(self.seconds >= 0, f"seconds={self.seconds} must not be negative")
+
+
+def main(options: Options) -> None:
+  options.refuse("seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(BenchConfig(), options.settings)
+  scale = options.scale_of(SHAPES)
+  kernels = implementations.here()
+  require(scale == "smoke" or kernels is not None,
+          f"--scale={scale} times kernels, and {jax.devices()[0].device_kind} has none")
+  ceilings = _ceilings(_CEILING[scale], cfg)
+  print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items()))
+  rows = []
+  for case in cases(scale, kernels):
+    if cfg.only in case.operation:
+      rows += _measure(case, cfg, ceilings)
+  print(table(_HEADER, map(_line, rows)))
+  if options.out:
+    print(f"wrote {provenance.record(options.out, {
+        'config': to_dict(cfg), 'ceilings': ceilings, 'rows': rows})}")
+
+
+def _ceilings(width: int, cfg: BenchConfig) -> dict[str, float]:
+  """GB/s of a copy, TFLOP/s of XLA's products: medians."""
+  x = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
+  small = x.astype(jnp.float8_e4m3fn)
+  product = lambda a: jnp.einsum("mk,nk->mn", a, a, preferred_element_type=jnp.bfloat16)
+  runs = {"copy GB/s": (jax.jit(lambda a: -a), x, 2 * x.nbytes / 1e9),
+          "bf16 TFLOP/s": (jax.jit(product), x, 2 * width**3 / 1e12),
+          "FP8 TFLOP/s": (jax.jit(product), small, 2 * width**3 / 1e12)}
+  found = {}
+  for name, (run, operand, work) in runs.items():
+    timed = _Timed(functools.partial(run, operand), jax.block_until_ready, cfg.seconds)
+    found[name] = work / float(np.median([timed() for _ in range(cfg.rounds)]))
+  return found
+
+
+class _Timed:
+  """Seconds of one call, of as many as fill the time asked for; compiled and warm."""
+
+  def __init__(self, run: Callable, wait: Callable, seconds: float):
+    self._run, self._wait, self._calls = run, wait, 1
+    self.result = run()
+    wait(self.result)
+    self._calls = 3
+    self._calls = max(1, round(seconds / self()))
+
+  def __call__(self) -> float:
+    started = time.perf_counter()
+    for _ in range(self._calls):
+      result = self._run()
+    self._wait(result)
+    return (time.perf_counter() - started) / self._calls
+
+
+def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[dict]:
+  timed = {name: _Timed(functools.partial(jax.jit(run), *case.operands), jax.block_until_ready,
+                        cfg.seconds) for name, run in case.sides.items()}
+  off = _error(case, timed["ours"].result)
+  absent = {}
+  if cfg.peers and case.peers:
+    peers, absent = _peers(case, cfg)
+    timed |= peers
+  seconds = {name: [] for name in timed}
+  for _ in range(cfg.rounds):
+    for name, run in timed.items():
+      seconds[name].append(run())
+  return [_row(case, name, seconds, ceilings, off if name == "ours" else None)
+          for name in timed] + [
+      {"operation": case.operation, "shape": case.shape, "side": name, "absent": why}
+      for name, why in absent.items()]
+
+
+def _peers(case: Case, cfg: BenchConfig) -> tuple[dict[str, _Timed], dict[str, str]]:
+  """Peers that run here, and of the others why not."""
+  found, absent = {}, {}
+  try:
+    torch = importlib.import_module("experiments.peers.torch_kernels")
+    operands = torch.tensors(case.operands)
+  except (ImportError, RuntimeError) as why:
+    return {}, dict.fromkeys(case.peers, str(why).partition("\n")[0])
+  for name, function in case.peers.items():
+    try:
+      run = functools.partial(getattr(torch, function), *operands)
+      found[name] = _Timed(run, torch.wait, cfg.seconds)
+    except (RuntimeError, AttributeError, ValueError) as why:
+      absent[name] = str(why).partition("\n")[0]
+  return found, absent
+
+
+def _error(case: Case, ours) -> float | None:
+  """The largest relative Frobenius error of the results."""
+  if case.reference is None:
+    return None
+  exact = jax.jit(case.reference)(*case.operands)
+  return max(error(np.asarray(a, np.float32), np.asarray(b, np.float32))
+             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True))
+
+
+def _row(case: Case, name: str, seconds: dict[str, list[float]], ceilings: dict[str, float],
+         off: float | None) -> dict:
+  median = float(np.median(seconds[name]))
+  rate = case.work / median / (1e12 if case.unit == "TFLOP/s" else 1e9)
+  ceiling = ceilings["copy GB/s" if case.unit == "GB/s" else
+                     "FP8 TFLOP/s" if case.operation.startswith("fp8") else "bf16 TFLOP/s"]
+  row = {"operation": case.operation, "shape": case.shape, "side": name, "seconds": median,
+         "rate": rate, "unit": case.unit, "share_of_ceiling": rate / ceiling, "error": off}
+  if name == "ours":
+    return row
+  row["ours_over_it"] = ratio(seconds["ours"], seconds[name])
+  targets = case.targets if implementations.here() else ()  # they are of kernels
+  wanted = [target.ratio for target in targets if target.side == name]
+  return row | ({"target": wanted[0], "met": row["ours_over_it"][1] >= wanted[0]} if wanted else {})
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+  """Their seconds over ours, round by round: geometric mean and 95 % interval."""
+  found = paired(np.log(theirs), np.log(ours))
+  return tuple(float(np.exp(value)) for value in (found.mean, found.low, found.high))
+
+
+_HEADER = ("operation", "shape", "side", "ms", "rate", "unit", "of ceiling", "error",
+           "ours is faster by", "target")
+
+
+def _line(row: dict) -> tuple:
+  if "absent" in row:
+    return (row["operation"], row["shape"], row["side"], None, None, row["absent"], *[None] * 4)
+  of = row.get("ours_over_it")
+  target = f"{row['target']} {'met' if row['met'] else 'missed'}" if "target" in row else None
+  return (row["operation"], row["shape"], row["side"], 1e3 * row["seconds"], row["rate"],
+          row["unit"], row["share_of_ceiling"], row["error"],
+          of and f"{of[0]:.2f} ({of[1]:.2f} to {of[2]:.2f})", target)

@@ -1,0 +1,128 @@
+"""How much a tensor core loses of a sum of FP8 products, and what promotion gives back: test E4.
+
+DeepSeek-V3 found that Hopper keeps 14 bits of such sums: of two random matrices with K = 4096 the
+largest relative error is nearly 2 % (arXiv:2412.19437, section 3.3.2). Here random matrices of
+E4M3, without scales, are multiplied by an emulation of that everywhere, and on a Hopper GPU by its
+tensor cores; everything is compared with the exact product of the same FP8 numbers in float64.
+
+Shape letters:  M, N rows of the operands  K contracted width
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import plots, provenance, settings
+from experiments.markdown import document, figure, origin, table
+from experiments.options import Options
+from model.checks import require, require_positive
+from pallas_kernels import Quantized, fp8_matmul
+from pallas_kernels.implementations import here
+from pallas_kernels.quantized import BLOCK, error
+from pallas_kernels.tensor_core import emulated_matmul
+from train.config_io import to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulationConfig:
+  """What is multiplied.
+
+  Attributes:
+    widths: K; multiples of 128.
+    rows: M and N.
+    seed: of the numbers.
+  """
+
+  widths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+  rows: int = 256
+  seed: int = 0
+
+  def __post_init__(self):
+    require_positive(self, "rows")
+    require(self.widths and min(self.widths) > 0 and not any(k % BLOCK for k in self.widths),
+            f"widths={self.widths} must be multiples of {BLOCK}, one at least")
+
+
+_NUMBERS = {"normal": lambda x: x, "positive": np.abs}
+_ERRORS = {
+    "of_deviation": "largest error ÷ standard deviation",
+    "relative": "largest relative error",
+    "frobenius": "relative Frobenius norm of the error"}
+
+
+def ways() -> dict:
+  """Functions of two FP8 matrices [M, K] and [N, K] to [M, N], by name; more on a Hopper GPU."""
+  found = {
+      "emulated": emulated_matmul,
+      "emulated, promoted": functools.partial(emulated_matmul, promote_every=BLOCK)}
+  if here() == "mosaic_gpu":
+    found |= {"fp8_matmul, promoted": _promoted, "XLA": _xla}
+  return {name: jax.jit(way) for name, way in found.items()}
+
+
+def errors(ours: np.ndarray, exact: np.ndarray, numbers: str) -> dict[str, float]:
+  """Relative errors are of positive numbers only: sums of others may be next to nothing."""
+  off = np.abs(ours - exact)
+  found = {"of_deviation": float(off.max() / exact.std()), "frobenius": error(ours, exact)}
+  return found | ({"relative": float((off / exact).max())} if numbers == "positive" else {})
+
+
+def main(options: Options) -> None:
+  options.refuse("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(AccumulationConfig(), options.settings)
+  rows = [{"numbers": numbers, "width": width, "way": name, **found}
+          for numbers in _NUMBERS for width in cfg.widths
+          for name, found in _measure(cfg, numbers, width).items()]
+  print(_table(rows))
+  if options.out:
+    result = {"config": to_dict(cfg), "rows": rows}
+    provenance.record(options.out, result)
+    print(f"report: {_report(options.out, rows)}")
+
+
+def _measure(cfg: AccumulationConfig, numbers: str, width: int) -> dict[str, dict[str, float]]:
+  rng = np.random.default_rng((cfg.seed, width))
+  operands = [jnp.asarray(_NUMBERS[numbers](rng.standard_normal((cfg.rows, width))), jnp.float32)
+              .astype(jnp.float8_e4m3fn) for _ in range(2)]
+  lhs_MK, rhs_NK = (np.asarray(x, np.float64) for x in operands)
+  exact = lhs_MK @ rhs_NK.T
+  return {name: errors(np.asarray(way(*operands), np.float64), exact, numbers)
+          for name, way in ways().items()}
+
+
+def _promoted(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
+  unscaled = lambda x: Quantized(x, jnp.ones((len(x), x.shape[1] // BLOCK)), (1, BLOCK))
+  return fp8_matmul(unscaled(lhs_MK), unscaled(rhs_NK), dtype=jnp.float32,
+                    implementation="mosaic_gpu")
+
+
+def _xla(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
+  return jnp.einsum("mk,nk->mn", lhs_MK, rhs_NK, preferred_element_type=jnp.float32)
+
+
+def _table(rows: list[dict]) -> str:
+  return table(("numbers", "K", "way", *_ERRORS.values()), (
+      (row["numbers"], row["width"], row["way"], *(_percent(row.get(name)) for name in _ERRORS))
+      for row in rows))
+
+
+def _percent(value: float | None) -> str | None:
+  return None if value is None else f"{100 * value:.3f} %"
+
+
+def _report(folder, rows: list[dict]):
+  panels = {
+      label: {
+          name: ([row["width"] for row in rows if (row["numbers"], row["way"]) == (numbers, name)],
+                 [row[metric] for row in rows if (row["numbers"], row["way"]) == (numbers, name)])
+          for name in dict.fromkeys(row["way"] for row in rows)}
+      for numbers, metric, label in (("normal", "of_deviation", "normal: error ÷ σ"),
+                                     ("positive", "relative", "positive: relative error"))}
+  draw = functools.partial(plots.panels, doublings="K (products in a sum)", logarithmic=True)
+  return document(folder / "report.md", "Sums of FP8 products", [
+      ("Errors", _table(rows)),
+      ("", figure(folder, "errors", "Errors over K", draw, panels)),
+      ("How to run it again", origin(provenance.describe()))])

@@ -1,0 +1,59 @@
+"""bench_kernels: its arithmetic, its shapes, and a whole small run."""
+
+import importlib
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench_kernels, kernel_cases
+from experiments.options import Options
+from pallas_kernels import dequantize, quantize
+
+
+def test_ratio_is_the_geometric_mean_over_rounds_with_its_interval():
+  mean, low, high = bench_kernels.ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
+  assert (mean, low, high) == pytest.approx((2, 2, 2))
+  mean, low, high = bench_kernels.ratio([1.0, 1.0, 1.0], [1.0, 2.0, 4.0])
+  assert mean == pytest.approx(2) and low < 1 and high > 4
+
+
+@pytest.mark.parametrize("skew", ["even", "skewed"])
+@pytest.mark.parametrize(("rows", "groups"), [(300, 4), (65536, 64), (10, 32)])
+def test_groups_share_all_rows(rows, groups, skew):
+  sizes = np.asarray(kernel_cases.group_sizes(rows, groups, skew))
+  assert sizes.sum() == rows and sizes.min() >= 0 and len(sizes) == groups
+  if skew == "even":
+    assert sizes.max() - sizes.min() <= 1
+  else:
+    assert sizes[0] > 1.5 * rows / groups
+
+
+def test_a_small_run_times_every_side_and_says_which_peers_are_absent(tmp_path, capsys):
+  options = Options("bench_kernels", scale="smoke", out=tmp_path,
+                    settings=("rounds=2", "seconds=0", "only=fp8_matmul"))
+  bench_kernels.main(options)
+  result = json.loads((tmp_path / "results.json").read_text())
+  rows = {row["side"]: row for row in result["rows"]}
+  assert rows["ours"]["rate"] == pytest.approx(2 * 128 * 256 * 384 / rows["ours"]["seconds"] / 1e12)
+  assert rows["ours"]["error"] < 2**-8  # the result is rounded to bfloat16
+  assert len(rows["XLA bf16"]["ours_over_it"]) == 3
+  assert "absent" in rows["torch _scaled_mm"]
+  assert "fp8_matmul" in capsys.readouterr().out
+
+
+def test_kernels_are_not_timed_where_there_are_none():
+  with pytest.raises(ValueError, match="has none"):
+    bench_kernels.main(Options("bench_kernels", scale="gpu"))
+
+
+def test_torch_sees_the_numbers_that_we_do():
+  pytest.importorskip("torch", exc_type=ImportError)
+  torch_kernels = importlib.import_module("experiments.peers.torch_kernels")
+  x = quantize(jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32))
+  (values, scales), plain = torch_kernels.tensors((x, jnp.arange(3.0)))
+  np.testing.assert_array_equal(
+      values.float().numpy().reshape(4, 2, 128) * scales.numpy()[..., None],
+      np.asarray(dequantize(x)).reshape(4, 2, 128))
+  np.testing.assert_array_equal(plain.numpy(), [0, 1, 2])

@@ -1,0 +1,73 @@
+"""Training in FP8: it follows bfloat16, and either goes on from the other's checkpoint."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import model
+from train.checkpoint import Checkpoints
+from train.config import OptimizerConfig
+from train.losses import Batch, LanguageModelLoss
+from train.optimizer import decay_mask
+from train.step import init_state, make_train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+# One layer of the smallest preset, experts and all: what a step costs here is its compilation.
+NANO = dataclasses.replace(model.get_config("nano"), num_layers=1, num_dense_layers=0, mtp=None)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3)
+HYPER = {"learning_rate": np.float32(3e-3), "bias_rate": np.float32(1e-3), "num_micro_batches": 1,
+         "weights": {"lm": 1.0, "mtp": 0.0, "sequence_balance": 1e-4, "batch_balance": 0.0,
+                     "expert_balance": 0.0}}
+
+
+def config(numerics):
+  return dataclasses.replace(NANO, numerics=model.NUMERICS[numerics])
+
+
+def fresh(numerics):
+  return init_state(model.init_on_host(config(numerics), seed=0), OPTIMIZER)
+
+
+@functools.cache
+def compiled(numerics):
+  cfg = config(numerics)
+  return jax.jit(make_train_step(
+      LanguageModelLoss(model.Transformer(cfg)), OPTIMIZER, decay_mask(cfg)))
+
+
+def train(state, numerics, steps):
+  """The state and losses after steps on the same few sequences of a quarter of the vocabulary."""
+  tokens = np.random.default_rng(0).integers(0, 128, (1, 2, 65)).astype(np.int32)
+  batch, losses = Batch(tokens, np.ones((1, 2, 64), bool), None), []
+  for _ in range(steps):
+    state, metrics = compiled(numerics)(state, batch, HYPER)
+    losses.append(float(metrics["loss"]))
+  return state, losses
+
+
+@pytest.fixture(scope="module")
+def trained():
+  return {numerics: train(fresh(numerics), numerics, 3) for numerics in ("bf16", "fp8")}
+
+
+def test_losses_stay_within_a_percent_of_those_of_bfloat16(trained):
+  (_, bf16), (state, fp8) = trained["bf16"], trained["fp8"]
+  np.testing.assert_allclose(fp8, bf16, rtol=0.01)
+  assert fp8 != bf16 and fp8[2] < fp8[0] - 0.5 and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("fp8", "bf16"), ("bf16", "fp8")])
+def test_a_run_goes_on_in_the_other_numerics_from_its_checkpoint(tmp_path, trained, saved, loaded):
+  state, losses = trained[saved]
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+  checkpoints.save(3, state, {})
+  restored = checkpoints.restore(jax.eval_shape(lambda: fresh(loaded))).arrays
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  _, (other,) = train(restored, loaded, 1)
+  _, (same,) = train(state, saved, 1)
+  assert abs(other - same) < 0.01 * same < 0.01 * losses[-1]
