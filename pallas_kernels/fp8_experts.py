@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.fp8_grouped import (
@@ -27,14 +26,10 @@ from pallas_kernels.fp8_linear import (
     weight_operands,
     with_tiles,
 )
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.quantize import SMALLEST_AMAX, swiglu
 from pallas_kernels.quantized import BLOCK
 from pallas_kernels.recipe import Recipe, WeightGradient
-
-_CONTRACT_ROWS = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[])
 
 
 class _Static(NamedTuple):
@@ -87,7 +82,8 @@ def _hidden(gate_up: jax.Array, gates_R: jax.Array) -> jax.Array:
 def _product(lhs_RK, rhs_EKN, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
   """Each row with its expert's matrix."""
   if isinstance(lhs_RK, jax.Array):
-    return grouped_matmul(lhs_RK, rhs_EKN, sizes_E, precision=precision_of(lhs_RK.dtype))
+    return grouped_matmul(lhs_RK, rhs_EKN, sizes_E, precision=precision_of(lhs_RK.dtype),
+                          implementation=implementation)
   return fp8_grouped_matmul(
       with_tiles(lhs_RK, (1, BLOCK)), with_tiles(rhs_EKN.mT, (BLOCK, BLOCK)), sizes_E, dtype=dtype,
       implementation=implementation)
@@ -97,10 +93,8 @@ def _weight_gradient(x_RK, dy_RN, sizes_E, product: WeightGradient | None, dtype
                      static: _Static) -> jax.Array:
   """Each expert's x.T dy, of float32 or of the layer's format: [E, K, N]."""
   if product is None:
-    x_RK = x_RK.astype(dy_RN.dtype)
-    return lax.ragged_dot_general(
-        x_RK, dy_RN, sizes_E, _CONTRACT_ROWS, precision=precision_of(dy_RN.dtype),
-        preferred_element_type=jnp.float32).astype(dtype)
+    return grouped_weight_gradient(x_RK.astype(dy_RN.dtype), dy_RN, sizes_E, dtype=dtype,
+                                   implementation=static.implementation)
 
   def groups(x, form, smallest_amax):
     x = quantize_groups(x, sizes_E, form.tile, format=form.format,

@@ -12,7 +12,6 @@ import jax
 
 BACKENDS = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0 (Hopper)",
             "mosaic_tpu": "a TPU"}
-NAMES = ("xla", *BACKENDS)
 
 
 class Kernel(NamedTuple):
