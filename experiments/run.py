@@ -13,7 +13,7 @@ from experiments.options import Options
 EXPERIMENTS = {
     "pretrain": "train a model on text, resume it, report (--scale=smoke 1 min, cpu 4 min, gpu)",
     "generate": "print text from a checkpoint (--set checkpoint=DIR --set prompt=...)",
-    "r1_zero": "pretrain a base, then GRPO from rules alone (--scale=smoke 1 min, cpu 12 min, gpu)",
+    "r1_zero": "a base, then GRPO from rules alone (--scale=demo 4 min, cpu 12, code 20, gpu)",
     "evaluate": "pass@1, pass@k and cons@k of a checkpoint on a task, with intervals",
     "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
     "bench_train": "time training beside transformers (--set bench.peer=transformers)",
