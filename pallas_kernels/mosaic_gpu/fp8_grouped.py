@@ -17,10 +17,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu import fp8_matmul, schedule
-from pallas_kernels.mosaic_gpu.fp8_matmul import ROWS, WARPGROUPS, Refs, Sums, Tile, Tiling
+from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Sums, Tile, Tiling
+from pallas_kernels.mosaic_gpu.hopper import (
+    ROWS,
+    SWIZZLE,
+    WARPGROUPS,
+    owned,
+    pad_rows,
+    store_runs,
+)
 from pallas_kernels.quantized import BLOCK, Quantized
-
-CUT_BYTES = 128  # of a row of the piece of a tile that is stored in runs
 
 
 def run(
@@ -37,8 +43,8 @@ def run(
   """
   tiling = tiling or fp8_matmul.default_tiling(dtype, vectors=False)
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
-  end = max(-(-rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, tiling.block_m) - rows
-  values_RK = jnp.pad(lhs_RK.values_MK, ((0, end), (0, 0)))
+  values_RK = pad_rows(lhs_RK.values_MK, tiling.block_m)
+  end = len(values_RK) - rows
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
   def body(fields_TF, count_1, refs: Refs, cut_smem):
@@ -55,7 +61,7 @@ def run(
   operands = (values_RK, rhs_GNK.values_MK, jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))),
               rhs_GNK.scales_mk)
   most = schedule.most_tiles(rows + end, groups, tiling.block_m) * num_columns
-  piece = WARPGROUPS, ROWS, CUT_BYTES // jnp.dtype(dtype).itemsize
+  piece = WARPGROUPS, ROWS, SWIZZLE // jnp.dtype(dtype).itemsize
   return fp8_matmul.launch(
       body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling, most, interpret,
       before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
@@ -77,18 +83,17 @@ def _store_owned(
     refs: Refs, cut_smem, tile: schedule.Tile, column, tiling: Tiling, sums: Sums) -> None:
   """Stores those of this warpgroup's rows that the tile owns."""
   def store(row, chunks):
-    first = jnp.clip(tile.first - row, 0, ROWS)
-    count = jnp.clip(tile.end - row, 0, ROWS) - first
+    first, count = owned(tile.first, tile.end, row)
     pl.when(count == ROWS)(lambda: fp8_matmul.store_wave(refs, refs.out, row, column, chunks))
     pl.when((count > 0) & (count < ROWS))(
-        lambda: _store_runs(refs.out, cut_smem, row + first, first, count, column, chunks))
+        lambda: _store_some(refs.out, cut_smem, row, first, count, column, chunks))
 
   for wave, chunks in enumerate(sums):
     store(tile.start + tiling.row(wave), chunks)
 
 
-def _store_runs(out_RN, cut_smem, row, first, count, column, chunks) -> None:
-  """Stores `count` rows of a warpgroup's, those from `first`, at `row`."""
+def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
+  """Stores `count` rows of a warpgroup's, which begin at `row`: those from `first`."""
   cut = cut_smem.at[lax.axis_index("wg")]
   chunk = chunks[0].shape[1]
   width = min(cut.shape[1], chunk)
@@ -98,13 +103,8 @@ def _store_runs(out_RN, cut_smem, row, first, count, column, chunks) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     compat.store(cut.at[:, pl.ds(0, width)], piece.astype(cut.dtype))
     plgpu.commit_smem()
-    for bit in range(ROWS.bit_length() - 1):
-      done = count >> (bit + 1) << (bit + 1)  # rows in longer runs, which come first
-      pl.when((count >> bit) & 1 == 1)(functools.partial(
-          plgpu.copy_smem_to_gmem, cut.at[pl.ds(first + done, 1 << bit), pl.ds(0, width)],
-          out_RN.at[pl.ds(row + done, 1 << bit), pl.ds(column + start, width)],
-          commit_group=False))
-    plgpu.commit_smem_to_gmem_group()
+    store_runs(cut.at[:, pl.ds(0, width)], first, count, out_RN, row,
+               pl.ds(column + start, width))
 
 
 KERNEL = implementations.Kernel(run, refuse)

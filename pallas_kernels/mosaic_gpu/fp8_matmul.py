@@ -22,12 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu import schedule
+from pallas_kernels.mosaic_gpu.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS, pad_rows, swizzle
 from pallas_kernels.quantized import BLOCK, Quantized
 
-MULTIPROCESSORS = 132  # of an H100 or H200; on fewer the kernel is right, but waits
-WARPGROUPS = 2  # that multiply; a third would leave each too few registers for two sums
-ROWS = 64  # of a warpgroup's matrix instruction
 FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
 
 
@@ -127,7 +124,7 @@ def run(
   """
   vectors = rhs_NK.tile == (1, BLOCK)
   tiling = tiling or default_tiling(dtype, vectors)
-  values_MK = jnp.pad(lhs_MK.values_MK, ((0, -lhs_MK.shape[0] % schedule.ALIGNMENT), (0, 0)))
+  values_MK = pad_rows(lhs_MK.values_MK)
   (m, k), n = values_MK.shape, rhs_NK.shape[0]
   grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))
 
@@ -223,20 +220,15 @@ def _shared(dtype, tiling) -> dict[str, object]:
   row = min(128, math.gcd(block_n, 128) * dtype.itemsize)
   barrier = plgpu.Barrier if tiling.cluster == 1 else functools.partial(
       plgpu.ClusterBarrier, collective_axes=("cluster",))
-  ring = functools.partial(plgpu.SMEM, dtype=jnp.float8_e4m3fn, transforms=swizzle(BLOCK))
+  ring = functools.partial(plgpu.SMEM, dtype=jnp.float8_e4m3fn, transforms=swizzle(1))
   return {
       "lhs_smem": ring((stages, tiling.block_m, BLOCK)),
       "rhs_smem": ring((stages, block_n, BLOCK)),
       "out_smem": plgpu.SMEM((WARPGROUPS, ROWS, block_n), dtype,
-                             transforms=swizzle(row, dtype.itemsize)),
+                             transforms=swizzle(dtype.itemsize, row)),
       "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       "empty": barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
   }
-
-
-def swizzle(width: int, itemsize: int = 1) -> tuple[object, object]:
-  """How rows of this many bytes lie in shared memory without conflicts between banks."""
-  return plgpu.TilingTransform((8, width // itemsize)), plgpu.SwizzleTransform(width)
 
 
 def multiply_tiles(

@@ -12,6 +12,7 @@ Shape letters:  R rows  G groups  K contracted width  N result width  T tiles  F
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,15 +24,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat
 from pallas_kernels.implementations import Kernel
 from pallas_kernels.mosaic_gpu import schedule
+from pallas_kernels.mosaic_gpu.hopper import (
+    MULTIPROCESSORS,
+    ROWS,
+    SWIZZLE,
+    WARPGROUPS,
+    owned,
+    pad_rows,
+    store_runs,
+    swizzle,
+)
 
-MULTIPLIERS = 2  # warpgroups; the one behind them fetches
-SWIZZLE = 128  # bytes, the widest
 BLOCK_K = SWIZZLE // 2  # of bfloat16
 WIDTHS = 128  # K and N are multiples of it, as each is a gradient's rows
-STORE_ROWS = 64  # what a warpgroup multiplies at once
 SHARED = 226 * 1024  # bytes of shared memory, less some for barriers
-SMS = 132  # of a whole Hopper; on a part of one some programs wait for others
-SWIZZLED = (plgpu.TilingTransform((8, BLOCK_K)), plgpu.SwizzleTransform(SWIZZLE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Tiling:
   band: int = 8
 
   def __post_init__(self):
-    if self.rows % (MULTIPLIERS * STORE_ROWS) or self.columns % BLOCK_K or self.columns > 256:
+    if self.rows % (WARPGROUPS * ROWS) or self.columns % BLOCK_K or self.columns > 256:
       raise ValueError(f"a tile's rows must be a multiple of 128 and its columns of 64, at most "
                        f"256, and they are {self.rows} and {self.columns}")
     if min(self.rows, self.columns, self.band) < 1 or self.stages < 2:
@@ -59,8 +65,8 @@ class Tiling:
   def pieces(self, others: int) -> int:
     """How many pieces a warpgroup may have under way, beside so many others in shared memory."""
     ring = self.stages * (self.rows + self.columns) * SWIZZLE
-    left = (SHARED - ring) // (STORE_ROWS * SWIZZLE) - others
-    return max(1, min(4, left // MULTIPLIERS))
+    left = (SHARED - ring) // (ROWS * SWIZZLE) - others
+    return max(1, min(4, left // WARPGROUPS))
 
 
 class Ring(NamedTuple):
@@ -122,13 +128,13 @@ class Ring(NamedTuple):
     """Has one warpgroup do each_tile(fetch) and the others each_tile(multiply)."""
     wg = lax.axis_index("wg")
 
-    @pl.when(wg == MULTIPLIERS)
+    @pl.when(wg == WARPGROUPS)
     def _():
       plgpu.set_max_registers(40, action="decrease")
       used = jnp.minimum(each_tile(fetch), self.lhs_S.shape[0])
       lax.fori_loop(0, used, lambda slot, _: plgpu.barrier_wait(self.free_S.at[slot]), None)
 
-    @pl.when(wg < MULTIPLIERS)
+    @pl.when(wg < WARPGROUPS)
     def _():
       plgpu.set_max_registers(232, action="increase")
       each_tile(multiply)
@@ -137,10 +143,26 @@ class Ring(NamedTuple):
 
 def ring_types(tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int, int]) -> list:
   """The scratch that a `Ring` of bfloat16 needs, in its order."""
-  blocks = [plgpu.SMEM((tiling.stages, *block), jnp.bfloat16, transforms=SWIZZLED)
+  blocks = [plgpu.SMEM((tiling.stages, *block), jnp.bfloat16, transforms=swizzle(2))
             for block in (lhs_block, rhs_block)]
   return [*blocks, plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
-          plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiling.stages)]
+          plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiling.stages)]
+
+
+def piece_type(dtype: jnp.dtype, pieces: int) -> object:
+  """The scratch from which each warpgroup stores so many pieces at a time."""
+  shape = WARPGROUPS, pieces, ROWS, SWIZZLE // dtype.itemsize
+  return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype.itemsize))
+
+
+def launch(
+    kernel: Callable, operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct, programs: int,
+    scratch: list) -> jax.Array:
+  """Runs a kernel as so many programs of three warpgroups."""
+  return plgpu.kernel(
+      kernel, out_type=out, grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1,
+      thread_name="wg", scratch_types=scratch, compiler_params=plgpu.CompilerParams(
+          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane))(*operands)
 
 
 def refuse(
@@ -192,11 +214,11 @@ def run(
   if columns % tiling.columns:
     raise ValueError(f"tiles of {tiling.columns} columns do not divide N={columns}")
   rows = len(lhs_RK)
-  padded = max(-(-rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, tiling.rows)
-  lhs_RK = jnp.pad(lhs_RK, ((0, padded - rows), (0, 0)))
+  lhs_RK = pad_rows(lhs_RK, tiling.rows)
+  padded = len(lhs_RK)
   tiles = schedule.row_tiles(sizes_G, padded, tiling.rows)
   out_RN = _call(tiles, lhs_RK, rhs, jax.ShapeDtypeStruct((padded, columns), dtype or jnp.bfloat16),
-                 transpose_rhs, tiling, programs or SMS)
+                 transpose_rhs, tiling, programs or MULTIPROCESSORS)
   return out_RN[:rows]
 
 
@@ -205,23 +227,11 @@ KERNEL = Kernel(run, refuse)
 
 def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs):
   rhs_block = (tiling.columns, BLOCK_K) if transpose_rhs else (BLOCK_K, tiling.columns)
-  width = SWIZZLE // out.dtype.itemsize
-  out_swizzled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(SWIZZLE))
-  return plgpu.kernel(
-      functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling),
-      out_type=out,
-      grid=(programs,),
-      grid_names=("sm",),
-      num_threads=MULTIPLIERS + 1,
-      thread_name="wg",
-      scratch_types=[
-          *ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
-          plgpu.SMEM((MULTIPLIERS, tiling.pieces(MULTIPLIERS), STORE_ROWS, width), out.dtype,
-                     transforms=out_swizzled),
-          plgpu.SMEM((MULTIPLIERS, STORE_ROWS, width), out.dtype)],
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-  )(*tiles, lhs_RK, rhs)
+  cut = plgpu.SMEM((WARPGROUPS, ROWS, SWIZZLE // out.dtype.itemsize), out.dtype)
+  return launch(
+      functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling), (*tiles, lhs_RK, rhs),
+      out, programs, [*ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
+                      piece_type(out.dtype, tiling.pieces(WARPGROUPS)), cut])
 
 
 def _kernel(
@@ -253,7 +263,7 @@ def _kernel(
     ring.fetch(blocks, before, source)
 
   def multiply(tile, column, blocks, before):
-    rows = tiling.rows // MULTIPLIERS
+    rows = tiling.rows // WARPGROUPS
     start = tile.start + wg * rows
 
     def operands(_, slot):
@@ -286,14 +296,7 @@ def store(value_MN, start, column, tile: schedule.Tile, out_RN, whole_PMC, cut_M
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     compat.store(cut_MC, value_MC)
     plgpu.commit_smem()
-    first = jnp.clip(tile.first - row, 0, STORE_ROWS)
-    count = jnp.clip(tile.end - row, 0, STORE_ROWS) - first
-    for bit in range(STORE_ROWS.bit_length()):
-      done = first + (count >> (bit + 1) << (bit + 1))  # behind the larger runs
-      pl.when((count >> bit) & 1 == 1)(functools.partial(
-          plgpu.copy_smem_to_gmem, cut_MC.at[pl.ds(done, 1 << bit)],
-          out_RN.at[pl.ds(row + done, 1 << bit), columns], commit_group=False))
-    plgpu.commit_smem_to_gmem_group()
+    store_runs(cut_MC, *owned(tile.first, tile.end, row), out_RN, row, columns)
 
   owns_all = (tile.first <= start) & (start + value_MN.shape[0] <= tile.end)
   pl.when(owns_all)(lambda: store_whole(value_MN, start, column, out_RN, whole_PMC))
@@ -307,7 +310,7 @@ def store_whole(value_MN, start, column, out_RN, whole_PMC) -> None:
     plgpu.wait_smem_to_gmem(whole_PMC.shape[0] - 1, wait_read_only=True)
     whole_PMC[place] = value_MC
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(whole_PMC.at[place], out_RN.at[pl.ds(row, STORE_ROWS), columns])
+    plgpu.copy_smem_to_gmem(whole_PMC.at[place], out_RN.at[pl.ds(row, ROWS), columns])
 
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, which had all this one's time
   places = itertools.cycle(range(whole_PMC.shape[0]))
@@ -316,6 +319,6 @@ def store_whole(value_MN, start, column, out_RN, whole_PMC) -> None:
 
 def _pieces(value_MN, start, column, out_RN, width: int, copy) -> None:
   value_MN = value_MN.astype(out_RN.dtype)
-  for row in range(0, value_MN.shape[0], STORE_ROWS):
+  for row in range(0, value_MN.shape[0], ROWS):
     for at in range(0, value_MN.shape[1], width):
-      copy(value_MN[row:row + STORE_ROWS, at:at + width], start + row, pl.ds(column + at, width))
+      copy(value_MN[row:row + ROWS, at:at + width], start + row, pl.ds(column + at, width))

@@ -20,17 +20,16 @@ from pallas_kernels.implementations import Kernel
 from pallas_kernels.mosaic_gpu import schedule
 from pallas_kernels.mosaic_gpu.grouped_matmul import (
     BLOCK_K,
-    MULTIPLIERS,
-    SMS,
-    STORE_ROWS,
-    SWIZZLE,
     WIDTHS,
     Ring,
     Tiling,
+    launch,
+    piece_type,
     ring_types,
     store_whole,
     why_not,
 )
+from pallas_kernels.mosaic_gpu.hopper import ALIGNMENT, MULTIPROCESSORS, WARPGROUPS, pad_rows
 
 BLOCK_R = 64  # contracted at once, and what one layout of registers spans
 
@@ -72,10 +71,9 @@ def run(
     raise ValueError(f"tiles of a gradient of {shape[1]} x {shape[2]} must divide it, with a "
                      f"multiple of 128 columns, and they are {tiling.rows} x {tiling.columns}")
   rows = len(lhs_RK)
-  padded = max(-(-rows // schedule.ALIGNMENT) * schedule.ALIGNMENT, BLOCK_R)
-  lhs_RK, rhs_RN = (jnp.pad(x, ((0, padded - rows), (0, 0))) for x in (lhs_RK, rhs_RN))
+  lhs_RK, rhs_RN = (pad_rows(x, BLOCK_R) for x in (lhs_RK, rhs_RN))
   out = jax.ShapeDtypeStruct(shape, dtype or jnp.bfloat16)
-  return _call(_groups(sizes_G, rows), lhs_RK, rhs_RN, out, tiling, programs or SMS)
+  return _call(_groups(sizes_G, rows), lhs_RK, rhs_RN, out, tiling, programs or MULTIPROCESSORS)
 
 
 KERNEL = Kernel(run, refuse)
@@ -89,23 +87,11 @@ def _groups(sizes_G: jax.Array, num_rows: int) -> jax.Array:
 
 
 def _call(groups_GF, lhs_RK, rhs_RN, out, tiling: Tiling, programs: int):
-  width = SWIZZLE // out.dtype.itemsize
-  out_swizzled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(SWIZZLE))
-  return plgpu.kernel(
-      functools.partial(_kernel, tiling=tiling, programs=programs),
-      out_type=out,
-      grid=(programs,),
-      grid_names=("sm",),
-      num_threads=MULTIPLIERS + 1,
-      thread_name="wg",
-      scratch_types=[
+  kernel = functools.partial(_kernel, tiling=tiling, programs=programs)
+  return launch(
+      kernel, (groups_GF, lhs_RK, rhs_RN), out, programs, [
           *ring_types(tiling, (BLOCK_R, tiling.rows), (BLOCK_R, tiling.columns)),
-          plgpu.SMEM((MULTIPLIERS, tiling.pieces(0), STORE_ROWS, width), out.dtype,
-                     transforms=out_swizzled),
-          plgpu.Barrier(num_arrivals=MULTIPLIERS)],
-      compiler_params=plgpu.CompilerParams(
-          approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-  )(groups_GF, lhs_RK, rhs_RN)
+          piece_type(out.dtype, tiling.pieces(0)), plgpu.Barrier(num_arrivals=WARPGROUPS)])
 
 
 def _kernel(
@@ -143,7 +129,7 @@ def _kernel(
 
   def multiply(group, row, column, blocks, before):
     number, start, end = group
-    rows = tiling.rows // MULTIPLIERS
+    rows = tiling.rows // WARPGROUPS
 
     def operands(index, slot):
       at = _begin(start) + index * BLOCK_R
@@ -168,7 +154,7 @@ def _kernel(
 
 def _begin(start):
   """Where the first block of a group's rows begins."""
-  return start & -schedule.ALIGNMENT
+  return start & -ALIGNMENT
 
 
 def _num_blocks(start, end):
@@ -178,7 +164,7 @@ def _num_blocks(start, end):
 
 def _zero_others(block_RC, wg, first, end) -> None:
   """Zeroes all rows but those from `first` to `end` in a warpgroup's share of the columns."""
-  share = block_RC.shape[1] // MULTIPLIERS
+  share = block_RC.shape[1] // WARPGROUPS
   for at in range(0, share, BLOCK_K):
     columns = block_RC.at[:, pl.ds(wg * share + at, BLOCK_K)]
     row = plgpu.broadcasted_iota(

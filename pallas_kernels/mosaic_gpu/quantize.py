@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import compat, implementations
+from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
 # The residual of a quotient of less could be denormal, and then it would be rounded.
@@ -217,11 +218,6 @@ class Quantizer:
       values_smem[piece] = self.values(x_SK, scale, axes, layout)
 
 
-def pad_rows(x_MK: jax.Array) -> jax.Array:
-  """Adds rows of zeros up to a multiple of 8: swizzled memory is copied in pieces of 8 rows."""
-  return jnp.pad(x_MK, ((0, -len(x_MK) % 8), (0, 0)))
-
-
 def this_block(grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
   """Its row and column; CUDA counts far along one axis only."""
   block = lax.axis_index("block")
@@ -285,5 +281,4 @@ def column_layout(dtype: jnp.dtype):
 
 def swizzled(rows: int, dtype: jnp.dtype):
   """Shared memory in an order in which lanes of one column do not meet in one bank."""
-  return plgpu.SMEM((rows, BLOCK), dtype, transforms=(
-      plgpu.TilingTransform((8, 128 // dtype.itemsize)), plgpu.SwizzleTransform(128)))
+  return plgpu.SMEM((rows, BLOCK), dtype, transforms=swizzle(dtype.itemsize))

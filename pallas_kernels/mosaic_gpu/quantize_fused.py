@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
+from pallas_kernels.mosaic_gpu.hopper import pad_rows
 from pallas_kernels.mosaic_gpu.quantize import (
     COMPILER_PARAMS,
     Quantizer,
     Tiling,
-    pad_rows,
     refuse_any,
     row_layout,
     steps,

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Mosaic lays swizzled blocks out in 8 rows, and copies rows wrongly, and silently so, where a
-# block does not begin at a multiple of them.
-ALIGNMENT = 8
+from pallas_kernels.mosaic_gpu.hopper import ALIGNMENT
 
 
 class Tiles(NamedTuple):
