@@ -88,7 +88,7 @@ class _Timed:
   """Seconds of one call, of as many as fill the time asked for; compiled and warm."""
 
   def __init__(self, run: Callable, wait: Callable, seconds: float):
-    self._run, self._wait, self._calls = run, wait, 1
+    self._run, self._wait = run, wait
     self.result = run()
     wait(self.result)
     self._calls = 3

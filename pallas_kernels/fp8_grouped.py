@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import implementations
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.quantize import SMALLEST_AMAX, quantize
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize
 
-_CONTRACT_ROWS = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (1,)), ((), ())), lhs_ragged_dimensions=[1],
-    rhs_group_dimensions=[])
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped")}
 _WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_weight_gradient")}
 
@@ -120,15 +118,12 @@ def _places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
 
 
 def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) -> jax.Array:
-  return _ragged_dot(dequantize(lhs_RK), dequantize(rhs_GNK).mT, sizes_G).astype(dtype)
+  return grouped_matmul(
+      dequantize(lhs_RK), dequantize(rhs_GNK), sizes_G, transpose_rhs=True,
+      precision=lax.Precision.HIGHEST, implementation="xla").astype(dtype)
 
 
 def _xla_weight_gradient(lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype):
   aligned_G = -(-sizes_G // BLOCK) * BLOCK
-  return lax.ragged_dot_general(
-      dequantize(lhs_KS), dequantize(rhs_NS), aligned_G, _CONTRACT_ROWS,
-      precision=lax.Precision.HIGHEST).astype(dtype)
-
-
-def _ragged_dot(lhs_RK, rhs_GKN, sizes_G):
-  return lax.ragged_dot(lhs_RK, rhs_GKN, sizes_G, precision=lax.Precision.HIGHEST)
+  return grouped_weight_gradient(
+      dequantize(lhs_KS).T, dequantize(rhs_NS).T, aligned_G, dtype=dtype, implementation="xla")
