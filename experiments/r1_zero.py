@@ -8,11 +8,11 @@ about reflection have bases of their own.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 
 import model
 import rl.start
@@ -20,6 +20,7 @@ from experiments import provenance, settings
 from experiments.bases import Base, DocumentsConfig
 from experiments.options import Options
 from experiments.rl_report import write_rl_report
+from experiments.runs import left
 from model.checks import require, require_positive
 from rl import loop, reflection
 from rl.config import LoopConfig, RLConfig, SamplingConfig
@@ -152,7 +153,8 @@ def main(options: Options) -> None:
   configs = {arm: settings.apply(SCALES[scale], (*options.settings, *ARMS[arm]), named=named)
              for arm in arms}
   _refuse_in_vain(cfg, configs, options)
-  limit = _time_left(options.max_minutes)
+  limit = functools.partial(
+      left, options.max_minutes and 60 * options.max_minutes, time.monotonic())
   with contextlib.closing(RunFolder(options.folder(f"r1_zero-{scale}"))) as out:
     for seed in options.seed_range(1):
       for arm in arms:
@@ -175,12 +177,6 @@ def _refuse_in_vain(cfg: R1ZeroConfig, configs: dict[str, R1ZeroConfig], options
   if vain:
     raise ValueError(f"{', '.join(vain)} would change a base, but init={cfg.init} is the model to "
                      "begin with: leave one of them out")
-
-
-def _time_left(minutes: float | None) -> Callable[[], float | None]:
-  """Seconds that are left of the command's minutes, at any later time; None if it has no limit."""
-  deadline = minutes and time.monotonic() + 60 * minutes
-  return lambda: deadline and max(1e-3, deadline - time.monotonic())
 
 
 def _base_of(cfg: R1ZeroConfig, seed: int, out: pathlib.Path, name: str, options: Options) -> Base:

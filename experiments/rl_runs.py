@@ -21,7 +21,7 @@ import model
 import rl.start
 from experiments.bases import Base, DocumentsConfig
 from experiments.rl_metrics import gains, judged, of_rows
-from experiments.runs import Score, Task, stretches
+from experiments.runs import Score, Task, left, stretches
 from model.checks import require, require_positive
 from rl import loop
 from rl.config import RLConfig
@@ -121,7 +121,7 @@ class RLRuns:
     tokenizer = start.tokenizer()
     tokenizer.save(folder.path / rl.start.TOKENIZER)
     result = loop.train(cfg.rl, start.cfg, start.variables, tokenizer, folder,
-                        max_seconds=_left(max_seconds, began))
+                        max_seconds=left(max_seconds, began))
     if result.status == "stopped":
       return None
     judge = _Judge(cfg, Sampler(model.Transformer(start.cfg), cfg.rl, tokenizer))
@@ -163,7 +163,7 @@ class RLRuns:
       if held is None:
         return None
       with contextlib.closing(held):
-        start = base.load(_left(max_seconds, began))
+        start = base.load(left(max_seconds, began))
       if start is None:
         return None
       self._starts[base.path] = start
@@ -227,11 +227,6 @@ def _hold(folder: pathlib.Path, max_seconds: float | None = None) -> RunFolder |
       print(f"waiting for what another process makes in {folder}", file=sys.stderr, flush=True)
     told = True
     time.sleep(_POLL_SECONDS)
-
-
-def _left(max_seconds: float | None, began: float) -> float | None:
-  """What is left of a limit, if there is one, for something that takes a limit above 0."""
-  return max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
 
 
 def _digest(plain: Any) -> str:

@@ -1,6 +1,7 @@
 """What a run of a study is: the seam between comparing arms and training them."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -72,6 +73,16 @@ class Runs(Protocol):
 
   def drawn(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Parts of `results.json` that the report draws, from every arm's compared runs, by seed."""
+
+
+def left(max_seconds: float | None, began: float) -> float | None:
+  """What is left of a limit, if there is one, for something that takes a limit above 0.
+
+  Args:
+    max_seconds: the limit, or None.
+    began: when it did, by `time.monotonic`.
+  """
+  return max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
 
 
 def stretches(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],
