@@ -53,7 +53,7 @@ def run(
       tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
       num_k = jnp.where(tile.group < groups, k // BLOCK, 0).astype(jnp.int32)
       return Tile(tile.start, column, 0, num_k, refs.rhs_NK.at[tile.group],
-                  refs.rhs_scales.at[tile.group], False,
+                  refs.rhs_scales.at[tile.group],
                   functools.partial(_store_owned, refs, cut_smem, tile, column, tiling))
 
     fp8_matmul.multiply_tiles(refs, count_1[0] * num_columns, locate, tiling)
@@ -64,7 +64,7 @@ def run(
   piece = WARPGROUPS, ROWS, SWIZZLE // jnp.dtype(dtype).itemsize
   return fp8_matmul.launch(
       body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling, most, interpret,
-      before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
+      vectors=False, before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
       cut_smem=plgpu.SMEM(piece, dtype))[:rows]
 
 

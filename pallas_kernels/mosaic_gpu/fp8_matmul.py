@@ -22,7 +22,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS, pad_rows, swizzle
+from pallas_kernels.mosaic_gpu.hopper import (
+    MULTIPROCESSORS,
+    ROWS,
+    WARPGROUPS,
+    overwrite_accumulator,
+    pad_rows,
+    swizzle,
+)
 from pallas_kernels.quantized import BLOCK, Quantized
 
 FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
@@ -79,8 +86,8 @@ class Tile(NamedTuple):
   Attributes:
     lhs_row, rhs_row: the first.
     first_k, num_k: blocks of K.
-    rhs_NK, rhs_scales: of the tile's group.
-    vectors: whether `rhs_scales` are [k, N], one for every row, or [n, k], one for every 128.
+    rhs_NK, rhs_scales: of the tile's group; scales are [k, N], one for every row, or [n, k], one
+      for every 128.
     store: takes the tile's sums.
   """
 
@@ -90,12 +97,14 @@ class Tile(NamedTuple):
   num_k: jax.Array | int
   rhs_NK: jax.Ref
   rhs_scales: jax.Ref
-  vectors: bool
   store: Callable[[Sums], None]
 
 
 class Refs(NamedTuple):
-  """What a kernel works on; in shared memory the first axis is stages."""
+  """What a kernel works on; in shared memory the first axis is stages.
+
+  Of rhs' scales only those of rows go through shared memory: others are read one at a time.
+  """
 
   lhs_MK: jax.Ref
   rhs_NK: jax.Ref
@@ -104,9 +113,12 @@ class Refs(NamedTuple):
   out: jax.Ref
   lhs_smem: jax.Ref
   rhs_smem: jax.Ref
+  lhs_scale_smem: jax.Ref
+  rhs_scale_smem: jax.Ref | None
   out_smem: jax.Ref
   full: jax.Ref
   empty: jax.Ref
+  interpreted: bool
 
 
 def run(
@@ -132,7 +144,7 @@ def run(
     def locate(index):
       mi, ni = plgpu.planar_snake(index, grid, 1, tiling.snake)
       row, column = mi * tiling.block_m, first_column(ni, tiling)
-      return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales, vectors,
+      return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales,
                   functools.partial(store, refs, refs.out, row, column, tiling))
 
     multiply_tiles(refs, math.prod(grid), locate, tiling)
@@ -141,7 +153,7 @@ def run(
   operands = (values_MK, rhs_NK.values_MK, k_major(lhs_MK.scales_mk, tiling.block_m),
               k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)
   return launch(body, operands, jax.ShapeDtypeStruct((m, n), dtype), tiling, math.prod(grid),
-                interpret)[:lhs_MK.shape[0]]
+                interpret, vectors=vectors)[:lhs_MK.shape[0]]
 
 
 def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
@@ -188,7 +200,7 @@ def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
 
 def launch(
     body: Callable[..., None], operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct,
-    tiling: Tiling, most_tiles: int, interpret: object, *,
+    tiling: Tiling, most_tiles: int, interpret: object, *, vectors: bool,
     before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
   """Runs a kernel on every multiprocessor.
 
@@ -199,23 +211,24 @@ def launch(
     tiling: of the result.
     most_tiles: of a cluster, of which there need not be more.
     interpret: see `run`.
+    vectors: whether rhs has a scale for every row.
     before: more arrays.
     **scratch: more of the shared memory.
   """
   def kernel(*refs, extra, **own):
-    body(*refs[:-5], Refs(*refs[-5:], **own), **extra)
+    body(*refs[:-5], Refs(*refs[-5:], **own, interpreted=interpret is not None), **extra)
 
   return plgpu.kernel(
       kernel, out_type=out, grid=(min(MULTIPROCESSORS // tiling.cluster, most_tiles),),
       grid_names=("sm",),
       cluster=(tiling.cluster,), cluster_names=("cluster",), num_threads=WARPGROUPS + 1,
-      thread_name="wg", scratch_types=_shared(out.dtype, tiling) | {"extra": scratch},
+      thread_name="wg", scratch_types=_shared(out.dtype, tiling, vectors) | {"extra": scratch},
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
       interpret=interpret)(*before, *operands)
 
 
-def _shared(dtype, tiling) -> dict[str, object]:
+def _shared(dtype, tiling, vectors) -> dict[str, object]:
   stages, block_n = tiling.stages, tiling.block_n
   row = min(128, math.gcd(block_n, 128) * dtype.itemsize)
   barrier = plgpu.Barrier if tiling.cluster == 1 else functools.partial(
@@ -224,9 +237,11 @@ def _shared(dtype, tiling) -> dict[str, object]:
   return {
       "lhs_smem": ring((stages, tiling.block_m, BLOCK)),
       "rhs_smem": ring((stages, block_n, BLOCK)),
+      "lhs_scale_smem": plgpu.SMEM((stages, tiling.block_m), jnp.float32),
+      "rhs_scale_smem": plgpu.SMEM((stages, block_n), jnp.float32) if vectors else None,
       "out_smem": plgpu.SMEM((WARPGROUPS, ROWS, block_n), dtype,
                              transforms=swizzle(dtype.itemsize, row)),
-      "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      "full": plgpu.Barrier(num_arrivals=4 if vectors else 3, num_barriers=stages),
       "empty": barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
   }
 
@@ -245,13 +260,16 @@ def multiply_tiles(
   @pl.when(wg < WARPGROUPS)
   def _():
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
+    own = pl.ds(wg * (tiling.block_m // WARPGROUPS), tiling.block_m // WARPGROUPS)
+    mine = refs._replace(lhs_smem=refs.lhs_smem.at[:, own],
+                         lhs_scale_smem=refs.lhs_scale_smem.at[:, own])
 
     @plgpu.nd_loop((num_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
     def _(loop, carry):
       tile = locate(loop.index[0])
-      fetched, sums = _multiply_tile(refs, tile, carry, tiling)
+      slot, sums = _multiply_tile(mine, tile, carry, tiling)
       tile.store(sums)
-      return fetched
+      return slot
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -276,48 +294,60 @@ def _fetch_tiles(refs, num_tiles, locate, tiling) -> None:
 
 
 def _fetch(refs, tile, ki, slot, tiling) -> None:
-  columns = pl.ds(ki * BLOCK, BLOCK)
-  plgpu.copy_gmem_to_smem(
-      refs.lhs_MK.at[pl.ds(tile.lhs_row, tiling.block_m), columns], refs.lhs_smem.at[slot],
-      refs.full.at[slot], collective_axes="cluster" if tiling.cluster > 1 else None)
-  plgpu.copy_gmem_to_smem(
-      tile.rhs_NK.at[pl.ds(tile.rhs_row, tiling.block_n), columns], refs.rhs_smem.at[slot],
-      refs.full.at[slot])
+  def copy(source, smem, **options):
+    plgpu.copy_gmem_to_smem(source, smem.at[slot], refs.full.at[slot], **options)
+
+  rows, columns = pl.ds(tile.lhs_row, tiling.block_m), pl.ds(tile.rhs_row, tiling.block_n)
+  block = pl.ds(ki * BLOCK, BLOCK)
+  copy(refs.lhs_MK.at[rows, block], refs.lhs_smem,
+       collective_axes="cluster" if tiling.cluster > 1 else None)
+  copy(tile.rhs_NK.at[columns, block], refs.rhs_smem)
+  copy(refs.lhs_scales_kM.at[ki, rows], refs.lhs_scale_smem)
+  if refs.rhs_scale_smem is not None:
+    copy(tile.rhs_scales.at[ki, columns], refs.rhs_scale_smem)
 
 
-def _multiply_tile(refs, tile, step, tiling) -> tuple[jax.Array, Sums]:
-  """Steps taken so far, and the tile's sums."""
-  width = tiling.block_n if tile.vectors else math.gcd(tiling.block_n, BLOCK)
+def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
+  """The slot of the next block, and the tile's sums."""
+  width = math.gcd(tiling.block_n, BLOCK) if refs.rhs_scale_smem is None else tiling.block_n
   zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
   sums = ((zeros,) * (tiling.block_n // width),) * tiling.waves
   span = max(1, tiling.depth // tiling.waves)  # blocks of K in flight
 
   def several(num, first_k):
     def add(i, carry):
-      step, sums = carry
-      return step + num, _add_products(refs, tile, first_k + i * num, step, num, sums, tiling)
+      slot, sums = carry
+      slots = [slot]
+      for _ in range(num):
+        slots.append(jnp.where(slots[-1] == tiling.stages - 1, 0, slots[-1] + 1))
+      return slots[num], _add_products(
+          refs, tile, first_k + i * num, slots[:num], sums, tiling)
     return add
 
-  carry = lax.fori_loop(0, tile.num_k // span, several(span, tile.first_k), (step, sums))
+  carry = lax.fori_loop(0, tile.num_k // span, several(span, tile.first_k), (slot, sums))
   if span == 1 or (isinstance(tile.num_k, int) and tile.num_k % span == 0):
     return carry
   odd = tile.num_k % span
   return lax.fori_loop(0, odd, several(1, tile.first_k + tile.num_k - odd), carry)
 
 
-def _add_products(refs, tile, ki, step, num, sums, tiling) -> Sums:
-  """Adds the products of the next `num` blocks of K."""
-  slots = [lax.rem(step + i, tiling.stages) for i in range(num)]
-  jobs = [(i, wave) for i in range(num) for wave in range(tiling.waves)]
+def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
+  """Adds the products of the next blocks of K, which are in these slots."""
+  jobs = [(i, wave) for i in range(len(slots)) for wave in range(tiling.waves)]
 
   def products(batch, sums, *accumulators):
     for (i, wave), accumulator in zip(batch, accumulators, strict=True):
       if wave == 0:
         plgpu.barrier_wait(refs.full.at[slots[i]])
-      rows = refs.lhs_smem.at[slots[i], pl.ds(tiling.row(wave), ROWS)]
+      rows = refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)]
       plgpu.wgmma(accumulator, rows, refs.rhs_smem.at[slots[i]].T)
+      overwrite_accumulator()
     # Before the products are awaited, so that the way from memory costs nothing.
-    scales = [_scales(refs, tile, ki + i, wave, tiling) for i, wave in batch]
+    scales = [_scales(refs, tile, ki + i, slots[i], wave, tiling) for i, wave in batch]
+    if refs.interpreted:
+      # The detector of races asks for this between a read and the copy that follows. On hardware
+      # the read is done by when the barrier is arrived at.
+      plgpu.commit_smem()
     sums = list(sums)
     for at, (i, wave) in enumerate(batch):
       product = plgpu.wgmma_accumulator_load(accumulators[at], wait_n=len(batch) - 1 - at)
@@ -333,15 +363,14 @@ def _add_products(refs, tile, ki, step, num, sums, tiling) -> Sums:
   return sums
 
 
-def _scales(refs, tile, ki, wave, tiling):
+def _scales(refs, tile, ki, slot, wave, tiling):
   """Of the rows of lhs, and of rhs: of its columns, or one for each chunk of them."""
   def load(source, axis):
     return plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
 
-  first = tile.lhs_row + tiling.row(wave)
-  row_scales = load(refs.lhs_scales_kM.at[ki, pl.ds(first, ROWS)], 1)
-  if tile.vectors:
-    return row_scales, load(tile.rhs_scales.at[ki, pl.ds(tile.rhs_row, tiling.block_n)], 0)
+  row_scales = load(refs.lhs_scale_smem.at[slot, pl.ds(wave * ROWS, ROWS)], 1)
+  if refs.rhs_scale_smem is not None:
+    return row_scales, load(refs.rhs_scale_smem.at[slot], 0)
   last = tile.rhs_scales.shape[0] - 1  # a tile may reach past it
   chunk = math.gcd(tiling.block_n, BLOCK)
   blocks = [jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last)

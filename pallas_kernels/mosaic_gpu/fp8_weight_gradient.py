@@ -44,7 +44,7 @@ def run(
       group = lax.div(index, math.prod(grid))
       mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.snake)
       row, column = mi * tiling.block_m, fp8_matmul.first_column(ni, tiling)
-      return Tile(row, column, first_G[group], num_G[group], refs.rhs_NK, refs.rhs_scales, True,
+      return Tile(row, column, first_G[group], num_G[group], refs.rhs_NK, refs.rhs_scales,
                   functools.partial(fp8_matmul.store, refs, refs.out.at[group], row, column,
                                     tiling))
 
@@ -55,7 +55,7 @@ def run(
       body, (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk, tiling.block_m),
              k_major(rhs_NS.scales_mk, columns)),
       jax.ShapeDtypeStruct((groups, k, n), dtype), tiling, groups * math.prod(grid), interpret,
-      before=(aligned_starts(sizes_G) // BLOCK, -(-sizes_G // BLOCK)))
+      vectors=True, before=(aligned_starts(sizes_G) // BLOCK, -(-sizes_G // BLOCK)))
 
 
 def refuse(

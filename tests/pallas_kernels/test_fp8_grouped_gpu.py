@@ -58,7 +58,7 @@ def lower(run, lhs, rhs, groups, dtype, tiling):
 def interpreted(run, lhs, rhs, sizes, **tiling):
   with jax.default_device(jax.devices("cpu")[0]):
     return run(lhs, rhs, jnp.array(sizes), dtype=jnp.float32, tiling=dense.Tiling(**tiling),
-               interpret=plgpu.InterpretGPUParams(detect_races=True))
+               interpret=plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore"))
 
 
 @pytest.mark.parametrize("tiling", [
