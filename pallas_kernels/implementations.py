@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs: the one named, or XLA's.
+"""Which implementation of an operation runs: the one named, or the best that can here.
 
-No kernel has run on its hardware yet. Once one has, and agrees with the oracle there, None takes it
-where it can.
+Hopper's kernels are taken by default: they have run there, and agree with the oracle. No TPU's has
+run yet, so those are to be named.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import jax
 
 BACKENDS = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0 (Hopper)",
             "mosaic_tpu": "a TPU"}
+_PROVEN = frozenset({"mosaic_gpu"})
 
 
 class Kernel(NamedTuple):
@@ -49,7 +50,8 @@ def run(
 
   Args:
     operation: its name, for errors.
-    implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for "xla".
+    implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for this device's kernel where that
+      has run before and can do it, and else "xla".
     xla: the oracle; it takes everything that the operation takes.
     kernels: by name.
     *operands, **options: of the operation.
@@ -57,8 +59,12 @@ def run(
   Raises:
     ValueError: if the named implementation does not exist, not here, or not for these operands.
   """
-  chosen = xla
-  if implementation not in (None, "xla"):
+  if implementation is None:
+    kernel = kernels.get(here()) if here() in _PROVEN else None
+    chosen = kernel.run if kernel and not kernel.refuse(*operands, **options) else xla
+  elif implementation == "xla":
+    chosen = xla
+  else:
     chosen = _named(operation, implementation, kernels, *operands, **options)
   return chosen(*operands, **options)
 

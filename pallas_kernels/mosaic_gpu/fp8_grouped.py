@@ -51,7 +51,7 @@ def run(
     def locate(index):
       ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.snake)
       tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
-      num_k = jnp.where(tile.group < groups, k // BLOCK, 0).astype(jnp.int32)
+      num_k = jnp.where(tile.group < groups, pl.cdiv(k, BLOCK), 0).astype(jnp.int32)
       return Tile(tile.start, column, 0, num_k, refs.rhs_NK.at[tile.group],
                   refs.rhs_scales.at[tile.group],
                   functools.partial(_store_owned, refs, cut_smem, tile, column, tiling))

@@ -32,6 +32,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
 )
 from pallas_kernels.quantized import BLOCK, Quantized
 
+_GRAIN = 16  # bytes; what copies of several rows count in
 FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
 
 
@@ -144,7 +145,7 @@ def run(
     def locate(index):
       mi, ni = plgpu.planar_snake(index, grid, 1, tiling.snake)
       row, column = mi * tiling.block_m, first_column(ni, tiling)
-      return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales,
+      return Tile(row, column, 0, pl.cdiv(k, BLOCK), refs.rhs_NK, refs.rhs_scales,
                   functools.partial(store, refs, refs.out, row, column, tiling))
 
     multiply_tiles(refs, math.prod(grid), locate, tiling)
@@ -167,9 +168,9 @@ def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | N
 
 
 def refuse_size(name: str, size: int) -> str | None:
-  """Why an axis cannot be cut into blocks of 128, or None."""
-  if size == 0 or size % BLOCK:
-    return f"needs {name} to be a multiple of {BLOCK}, and it is {size}"
+  """Why an axis cannot be fetched in blocks of 128, the last of them cut short, or None."""
+  if size == 0 or size % _GRAIN:
+    return f"needs {name} to be a multiple of {_GRAIN}, and it is {size}"
   return None
 
 
@@ -342,7 +343,7 @@ def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
       rows = refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)]
       plgpu.wgmma(accumulator, rows, refs.rhs_smem.at[slots[i]].T)
       overwrite_accumulator()
-    # Before the products are awaited, so that the way from memory costs nothing.
+    # Before the products are awaited, so that this costs nothing.
     scales = [_scales(refs, tile, ki + i, slots[i], wave, tiling) for i, wave in batch]
     if refs.interpreted:
       # The detector of races asks for this between a read and the copy that follows. On hardware
@@ -353,7 +354,7 @@ def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
       product = plgpu.wgmma_accumulator_load(accumulators[at], wait_n=len(batch) - 1 - at)
       if wave == tiling.waves - 1:
         plgpu.barrier_arrive(refs.empty.at[slots[i]])
-      sums[wave] = _promote(sums[wave], product, *scales[at])
+      sums[wave] = _promote(sums[wave], product, scales[at])
     return tuple(sums)
 
   accumulator = plgpu.ACC((ROWS, tiling.block_n), jnp.float32)
@@ -363,30 +364,30 @@ def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
   return sums
 
 
-def _scales(refs, tile, ki, slot, wave, tiling):
-  """Of the rows of lhs, and of rhs: of its columns, or one for each chunk of them."""
+def _scales(refs, tile, ki, slot, wave, tiling) -> tuple[jax.Array, ...]:
+  """What a product is multiplied by, in chunks of columns."""
   def load(source, axis):
     return plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
 
   row_scales = load(refs.lhs_scale_smem.at[slot, pl.ds(wave * ROWS, ROWS)], 1)
   if refs.rhs_scale_smem is not None:
-    return row_scales, load(refs.rhs_scale_smem.at[slot], 0)
+    shape = ROWS, tiling.block_n
+    column_scales = load(refs.rhs_scale_smem.at[slot], 0)
+    return (lax.broadcast_in_dim(row_scales, shape, [0])
+            * lax.broadcast_in_dim(column_scales, shape, [1]),)
   last = tile.rhs_scales.shape[0] - 1  # a tile may reach past it
   chunk = math.gcd(tiling.block_n, BLOCK)
   blocks = [jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last)
             for column in range(0, tiling.block_n, chunk)]
-  return row_scales, [tile.rhs_scales[block, ki] for block in blocks]
+  return tuple(lax.broadcast_in_dim(row_scales * tile.rhs_scales[block, ki], (ROWS, chunk), [0])
+               for block in blocks)
 
 
-def _promote(sums, product, row_scales, column_scales) -> tuple[jax.Array, ...]:
-  shape = sums[0].shape
-  if not isinstance(column_scales, list):
-    product *= lax.broadcast_in_dim(column_scales, product.shape, [1])
-    return (sums[0] + product * lax.broadcast_in_dim(row_scales, shape, [0]),)
-  chunks = [lax.slice(product, (0, i * shape[1]), (ROWS, (i + 1) * shape[1]))
-            for i in range(len(sums))]
-  return tuple(total + chunk * lax.broadcast_in_dim(row_scales * scale, shape, [0])
-               for total, chunk, scale in zip(sums, chunks, column_scales, strict=True))
+def _promote(sums, product, scales) -> tuple[jax.Array, ...]:
+  width = sums[0].shape[1]
+  return tuple(
+      total + lax.slice(product, (0, i * width), (ROWS, (i + 1) * width)) * scale
+      for i, (total, scale) in enumerate(zip(sums, scales, strict=True)))
 
 
 def store(
