@@ -79,12 +79,12 @@ def _ceilings(width: int, cfg: BenchConfig) -> dict[str, float]:
           "FP8 TFLOP/s": (jax.jit(product), small, 2 * width**3 / 1e12)}
   found = {}
   for name, (run, operand, work) in runs.items():
-    timed = _Timed(functools.partial(run, operand), jax.block_until_ready, cfg.seconds)
+    timed = Timed(functools.partial(run, operand), jax.block_until_ready, cfg.seconds)
     found[name] = work / float(np.median([timed() for _ in range(cfg.rounds)]))
   return found
 
 
-class _Timed:
+class Timed:
   """Seconds of one call, of as many as fill the time asked for; compiled and warm."""
 
   def __init__(self, run: Callable, wait: Callable, seconds: float):
@@ -103,7 +103,7 @@ class _Timed:
 
 
 def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[dict]:
-  timed = {name: _Timed(functools.partial(jax.jit(run), *case.operands), jax.block_until_ready,
+  timed = {name: Timed(functools.partial(jax.jit(run), *case.operands), jax.block_until_ready,
                         cfg.seconds) for name, run in case.sides.items()}
   off = _error(case, timed["ours"].result)
   absent = {}
@@ -120,7 +120,7 @@ def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[d
       for name, why in absent.items()]
 
 
-def _peers(case: Case, cfg: BenchConfig) -> tuple[dict[str, _Timed], dict[str, str]]:
+def _peers(case: Case, cfg: BenchConfig) -> tuple[dict[str, Timed], dict[str, str]]:
   """Peers that run here, and of the others why not."""
   found, absent = {}, {}
   try:
@@ -131,7 +131,7 @@ def _peers(case: Case, cfg: BenchConfig) -> tuple[dict[str, _Timed], dict[str, s
   for name, function in case.peers.items():
     try:
       run = functools.partial(getattr(torch, function), *operands)
-      found[name] = _Timed(run, torch.wait, cfg.seconds)
+      found[name] = Timed(run, torch.wait, cfg.seconds)
     except (RuntimeError, AttributeError, ValueError) as why:
       absent[name] = str(why).partition("\n")[0]
   return found, absent

@@ -91,12 +91,12 @@ def group_sizes(rows: int, groups: int, skew: str) -> jax.Array:
   return jnp.diff(ends, prepend=0)
 
 
-def _normal(*shape: int, seed: int = 0) -> jax.Array:
+def normal(*shape: int, seed: int = 0) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
 def _fp8_matmul(m: int, n: int, k: int, implementation: str | None) -> Case:
-  x_MK, w_NK = _normal(m, k), _normal(n, k, seed=1)
+  x_MK, w_NK = normal(m, k), normal(n, k, seed=1)
   operands = (ops.quantize(x_MK), ops.quantize(w_NK, "128x128"), x_MK, w_NK)
   return Case(
       "fp8_matmul", f"{m} x {n} x {k}", 2 * m * n * k, "TFLOP/s", operands,
@@ -110,7 +110,7 @@ def _fp8_matmul(m: int, n: int, k: int, implementation: str | None) -> Case:
 def _grouped(rows, groups, k, n, skew, implementation) -> Iterator[Case]:
   shape, flops = f"{rows} x {k} x {n}, {groups} {skew} groups", 2 * rows * k * n
   sizes_G = group_sizes(rows, groups, skew)
-  x_RK, w_GKN, dy_RN = _normal(rows, k), _normal(groups, k, n, seed=1), _normal(rows, n, seed=2)
+  x_RK, w_GKN, dy_RN = normal(rows, k), normal(groups, k, n, seed=1), normal(rows, n, seed=2)
   ours = functools.partial(ops.grouped_matmul, implementation=implementation)
 
   def both_ways(product):
@@ -162,7 +162,7 @@ def _fp8_weight_gradient(shape, flops, x_RK, dy_RN, sizes_G, implementation) -> 
 
 def _quantised(rows: int, columns: int, implementation: str | None) -> Iterator[Case]:
   scales = rows * columns // 128 * 4
-  x_MK, gate_up_M2F = _normal(rows, columns), _normal(rows, 2, columns // 2)
+  x_MK, gate_up_M2F = normal(rows, columns), normal(rows, 2, columns // 2)
   named = {"quantize": (ops.quantize, x_MK, columns, columns, scales),
            "swiglu_quantize": (ops.swiglu_quantize, gate_up_M2F, columns, columns // 2, scales / 2),
            "quantize_both": (ops.quantize_both, x_MK, columns, 2 * columns, 2 * scales)}

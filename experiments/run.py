@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "bench_seeds": "time several seeds trained together against one",
     "bench_rl_cost": "time PPO, GRPO and RFT beside each other, and count their peak bytes",
     "bench_kernels": "time the FP8 and grouped products beside torch's (--scale=smoke, gpu)",
+    "tune_kernels": "measure tilings of Hopper's kernels, and write the table they choose from",
     "bench_moe": "time the ways of computing routed experts against each other",
     "fp8_accumulation": "how much tensor cores lose of sums of FP8 products, against K",
     "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",

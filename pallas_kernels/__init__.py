@@ -2,7 +2,8 @@
 
 Every operation takes `implementation`: "xla" is the readable oracle, which works everywhere;
 "mosaic_gpu" (Hopper) and "mosaic_tpu" are kernels, and raise ValueError with the reason where this
-machine or these operands are not for them. None is the kernel of this machine, where it has been run and can take the operands, and else "xla".
+machine or these operands are not for them. None is this machine's kernel, if that has been run on
+hardware and can take the operands, and else "xla".
 """
 
 from pallas_kernels.fp8_experts import fp8_experts

@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
     pad_rows,
     store_runs,
 )
+from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
 
@@ -41,8 +42,9 @@ def run(
   Returns:
     [R, N].
   """
-  tiling = tiling or fp8_matmul.default_tiling(dtype, vectors=False)
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
+  tiling = tiling or tuned(fp8_matmul.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
+                           dtype, groups, k, n)
   values_RK = pad_rows(lhs_RK.values_MK, tiling.block_m)
   end = len(values_RK) - rows
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)

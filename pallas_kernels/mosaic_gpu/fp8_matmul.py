@@ -30,6 +30,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
     pad_rows,
     swizzle,
 )
+from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
 _GRAIN = 16  # bytes; what copies of several rows count in
@@ -129,14 +130,16 @@ def run(
 
   Args:
     lhs_MK, rhs_NK, dtype: as there.
-    tiling: None for a good one.
+    tiling: None for the one measured best, or `default_tiling`.
     interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
 
   Returns:
     [M, N].
   """
   vectors = rhs_NK.tile == (1, BLOCK)
-  tiling = tiling or default_tiling(dtype, vectors)
+  operation = f"fp8_matmul {'1x128' if vectors else '128x128'}"
+  tiling = tiling or tuned(default_tiling(dtype, vectors), operation, dtype,
+                           lhs_MK.shape[0], *rhs_NK.shape)
   values_MK = pad_rows(lhs_MK.values_MK)
   (m, k), n = values_MK.shape, rhs_NK.shape[0]
   grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))

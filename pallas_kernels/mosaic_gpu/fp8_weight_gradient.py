@@ -19,6 +19,7 @@ from pallas_kernels import implementations
 from pallas_kernels.fp8_grouped import aligned_starts
 from pallas_kernels.mosaic_gpu import fp8_matmul
 from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile, Tiling, k_major
+from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
 
@@ -34,8 +35,9 @@ def run(
   Returns:
     [G, K, N].
   """
-  tiling = tiling or fp8_matmul.default_tiling(dtype, vectors=True)
   (k, _), n, groups = lhs_KS.shape, rhs_NS.shape[0], len(sizes_G)
+  tiling = tiling or tuned(fp8_matmul.default_tiling(dtype, vectors=True),
+                           "fp8_grouped_weight_gradient", dtype, groups, k, n)
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(k, tiling.block_m), pl.cdiv(n, columns))
 

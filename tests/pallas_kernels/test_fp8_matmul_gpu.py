@@ -140,7 +140,8 @@ def test_promotion_beats_sums_that_stay_in_the_tensor_core():
 @hopper
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("m", "n", "k"), [
-    (1, 384, 640), (7, 384, 640), (128, 384, 640), (131, 576, 640), (1000, 384, 576), (131, 16, 16)])
+    (1, 384, 640), (7, 384, 640), (128, 384, 640), (131, 576, 640), (1000, 384, 576),
+    (131, 16, 16)])
 def test_every_row_is_there_and_bfloat16_is_rounded_float32(m, n, k, tile):
   lhs = quantize(jnp.asarray(normal((m, k))))
   rhs = quantize(jnp.asarray(normal((n, k), 1)), tile)

@@ -1,0 +1,47 @@
+"""tune_kernels: what it would measure, the table it makes, and the one that is committed."""
+
+import pytest
+
+from experiments import tune_kernels
+from experiments.options import Options
+from pallas_kernels.mosaic_gpu import fp8_matmul, grouped_matmul, tilings
+
+
+def test_no_job_is_there_twice_and_its_first_candidate_is_what_the_kernel_would_take():
+  jobs = list(tune_kernels.jobs())
+  assert len({job.key for job in jobs}) == len(jobs)
+  for job in jobs:
+    assert len(set(job.candidates)) == len(job.candidates) > 1
+    vectors = "1x128" in job.key or "fp8_grouped_weight_gradient" in job.key
+    if job.key.startswith("fp8"):
+      default = fp8_matmul.default_tiling("float32" if vectors else "bfloat16", vectors)
+    else:
+      default = grouped_matmul.default_tiling(int(job.key.rpartition(" ")[2]))
+    assert job.candidates[0] == default
+
+
+def test_the_table_has_what_took_the_least_of_the_defaults_time():
+  row = lambda key, block_n, of_default: {
+      "key": key, "tiling": {"block_n": block_n}, "of_default": of_default}
+  rows = [row("b", 1, 1.0), row("a", 2, 0.9), row("a", 1, 1.0), row("a", 3, 1.1), row("b", 2, 1.2)]
+  assert tune_kernels.best(rows) == {"a": {"block_n": 2}, "b": {"block_n": 1}}
+
+
+def test_every_committed_tiling_is_one_that_is_measured():
+  jobs = {job.key: job for job in tune_kernels.jobs()}
+  for name, fields in tilings.table().items():
+    assert type(jobs[name].candidates[0])(**fields) in jobs[name].candidates
+
+
+def test_a_shape_gets_its_own_tiling_and_any_other_the_default(monkeypatch):
+  default = fp8_matmul.Tiling()
+  monkeypatch.setattr(tilings, "table", lambda: {
+      "fp8_matmul 128x128 bfloat16 128 x 256 x 384": {"depth": 1, "stages": 4}})
+  found = lambda *sizes: tilings.tuned(default, "fp8_matmul 128x128", "bfloat16", *sizes)
+  assert found(128, 256, 384) == fp8_matmul.Tiling(depth=1, stages=4)
+  assert found(128, 256, 512) is default
+
+
+def test_tuning_without_a_gpu_is_refused():
+  with pytest.raises(ValueError, match="Hopper"):
+    tune_kernels.main(Options("tune_kernels"))
