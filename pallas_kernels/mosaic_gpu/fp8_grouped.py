@@ -23,6 +23,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
     SWIZZLE,
     WARPGROUPS,
     owned,
+    pad_blocks,
     pad_rows,
     store_runs,
 )
@@ -45,7 +46,7 @@ def run(
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
   tiling = tiling or tuned(fp8_matmul.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
                            dtype, groups, k, n)
-  values_RK = pad_rows(lhs_RK.values_MK, tiling.block_m)
+  values_RK = pad_blocks(pad_rows(lhs_RK.values_MK, tiling.block_m), BLOCK)
   end = len(values_RK) - rows
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
@@ -60,8 +61,8 @@ def run(
 
     fp8_matmul.multiply_tiles(refs, count_1[0] * num_columns, locate, tiling)
 
-  operands = (values_RK, rhs_GNK.values_MK, jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))),
-              rhs_GNK.scales_mk)
+  operands = (values_RK, pad_blocks(rhs_GNK.values_MK, BLOCK),
+              jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))), rhs_GNK.scales_mk)
   most = schedule.most_tiles(rows + end, groups, tiling.block_m) * num_columns
   piece = WARPGROUPS, ROWS, SWIZZLE // jnp.dtype(dtype).itemsize
   return fp8_matmul.launch(
@@ -73,11 +74,10 @@ def run(
 def refuse(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None."""
-  for name, size in (("N", rhs_GNK.shape[1]), ("K", lhs_RK.shape[1])):
-    if reason := fp8_matmul.refuse_size(name, size):
-      return reason
-  if lhs_RK.shape[0] == 0 or len(sizes_G) == 0:
-    return f"needs rows and groups, and there are {lhs_RK.shape[0]} and {len(sizes_G)}"
+  if reason := fp8_matmul.refuse_size("N", rhs_GNK.shape[1]):
+    return reason
+  if 0 in lhs_RK.shape or len(sizes_G) == 0:
+    return f"needs rows and groups, and lhs is {lhs_RK.shape}, of {len(sizes_G)} groups"
   return fp8_matmul.refuse_formats(lhs_RK, rhs_GNK, dtype)
 
 

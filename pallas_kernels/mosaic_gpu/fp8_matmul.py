@@ -27,13 +27,14 @@ from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     WARPGROUPS,
     overwrite_accumulator,
+    pad_blocks,
     pad_rows,
     swizzle,
 )
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
-_GRAIN = 16  # bytes; what copies of several rows count in
+_GRAIN = 16  # bytes, or rows laid out in eights; what copies count in
 FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
 
 
@@ -140,7 +141,7 @@ def run(
   operation = f"fp8_matmul {'1x128' if vectors else '128x128'}"
   tiling = tiling or tuned(default_tiling(dtype, vectors), operation, dtype,
                            lhs_MK.shape[0], *rhs_NK.shape)
-  values_MK = pad_rows(lhs_MK.values_MK)
+  values_MK = pad_blocks(pad_rows(lhs_MK.values_MK), BLOCK)
   (m, k), n = values_MK.shape, rhs_NK.shape[0]
   grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))
 
@@ -148,13 +149,14 @@ def run(
     def locate(index):
       mi, ni = plgpu.planar_snake(index, grid, 1, tiling.snake)
       row, column = mi * tiling.block_m, first_column(ni, tiling)
-      return Tile(row, column, 0, pl.cdiv(k, BLOCK), refs.rhs_NK, refs.rhs_scales,
+      return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales,
                   functools.partial(store, refs, refs.out, row, column, tiling))
 
     multiply_tiles(refs, math.prod(grid), locate, tiling)
 
   columns = tiling.block_n * tiling.cluster
-  operands = (values_MK, rhs_NK.values_MK, k_major(lhs_MK.scales_mk, tiling.block_m),
+  operands = (values_MK, pad_blocks(rhs_NK.values_MK, BLOCK),
+              k_major(lhs_MK.scales_mk, tiling.block_m),
               k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)
   return launch(body, operands, jax.ShapeDtypeStruct((m, n), dtype), tiling, math.prod(grid),
                 interpret, vectors=vectors)[:lhs_MK.shape[0]]
@@ -162,16 +164,15 @@ def run(
 
 def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None."""
-  for name, size in (("N", rhs_NK.shape[0]), ("K", lhs_MK.shape[1])):
-    if reason := refuse_size(name, size):
-      return reason
-  if lhs_MK.shape[0] == 0:
-    return "needs at least one row, and lhs has none"
+  if reason := refuse_size("N", rhs_NK.shape[0]):
+    return reason
+  if 0 in lhs_MK.shape:
+    return f"needs numbers to multiply, and lhs is {lhs_MK.shape}"
   return refuse_formats(lhs_MK, rhs_NK, dtype)
 
 
 def refuse_size(name: str, size: int) -> str | None:
-  """Why an axis cannot be fetched in blocks of 128, the last of them cut short, or None."""
+  """Why rows of rhs, or columns of a result, cannot be copied in whole tiles, or None."""
   if size == 0 or size % _GRAIN:
     return f"needs {name} to be a multiple of {_GRAIN}, and it is {size}"
   return None

@@ -37,6 +37,12 @@ def pad_rows(x_RN: jax.Array, least: int = 0) -> jax.Array:
   return jnp.pad(x_RN, ((0, aligned(len(x_RN), least) - len(x_RN)), (0, 0)))
 
 
+def pad_blocks(x_MK: jax.Array, block: int) -> jax.Array:
+  """Adds columns of zeros, up to whole blocks, of which copies cut nothing off along rows."""
+  pad = [(0, 0)] * (x_MK.ndim - 1) + [(0, -x_MK.shape[-1] % block)]
+  return jnp.pad(x_MK, pad) if pad[-1][1] else x_MK
+
+
 def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -> None:
   """Stores `count` rows of a piece, those from `first`, in runs of 1, 2, 4, ... rows.
 
