@@ -8,6 +8,7 @@ Shape letters:  R rows  G groups  K contracted width  N result width  k blocks o
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from pallas_kernels.mosaic_gpu.hopper import (
 )
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
+
+_PIECE = 64  # columns, the most that are stored at a time where a tile owns some of its rows
 
 
 def run(
@@ -64,18 +67,18 @@ def run(
   operands = (values_RK, pad_blocks(rhs_GNK.values_MK, BLOCK),
               jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))), rhs_GNK.scales_mk)
   most = schedule.most_tiles(rows + end, groups, tiling.block_m) * num_columns
-  piece = WARPGROUPS, ROWS, SWIZZLE // jnp.dtype(dtype).itemsize
+  width = min(SWIZZLE // jnp.dtype(dtype).itemsize, math.gcd(tiling.block_n, BLOCK))
   return fp8_matmul.launch(
       body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling, most, interpret,
       vectors=False, before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
-      cut_smem=plgpu.SMEM(piece, dtype))[:rows]
+      cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))[:rows]
 
 
 def refuse(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None."""
-  if reason := fp8_matmul.refuse_size("N", rhs_GNK.shape[1]):
-    return reason
+  if rhs_GNK.shape[1] == 0 or rhs_GNK.shape[1] % _PIECE:
+    return f"needs N to be a multiple of {_PIECE}, and it is {rhs_GNK.shape[1]}"
   if 0 in lhs_RK.shape or len(sizes_G) == 0:
     return f"needs rows and groups, and lhs is {lhs_RK.shape}, of {len(sizes_G)} groups"
   return fp8_matmul.refuse_formats(lhs_RK, rhs_GNK, dtype)
@@ -97,16 +100,19 @@ def _store_owned(
 def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
   """Stores `count` rows of a warpgroup's, which begin at `row`: those from `first`."""
   cut = cut_smem.at[lax.axis_index("wg")]
-  chunk = chunks[0].shape[1]
-  width = min(cut.shape[1], chunk)
-  for start in range(0, len(chunks) * chunk, width):
+  chunk, width = chunks[0].shape[1], cut.shape[1]
+
+  def store_piece(start):
     at = start % chunk
     piece = lax.slice(chunks[start // chunk], (0, at), (ROWS, at + width))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    compat.store(cut.at[:, pl.ds(0, width)], piece.astype(cut.dtype))
+    compat.store(cut, piece.astype(cut.dtype))
     plgpu.commit_smem()
-    store_runs(cut.at[:, pl.ds(0, width)], first, count, out_RN, row,
-               pl.ds(column + start, width))
+    store_runs(cut, first, count, out_RN, row, pl.ds(column + start, width))
+
+  for start in range(0, len(chunks) * chunk, width):
+    # Columns behind a row's last would be those of the next row: not so where tiles are whole.
+    pl.when(column + start < out_RN.shape[1])(functools.partial(store_piece, start))
 
 
 KERNEL = implementations.Kernel(run, refuse)

@@ -108,7 +108,7 @@ def test_operands_that_do_not_fit_are_refused_with_the_reason():
   refuse = functools.partial(fp8_grouped.refuse, dtype=jnp.bfloat16)
   assert refuse(shaped((5, 128), (1, 128)), weights, sizes) is None
   assert "rows" in refuse(shaped((0, 128), (1, 128)), weights, sizes)
-  assert "N to be a multiple of 16" in refuse(
+  assert "N to be a multiple of 64" in refuse(
       shaped((5, 128), (1, 128)), shaped((2, 50, 128), (128, 128)), sizes)
   refuse = functools.partial(fp8_weight_gradient.refuse, dtype=jnp.float32)
   assert refuse(shaped((128, 384), (1, 128)), shaped((256, 384), (1, 128)), sizes) is None
