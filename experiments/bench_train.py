@@ -1,238 +1,183 @@
-"""Training speed beside a peer, alternating in one run: same shape, format, threads and batch.
+"""Training speed beside a peer, alternating in one run: same shape, formats, device and batch.
 
 The peer is transformers' DeepSeek-V3 on torch, as a subprocess of an interpreter that has them
-(`bench.python`), in its fastest known variants; ours is quoted against the best of those. Beside
-it: what the input pipeline gives alone, and what a checkpoint costs.
+(`bench.python`), in its fastest known variants; ours is quoted against the best of those. At scale
+`gpu` both sides share the GPU, with and without the optimizer; at `v2_lite`, ours in FP8 is timed
+beside ours in bfloat16 on layers of V2-Lite's widths; at `cpu`, what the input pipeline gives alone
+and what a checkpoint costs are measured, too. `--profile` says where the time goes.
 """
 
 import dataclasses
-import json
-import pathlib
-import resource
-import shutil
-import subprocess
+import os
 import sys
 import tempfile
 import time
-from typing import Literal
+from typing import Any
 
-import jax
 import numpy as np
 
-from experiments import provenance, settings
+from experiments import markdown, provenance, settings
+from experiments.bench_kernels import ratio
+from experiments.bench_train_sides import Bench, BenchConfig, Ours, Peer, Side
 from experiments.options import Options
-from model import ModelConfig, get_config
+from model import NUMERICS, get_config
 from train.checkpoint import Checkpoints
-from train.config import DataConfig, RunConfig, TrainConfig
+from train.config import OptimizerConfig, RunConfig
 from train.config_io import to_dict
 from train.data import load
-from train.program import Program
+from train.hardware import peak_flops
 
-_PEER = pathlib.Path(__file__).parent / "peers" / "transformers_train.py"
-_VARIANTS = (  # flags of the peer: the fastest of a dozen, without and with a compiler
-    ("--experts=eager", "--adamw=fused"), ("--experts=grouped_mm", "--adamw=fused"),
-    ("--experts=grouped_mm", "--adamw=plain"),
-    ("--experts=grouped_mm", "--adamw=fused", "--compile"))
-_WARM_UP = 12  # steps of either side before any is timed: by then its memory has stopped growing
-_STEPS_TO_CHECKPOINT = 6
+_STEPS_TO_CHECKPOINT, _CHECKPOINT_EVERY = 6, 100
+_KERNELS_LISTED = 40
+_GPU_FLAGS = "--device=cuda --dtype=bfloat16 --experts=grouped_mm --adamw=fused"
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-  """How to measure.
-
-  Attributes:
-    peer: what to compare with; None for ours alone.
-    python: the interpreter that has torch and transformers.
-    rounds: alternations; medians over them are quoted.
-    steps: a round's.
-  """
-
-  peer: Literal["transformers"] | None = None
-  python: str = sys.executable
-  rounds: int = 7
-  steps: int = 3
-
-  def __post_init__(self):
-    if self.rounds < 1 or self.steps < 1:
-      raise ValueError("Bench.rounds and Bench.steps must be positive")
-    if self.peer and not shutil.which(self.python):
-      raise ValueError(f"bench.python={self.python} is no program: give an interpreter that has "
-                       "torch and transformers")
-
-
-# Without MTP, which the peer does not train.
-_MICRO = dataclasses.replace(get_config("micro"), mtp=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchConfig:
-  """What is trained, and how it is timed."""
-
-  bench: Bench = Bench()
-  model: ModelConfig = _MICRO
-  seq_len: int = 256
-  batch_size: int = 8
+def _scales() -> dict[str, BenchConfig]:
+  # Without MTP, which the peer does not train. Its optimizer keeps moments in float32.
+  return {
+      "cpu": BenchConfig(
+          bench=Bench(variants=(  # the fastest of a dozen, without and with a compiler
+              "--experts=eager --adamw=fused", "--experts=grouped_mm --adamw=fused",
+              "--experts=grouped_mm --adamw=plain",
+              "--experts=grouped_mm --adamw=fused --compile")),
+          model=dataclasses.replace(get_config("micro"), mtp=None), seq_len=256, batch_size=8,
+          optimizer=OptimizerConfig()),
+      "gpu": BenchConfig(
+          bench=Bench(numerics=("bf16",), phases=("forward_backward", "train"), steps=5, warm_up=5,
+                      patience=90.0,
+                      variants=(f"{_GPU_FLAGS} --attention=sdpa",
+                                f"{_GPU_FLAGS} --attention=cudnn --compile")),
+          model=get_config("base"), seq_len=2048, batch_size=8, unroll=1,
+          optimizer=OptimizerConfig(moments="float32")),
+      "v2_lite": BenchConfig(
+          bench=Bench(numerics=("fp8", "bf16"), phases=("forward_backward", "train"), steps=5,
+                      warm_up=5),
+          model=dataclasses.replace(get_config("deepseek_v2_lite"), num_layers=4,
+                                    num_dense_layers=0, vocab_size=32768),
+          seq_len=2048, batch_size=8, unroll=1, optimizer=OptimizerConfig())}
 
 
 def main(options: Options) -> None:
-  options.refuse("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
-  cfg = settings.apply(BenchConfig(), options.settings, named={"model": get_config})
-  run_cfg = RunConfig(
-      model=cfg.model, data=DataConfig(seq_len=cfg.seq_len),
-      train=TrainConfig(steps=10_000, batch_size=cfg.batch_size, unroll=cfg.model.num_layers))
-  ours = _Ours(run_cfg)
-  sides = {"ours": ours}
+  options.refuse("seeds", "a", "b", "arms", "max_minutes")
+  scales = _scales()
+  scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(scales)
+  cfg = settings.apply(scales[scale], options.settings, named={"model": get_config})
   if cfg.bench.peer:
-    sides |= {f"transformers {' '.join(flags)}": _Peer(cfg, flags) for flags in _VARIANTS}
+    # Read when the device is first used: the sides share its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  result: dict[str, Any] = {"shape": to_dict(cfg), "params": cfg.model.param_count(),
+                            "absent": {}, "phases": {}}
+  peers = [Peer(cfg, flags) for flags in cfg.bench.variants if cfg.bench.peer]
   try:
-    for _ in range(cfg.bench.rounds):
-      for side in sides.values():
-        side.go(cfg.bench.steps)
+    ours = [Ours(cfg, numerics) for numerics in cfg.bench.numerics]
+    sides: list[Side] = [*ours, *peers]
+    for phase in cfg.bench.phases:
+      timed = result["phases"][phase] = _measure(cfg, phase, sides, result["absent"], options)
+      _report(cfg, phase, timed)
   finally:
-    for side in sides.values():
-      side.quit()
-  tokens = cfg.batch_size * cfg.seq_len
-  result = {
-      "shape": to_dict(cfg), "params": cfg.model.param_count(),
-      "sides": {name: side.summary(tokens) for name, side in sides.items()},
-      "input_pipeline_tokens_per_second": _pipeline(run_cfg),
-      "checkpoint": ours.checkpoint_cost(run_cfg.train.checkpoint_every)}
-  _report(cfg, result)
+    for peer in peers:
+      peer.quit()
+  if scale == "cpu":
+    result |= _surroundings(cfg, ours[0])
   if options.out:
     provenance.record(options.out, result)
 
 
-def _report(cfg: BenchConfig, result: dict) -> None:
-  flops = cfg.model.flops_per_token(cfg.seq_len)
-  sides = result["sides"]
-  ours = sides["ours"]["tokens_per_second"]
-  peers = {name: side["tokens_per_second"] for name, side in sides.items() if name != "ours"}
-  if peers:
-    best = max(peers, key=peers.get)
-    result["ratio"] = ours / peers[best]
-    print(f"ours over the best peer ({best}): {result['ratio']:.2f}")
-    for name in sorted(peers, key=peers.get, reverse=True)[1:]:
-      print(f"  over {name}: {ours / peers[name]:.2f}")
-  print(f"{'':64}{'tokens/s':>10}{'GFLOP/s':>9}{'peak MB':>9}{'start s':>9}")
+def _measure(cfg: BenchConfig, phase: str, sides: list[Side], absent: dict[str, str],
+             options: Options) -> dict:
+  """All sides that can, alternating; a peer that cannot is noted, and leaves `sides`."""
+  for side in tuple(sides):
+    try:
+      side.start(phase)
+    except ValueError as why:
+      if not isinstance(side, Peer):
+        raise
+      print(f"left out: {side.name}: {why}", file=sys.stderr)
+      absent[side.name] = str(why)
+      side.quit()
+      sides.remove(side)
+  seconds = {side.name: [] for side in sides}
+  for _ in range(cfg.bench.rounds):
+    for side in sides:
+      seconds[side.name].append(side.go(cfg.bench.steps) / cfg.bench.steps)
+  if options.profile:
+    _write_profiles(phase, [side for side in sides if isinstance(side, Ours)], options)
+  first = sides[0].name
+  return {
+      "sides": {side.name: _rates(cfg, seconds[side.name]) | side.finish() for side in sides},
+      "faster_by": {name: ratio(seconds[first], took)
+                    for name, took in seconds.items() if name != first}}
+
+
+def _rates(cfg: BenchConfig, seconds: list[float]) -> dict:
+  rate = cfg.tokens / float(np.median(seconds))
+  flops = rate * cfg.model.flops_per_token(cfg.seq_len)
+  compute = NUMERICS[cfg.bench.numerics[0]].compute
+  return {"tokens_per_second": rate, "by_round": [cfg.tokens / took for took in seconds],
+          "flops_per_second": flops,
+          "share_of_peak": flops / peak_flops(compute)}
+
+
+def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
+  sides = timed["sides"]
+  first, *others = sides
+  print(f"\n{phase.replace('_', ' + ')}, {cfg.batch_size} x {cfg.seq_len} tokens")
+  for name in sorted(others, key=lambda name: -sides[name]["tokens_per_second"]):
+    mean, low, high = timed["faster_by"][name]
+    print(f"{first} over {name}: {mean:.2f} ({low:.2f} to {high:.2f})")
+  width = max(map(len, sides))
+  print(f"{'':{width}}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'peak MB':>9}{'start s':>9}")
   for name, side in sides.items():
-    rate = side["tokens_per_second"]
-    print(f"{name:64}{rate:10,.0f}{rate * flops / 1e9:9.1f}{side['peak_rss_mb']:9,.0f}"
-          f"{side['start_seconds']:9.1f}")
-  pipeline = result["input_pipeline_tokens_per_second"]
-  print(f"input pipeline alone: {pipeline:,.0f} tokens/s, {pipeline / ours:.0f} times the training")
-  save = result["checkpoint"]
+    print(f"{name:{width}}{side['tokens_per_second']:10,.0f}{side['flops_per_second'] / 1e12:9.2f}"
+          f"{side['share_of_peak']:9.1%}{side['peak_mb']:9,.0f}{side['start_seconds']:9.1f}")
+
+
+def _write_profiles(phase: str, ours: list[Ours], options: Options) -> None:
+  """Where a step's time goes, printed, and written beside the results."""
+  for side in ours:
+    parts = side.trace()
+    total = sum(share.seconds for share in parts["kinds"])
+    text = f"# Where the time goes: {side.name}, {phase}\n"
+    for title, shares in (("kind of work", parts["kinds"]),
+                          ("kernel", parts["kernels"][:_KERNELS_LISTED])):
+      rows = [(share.name, 1e3 * share.seconds, share.seconds / total, share.count)
+              for share in shares]
+      text += "\n" + markdown.table((title, "ms a step", "share", "times"), rows) + "\n"
+    print(text)
+    if options.out:
+      options.out.mkdir(parents=True, exist_ok=True)
+      name = f"{phase}-{side.name}".replace(" ", "-")
+      (options.out / f"profile-{name}.md").write_text(text, encoding="utf-8")
+
+
+def _surroundings(cfg: BenchConfig, ours: Ours) -> dict:
+  """What the input pipeline gives, and what a checkpoint costs."""
+  run = cfg.run(cfg.bench.numerics[0])
+  pipeline = _pipeline(run)
+  print(f"input pipeline alone: {pipeline:,.0f} tokens/s")
+  ours.start("train")
+  save = _checkpoint_cost(ours)
+  ours.finish()
   print(f"a checkpoint costs {save['seconds']:.2f} s, {save['share']:.1%} of the "
         f"{save['interval']} steps between two")
+  return {"input_pipeline_tokens_per_second": pipeline, "checkpoint": save}
 
 
-class _Ours:
-  """This project's train step, optimizer included, on new random tokens every step."""
-
-  def __init__(self, cfg: RunConfig):
-    started = time.perf_counter()
-    self._cfg, self._program = cfg, Program([cfg], {})
-    self._state, self._index, self._rates = self._program.init(), 0, []
-    self._rng = np.random.default_rng(0)
-    self._run(1)
-    self._start_seconds = time.perf_counter() - started
-    self._run(_WARM_UP - 1)
-
-  def _run(self, steps: int) -> float:
-    started = time.perf_counter()
-    rows, length = self._cfg.train.batch_size, self._cfg.data.seq_len
-    for _ in range(steps):
-      tokens = self._rng.integers(0, self._cfg.model.vocab_size, (rows, length + 1), np.int32)
-      batch = {"tokens": tokens, "loss_mask": np.ones((rows, length), bool)}
-      self._state, metrics = self._program.step(self._state, self._index, batch)
-      self._index += 1
-    jax.block_until_ready((self._state, metrics))
-    return time.perf_counter() - started
-
-  def go(self, steps: int) -> None:
-    self._rates.append(steps / self._run(steps))
-
-  def quit(self) -> None:
-    self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-  def summary(self, tokens: int) -> dict:
-    return _summary(self._rates, tokens, self._peak, self._start_seconds)
-
-  def checkpoint_cost(self, interval: int) -> dict:
-    """Seconds that a save adds to the steps around it, and their share of all between two."""
-    with tempfile.TemporaryDirectory() as folder:
-      checkpoints, extra = Checkpoints(folder, keep=1), []
-      for index in range(3):
-        plain = self._run(_STEPS_TO_CHECKPOINT)
-        started = time.perf_counter()
-        checkpoints.save(index, self._state, {})
-        self._run(_STEPS_TO_CHECKPOINT)
-        extra.append(time.perf_counter() - started - plain)
-        checkpoints.wait()
-      checkpoints.close()
-    seconds = float(np.median(extra))
-    return {"seconds": seconds, "interval": interval,
-            "share": seconds / (interval * plain / _STEPS_TO_CHECKPOINT)}
-
-
-class _Peer:
-  """A subprocess that trains when told."""
-
-  def __init__(self, cfg: BenchConfig, flags: tuple[str, ...]):
-    network, attention, moe = cfg.model, cfg.model.attention, cfg.model.moe
-    shape = {
-        "vocab_size": network.vocab_size, "hidden_size": network.d_model,
-        "num_hidden_layers": network.num_layers, "intermediate_size": network.ffn_dim,
-        "first_k_dense_replace": network.num_dense_layers,
-        "num_attention_heads": attention.num_heads, "num_key_value_heads": attention.num_heads,
-        "q_lora_rank": attention.q_lora_rank, "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_head_dim,
-        "qk_rope_head_dim": attention.qk_rope_head_dim, "v_head_dim": attention.v_head_dim,
-        "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.experts_per_token,
-        "moe_intermediate_size": moe.expert_dim, "n_shared_experts": moe.num_shared_experts,
-        "n_group": moe.num_groups, "topk_group": moe.groups_per_token,
-        "max_position_embeddings": network.max_seq_len}
-    config = {"shape": shape, "batch": cfg.batch_size, "seq": cfg.seq_len, "steps": 1}
-    started = time.perf_counter()
-    self._process = subprocess.Popen(
-        [cfg.bench.python, str(_PEER), json.dumps(config), *flags],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    self._rates, ready = [], self._answer()
-    self._start_seconds, self._peak = time.perf_counter() - started, 0.0
-    if ready["params"] != network.param_count():
-      raise ValueError(f"the peer has {ready['params']:,} parameters, and ours "
-                       f"{network.param_count():,}")
-    self._variant = ready["variant"]
-    self._run(_WARM_UP - 1)
-
-  def _answer(self) -> dict:
-    line = self._process.stdout.readline()
-    if not line:
-      raise ValueError("the peer stopped: see its message above")
-    return json.loads(line)
-
-  def _run(self, steps: int) -> dict:
-    self._process.stdin.write(f"go {steps}\n")
-    self._process.stdin.flush()
-    return self._answer()
-
-  def go(self, steps: int) -> None:
-    answer = self._run(steps)
-    self._rates.append(steps / answer["seconds"])
-    self._peak = answer["peak_rss_mb"]
-
-  def quit(self) -> None:
-    self._process.stdin.close()
-    self._process.wait()
-
-  def summary(self, tokens: int) -> dict:
-    return _summary(self._rates, tokens, self._peak, self._start_seconds) | self._variant
-
-
-def _summary(rates: list[float], tokens: int, peak: float, start: float) -> dict:
-  return {"tokens_per_second": float(np.median(rates)) * tokens,
-          "by_round": [rate * tokens for rate in rates], "peak_rss_mb": peak,
-          "start_seconds": start}
+def _checkpoint_cost(ours: Ours) -> dict:
+  """Seconds that a save adds to the steps around it, and their share of all between two."""
+  with tempfile.TemporaryDirectory() as folder:
+    checkpoints, extra = Checkpoints(folder, keep=1), []
+    for index in range(3):
+      plain = ours.go(_STEPS_TO_CHECKPOINT)
+      started = time.perf_counter()
+      checkpoints.save(index, ours.state, {})
+      ours.go(_STEPS_TO_CHECKPOINT)
+      extra.append(time.perf_counter() - started - plain)
+      checkpoints.wait()
+    checkpoints.close()
+  seconds = float(np.median(extra))
+  return {"seconds": seconds, "interval": _CHECKPOINT_EVERY,
+          "share": seconds / (_CHECKPOINT_EVERY * plain / _STEPS_TO_CHECKPOINT)}
 
 
 def _pipeline(cfg: RunConfig) -> float:

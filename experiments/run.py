@@ -16,7 +16,8 @@ EXPERIMENTS = {
     "r1_zero": "a base, then GRPO from rules alone (--scale=demo 4 min, cpu 12, code 20, gpu)",
     "evaluate": "pass@1, pass@k and cons@k of a checkpoint on a task, with intervals",
     "ab": "compare two settings on paired seeds (--a key=value --b key=value --seeds=8)",
-    "bench_train": "time training beside transformers (--set bench.peer=transformers)",
+    "bench_train": "time training beside transformers (--set bench.peer=transformers; --scale=cpu, "
+                   "gpu; v2_lite: FP8 beside bfloat16)",
     "bench_rl": "time GRPO beside TRL on a model (--set bench.model=DIR --set bench.peer=trl)",
     "bench_seeds": "time several seeds trained together against one",
     "bench_rl_cost": "time PPO, GRPO and RFT beside each other, and count their peak bytes",
@@ -44,7 +45,8 @@ _B = flags.DEFINE_multi_string("b", [], "ab: a setting of the second arm, as in 
 _ARMS = flags.DEFINE_list("arms", [], "studies and r1_zero: run these arms only")
 _MAX_MINUTES = flags.DEFINE_float(
     "max_minutes", None, "stop, saved, after so long; the same command goes on", lower_bound=0.01)
-_PROFILE = flags.DEFINE_bool("profile", False, "pretrain: leave a trace of a few steps in --out")
+_PROFILE = flags.DEFINE_bool("profile", False, "pretrain: leave a trace of a few steps in --out; "
+                             "bench_train: say where they spend their time")
 
 
 def _fail(message: str) -> None:

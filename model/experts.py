@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model.layers import gated
+from model.layers import gated, recomputed
 from model.numerics import Numerics
 from pallas_kernels import fp8_experts, grouped_matmul
 
@@ -85,25 +85,26 @@ def grouped_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
   """Assignments sorted by expert, then two grouped matrix products."""
-  num_experts, d_ff, d_model = weights.w_down.shape
-  order_R, sizes_E = _sort(experts_NK, num_experts)
+  order_R, sizes_E = _sort(experts_NK, weights.num_experts)
   token_R = order_R // experts_NK.shape[1]
   place_NK = _inverse(order_R).reshape(experts_NK.shape)
 
   cast = lambda x: x.astype(numerics.compute_dtype)
   rows_RD = _take_rows(cast(x_ND), token_R, place_NK)
+  gates_R = _take_rows(gates_NK.reshape(-1), order_R, place_NK.reshape(-1, 1))
   if numerics.recipe:
-    y_RD = fp8_experts(rows_RD, gates_NK.reshape(-1)[order_R], weights.w_gate_up, weights.w_down,
+    y_RD = fp8_experts(rows_RD, gates_R, weights.w_gate_up, weights.w_down,
                        sizes_E, numerics.recipe)
     return _sum_rows(y_RD, token_R, place_NK)
 
-  matmul = functools.partial(
-      grouped_matmul, sizes_G=sizes_E,
-      precision=lax.Precision.HIGHEST if numerics.compute == "float32" else None)
-  gate_up = matmul(rows_RD, cast(weights.w_gate_up).reshape(num_experts, d_model, 2 * d_ff))
-  hidden_RF = gated(checkpoint_name(gate_up, "ffn_gate_up").reshape(-1, 2, d_ff))
-  hidden_RF *= gates_NK.reshape(-1)[order_R, None].astype(hidden_RF.dtype)
-  return _sum_rows(matmul(hidden_RF, cast(weights.w_down)), token_R, place_NK)
+  # The backward pass reads the weights as they are stored, not a copy kept of what is multiplied.
+  @recomputed
+  def matmul(rows, weights):
+    return grouped_matmul(rows, cast(weights).reshape(len(sizes_E), rows.shape[1], -1), sizes_E,
+                          precision=numerics.precision)
+
+  gate_up = checkpoint_name(matmul(rows_RD, weights.w_gate_up), "ffn_gate_up")
+  return _sum_rows(matmul(_hidden(gate_up, gates_R), weights.w_down), token_R, place_NK)
 
 
 def _sort(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -172,6 +173,7 @@ def slot_experts(
       cast(weights.w_gate_up).reshape(num_experts, d_model, 2 * d_ff), cast(weights.w_down), slots)
 
 
+@recomputed
 def _hidden(gate_up: jax.Array, gates: jax.Array) -> jax.Array:
   """Gated hidden units: [..., 2 F] and [...] to [..., F]."""
   split = gate_up.reshape(*gate_up.shape[:-1], 2, -1)

@@ -3,6 +3,8 @@
 Shape letters:  B batch  T tokens  D model width  F feed-forward width  V vocabulary
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,12 +35,21 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     scale = self.param("scale", init, (x.shape[-1],), self.cfg.numerics.param_dtype)
-    eps = self.cfg.norm_eps if self.eps is None else self.eps
-    wide = x.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+    return _normed(x, scale, self.cfg.norm_eps if self.eps is None else self.eps)
 
 
+# Computed again on the way back: kept values would be several times as large as what they are of.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@recomputed
+def _normed(x, scale, eps):
+  wide = x.astype(jnp.float32)
+  inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+  return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+@recomputed
 def gated(gate_up: jax.Array) -> jax.Array:
   """SwiGLU's non-linearity: [..., 2, F] to [..., F]."""
   return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

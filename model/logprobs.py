@@ -47,5 +47,7 @@ def token_logprobs(
 
 def _logprobs(hidden_BTD, head_DV, targets_BT, temperature, numerics):
   logits_BTV = numerics.einsum_f32("btd,dv->btv", hidden_BTD, head_DV) / temperature
-  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  # A masked sum, whose gradient is one comparison: a lookup's is a scatter into zeros.
+  is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+  target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
   return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)

@@ -44,8 +44,11 @@ def choose_form(attention: MLAConfig, num_queries: int, num_slots: int) -> str:
 def attend_expanded(
     q_BTHK: jax.Array, q_BTHR: jax.Array, latent_BSC: jax.Array, k_BSR: jax.Array,
     w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
+    implementation: str | None = None,
 ) -> jax.Array:
   """Attention as written (eq. 2, 4, 5, 9, 10): every head's own keys and values, one shared key.
+
+  The implementation is as in `model.attention.attend`.
 
   Returns:
     [B, T, H, V].
@@ -56,12 +59,13 @@ def attend_expanded(
   shared_BSHR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSHK.shape[:3], k_BSR.shape[-1]))
   queries = jnp.concatenate([q_BTHK, q_BTHR], axis=-1)
   keys = jnp.concatenate([k_BSHK, shared_BSHR.astype(k_BSHK.dtype)], axis=-1)
-  return attend(queries, keys, v_BSHV, context, softmax_scale(cfg), cfg)
+  return attend(queries, keys, v_BSHV, context, softmax_scale(cfg), cfg, implementation)
 
 
 def attend_absorbed(
     q_BTHK: jax.Array, q_BTHR: jax.Array, latent_BSC: jax.Array, k_BSR: jax.Array,
     w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
+    implementation: str | None = None,
 ) -> jax.Array:
   """The same function without expanding: multi-query attention over the latent (V2 section 2.1.2).
 
@@ -75,7 +79,7 @@ def attend_absorbed(
   queries = jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
   keys_BSC = jnp.concatenate([latent_BSC, k_BSR], axis=-1)
   mixed_BTHC = attend(queries, keys_BSC[:, :, None], latent_BSC[:, :, None], context,
-                      softmax_scale(cfg), cfg)
+                      softmax_scale(cfg), cfg, implementation)
   return einsum("bthc,chv->bthv", mixed_BTHC, w_uv_CHV)
 
 
@@ -87,6 +91,7 @@ class MultiHeadLatentAttention(nn.Module):
 
   cfg: ModelConfig
   form: str | None = None  # "expanded", "absorbed"; None chooses by cost
+  implementation: str | None = None  # see `model.attention.attend`
 
   @nn.compact
   def __call__(
@@ -111,8 +116,8 @@ class MultiHeadLatentAttention(nn.Module):
         self, name, cfg, ("kv_lora", "heads", "head_dim"), (a.kv_lora_rank, a.num_heads, width))
     w_uk, w_uv = up("w_uk", a.qk_nope_head_dim), up("w_uv", a.v_head_dim)
     form = self.form or choose_form(a, x_BTD.shape[1], latent_BSC.shape[1])
-    out_BTHV = _FORMS[form](q_BTHK, q_BTHR, latent_BSC, k_BSR, w_uk, w_uv, context, cfg)
-    out_BTHV = checkpoint_name(out_BTHV, "attention")
+    out_BTHV = _FORMS[form](q_BTHK, q_BTHR, latent_BSC, k_BSR, w_uk, w_uv, context, cfg,
+                            self.implementation)
 
     w_o = weight(self, "w_o", cfg, ("heads", "head_dim", "embed"),
                  (a.num_heads, a.v_head_dim, x_BTD.shape[-1]))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from model.balance import RouterStats
 from model.config import ModelConfig, MoEConfig
 from model.experts import EXPERTS, ExpertWeights
-from model.layers import SwiGLU, weight
+from model.layers import SwiGLU, recomputed, weight
 
 Dispatch = Callable[[Callable, ExpertWeights, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -97,6 +97,13 @@ def router_stats(
       tokens_B=real_BT.sum(1, dtype=jnp.int32), experts_BTK=experts_BTK)
 
 
+@recomputed
+def _gate_logits(x_BTD, centroids_DE):
+  # The gate stays in float32: near 0.5 a bfloat16 step is 4x the bias rate.
+  return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), centroids_DE.astype(jnp.float32),
+                    precision=jax.lax.Precision.HIGHEST)
+
+
 class Router(nn.Module):
   """Scores tokens against expert centroids and routes them.
 
@@ -112,11 +119,7 @@ class Router(nn.Module):
     moe = self.cfg.moe
     centroids_DE = weight(
         self, "centroids", self.cfg, ("embed", None), (x_BTD.shape[-1], moe.num_experts))
-    # The gate stays in float32: near 0.5 a bfloat16 step is 4x the bias rate.
-    logits_BTE = jnp.einsum(
-        "btd,de->bte", x_BTD.astype(jnp.float32), centroids_DE.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST)
-    scores_BTE = scores(logits_BTE, moe)
+    scores_BTE = scores(_gate_logits(x_BTD, centroids_DE), moe)
     bias_E = 0.0
     if moe.balancing_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))

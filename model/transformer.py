@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.attention import Context, GroupedQueryAttention
+from model.attention import Context, GroupedQueryAttention, is_fused_forward
 from model.balance import RouterStats
 from model.cache import Cache
 from model.config import MLAConfig, ModelConfig
@@ -27,7 +27,9 @@ REMAT = {
     "none": None,
     # V3 section 3.2.3: recompute norms, MLA's up-projections, attention weights and the SwiGLU
     # product; keep what the wide matrix products and the attention gave.
-    "v3": _POLICIES.save_only_these_names("latent", "qkv", "attention", "ffn_gate_up"),
+    "v3": _POLICIES.save_from_both_policies(
+        _POLICIES.save_only_these_names("latent", "qkv", "attention", "ffn_gate_up"),
+        is_fused_forward),
     # Keep the results of matrix products with weights.
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     # Keep only what enters a layer.
@@ -71,6 +73,7 @@ class Block(nn.Module):
   experts: str | None  # how routed experts are computed; None for a dense FFN
   dispatch: Dispatch
   mla_form: str | None
+  attend: str | None
 
   @nn.compact
   def __call__(
@@ -78,9 +81,10 @@ class Block(nn.Module):
   ) -> tuple[tuple[jax.Array, Cache | None], RouterStats | None]:
     cfg, (x_BTD, cache) = self.cfg, carry
     if isinstance(cfg.attention, MLAConfig):
-      attention = MultiHeadLatentAttention(cfg, self.mla_form, name="attention")
+      attention = MultiHeadLatentAttention(
+          cfg, self.mla_form, self.attend, name="attention")
     else:
-      attention = GroupedQueryAttention(cfg, name="attention")
+      attention = GroupedQueryAttention(cfg, self.attend, name="attention")
     mixed_BTD, cache = attention(
         RMSNorm(cfg, name="attention_norm")(x_BTD), context, cache, layer)
     x_BTD += mixed_BTD
@@ -129,6 +133,7 @@ class Transformer(nn.Module):
       that the numerics allow.
     dispatch: how tokens reach experts on other devices; see `model.moe`.
     mla_form: "expanded" or "absorbed"; None chooses the cheaper for the shapes at hand.
+    attend: how attention is computed, as in `model.attention.attend`; None for what is fastest.
     unroll: layers compiled one after another in the loop over layers: more make steps faster and
       compiling slower.
   """
@@ -138,6 +143,7 @@ class Transformer(nn.Module):
   experts: str | None = None
   dispatch: Dispatch = local_dispatch
   mla_form: str | None = None
+  attend: str | None = None
   unroll: int = 1
 
   def setup(self):
@@ -162,7 +168,8 @@ class Transformer(nn.Module):
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
     way = (self.experts or fastest_experts(self.cfg.numerics)) if experts else None
-    return {"cfg": self.cfg, "experts": way, "dispatch": self.dispatch, "mla_form": self.mla_form}
+    return {"cfg": self.cfg, "experts": way, "dispatch": self.dispatch, "mla_form": self.mla_form,
+            "attend": self.attend}
 
   def __call__(
       self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None,
@@ -226,7 +233,8 @@ class Transformer(nn.Module):
       positions_BT = slots_BT
     cos_BTr, sin_BTr = rotation(self.cfg.rope, self.cfg.attention.rope_dim, positions_BT)
     real_BT = None if segment_ids_BT is None else segment_ids_BT != 0
-    return Context(cos_BTr, sin_BTr, slots_BT, segment_ids_BT, real_BT, experts_LBTK)
+    return Context(cos_BTr, sin_BTr, slots_BT, segment_ids_BT, real_BT, experts_LBTK,
+                   causal=cache is None)
 
   def _trunk(self, x_BTD, context, cache):
     """The layers, stack by stack: the residual stream, the cache, and router statistics."""

@@ -175,6 +175,7 @@ class TrainConfig:
     max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many the run
       stops.
     remat: what the backward pass recomputes, a key of `model.REMAT`.
+    attend: "xla", "cudnn", or None for what is fastest here; see `model.attention.attend`.
     unroll: layers compiled one after another instead of as a loop; on a CPU that makes the steps of
       a shallow model a tenth faster, and compiling slower.
     data, fsdp: devices along the mesh's axes; -1 for all that the other leaves.
@@ -194,6 +195,7 @@ class TrainConfig:
   keep_checkpoints: int = 2
   max_skipped_steps: int = 10
   remat: Literal["none", "v3", "dots", "full"] = "none"
+  attend: Literal["xla", "cudnn"] | None = None
   unroll: int = 1
   data: int = 1
   fsdp: int = 1

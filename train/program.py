@@ -51,8 +51,9 @@ def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Call
   net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
   jit = mesh.jit if mesh else jax.jit
   step = make_train_step(
-      LanguageModelLoss(net(remat=cfg.train.remat, unroll=cfg.train.unroll)), cfg.optimizer,
-      decay_mask(cfg.model), cfg.train.num_micro_batches)
+      LanguageModelLoss(net(remat=cfg.train.remat, unroll=cfg.train.unroll,
+                            attend=cfg.train.attend)),
+      cfg.optimizer, decay_mask(cfg.model), cfg.train.num_micro_batches)
   counts = functools.partial(count, net())
   if num_lanes > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}

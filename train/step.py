@@ -95,9 +95,10 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
     scale = jnp.minimum(1.0, cfg.clip / jnp.maximum(grad_norm, 1e-30))
-    params, moments = adamw(
-        jax.tree.map(lambda g: g * scale, grads), state.moments, state.params,
-        state.step - state.skipped, hyper["learning_rate"], decays, cfg)
+    with jax.named_scope("optimizer"):
+      params, moments = adamw(
+          jax.tree.map(lambda g: g * scale, grads), state.moments, state.params,
+          state.step - state.skipped, hyper["learning_rate"], decays, cfg)
     ema = state.ema
     if ema is not None:
       ema = jax.tree.map(lambda e, p: cfg.ema_decay * e + (1 - cfg.ema_decay) * p, ema, params)

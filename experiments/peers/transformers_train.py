@@ -2,19 +2,25 @@
 
 Stands alone: run it by an interpreter that has torch and transformers >= 5; jax is not needed.
 
-    python transformers_train.py CONFIG [--experts=...] [--adamw=...] [--dtype=...] [--compile]
+    python transformers_train.py CONFIG [--device=...] [--dtype=...] [--experts=...]
+        [--attention=...] [--adamw=...] [--compile]
 
 CONFIG is JSON: {"shape": {fields of transformers' DeepseekV3Config}, "batch": sequences a step,
 "seq": tokens that each predicts, "steps": warm-up steps}. It is spoken to by lines, so that a
 caller can alternate it with others; all answers are JSON:
 
     {"ready": true, "params": 10000000, "variant": {...}}    after the warm-up
-    go 5  ->  {"seconds": 1.23, "loss": 8.31, "peak_rss_mb": 900.0}
+    train 5             ->  {"seconds": 1.23, "loss": 8.31, "peak_mb": 900.0}
+    forward_backward 5  ->  the same, without the optimizer
     quit
+
+The peak is of the device's memory, since the first of a run of like commands; a CPU's is since the
+start. The optimizer's memory is taken by the first `train`.
 
 Tokens are random and new for every step, so the loss stays near the logarithm of the vocabulary's
 size. Its training is next-token cross entropy alone: transformers trains neither MTP modules nor
-the routing bias. Fastest in float32, measured on two cores, is grouped_mm, fused and --compile.
+the routing bias. Fastest in float32, measured on two cores, is grouped_mm, fused and --compile; in
+bfloat16, weights in it beside float32 masters: autocast would leave grouped_mm in float32.
 """
 
 import argparse
@@ -32,9 +38,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument("config", type=_config, help="JSON; see the head of this file")
   parser.add_argument("--experts", choices=("eager", "grouped_mm"),
                       default="grouped_mm", help="transformers' experts_implementation")
+  parser.add_argument("--attention", choices=("sdpa", "cudnn", "eager"), default="sdpa",
+                      help="cudnn is sdpa that prefers cuDNN")
+  parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
   parser.add_argument("--adamw", choices=("fused", "foreach", "plain"), default="fused")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                      help="bfloat16 is autocast: parameters and moments stay float32")
+  parser.add_argument("--dtype", choices=("float32", "autocast", "bfloat16"), default="float32",
+                      help="of weights and products; autocast multiplies float32 weights in "
+                      "bfloat16; masters and moments are float32 always")
   parser.add_argument("--threads", type=int, help="of torch; its own choice without")
   parser.add_argument("--compile", action="store_true", help="torch.compile model and loss")
   return parser.parse_args(argv)
@@ -59,9 +69,8 @@ class Trainer:
     torch.manual_seed(0)
     self.flags = flags
     self.model = _model(flags)
-    self.optimizer = torch.optim.AdamW(
-        self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1,
-        fused=flags.adamw == "fused", foreach=flags.adamw == "foreach")
+    self.weights = list(self.model.parameters())
+    self.masters, self.optimizer = None, None
     self.loss = torch.compile(self._loss) if flags.compile else self._loss
 
   def _loss(self, tokens_BT):
@@ -69,25 +78,57 @@ class Trainer:
     return torch.nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
 
-  def step(self):
-    """One step on new tokens; its loss before the update, as a tensor."""
+  def forward_backward(self):
+    """Gradients on new tokens, in `grad` of the weights; the loss, as a tensor."""
+    for weight in self.weights:
+      weight.grad = None
     config = self.flags.config
-    tokens_BT = torch.randint(config["shape"]["vocab_size"], (config["batch"], config["seq"] + 1))
-    with self._autocast():
+    tokens_BT = torch.randint(config["shape"]["vocab_size"], (config["batch"], config["seq"] + 1),
+                              device=self.flags.device)
+    with self._autocast(), self._attention():
       loss = self.loss(tokens_BT)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-    self.optimizer.step()
-    self.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
+  def train(self):
+    """One step on new tokens; its loss before the update, as a tensor."""
+    if self.optimizer is None:
+      self._make_optimizer()
+    loss = self.forward_backward()
+    if self.masters is not self.weights:
+      for master, weight in zip(self.masters, self.weights, strict=True):
+        master.grad, weight.grad = weight.grad.float(), None
+    torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+    self.optimizer.step()
+    self.optimizer.zero_grad(set_to_none=True)
+    if self.masters is not self.weights:
+      with torch.no_grad():
+        torch._foreach_copy_(self.weights, self.masters)
+    return loss
+
+  def _make_optimizer(self):
+    self.masters = self.weights
+    if self.flags.dtype == "bfloat16":
+      self.masters = [weight.detach().float() for weight in self.weights]
+    self.optimizer = torch.optim.AdamW(
+        self.masters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1,
+        fused=self.flags.adamw == "fused", foreach=self.flags.adamw == "foreach")
+
   def _autocast(self):
-    if self.flags.dtype == "float32":
+    if self.flags.dtype != "autocast":
       return contextlib.nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    return torch.autocast(self.flags.device, dtype=torch.bfloat16)
+
+  def _attention(self):
+    if self.flags.attention != "cudnn":
+      return contextlib.nullcontext()
+    backends = torch.nn.attention.SDPBackend
+    return torch.nn.attention.sdpa_kernel(
+        [backends.CUDNN_ATTENTION, backends.EFFICIENT_ATTENTION, backends.MATH],
+        set_priority=True)
 
   def params(self) -> int:
-    return sum(parameter.numel() for parameter in self.model.parameters())
+    return sum(weight.numel() for weight in self.weights)
 
 
 def _model(flags: argparse.Namespace):
@@ -95,21 +136,38 @@ def _model(flags: argparse.Namespace):
   known = transformers.DeepseekV3Config()
   if unknown := [name for name in shape if not hasattr(known, name)]:
     raise ValueError(f"shape: transformers' DeepseekV3Config has no {', '.join(unknown)}")
-  config = transformers.DeepseekV3Config(**shape, experts_implementation=flags.experts)
-  return transformers.DeepseekV3ForCausalLM(config).train()
+  attention = "sdpa" if flags.attention == "cudnn" else flags.attention
+  config = transformers.DeepseekV3Config(
+      **shape, experts_implementation=flags.experts, attn_implementation=attention)
+  with torch.device(flags.device):
+    network = transformers.DeepseekV3ForCausalLM(config).train()
+  return network.to(torch.bfloat16) if flags.dtype == "bfloat16" else network
 
 
 def _say(**answer) -> None:
   print(json.dumps(answer), flush=True)
 
 
-def _go(trainer: Trainer, steps: int) -> None:
+def _go(trainer: Trainer, phase: str, steps: int) -> None:
+  step = getattr(trainer, phase)
+  _wait(trainer)
   started = time.perf_counter()
   for _ in range(steps):
-    loss = trainer.step()
+    loss = step()
+  _wait(trainer)
   seconds = time.perf_counter() - started
-  _say(seconds=seconds, loss=float(loss),
-       peak_rss_mb=_peak_rss_mb())
+  _say(seconds=seconds, loss=float(loss), peak_mb=_peak_mb(trainer))
+
+
+def _wait(trainer: Trainer) -> None:
+  if trainer.flags.device == "cuda":
+    torch.cuda.synchronize()
+
+
+def _peak_mb(trainer: Trainer) -> float:
+  if trainer.flags.device == "cuda":
+    return torch.cuda.max_memory_allocated() / 2**20
+  return _peak_rss_mb()
 
 
 def _peak_rss_mb() -> float:
@@ -121,19 +179,24 @@ def _peak_rss_mb() -> float:
 def main(flags: argparse.Namespace) -> None:
   trainer = Trainer(flags)
   for _ in range(flags.config["steps"]):
-    trainer.step()
+    trainer.forward_backward()
   variant = {name: value for name, value in vars(flags).items() if name != "config"}
   variant |= {"threads": torch.get_num_threads(), "torch": torch.__version__,
               "transformers": transformers.__version__}
   _say(ready=True, params=trainer.params(), variant=variant)
+  phase = None
   for line in sys.stdin:
     match line.split():
-      case ["go", steps] if steps.isdigit() and int(steps):
-        _go(trainer, int(steps))
+      case ["train" | "forward_backward" as asked, steps] if steps.isdigit() and int(steps):
+        if asked != phase and flags.device == "cuda":
+          torch.cuda.reset_peak_memory_stats()
+        phase = asked
+        _go(trainer, phase, int(steps))
       case ["quit"]:
         return
       case _:
-        sys.exit(f"error: expected 'go N' with N steps, or 'quit', not {line.strip()!r}")
+        sys.exit("error: expected 'train N' or 'forward_backward N' with N steps, or 'quit', not "
+                 f"{line.strip()!r}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""bench_train: a whole small run, what it says of its sides, and peers that cannot run."""
+
+import json
+
+import pytest
+
+from experiments import bench_train
+from experiments.options import Options
+
+TINY = ("model=nano", "model.mtp=none", "model.num_dense_layers=0", "model.num_layers=1",
+        "model.ffn_dim=32", "seq_len=16", "batch_size=2", "unroll=1", "bench.rounds=2",
+        "bench.steps=1", "bench.warm_up=1")
+
+
+def test_a_small_run_times_both_phases_says_where_time_goes_and_who_is_absent(tmp_path, capsys):
+  bench_train.main(Options("bench_train", scale="v2_lite", out=tmp_path, profile=True, settings=(
+      *TINY, "bench.numerics=bf16", "bench.peer=transformers", "bench.python=false",
+      "bench.variants=--compile")))
+  result = json.loads((tmp_path / "results.json").read_text())
+  assert "stopped" in result["absent"]["transformers --compile"]
+  for phase in ("forward_backward", "train"):
+    timed = result["phases"][phase]
+    assert set(timed["sides"]) == {"ours"} and not timed["faster_by"]
+    side = timed["sides"]["ours"]
+    assert len(side["by_round"]) == 2 and side["peak_mb"] > side["program_mb"] > 0
+    profile = (tmp_path / f"profile-{phase}-ours.md").read_text()
+    assert "| dense products |" in profile
+  assert "| optimizer |" in profile
+  assert "train, 2 x 16 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("bench.phases=test", "must be some of forward_backward, train"),
+    ("bench.numerics=fp4", "must be some of fp32, bf16, fp8"),
+    ("bench.rounds=0", "Bench.rounds"),
+])
+def test_what_cannot_be_measured_is_refused(setting, message):
+  with pytest.raises(ValueError, match=message):
+    bench_train.main(Options("bench_train", settings=(setting,)))
+
+
+def test_a_peer_needs_an_interpreter():
+  with pytest.raises(ValueError, match="python=nowhere is no program"):
+    bench_train.main(Options("bench_train", settings=(
+        "bench.peer=transformers", "bench.python=nowhere")))
+
+
+def test_a_scale_that_does_not_exist_is_refused():
+  with pytest.raises(ValueError, match="there are cpu, gpu, v2_lite"):
+    bench_train.main(Options("bench_train", scale="tpu"))
