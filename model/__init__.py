@@ -16,6 +16,7 @@ from model.config import (
 from model.generate import Generated, generate, stream
 from model.logprobs import token_logprobs
 from model.numerics import NUMERICS, Numerics
+from model.quantized_weights import quantize_weights
 from model.registry import CONFIGS, get_config
 from model.transformer import REMAT, Output, Transformer
 from model.variables import abstract_variables, init, init_on_host, logical_axes, shardings

@@ -11,12 +11,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
+from pallas_kernels import Weight
 
 
-def weight(module: nn.Module, name: str, cfg: ModelConfig, axes: tuple, shape: tuple) -> jax.Array:
-  """A matrix with V3's initialisation (normal, one std for all) and logical axis names."""
+def weight(
+    module: nn.Module, name: str, cfg: ModelConfig, axes: tuple, shape: tuple,
+) -> jax.Array | Weight:
+  """A matrix with V3's initialisation (normal, one std for all) and logical axis names.
+
+  Where the collection "quantized" has it, too, with that: see `model.quantize_weights`.
+  """
   init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), axes)
-  return module.param(name, init, shape, cfg.numerics.param_dtype)
+  master = module.param(name, init, shape, cfg.numerics.param_dtype)
+  operands = module.get_variable("quantized", name)
+  return master if operands is None else Weight(master, operands)
 
 
 def bias(module: nn.Module, name: str, cfg: ModelConfig, axes: tuple, shape: tuple) -> jax.Array:

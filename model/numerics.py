@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.checks import require
-from pallas_kernels import Recipe, fp8_linear
+from model.own_tokens import on_own_tokens
+from pallas_kernels import Recipe, Weight, fp8_linear
 
 _FORMATS = ("float32", "bfloat16", "float16")
 
@@ -67,13 +68,14 @@ class Numerics:
     return jnp.einsum(spec, *self._cast(operands), precision=self.precision)
 
   def linear(
-      self, spec: str, x: jax.Array, w: jax.Array, *, after_attention: bool = False) -> jax.Array:
+      self, spec: str, x: jax.Array, w: jax.Array | Weight, *, after_attention: bool = False,
+  ) -> jax.Array:
     """A linear layer: the same product of activations and a weight, in FP8 if there is a recipe.
 
     Args:
       spec: the last letters of x are summed, and the first of w: "btd,dhk->bthk".
-      x: activations.
-      w: as stored.
+      x: activations; their first axes are batch and length.
+      w: as stored, or quantised before.
       after_attention: see `pallas_kernels.fp8_linear`.
     """
     if self.recipe is None:
@@ -81,9 +83,13 @@ class Numerics:
     x_letters, w_letters = spec.partition("->")[0].split(",")
     summed = sum(letter in w_letters for letter in x_letters)
     width = math.prod(w.shape[:summed])
-    y = fp8_linear(x.astype(self.compute_dtype).reshape(-1, width), w.reshape(width, -1),
-                   self.recipe, after_attention=after_attention)
-    return y.reshape(*x.shape[:-summed], *w.shape[summed:])
+
+    def local(w, x):
+      y = fp8_linear(x.reshape(-1, width), w.reshape(width, -1), self.recipe,
+                     after_attention=after_attention)
+      return y.reshape(*x.shape[:-summed], *w.shape[summed:])
+
+    return on_own_tokens(local, w, x.astype(self.compute_dtype))
 
   def einsum_f32(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The same product with its float32 accumulator kept; gradients flow in the compute format."""

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
     self.embedding = Embedding(self.cfg)
     self.stacks = [
         nn.scan(
-            self._block_class(), variable_axes={"params": 0, "router": 0},
+            self._block_class(), variable_axes={"params": 0, "router": 0, "quantized": 0},
             split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=count,
             metadata_params={nn.PARTITION_NAME: "layers"}, unroll=self.unroll,
         )(**self._block_fields(experts), name=name)

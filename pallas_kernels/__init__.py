@@ -18,9 +18,11 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradien
 from pallas_kernels.quantize import quantize, quantize_both, swiglu, swiglu_quantize
 from pallas_kernels.quantized import FORMATS, Quantized, dequantize
 from pallas_kernels.recipe import RECIPES, Recipe
+from pallas_kernels.requantize import quantize_transposed
+from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 
 __all__ = [
-    "FORMATS", "RECIPES", "Quantized", "Recipe", "dequantize", "fp8_experts", "fp8_grouped_matmul",
-    "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul", "grouped_matmul",
-    "grouped_weight_gradient", "quantize", "quantize_both", "quantize_groups", "swiglu",
-    "swiglu_quantize"]
+    "FORMATS", "RECIPES", "Quantized", "Recipe", "Weight", "WeightOperands", "dequantize",
+    "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul",
+    "grouped_matmul", "grouped_weight_gradient", "quantize", "quantize_both", "quantize_groups",
+    "quantize_transposed", "quantize_weight", "swiglu", "swiglu_quantize"]

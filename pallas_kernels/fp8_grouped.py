@@ -13,8 +13,9 @@ from jax import lax
 
 from pallas_kernels import implementations
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.quantize import SMALLEST_AMAX, quantize
+from pallas_kernels.quantize import SMALLEST_AMAX
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize
+from pallas_kernels.requantize import quantize_transposed
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped")}
 _WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_weight_gradient")}
@@ -89,32 +90,52 @@ def aligned_starts(sizes_G: jax.Array) -> jax.Array:
   return (jnp.cumsum(blocks_G) - blocks_G) * BLOCK
 
 
-def quantize_groups(
-    x_RK: jax.Array, sizes_G: jax.Array, tile: str = "1x128", *, format: str = "e4m3",
-    power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX) -> Quantized:
-  """Transposes rows and quantises them; scales of 128 columns are of rows of one group: [K, S].
+def align_groups(x_R: jax.Array, sizes_G: jax.Array) -> jax.Array:
+  """Rows with every group at a multiple of 128: [R, ...] to [S, ...].
 
   Args:
-    x_RK: rows, those of group 0 first; those past the sum of the sizes are left out.
+    x_R: rows, those of group 0 first; those past the sum of the sizes are left out.
     sizes_G: int32, rows per group.
-    tile, format, power_of_two, smallest_amax: see `quantize`.
 
   Returns:
     S is `aligned_rows`; between groups and after the last are zeros.
   """
-  rows = aligned_rows(len(x_RK), len(sizes_G))
-  x_SK = jnp.zeros((rows, x_RK.shape[1]), x_RK.dtype).at[_places(sizes_G, len(x_RK), rows)].set(
-      x_RK, mode="drop", unique_indices=True)
-  return quantize(x_SK.T, tile, format=format, power_of_two=power_of_two,
-                  smallest_amax=smallest_amax)
+  num_rows, num_groups = len(x_R), len(sizes_G)
+  starts_G = jnp.cumsum(sizes_G) - sizes_G
+  # Found for blocks, of which there are few; a block behind the last group has none of its rows.
+  block_s = jnp.arange(aligned_rows(num_rows, num_groups) // BLOCK) * BLOCK
+  group_s = jnp.searchsorted(aligned_starts(sizes_G), block_s, side="right") - 1
+  within_s = block_s - aligned_starts(sizes_G)[group_s]
+  within_S = (within_s[:, None] + jnp.arange(BLOCK)).reshape(-1)
+  of = lambda of_G: jnp.repeat(of_G[group_s], BLOCK)
+  place_S = jnp.where(within_S < of(sizes_G), of(starts_G) + within_S, num_rows)
+  return x_R.at[place_S].get(mode="fill", fill_value=0)
 
 
-def _places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
-  """Where each row goes; behind the end for rows of no group."""
-  ends_G = jnp.cumsum(sizes_G)
-  group_R = jnp.searchsorted(ends_G, jnp.arange(num_rows), side="right")
-  within_R = jnp.arange(num_rows) - (ends_G - sizes_G).at[group_R].get(mode="fill", fill_value=0)
-  return aligned_starts(sizes_G).at[group_R].get(mode="fill", fill_value=rows) + within_R
+def quantize_groups(
+    x_RK: jax.Array | Quantized, sizes_G: jax.Array, tile: str = "1x128", *, format: str = "e4m3",
+    power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX,
+    implementation: str | None = None) -> Quantized:
+  """Transposes rows and quantises them; scales of 128 columns are of rows of one group: [K, S].
+
+  Args:
+    x_RK: rows as `align_groups` takes them, or quantised with scales of one row each.
+    sizes_G: int32, rows per group.
+    tile, format, power_of_two, smallest_amax, implementation: see `quantize`.
+
+  Returns:
+    S is `aligned_rows`; between groups and after the last are zeros.
+
+  Raises:
+    ValueError: on what it does not know, or an implementation that cannot do it here.
+  """
+  if isinstance(x_RK, Quantized) and x_RK.tile[0] != 1:
+    raise ValueError("quantize_groups moves rows, and these share scales: give each its own by "
+                     f"`with_tiles`; they have {x_RK.tile[0]}x{x_RK.tile[1]}")
+  # Before all else, as rows are moved in the fewest bits so.
+  x_SK = jax.tree.map(lambda x_R: align_groups(x_R, sizes_G), x_RK)
+  return quantize_transposed(x_SK, tile, format=format, power_of_two=power_of_two,
+                             smallest_amax=smallest_amax, implementation=implementation)
 
 
 def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) -> jax.Array:

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import implementations
 from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.quantize import SMALLEST_AMAX, quantize
+from pallas_kernels.quantize import SMALLEST_AMAX, quantize, quantize_both
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize, num_tiles
 from pallas_kernels.recipe import Operand, Recipe
+from pallas_kernels.requantize import quantize_transposed
+from pallas_kernels.weight import Weight, WeightOperands, split_weight
 
 # The gradient of a mean over tokens is as small as tokens are many: V3's floor for activations
 # would round all of it to zero. By much less the kernels cannot divide exactly.
@@ -31,8 +34,8 @@ class _Static(NamedTuple):
 
 
 def fp8_linear(
-    x_MK: jax.Array, w_KN: jax.Array, recipe: Recipe = V3, *, after_attention: bool = False,
-    implementation: str | None = None) -> jax.Array:
+    x_MK: jax.Array, w_KN: jax.Array | Weight, recipe: Recipe = V3, *,
+    after_attention: bool = False, implementation: str | None = None) -> jax.Array:
   """x @ w; forward, input gradient and weight gradient with the operands that the recipe names.
 
   Weights are quantised once: their gradient's product reads them transposed. What is kept for the
@@ -40,7 +43,7 @@ def fp8_linear(
 
   Args:
     x_MK: bfloat16 or float32.
-    w_KN: the master weight.
+    w_KN: the master weight; if it has been quantised for this recipe before, it is not again.
     recipe: see there.
     after_attention: whether x is attention's output, which is kept in more bits (section 3.3.3).
     implementation: see `pallas_kernels`; of quantisation and products.
@@ -56,7 +59,27 @@ def fp8_linear(
     raise ValueError(
         f"fp8_linear takes x [M, K] and w [K, N], not {x_MK.shape} and {w_KN.shape}")
   kept = recipe.kept_after_attention if after_attention else recipe.kept
-  return _linear(_Static(recipe, kept, implementation), x_MK, w_KN)
+  static, (w_KN, quantized) = _Static(recipe, kept, implementation), split_weight(w_KN)
+  if (implementation or implementations.here() or "xla") == "xla":
+    return _linear(static, x_MK, w_KN, quantized)
+  y_MN = _linear(static, *_whole_blocks(x_MK, w_KN, quantized))
+  return y_MN[:x_MK.shape[0], :w_KN.shape[1]]
+
+
+def _whole_blocks(x_MK, w_KN, quantized: WeightOperands):
+  """Operands with zeros up to multiples of 128, which kernels need: no sum or scale changes."""
+  m, k, n = (-size % BLOCK for size in (len(x_MK), *w_KN.shape))
+  pad = lambda x, rows, columns: jnp.pad(x, ((0, rows), (0, columns)))
+
+  def operand(of: Quantized | None, rows: int, columns: int) -> Quantized | None:
+    if of is None:
+      return None
+    of = with_tiles(of, (BLOCK, BLOCK))
+    return Quantized(pad(of.values_MK, rows, columns), of.scales_mk, of.tile)
+
+  of_forward, of_gradient = quantized
+  return (pad(x_MK, m, k), pad(w_KN, k, n),
+          WeightOperands(operand(of_forward, n, k), operand(of_gradient, k, n)))
 
 
 def as_operand(
@@ -102,28 +125,32 @@ def _product(lhs_MK, rhs_NK, dtype: jnp.dtype, implementation: str | None) -> ja
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(static: _Static, x_MK, w_KN):
-  return _linear_forward(static, x_MK, w_KN)[0]
+def _linear(static: _Static, x_MK, w_KN, quantized: WeightOperands):
+  return _linear_forward(static, x_MK, w_KN, quantized)[0]
 
 
-def _linear_forward(static: _Static, x_MK, w_KN):
+def _linear_forward(static: _Static, x_MK, w_KN, quantized: WeightOperands):
   recipe = static.recipe
   operand = functools.partial(
       as_operand, dtype=x_MK.dtype, implementation=static.implementation)
   x = operand(x_MK, recipe.forward and recipe.forward.activation)
-  w, w_transposed = weight_operands(w_KN, recipe, operand)
-  y_MN = _product(x, w.mT, x_MK.dtype, static.implementation)
+  w_NK, of_gradient = weight_operands(w_KN, quantized, recipe, operand)
+  y_MN = _product(x, w_NK, x_MK.dtype, static.implementation)
   kept = kept_operand(x_MK, x, static.kept, recipe, operand)
   # An empty array says what format the weight has.
-  return y_MN, (kept, w_transposed, jnp.zeros(0, w_KN.dtype))
+  return y_MN, (kept, of_gradient, jnp.zeros(0, w_KN.dtype))
 
 
-def weight_operands(w_KN, recipe: Recipe, operand):
-  """The weight for the forward product, and for the input gradient: the same if it can be."""
+def weight_operands(w_KN, quantized: WeightOperands, recipe: Recipe, operand):
+  """The weight for the forward product, transposed, and for the input gradient."""
   of_forward = recipe.forward and recipe.forward.weight
   of_gradient = recipe.input_gradient and recipe.input_gradient.weight
-  w = operand(w_KN, of_forward)
-  return w, w if of_gradient == of_forward else operand(w_KN, of_gradient)
+  w_NK, w = quantized
+  if w is None:
+    w = operand(w_KN, of_gradient)
+  if w_NK is None:
+    w_NK = (w if of_gradient == of_forward else operand(w_KN, of_forward)).mT
+  return w_NK, w
 
 
 def kept_operand(x_MK, x: Quantized | jax.Array, form: Operand | None, recipe: Recipe, operand):
@@ -137,15 +164,34 @@ def _linear_backward(static: _Static, residuals, dy_MN):
   recipe, implementation = static.recipe, static.implementation
   kept, w_KN, of_weight = residuals
   dtype = dy_MN.dtype
-  gradient = functools.partial(
-      as_operand, dtype=dtype, smallest_amax=SMALLEST_GRADIENT_AMAX, implementation=implementation)
-  dy = gradient(dy_MN, recipe.input_gradient and recipe.input_gradient.gradient)
-  dx_MK = _product(dy, w_KN, dtype, implementation)
+  dy, dy_NM = _gradients(dy_MN, recipe, implementation)
+  x_KM = transposed_operand(kept, recipe.weight_gradient and recipe.weight_gradient.activation,
+                            dtype, implementation=implementation)
+  return (_product(dy, w_KN, dtype, implementation),
+          _product(x_KM, dy_NM, of_weight.dtype, implementation), None)
 
-  x_KM = as_operand(as_array(kept).T, recipe.weight_gradient and recipe.weight_gradient.activation,
-                    dtype, implementation=implementation)
-  dy_NM = gradient(dy_MN.T, recipe.weight_gradient and recipe.weight_gradient.gradient)
-  return dx_MK, _product(x_KM, dy_NM, of_weight.dtype, implementation)
+
+def transposed_operand(
+    x: Quantized | jax.Array, form: Operand | None, dtype: jnp.dtype, *,
+    smallest_amax: float = SMALLEST_AMAX, implementation: str | None = None):
+  """The transpose of what `x` stands for, quantised as `form` says; None: in `dtype`."""
+  if form is None:
+    return as_array(x, dtype).T
+  return quantize_transposed(
+      x, form.tile, format=form.format, power_of_two=form.power_of_two,
+      smallest_amax=smallest_amax, implementation=implementation)
+
+
+def _gradients(dy_MN, recipe: Recipe, implementation: str | None):
+  """The output's gradient as the input's wants it, and transposed, as the weight's does."""
+  of_input = recipe.input_gradient and recipe.input_gradient.gradient
+  of_weight = recipe.weight_gradient and recipe.weight_gradient.gradient
+  options = {"smallest_amax": SMALLEST_GRADIENT_AMAX, "implementation": implementation}
+  if of_input and of_input == of_weight and of_input.tile == "1x128":
+    return quantize_both(
+        dy_MN, format=of_input.format, power_of_two=of_input.power_of_two, **options)
+  return (as_operand(dy_MN, of_input, dy_MN.dtype, **options),
+          transposed_operand(dy_MN, of_weight, dy_MN.dtype, **options))
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

@@ -5,6 +5,7 @@ run yet, so those are to be named.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +33,33 @@ def late(module: str, name: str = "KERNEL") -> Kernel:
   def call(field):
     return lambda *operands, **options: getattr(getattr(
         importlib.import_module(f"pallas_kernels.{module}"), name), field)(*operands, **options)
-  return Kernel(call("run"), call("refuse"))
+
+  run = call("run")
+  return Kernel(lambda *operands, **options: _varying_as(operands, run(*operands, **options)),
+                call("refuse"))
+
+
+def _varying_as(operands: Any, results: Any) -> Any:
+  """Results marked as different on each device of a `shard_map`, as Pallas leaves them unmarked."""
+  varies = lambda x: jax.typeof(x).manual_axis_type.varying
+  arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]
+  axes = frozenset().union(*map(varies, arrays))
+
+  def mark(x):
+    missing = tuple(axes - varies(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(mark, results)
+
+
+def divided() -> bool:
+  """Whether the compiler divides this program among devices, which it cannot do with a kernel.
+
+  It would run the whole of it on each. In a `shard_map`, each device has a program of its own.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in mesh.axis_names
+                   if axis not in mesh.manual_axes) > 1
 
 
 def here() -> str | None:
@@ -76,6 +103,10 @@ def _named(operation, implementation, kernels, *operands, **options) -> Callable
   if here() != implementation:
     raise ValueError(f"{operation}: {implementation!r} needs {BACKENDS[implementation]}, and this "
                      f"is {jax.devices()[0].device_kind}; 'xla' runs everywhere")
+  if divided():
+    raise ValueError(f"{operation}: {implementation!r} runs on one device, and here the compiler "
+                     "divides the program over a mesh: call it in jax.shard_map, on each device's "
+                     "rows, or take 'xla'")
   if reason := kernels[implementation].refuse(*operands, **options):
     raise ValueError(f"{operation}: {implementation!r} {reason}; 'xla' takes it")
   return kernels[implementation].run

@@ -53,7 +53,8 @@ def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Call
   step = make_train_step(
       LanguageModelLoss(net(remat=cfg.train.remat, unroll=cfg.train.unroll,
                             attend=cfg.train.attend)),
-      cfg.optimizer, decay_mask(cfg.model), cfg.train.num_micro_batches)
+      cfg.optimizer, decay_mask(cfg.model), cfg.train.num_micro_batches,
+      prepare=functools.partial(model.quantize_weights, cfg.model))
   counts = functools.partial(count, net())
   if num_lanes > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}

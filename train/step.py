@@ -62,18 +62,22 @@ def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
 
 
 def make_train_step(
-    objective: Objective, cfg: OptimizerConfig, decays: Tree, num_micro_batches: int = 1,
+    objective: Objective, cfg: OptimizerConfig, decays: Tree, num_micro_batches: int = 1, *,
+    prepare: Callable[[Tree], dict] = lambda params: {},
 ) -> Callable[[TrainState, Tree, dict], tuple[TrainState, dict]]:
   """Returns `train_step(state, batch, hyper) -> state, metrics`, to be jitted or mapped over seeds.
 
   The batch's leaves lead with an axis of `num_micro_batches`; `hyper` is what
   `train.optimizer.Schedule` gives, and its "num_micro_batches" says how many of them count. A step
-  whose loss or gradient is not finite changes nothing, the balancing bias included.
+  whose loss or gradient is not finite changes nothing, the balancing bias included. `prepare` makes
+  of parameters, once a step, variables that the objective is given beside them as constants, such
+  as `model.quantize_weights`.
   """
 
-  def loss_and_grads(state, micro, weights, denominators):
+  def loss_and_grads(state, prepared, micro, weights, denominators):
     def loss(params):
-      sums, observed = objective.sums({"params": params, "router": state.router}, micro)
+      variables = {"params": params, "router": state.router, **prepared}
+      sums, observed = objective.sums(variables, micro)
       terms = {name: value / denominators[name] for name, value in sums.items()}
       return sum(weights[name] * value for name, value in terms.items()), (terms, observed)
 
@@ -82,8 +86,9 @@ def make_train_step(
 
   def accumulate(state, batch, hyper):
     denominators = objective.denominators(batch)
+    prepared = prepare(state.params)
     one = lambda i: loss_and_grads(
-        state, jax.tree.map(lambda x: x[i], batch), hyper["weights"], denominators)
+        state, prepared, jax.tree.map(lambda x: x[i], batch), hyper["weights"], denominators)
     if num_micro_batches == 1:
       return one(0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))

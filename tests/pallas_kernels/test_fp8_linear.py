@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import RECIPES, Recipe, dequantize, fp8_linear, quantize
-from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX, with_tiles
+from pallas_kernels import (
+    RECIPES,
+    Recipe,
+    Weight,
+    dequantize,
+    fp8_linear,
+    implementations,
+    quantize,
+    quantize_weight,
+)
+from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX, _whole_blocks, with_tiles
 from pallas_kernels.quantized import error
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -155,3 +164,34 @@ def test_smaller_tiles_stand_for_the_same_numbers(tile, smaller):
 def test_shapes_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match=r"x \[M, K\] and w \[K, N\], not \(150, 300\) and \(140, 3"):
     fp8_linear(X, W.T)
+
+
+@pytest.mark.parametrize("name", ["v3", "per_tensor"])
+def test_a_weight_quantised_ahead_gives_the_same_numbers(name):
+  recipe = RECIPES[name]
+  ours, want = run(recipe, w=Weight(W, quantize_weight(W, recipe))), run(recipe)
+  for one, other in zip((*ours[:2], ours[2].master), want, strict=True):
+    assert error(one, other) < ROUNDING
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_sizes_that_are_no_multiples_of_128_reach_kernels_as_such(monkeypatch, ahead):
+  monkeypatch.setattr(implementations, "here", lambda: "mosaic_gpu")
+  w = Weight(W, quantize_weight(W, Recipe())) if ahead else W
+
+  def gradients(x, w):
+    return jax.grad(lambda *operands: fp8_linear(*operands, implementation="mosaic_gpu").sum(),
+                    allow_int=True)(x, w)
+
+  lowered = jax.jit(gradients).trace(X, w).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text() and lowered.out_info.shape == X.shape
+
+
+@pytest.mark.parametrize("name", ["v3", "per_tensor"])
+def test_zeros_behind_the_ends_change_no_result(name):
+  recipe = RECIPES[name]
+  x, w, operands = _whole_blocks(X, W, quantize_weight(W, recipe))
+  assert x.shape == (256, 384) and w.shape == (384, 256)
+  ours = fp8_linear(x, Weight(w, operands), recipe)[:M, :N]
+  np.testing.assert_allclose(ours, fp8_linear(X, W, recipe), rtol=0, atol=ROUNDING * np.abs(
+      exact()[0]).max())

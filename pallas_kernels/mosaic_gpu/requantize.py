@@ -1,0 +1,132 @@
+"""Transposing on Hopper what is quantised along its rows, or not at all, in one pass over memory.
+
+Shape letters:  M rows  K columns  S rows of a step
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import compat, implementations
+from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
+from pallas_kernels.mosaic_gpu.quantize import (
+    COMPILER_PARAMS,
+    Quantizer,
+    column_layout,
+    refuse_any,
+    steps,
+    swizzled,
+    this_block,
+)
+from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
+
+STEP = 32  # rows of 128 numbers in registers at a time, to find the largest
+
+
+def run(
+    x_MK: jax.Array | Quantized, tile: str, *, format: str, power_of_two: bool,
+    smallest_amax: float, interpret: Any = None) -> Quantized:
+  """See `pallas_kernels.quantize_transposed`, and `quantize.run` for interpret."""
+  del tile  # there is one
+  values_MK, scales = x_MK, ()
+  if isinstance(x_MK, Quantized):
+    values_MK, scales = x_MK.values_MK, (_row_scales(x_MK.scales_mk),)
+  (rows, columns), small = values_MK.shape, FORMATS[format].dtype
+  x = pad_rows(values_MK)
+  grid = (pl.cdiv(rows, BLOCK), columns // BLOCK)
+  quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
+
+  def kernel(x, *refs):
+    *row_scales, values_t, scales_t, x_smem, values_smem, scales_smem, loaded = refs
+    i, j = this_block(grid)
+    place = (pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK))
+    plgpu.copy_gmem_to_smem(x.at[place], x_smem, loaded)
+    plgpu.barrier_wait(loaded)
+    row_scales = [scales.at[j, place[0]] for scales in row_scales]
+    scale_K = quantizer.scale(_largest(x_smem, row_scales))
+    compat.store(scales_smem, scale_K)
+    compat.store(scales_t.at[i, place[1]], scale_K)
+    plgpu.commit_smem()
+    _write(quantizer, x_smem, row_scales, scales_smem, values_smem)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(values_smem, values_t.at[place[::-1]])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  values_t, scales_t = plgpu.kernel(
+      kernel,
+      out_type=(jax.ShapeDtypeStruct((columns, grid[0] * BLOCK), small),
+                jax.ShapeDtypeStruct((grid[0], columns), jnp.float32)),
+      grid=(math.prod(grid),), grid_names=("block",),
+      scratch_types=(
+          plgpu.SMEM((BLOCK, BLOCK), x.dtype, transforms=_narrow(x.dtype)),
+          swizzled(BLOCK, small), plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
+      compiler_params=COMPILER_PARAMS, interpret=interpret,
+  )(x, *scales)
+  return Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK))
+
+
+def refuse(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:
+  """Why `run` cannot take this, or None if it can."""
+  had = x_MK.tile if isinstance(x_MK, Quantized) else None
+  if tile != "1x128" or had not in (None, (1, BLOCK)):
+    was = f" of what has {had[0]}x{had[1]}" if had else ""
+    return f"needs tiles of 1x128, and they are {tile}{was}"
+  if len(x_MK.shape) != 2:
+    return f"needs a single matrix, and the shape is {x_MK.shape}"
+  values_MK = x_MK.values_MK if isinstance(x_MK, Quantized) else x_MK
+  return refuse_any(values_MK, **options)
+
+
+def _row_scales(scales_Mk: jax.Array) -> jax.Array:
+  """[k, M], with zeros for the rows of a block that reaches past the last."""
+  return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % BLOCK)))
+
+
+def _width(dtype) -> int:
+  """Columns that are in registers at a time: 32 or 64."""
+  return min(64, 128 // dtype.itemsize)
+
+
+def _narrow(dtype):
+  """As `swizzled`, of so many columns that a part of them can be taken."""
+  return swizzle(dtype.itemsize, _width(dtype) * dtype.itemsize)
+
+
+def _dequantized(x_MK: jax.Array, row_scales, layout) -> jax.Array:
+  """The numbers that stand for, of some rows, in float32."""
+  x_MK = x_MK.astype(jnp.float32)
+  for scales in row_scales:
+    scale_M = plgpu.load(scales, layout=layout.reduce(1), optimized=False)
+    x_MK *= plgpu.layout_cast(lax.broadcast_in_dim(scale_M, x_MK.shape, (0,)), layout)
+  return x_MK
+
+
+def _largest(x_smem, row_scales) -> jax.Array:
+  """Magnitude in every column: [K]."""
+  layout, largest_SK = column_layout(x_smem.dtype), None
+  for _, piece in steps(BLOCK, STEP):
+    x_SK = plgpu.load(x_smem.at[piece], layout=layout, optimized=False)
+    x_SK = jnp.abs(_dequantized(x_SK, [scales.at[piece] for scales in row_scales], layout))
+    largest_SK = x_SK if largest_SK is None else jnp.maximum(largest_SK, x_SK)
+  return largest_SK.max(0)
+
+
+def _write(quantizer: Quantizer, x_smem, row_scales, scales_smem, values_smem) -> None:
+  """Values of tiles of 128x1, rows and columns exchanged two by two between lanes."""
+  transposed, width = plgpu.Layout.WGMMA_TRANSPOSED, _width(x_smem.dtype)
+  for first in range(0, BLOCK, width):
+    columns = pl.ds(first, width)
+    scale_K = plgpu.load(scales_smem.at[columns], layout=transposed.reduce(0), optimized=False)
+    x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+    if x_MK.dtype.itemsize == 1:
+      x_MK = x_MK.astype(jnp.float16)  # exact, and lanes exchange 16 bits
+    x_MK = _dequantized(plgpu.layout_cast(x_MK, transposed), row_scales, transposed)
+    values_smem.at[columns].T[...] = quantizer.values(x_MK, scale_K, (1,), transposed)
+
+
+KERNEL = implementations.Kernel(run, refuse)
