@@ -3,17 +3,22 @@
 DeepSeek-V3 found that Hopper keeps 14 bits of such sums: of two random matrices with K = 4096 the
 largest relative error is nearly 2 % (arXiv:2412.19437, section 3.3.2). Here random matrices of
 E4M3, without scales, are multiplied by an emulation of that everywhere, and on a Hopper GPU by its
-tensor cores; everything is compared with the exact product of the same FP8 numbers in float64.
+tensor cores: by a kernel that leaves the whole sum to them, by ours with promotion, and by
+libraries, with what they call fast accumulation and without. Everything is compared with the exact
+product of the same FP8 numbers in float64.
 
 Shape letters:  M, N rows of the operands  K contracted width
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from experiments import plots, provenance, settings
 from experiments.markdown import document, figure, origin, table
@@ -46,6 +51,7 @@ class AccumulationConfig:
             f"widths={self.widths} must be multiples of {BLOCK}, one at least")
 
 
+_CUBLASLT = "__cublas$lt$matmul$f8"  # what a compiled program calls
 _NUMBERS = {"normal": lambda x: x, "positive": np.abs}
 _ERRORS = {
     "of_deviation": "largest error ÷ standard deviation",
@@ -53,14 +59,26 @@ _ERRORS = {
     "frobenius": "relative Frobenius norm of the error"}
 
 
-def ways() -> dict:
-  """Functions of two FP8 matrices [M, K] and [N, K] to [M, N], by name; more on a Hopper GPU."""
-  found = {
-      "emulated": emulated_matmul,
-      "emulated, promoted": functools.partial(emulated_matmul, promote_every=BLOCK)}
-  if here() == "mosaic_gpu":
-    found |= {"fp8_matmul, promoted": _promoted, "XLA": _xla}
-  return {name: jax.jit(way) for name, way in found.items()}
+def ways(lhs_MK: jax.Array, rhs_NK: jax.Array) -> dict:
+  """Functions of these two FP8 matrices, [M, K] and [N, K], to [M, N], by name.
+
+  A Hopper GPU has more: the tensor core with and without promotion, XLA's dot, and torch's where
+  it is installed.
+  """
+  found = {"emulated": _emulated,
+           "emulated, promoted": functools.partial(_emulated, promote_every=BLOCK)}
+  if here() != "mosaic_gpu":
+    return found
+  found |= {"raw_matmul": _raw, "fp8_matmul, promoted": _promoted}
+  for kind, precision in (("", lax.Precision.DEFAULT), (", precise", lax.Precision.HIGHEST)):
+    dot = _compiled_dot(lhs_MK.shape, rhs_NK.shape, precision)
+    library = "cuBLASLt" if _CUBLASLT in dot.as_text() else "not cuBLASLt"
+    found[f"XLA's dot{kind} ({library})"] = dot
+  with contextlib.suppress(ImportError):
+    peer = importlib.import_module("experiments.peers.torch_kernels")
+    found |= {f"torch._scaled_mm{kind}": functools.partial(peer.unscaled_mm, fast=not kind)
+              for kind in ("", ", precise")}
+  return found
 
 
 def errors(ours: np.ndarray, exact: np.ndarray, numbers: str) -> dict[str, float]:
@@ -90,17 +108,32 @@ def _measure(cfg: AccumulationConfig, numbers: str, width: int) -> dict[str, dic
   lhs_MK, rhs_NK = (np.asarray(x, np.float64) for x in operands)
   exact = lhs_MK @ rhs_NK.T
   return {name: errors(np.asarray(way(*operands), np.float64), exact, numbers)
-          for name, way in ways().items()}
+          for name, way in ways(*operands).items()}
 
 
-def _promoted(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
+def _promote(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
   unscaled = lambda x: Quantized(x, jnp.ones((len(x), x.shape[1] // BLOCK)), (1, BLOCK))
   return fp8_matmul(unscaled(lhs_MK), unscaled(rhs_NK), dtype=jnp.float32,
                     implementation="mosaic_gpu")
 
 
-def _xla(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
-  return jnp.einsum("mk,nk->mn", lhs_MK, rhs_NK, preferred_element_type=jnp.float32)
+def _raw_matmul(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
+  raw = importlib.import_module("pallas_kernels.mosaic_gpu.raw_fp8")  # Pallas takes long to import
+  return raw.raw_matmul(lhs_MK, rhs_NK)
+
+
+_emulated = jax.jit(emulated_matmul, static_argnames="promote_every")
+_promoted, _raw = jax.jit(_promote), jax.jit(_raw_matmul)
+
+
+@functools.cache
+def _compiled_dot(lhs_shape: tuple, rhs_shape: tuple, precision: lax.Precision):
+  """XLA's product; at DEFAULT it lets cuBLASLt add up in the tensor core."""
+  dot = jax.jit(functools.partial(
+      jnp.einsum, "mk,nk->mn", precision=precision, preferred_element_type=jnp.float32))
+  operands = (jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in (lhs_shape, rhs_shape))
+  # Or it may choose a kernel of its own that happened to be faster.
+  return dot.lower(*operands).compile({"xla_gpu_enable_triton_gemm": False})
 
 
 def _table(rows: list[dict]) -> str:

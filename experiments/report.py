@@ -314,9 +314,9 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       "paired": fields of `stats.Paired`, "claim": fields of `stats.Claim`, "verdict", "paper":
       what the paper reports, in words, "not_judged": why, where it was not}]; "noise" and
       "detectable": {metric: x}; "curves": {name: rows for `plots.loss_curves`}; "panels": [{"name",
-      "caption", "curves": of `plots.panels`, "doublings": likewise}]; "bases": [{"name", "arms",
-      "metrics", "cost"}]; "total_cost"; "provenance"; "source_hash". All but the name may be
-      absent.
+      "caption", "curves": of `plots.panels`, "doublings": likewise}]; "tables": [{"caption",
+      "header", "rows"}]; "bases": [{"name", "arms", "metrics", "cost"}]; "total_cost";
+      "provenance"; "source_hash". All but the name may be absent.
 
   Returns:
     The path of report.md.
@@ -331,6 +331,8 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
                    _forest_lines(comparisons))),
       ("Loss", figure(folder, "loss", "Training loss by arm", plots.loss_curves,
                        study.get("curves", {}))),
+      *((shown["caption"], table(shown["header"], shown["rows"]))
+        for shown in study.get("tables", [])),
       *((drawn["caption"], _panels(folder, drawn)) for drawn in study.get("panels", [])),
       ("Bases", _bases(study.get("bases", []))),
       ("Arms", _arms(study.get("arms", []), runs)),

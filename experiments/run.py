@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "tune_kernels": "measure tilings of Hopper's kernels, and write the table they choose from",
     "bench_moe": "time the ways of computing routed experts against each other",
     "fp8_accumulation": "how much tensor cores lose of sums of FP8 products, against K",
+    "fp8_gradients": "errors of FP8 gradients in tiles and in blocks, with and without outliers",
     "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",
 }
 STUDIES = ("load_balancing", "fp8", "rl_length", "rl_maj_pass", "rl_ppo", "rl_clip", "rl_routing")

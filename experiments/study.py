@@ -1,10 +1,10 @@
 """Studies: arms that differ in a setting, trained on paired seeds, judged by rules fixed before.
 
-A study runs in two phases. First every arm's learning rate is swept on seeds of its own; then each
-arm trains at its best one on the seeds that are compared. What a run is, its study says: training
-on text, or RL from a base. Runs of one program train together, as lanes of it. What is finished is
-in `parts/`, one small file an invocation: folders of several machines merge by copying those files
-together.
+A study runs in two phases. First learning rates are swept, on seeds of their own, every arm's or
+only the baseline's; then each arm trains at the best one on the seeds that are compared. What a run
+is, its study says: training on text, or RL from a base. Runs of one program train together, as
+lanes of it. What is finished is in `parts/`, one small file an invocation: folders of several
+machines merge by copying those files together.
 """
 
 import dataclasses
@@ -107,7 +107,8 @@ class Scale:
 class Study:
   """A claim of a paper, made testable.
 
-  `baseline` is the arm whose seed noise is reported; `kind` says what a run is.
+  `baseline` is the arm whose seed noise is reported; `kind` says what a run is; with `one_rate` all
+  arms train at the rate that the baseline swept best, for claims that all else is left alone.
   """
 
   name: str
@@ -118,16 +119,25 @@ class Study:
   comparisons: tuple[Comparison, ...]
   scales: dict[str, Scale]
   kind: type[Runs] = TextRuns
+  one_rate: bool = False
+
+  @property
+  def swept_arms(self) -> tuple[str, ...]:
+    """The arms whose learning rates are swept."""
+    return (self.baseline,) if self.one_rate else tuple(arm.name for arm in self.arms)
 
   def cost(self, scale: str) -> str:
     """The whole study's price, in words."""
     s = self.scales[scale]
-    runs = len(self.arms) * (len(s.learning_rates) * s.sweep_seeds + s.seeds)
+    swept = len(self.swept_arms) * len(s.learning_rates) * s.sweep_seeds
+    runs = swept + len(self.arms) * s.seeds
     minutes = runs / s.lanes * s.minutes + s.shared_minutes
     total = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     together = f", {s.lanes} at a time" if s.lanes > 1 else ""
-    return (f"{runs} runs ({len(self.arms)} arms x ({len(s.learning_rates)} learning rates + "
-            f"{s.seeds} seeds)){together}, {total} on {s.hardware}")
+    of = f"{len(s.learning_rates)} learning rates"
+    arms = (f"{of} + {len(self.arms)} arms x {s.seeds} seeds" if self.one_rate else
+            f"{len(self.arms)} arms x ({of} + {s.seeds} seeds)")
+    return f"{runs} runs ({arms}){together}, {total} on {s.hardware}"
 
 
 def main(study: Study, options: Options) -> None:
@@ -195,7 +205,8 @@ class _Runner:
   def run(self) -> bool:
     """Runs what no part has; False if time ran out."""
     self.runs.prepare()
-    sweep = [Task(arm, rate, _SWEEP_SEED + i) for arm in self.arms
+    swept = self.study.swept_arms if self.study.one_rate else self.arms
+    sweep = [Task(arm, rate, _SWEEP_SEED + i) for arm in swept
              for rate in self.scale.learning_rates for i in range(self.scale.sweep_seeds)]
     if not self._run_all(sweep):
       return False
@@ -212,7 +223,7 @@ class _Runner:
     """
     score, best = self.runs.score, {}
     value = lambda run: _finite(run["metrics"], score.metric, -np.inf * score.sign) * score.sign
-    for arm in (arm.name for arm in self.study.arms):
+    for arm in self.study.swept_arms:
       swept = {rate: [runs.get(Task(arm, rate, _SWEEP_SEED + i))
                       for i in range(self.scale.sweep_seeds)]
                for rate in self.scale.learning_rates}
@@ -223,6 +234,8 @@ class _Runner:
       rate = max(scores, key=scores.get)
       if np.isfinite(scores[rate]):
         best[arm] = (rate, scores[rate])
+    if self.study.one_rate and best:
+      return {arm.name: best[self.study.baseline] for arm in self.study.arms}
     return best
 
   def _run_all(self, tasks: Sequence[Task]) -> bool:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.layers import gated, recomputed
 from model.numerics import Numerics
-from pallas_kernels import fp8_experts, grouped_matmul
+from pallas_kernels import fp8_experts, grouped_matmul, implementations
 
 # Slots per expert over the mean load, and rows of an overflow block. Measured; see
 # experiments/results/bench_moe.
@@ -276,8 +276,9 @@ _slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
 
 
 def fastest_experts(numerics: Numerics) -> str:
-  """The key of EXPERTS to take unless there is a reason."""
-  return "grouped" if numerics.recipe else "slots"
+  """The key of EXPERTS to take unless there is a reason: "grouped" where that has a kernel."""
+  kernel = numerics.compute == "bfloat16" and implementations.here() == "mosaic_gpu"
+  return "grouped" if numerics.recipe or kernel else "slots"
 
 
 def _refuse_recipe(way: str, numerics: Numerics) -> None:

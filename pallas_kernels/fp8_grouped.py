@@ -4,7 +4,7 @@ A weight gradient contracts over a group's rows, so tiles must not straddle grou
 `quantize_groups` begins every group at a multiple of 128.
 
 Shape letters:  R rows, those of group 0 first  G groups  K contracted width  N result width
-                S rows with every group at a multiple of 128
+                S rows with every group at a multiple of 128  P 128 of them  b blocks of them
 """
 
 import jax
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import implementations
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.quantize import SMALLEST_AMAX
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize
 from pallas_kernels.requantize import quantize_transposed
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped")}
 _WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_weight_gradient")}
+# Blocks of 128 rows, each with its own matrix, that "xla" multiplies together; memory bounds it.
+_AT_ONCE = 32
 
 
 def fp8_grouped_matmul(
@@ -139,12 +140,46 @@ def quantize_groups(
 
 
 def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) -> jax.Array:
-  return grouped_matmul(
-      dequantize(lhs_RK), dequantize(rhs_GNK), sizes_G, transpose_rhs=True,
-      precision=lax.Precision.HIGHEST, implementation="xla").astype(dtype)
+  lhs_SK, rhs = align_groups(dequantize(lhs_RK), sizes_G), dequantize(rhs_GNK)
+
+  def product(block):
+    lhs_PK, group = block
+    return jnp.einsum("pk,nk->pn", lhs_PK, rhs[group], precision=lax.Precision.HIGHEST)
+
+  blocks = lhs_SK.reshape(-1, BLOCK, lhs_SK.shape[1]), _groups(sizes_G, len(lhs_SK))
+  out_SN = lax.map(product, blocks, batch_size=_AT_ONCE).reshape(len(lhs_SK), -1)
+  places_R = _places(sizes_G, lhs_RK.shape[0], len(lhs_SK))
+  return out_SN.at[places_R].get(mode="fill", fill_value=0).astype(dtype)
+
+
+def _places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
+  """Where `align_groups` puts each row; behind the end for rows of no group."""
+  ends_G = jnp.cumsum(sizes_G)
+  group_R = jnp.searchsorted(ends_G, jnp.arange(num_rows), side="right")
+  within_R = jnp.arange(num_rows) - (ends_G - sizes_G).at[group_R].get(mode="fill", fill_value=0)
+  return aligned_starts(sizes_G).at[group_R].get(mode="fill", fill_value=rows) + within_R
 
 
 def _xla_weight_gradient(lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype):
-  aligned_G = -(-sizes_G // BLOCK) * BLOCK
-  return grouped_weight_gradient(
-      dequantize(lhs_KS).T, dequantize(rhs_NS).T, aligned_G, dtype=dtype, implementation="xla")
+  lhs, rhs = (dequantize(x).T.reshape(-1, BLOCK, len(x.values_MK)) for x in (lhs_KS, rhs_NS))
+  at_once = min(_AT_ONCE, len(lhs))
+
+  def chunks(blocks):
+    missing = [(0, -len(blocks) % at_once)] + [(0, 0)] * (blocks.ndim - 1)
+    return jnp.pad(blocks, missing).reshape(-1, at_once, *blocks.shape[1:])
+
+  def add(sums_GKN, chunk):
+    lhs_bPK, rhs_bPN, group_b = chunk
+    products = jnp.einsum("bpk,bpn->bkn", lhs_bPK, rhs_bPN, precision=lax.Precision.HIGHEST)
+    return sums_GKN.at[group_b].add(products), None
+
+  zeros = lax.full_like(lhs, 0, shape=(len(sizes_G), lhs.shape[-1], rhs.shape[-1]))
+  blocks = lhs, rhs, _groups(sizes_G, lhs_KS.shape[1])
+  return lax.scan(add, zeros, jax.tree.map(chunks, blocks))[0].astype(dtype)
+
+
+def _groups(sizes_G: jax.Array, rows: int) -> jax.Array:
+  """The group of every 128 rows where groups begin at multiples of 128; the last behind its end."""
+  ends_G = jnp.cumsum(-(-sizes_G // BLOCK))
+  group_b = jnp.searchsorted(ends_G, jnp.arange(rows // BLOCK), side="right")
+  return jnp.minimum(group_b, len(sizes_G) - 1)

@@ -78,7 +78,7 @@ def run(
   Args:
     operation: its name, for errors.
     implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for this device's kernel where that
-      has run before and can do it, and else "xla".
+      has run before and can do it, on one device, and else "xla".
     xla: the oracle; it takes everything that the operation takes.
     kernels: by name.
     *operands, **options: of the operation.
@@ -87,7 +87,7 @@ def run(
     ValueError: if the named implementation does not exist, not here, or not for these operands.
   """
   if implementation is None:
-    kernel = kernels.get(here()) if here() in _PROVEN else None
+    kernel = kernels.get(here()) if here() in _PROVEN and not divided() else None
     chosen = kernel.run if kernel and not kernel.refuse(*operands, **options) else xla
   elif implementation == "xla":
     chosen = xla

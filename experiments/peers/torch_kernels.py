@@ -31,6 +31,16 @@ def scaled_mm(x, w, *_):
                           out_dtype=torch.bfloat16)
 
 
+def unscaled_mm(lhs_MK: jax.Array, rhs_NK: jax.Array, *, fast: bool) -> jax.Array:
+  """cuBLASLt's product of FP8 arrays, lhs @ rhs.T in float32, with or without fast accumulation."""
+  lhs, rhs = tensors((lhs_MK, rhs_NK))
+  one = torch.ones((), device=lhs.device)
+  out_MN = torch._scaled_mm(lhs, rhs.t(), scale_a=one, scale_b=one, out_dtype=torch.float32,
+                            use_fast_accum=fast)
+  wait(out_MN)
+  return jax.dlpack.from_dlpack(out_MN)
+
+
 def plain_mm(x, w, x_MK, w_NK):
   """The same product of what was quantised."""
   return x_MK @ w_NK.t()

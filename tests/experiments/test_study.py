@@ -1,5 +1,6 @@
 """Studies from invented runs: which learning rate wins, what is paired, what verdict follows."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -161,6 +162,29 @@ def test_every_arm_gets_the_rate_with_its_lowest_validation_loss(tmp_path):
   runs = a_sweep("plain", (3.0, 2.0, 2.5)) + a_sweep("new", (1.0, 2.0, 3.0))
   runs.append(a_run("plain", RATES[2], 0, 0.1))  # a seed that is compared chooses nothing
   assert best(tmp_path, runs) == {"plain": RATES[1], "new": RATES[0]}
+
+
+def test_with_one_rate_all_arms_take_the_baselines_and_only_it_is_swept(tmp_path):
+  invented = dataclasses.replace(a_study(), one_rate=True)
+  assert "3 learning rates + 2 arms x 2 seeds" in invented.cost("tiny")
+  asked = []
+  losses = dict(zip(RATES, (3.0, 2.0, 2.5), strict=True))
+
+  class Invented(study.TextRuns):
+
+    def prepare(self):
+      pass
+
+    def program(self, task):
+      return task
+
+    def train(self, tasks, folder, max_seconds):
+      asked.extend(tasks)
+      return [{"metrics": {"validation_loss": losses[task.learning_rate]}} for task in tasks]
+
+  assert runner(tmp_path, dataclasses.replace(invented, kind=Invented), arms=("new",)).run()
+  assert asked == [Task("plain", rate, 1000) for rate in RATES] + [
+      Task("new", RATES[1], seed) for seed in range(2)]
 
 
 def test_an_unfinished_sweep_chooses_no_rate(tmp_path):
