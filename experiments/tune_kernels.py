@@ -38,8 +38,8 @@ class TuneConfig:
     only: how the names of the operations to tune begin; empty for all.
   """
 
-  rounds: int = 12
-  seconds: float = 0.005
+  rounds: int = 10
+  seconds: float = 0.003
   only: str = ""
 
   def __post_init__(self):
@@ -66,17 +66,13 @@ class Job:
   candidates: tuple
 
 
-# Dense products of M, N, K with a scale for each block of the weight: DeepGEMM's, and V2-Lite's
-# attention, shared experts and dense layer at 16,384 tokens, forward and for the input's gradient.
-_BLOCKS = ((8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384),
-           (16384, 3072, 2048), (16384, 2048, 3072), (16384, 4096, 512), (16384, 512, 4096),
-           (16384, 2048, 2048), (16384, 5632, 2048), (16384, 2048, 5632), (16384, 2816, 2048),
-           (16384, 2048, 2816))
-# The same layers' weight gradients, K tokens.
-_VECTORS = ((2048, 3072, 16384), (512, 4096, 16384), (2048, 2048, 16384), (2048, 5632, 16384),
-            (2816, 2048, 16384))
-# Rows, groups, and an expert's widths: V2-Lite's, V3's on one of eight nodes, `base`'s.
-_EXPERTS = ((98304, 64, 2048, 1408), (65536, 32, 7168, 2048), (98304, 64, 1024, 512))
+# Dense products of M, N, K with a scale for each block of the weight: DeepGEMM's.
+_BLOCKS = ((8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384))
+# Rows, groups, K and N of experts: V2-Lite's (gate, both gate and up, down, and the gradient of
+# both), V3's gate on one of eight nodes, and `base`'s.
+_EXPERTS = ((65536, 64, 2048, 1408), (98304, 64, 2048, 2816), (98304, 64, 1408, 2048),
+            (98304, 64, 2816, 2048), (65536, 32, 7168, 2048),
+            (98304, 64, 1024, 1024), (98304, 64, 512, 1024), (98304, 64, 1024, 512))
 
 
 def main(options: Options) -> None:
@@ -85,11 +81,14 @@ def main(options: Options) -> None:
   require(implementations.here() == "mosaic_gpu",
           f"tune_kernels times kernels for {implementations.BACKENDS['mosaic_gpu']}, and this is "
           f"{jax.devices()[0].device_kind}")
-  rows = [row for job in jobs() if job.key.startswith(cfg.only) for row in _measure(job, cfg)]
+  rows = []
+  for job in jobs():
+    if job.key.startswith(cfg.only):
+      rows += _measure(job, cfg)
+      if options.out:  # after each, as there are many
+        provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
+        write_json_atomic(options.out / "tilings.json", best(rows))
   print(table(("operation", "tiling", "µs", "TFLOP/s", "of the default's time"), map(_line, rows)))
-  if options.out:
-    print(f"wrote {provenance.record(options.out, {'config': to_dict(cfg), 'rows': rows})}")
-    write_json_atomic(options.out / "tilings.json", best(rows))
 
 
 def jobs() -> Iterator[Job]:
@@ -104,49 +103,33 @@ def jobs() -> Iterator[Job]:
   from pallas_kernels.mosaic_gpu.tilings import key
 
   dense, bf16, f32 = fp8_matmul.Tiling, jnp.bfloat16, jnp.float32
-  of_blocks = (
-      dense(), dense(cluster=2), dense(depth=1), dense(depth=1, cluster=2), dense(snake=16),
-      dense(block_n=192, depth=1, stages=4), dense(block_n=192, depth=1, stages=4, cluster=2),
-      dense(block_n=160, depth=1, stages=4))
+  of_blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4))
   of_vectors = (
-      dense(depth=1, stages=4), dense(depth=1, stages=3), dense(depth=1, stages=4, cluster=2),
-      dense(block_n=160, depth=1, stages=3), dense(block_n=96, depth=1, stages=4))
+      dense(depth=1, stages=4), dense(depth=1, stages=3), dense(depth=1, stages=4, cluster=2))
   for m, n, k in _BLOCKS:
     yield Job(key("fp8_matmul 128x128", bf16, m, n, k), 2 * m * n * k,
               functools.partial(fp8_matmul.run, dtype=bf16),
               lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k, tile="128x128")), of_blocks)
-  for m, n, k in _VECTORS:
-    yield Job(key("fp8_matmul 1x128", f32, m, n, k), 2 * m * n * k,
-              functools.partial(fp8_matmul.run, dtype=f32),
-              lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k)), of_vectors)
-  for rows, groups, d_model, d_ff in _EXPERTS:
-    widths = (d_model, 2 * d_ff), (d_ff, d_model), (2 * d_ff, d_model), (d_model, d_ff)
-    for k, n in dict.fromkeys(widths):
-      make = functools.partial(_grouped, rows, groups, k, n)
-      flops = 2 * rows * k * n
-      yield Job(key("fp8_grouped_matmul", bf16, groups, k, n), flops,
-                functools.partial(fp8_grouped.run, dtype=bf16),
-                functools.partial(make, "fp8"),
-                tuple(tiling for tiling in of_blocks if tiling.block_n != 160))
-      yield Job(key("grouped_matmul", bf16, groups, k, n), flops, grouped_matmul.run,
-                functools.partial(make, "plain"), _fitting(grouped_matmul, n))
-      yield Job(key("grouped_matmul transposed", bf16, groups, k, n), flops,
-                functools.partial(grouped_matmul.run, transpose_rhs=True),
-                functools.partial(make, "transposed"), _fitting(grouped_matmul, n))
-      yield Job(key("fp8_grouped_weight_gradient", f32, groups, k, n), flops,
-                functools.partial(fp8_weight_gradient.run, dtype=f32),
-                functools.partial(make, "fp8 gradient"), of_vectors)
-      yield Job(key("grouped_weight_gradient", f32, groups, k, n), flops,
-                functools.partial(grouped_weight_gradient.run, dtype=f32),
-                functools.partial(make, "gradient"), _fitting(grouped_weight_gradient, n, rows=k))
+  for rows, groups, k, n in _EXPERTS:
+    make, flops = functools.partial(_grouped, rows, groups, k, n), 2 * rows * k * n
+    for name, dtype, run, kind, candidates in (
+        ("fp8_grouped_matmul", bf16, fp8_grouped.run, "fp8", of_blocks),
+        ("fp8_grouped_weight_gradient", f32, fp8_weight_gradient.run, "fp8 gradient", of_vectors),
+        ("grouped_matmul", bf16, grouped_matmul.run, "plain", _fitting(grouped_matmul, n)),
+        ("grouped_matmul transposed", bf16,
+         functools.partial(grouped_matmul.run, transpose_rhs=True), "transposed",
+         _fitting(grouped_matmul, n)),
+        ("grouped_weight_gradient", f32, grouped_weight_gradient.run, "gradient",
+         _fitting(grouped_weight_gradient, n))):
+      yield Job(key(name, dtype, groups, k, n), flops, functools.partial(run, dtype=dtype),
+                functools.partial(make, kind), candidates)
 
 
-def _fitting(kernel, columns: int, rows: int = 256) -> tuple:
-  tiling = type(kernel.default_tiling(columns))
-  every = (kernel.default_tiling(columns), tiling(128, 128, 6), tiling(128, 128, 6, band=16),
-           tiling(256, 128), tiling(256, 128, band=4), tiling(128, 256), tiling(128, 256, band=4))
-  fit = (tiling for tiling in every if columns % tiling.columns == 0 and rows % tiling.rows == 0)
-  return tuple(dict.fromkeys(fit))
+def _fitting(kernel, columns: int) -> tuple:
+  default = kernel.default_tiling(columns)
+  tiling = type(default)
+  every = (default, tiling(128, 128, 6), tiling(256, 128), tiling(128, 256))
+  return tuple(dict.fromkeys(each for each in every if columns % each.columns == 0))
 
 
 def _quantised(rows: int, columns: int, tile: str = "1x128"):
