@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "bench_moe": "time the ways of computing routed experts against each other",
     "fp8_accumulation": "how much tensor cores lose of sums of FP8 products, against K",
     "fp8_gradients": "errors of FP8 gradients in tiles and in blocks, with and without outliers",
+    "tpu_kernels": "compile our TPU kernels, and XLA's products beside them, for TPUs not here",
     "check_model": "build, save, load and check a model, or a folder (--set checkpoint=DIR)",
 }
 STUDIES = ("load_balancing", "fp8", "rl_length", "rl_maj_pass", "rl_ppo", "rl_clip", "rl_routing")

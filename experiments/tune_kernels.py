@@ -39,7 +39,7 @@ class TuneConfig:
   """
 
   rounds: int = 10
-  seconds: float = 0.003
+  seconds: float = 0.006
   only: str = ""
 
   def __post_init__(self):
@@ -120,16 +120,17 @@ def jobs() -> Iterator[Job]:
          functools.partial(grouped_matmul.run, transpose_rhs=True), "transposed",
          _fitting(grouped_matmul, n)),
         ("grouped_weight_gradient", f32, grouped_weight_gradient.run, "gradient",
-         _fitting(grouped_weight_gradient, n))):
+         _fitting(grouped_weight_gradient, n, rows=k))):
       yield Job(key(name, dtype, groups, k, n), flops, functools.partial(run, dtype=dtype),
                 functools.partial(make, kind), candidates)
 
 
-def _fitting(kernel, columns: int) -> tuple:
+def _fitting(kernel, columns: int, rows: int = 256) -> tuple:
   default = kernel.default_tiling(columns)
   tiling = type(default)
   every = (default, tiling(128, 128, 6), tiling(256, 128), tiling(128, 256))
-  return tuple(dict.fromkeys(each for each in every if columns % each.columns == 0))
+  return tuple(dict.fromkeys(
+      each for each in every if columns % each.columns == 0 and rows % each.rows == 0))
 
 
 def _quantised(rows: int, columns: int, tile: str = "1x128"):

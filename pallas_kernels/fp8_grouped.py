@@ -16,8 +16,11 @@ from pallas_kernels.quantize import SMALLEST_AMAX
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize
 from pallas_kernels.requantize import quantize_transposed
 
-_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped")}
-_WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_weight_gradient")}
+_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped"),
+            "mosaic_tpu": implementations.late("mosaic_tpu.fp8_grouped")}
+_WEIGHT_GRADIENT_KERNELS = {
+    "mosaic_gpu": implementations.late("mosaic_gpu.fp8_weight_gradient"),
+    "mosaic_tpu": implementations.late("mosaic_tpu.fp8_weight_gradient")}
 # Blocks of 128 rows, each with its own matrix, that "xla" multiplies together; memory bounds it.
 _AT_ONCE = 32
 

@@ -10,7 +10,8 @@ from jax import lax
 from pallas_kernels import implementations
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize
 
-_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_matmul")}
+_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_matmul"),
+            "mosaic_tpu": implementations.late("mosaic_tpu.fp8_matmul")}
 
 
 def fp8_matmul(

@@ -108,5 +108,7 @@ def _backward(transpose_rhs, kept, dout_RN):
 _mosaic_gpu.defvjp(_forward, _backward)
 _KERNELS = {"mosaic_gpu": implementations.Kernel(
     lambda *operands, transpose_rhs, precision: _mosaic_gpu(*operands, transpose_rhs),
-    _PRODUCTS.refuse)}
-_WEIGHT_GRADIENT_KERNELS = {"mosaic_gpu": _GRADIENTS}
+    _PRODUCTS.refuse), "mosaic_tpu": implementations.late("mosaic_tpu.grouped_matmul")}
+_WEIGHT_GRADIENT_KERNELS = {
+    "mosaic_gpu": _GRADIENTS,
+    "mosaic_tpu": implementations.late("mosaic_tpu.grouped_matmul", "WEIGHT_GRADIENT_KERNEL")}

@@ -13,7 +13,8 @@ from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, num_tiles, round
 # V3's code never divides by less, for whatever an activation is. Gradients may be much smaller.
 SMALLEST_AMAX = 1e-4
 TILES = {"1x128": (1, BLOCK), "128x1": (BLOCK, 1), "128x128": (BLOCK, BLOCK)}
-_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize")}
+_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize"),
+            "mosaic_tpu": implementations.late("mosaic_tpu.quantize")}
 _SWIGLU_KERNELS = {
     "mosaic_gpu": implementations.late("mosaic_gpu.quantize_fused", "SWIGLU_KERNEL")}
 _BOTH_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize_fused", "BOTH_KERNEL")}

@@ -67,7 +67,10 @@ def run(
   operands = (values_RK, pad_blocks(rhs_GNK.values_MK, BLOCK),
               jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))), rhs_GNK.scales_mk)
   most = schedule.most_tiles(rows + end, groups, tiling.block_m) * num_columns
-  width = min(SWIZZLE // jnp.dtype(dtype).itemsize, math.gcd(tiling.block_n, BLOCK))
+  width = SWIZZLE // jnp.dtype(dtype).itemsize
+  if tiling.block_n % width:
+    raise ValueError(f"tiles of a grouped product in {jnp.dtype(dtype).name} need a multiple of "
+                     f"{width} columns, and they have {tiling.block_n}")
   return fp8_matmul.launch(
       body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling, most, interpret,
       vectors=False, before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),

@@ -139,7 +139,7 @@ def test_each_group_is_the_dense_product_to_the_bit(sizes, make):
 
 @hopper
 @pytest.mark.parametrize("tiling", [
-    {"depth": 1}, {"cluster": 2}, {"block_n": 192, "depth": 1, "stages": 4}, {"block_n": 96},
+    {"depth": 1}, {"cluster": 2}, {"block_n": 192, "depth": 1, "stages": 4}, {"block_n": 64},
     {"block_m": 256, "depth": 1, "stages": 3},
     {"block_m": 256, "depth": 1, "stages": 3, "cluster": 2}])
 def test_no_tiling_changes_a_bit(tiling):

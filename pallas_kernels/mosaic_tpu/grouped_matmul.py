@@ -1,0 +1,148 @@
+"""Grouped matrix products on a TPU: JAX's own kernels, megablox, whose groups end where they want.
+
+megablox wants rows in whole tiles, and writes no rows behind the last group: these are added here.
+
+Shape letters:  R rows  G groups  K contracted width  N result width
+                T rows of a tile
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+from pallas_kernels.implementations import Kernel
+from pallas_kernels.mosaic_tpu.tiles import KINDS, ROWS, pad, refuse_rows, whole
+from pallas_kernels.quantized import BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """How a product is cut; at most so much.
+
+  Attributes:
+    rows, depth, columns: of a tile of rows, of K and of N: multiples of 32, 128 and 128.
+  """
+
+  rows: int = 512
+  depth: int = 1024
+  columns: int = 1024
+
+  def __post_init__(self):
+    if self.rows % ROWS or self.depth % BLOCK or self.columns % BLOCK:
+      raise ValueError("Tiling's rows must be a multiple of 32, depth and columns of 128, and they "
+                       f"are {self.rows}, {self.depth} and {self.columns}")
+
+  def fit(self, rows: int, depth: int, columns: int) -> tuple[int, int, int]:
+    """No larger than the product."""
+    return (min(self.rows, whole(rows, ROWS)), min(self.depth, whole(depth, BLOCK)),
+            min(self.columns, whole(columns, BLOCK)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+  """What is known when the product is compiled."""
+
+  transpose_rhs: bool
+  tiling: Tiling | None
+  interpret: Any
+
+
+def run(
+    lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
+    precision: lax.PrecisionLike = None, tiling: Tiling | None = None, interpret: Any = False,
+) -> jax.Array:
+  """See `pallas_kernels.grouped_matmul`; gradients are by these kernels, too.
+
+  Args:
+    precision: has no effect: bfloat16's products are exact, and their sums are float32's.
+    tiling: how the product is cut.
+    interpret: True or `pltpu.InterpretParams`, to run on a CPU.
+  """
+  del precision
+  return _multiply(lhs_RK, rhs_GKN, sizes_G, _How(transpose_rhs, tiling, interpret))
+
+
+def run_weight_gradient(
+    lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *, dtype: jnp.dtype | None = None,
+    tiling: Tiling | None = None, interpret: Any = False) -> jax.Array:
+  """See `pallas_kernels.grouped_weight_gradient`.
+
+  Args:
+    tiling, interpret: see `run`.
+  """
+  # A tile of the result stays in memory as float32 as well, so it may be half as large.
+  tiling = tiling or Tiling(columns=512)
+  tile = tiling.fit(len(lhs_RK), lhs_RK.shape[1], rhs_RN.shape[1])
+  lhs, rhs = (pad(x, tile[0], 1) for x in (lhs_RK, rhs_RN))
+  # Transposed back within tgmm, which costs nothing once compiled.
+  return tgmm(lhs.T, rhs, sizes_G, preferred_element_type=dtype or lhs_RK.dtype, tiling=tile,
+              interpret=interpret)
+
+
+def refuse(
+    lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
+    precision: lax.PrecisionLike = None) -> str | None:
+  """Why `run` cannot multiply these, or None if it can."""
+  del transpose_rhs, precision
+  return _why_not(lhs_RK, rhs_GKN, sizes_G, None)
+
+
+def refuse_weight_gradient(
+    lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *,
+    dtype: jnp.dtype | None = None) -> str | None:
+  """Why `run_weight_gradient` cannot multiply these, or None if it can."""
+  return _why_not(lhs_RK, rhs_RN, sizes_G, dtype)
+
+
+def _why_not(lhs, rhs, sizes_G, dtype) -> str | None:
+  if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16 or sizes_G.dtype != jnp.int32:
+    return f"needs bfloat16 and int32 sizes, not {lhs.dtype}, {rhs.dtype} and {sizes_G.dtype}"
+  if dtype is not None and dtype not in KINDS:
+    return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
+  if 0 in (*lhs.shape, *rhs.shape, *sizes_G.shape):
+    return f"needs numbers, and the shapes are {lhs.shape}, {rhs.shape} and {sizes_G.shape}"
+  return refuse_rows(len(lhs), Tiling().rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _multiply(lhs_RK, rhs_GKN, sizes_G, how):
+  rows, columns = len(lhs_RK), rhs_GKN.shape[1 if how.transpose_rhs else 2]
+  tile = (how.tiling or Tiling()).fit(rows, lhs_RK.shape[1], columns)
+  out_RN = gmm(
+      pad(lhs_RK, tile[0], 1), rhs_GKN, sizes_G, preferred_element_type=lhs_RK.dtype, tiling=tile,
+      transpose_rhs=how.transpose_rhs, interpret=how.interpret)
+  return _zero_behind(out_RN, sizes_G.sum(), tile[0])[:rows]
+
+
+def _zero_behind(x_RN, end, tile):
+  """Zeros the rows from `end`, and touches no tile before it: all of them would take memory's time.
+  """
+  def zero(i, x_RN):
+    rows_TN = lax.dynamic_slice_in_dim(x_RN, i * tile, tile)
+    row_T1 = i * tile + lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
+    return lax.dynamic_update_slice_in_dim(x_RN, jnp.where(row_T1 < end, rows_TN, 0), i * tile, 0)
+
+  return lax.fori_loop(end // tile, len(x_RN) // tile, zero, x_RN)
+
+
+def _forward(lhs_RK, rhs_GKN, sizes_G, how):
+  return _multiply(lhs_RK, rhs_GKN, sizes_G, how), (lhs_RK, rhs_GKN, sizes_G)
+
+
+def _backward(how, kept, dout_RN):
+  lhs_RK, rhs_GKN, sizes_G = kept
+  other = dataclasses.replace(how, transpose_rhs=not how.transpose_rhs)
+  dlhs_RK = _multiply(dout_RN, rhs_GKN, sizes_G, other)
+  operands = (dout_RN, lhs_RK) if how.transpose_rhs else (lhs_RK, dout_RN)
+  drhs = run_weight_gradient(*operands, sizes_G, tiling=how.tiling, interpret=how.interpret)
+  return dlhs_RK, drhs, None
+
+
+_multiply.defvjp(_forward, _backward)
+KERNEL = Kernel(run, refuse)
+WEIGHT_GRADIENT_KERNEL = Kernel(run_weight_gradient, refuse_weight_gradient)
