@@ -8,7 +8,6 @@ Shape letters:  R rows  G groups  K contracted width  N result width  k blocks o
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
