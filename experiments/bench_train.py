@@ -47,7 +47,7 @@ def _scales() -> dict[str, BenchConfig]:
                       patience=90.0,
                       variants=(f"{_GPU_FLAGS} --attention=sdpa",
                                 f"{_GPU_FLAGS} --attention=cudnn --compile")),
-          model=get_config("base"), seq_len=2048, batch_size=8, unroll=get_config("base").num_layers,
+          model=get_config("base"), seq_len=2048, batch_size=8, unroll=12,
           optimizer=OptimizerConfig(moments="float32")),
       "v2_lite": BenchConfig(
           bench=Bench(numerics=("fp8", "bf16"), phases=("forward_backward", "train"), steps=5,
