@@ -3,6 +3,8 @@
 Shape letters:  B batch  T tokens  D model width  V vocabulary  C chunks
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -36,18 +38,54 @@ def token_logprobs(
     x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
     return x.reshape(batch, num_chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
 
-  @jax.checkpoint
   def one(_, chunk):
     hidden, targets = chunk
-    return None, _logprobs(hidden, head_DV, targets, temperature, numerics)
+    return None, _chunk_logprobs(numerics, hidden, head_DV, targets, temperature)
 
   _, logp_CBt = jax.lax.scan(one, None, (chunks(hidden_BTD), chunks(targets_BT)))
   return logp_CBt.swapaxes(0, 1).reshape(batch, -1)[:, :num_tokens]
 
 
-def _logprobs(hidden_BTD, head_DV, targets_BT, temperature, numerics):
-  logits_BTV = numerics.einsum_f32("btd,dv->btv", hidden_BTD, head_DV) / temperature
+def _logits(hidden_BTD, head_DV, temperature, numerics):
+  return numerics.einsum_f32("btd,dv->btv", hidden_BTD, head_DV) / temperature
+
+
+def _is_target(logits_BTV, targets_BT):
+  return jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+
+
+def _parts(hidden_BTD, head_DV, targets_BT, temperature, numerics):
+  """The targets' logits, and the logarithm of all logits' exponentials' sum."""
+  logits_BTV = _logits(hidden_BTD, head_DV, temperature, numerics)
   # A masked sum, whose gradient is one comparison: a lookup's is a scatter into zeros.
-  is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-  target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(-1)
-  return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+  target_BT = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0).sum(-1)
+  return target_BT, jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def _logprobs(*operands):
+  target_BT, total_BT = _parts(*operands)
+  return target_BT - total_BT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk_logprobs(numerics, hidden_BTD, head_DV, targets_BT, temperature):
+  return _logprobs(hidden_BTD, head_DV, targets_BT, temperature, numerics)
+
+
+def _chunk_forward(numerics, hidden_BTD, head_DV, targets_BT, temperature):
+  target_BT, total_BT = _parts(hidden_BTD, head_DV, targets_BT, temperature, numerics)
+  return target_BT - total_BT, (hidden_BTD, head_DV, targets_BT, temperature, total_BT)
+
+
+def _chunk_backward(numerics, residuals, dlogp_BT):
+  """Computes logits again, but no sums of them."""
+  hidden_BTD, head_DV, targets_BT, temperature, total_BT = residuals
+  logits_BTV, vjp = jax.vjp(
+      functools.partial(_logits, numerics=numerics), hidden_BTD, head_DV, temperature)
+  p_BTV = jnp.exp(logits_BTV - total_BT[..., None])
+  dhidden_BTD, dhead_DV, dtemperature = vjp(
+      dlogp_BT[..., None] * (_is_target(logits_BTV, targets_BT) - p_BTV))
+  return dhidden_BTD, dhead_DV, None, dtemperature
+
+
+_chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
