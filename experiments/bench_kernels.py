@@ -63,10 +63,10 @@ def main(options: Options) -> None:
   for case in cases(scale, kernels):
     if cfg.only in case.operation:
       rows += _measure(case, cfg, ceilings)
+      if options.out:  # after each, as there are many
+        provenance.record(
+            options.out, {"config": to_dict(cfg), "ceilings": ceilings, "rows": rows})
   print(table(_HEADER, map(_line, rows)))
-  if options.out:
-    print(f"wrote {provenance.record(options.out, {
-        'config': to_dict(cfg), 'ceilings': ceilings, 'rows': rows})}")
 
 
 def _ceilings(width: int, cfg: BenchConfig) -> dict[str, float]:

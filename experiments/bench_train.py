@@ -47,14 +47,14 @@ def _scales() -> dict[str, BenchConfig]:
                       patience=90.0,
                       variants=(f"{_GPU_FLAGS} --attention=sdpa",
                                 f"{_GPU_FLAGS} --attention=cudnn --compile")),
-          model=get_config("base"), seq_len=2048, batch_size=8, unroll=12,
+          model=get_config("base"), seq_len=2048, batch_size=8,
           optimizer=OptimizerConfig(moments="float32")),
       "v2_lite": BenchConfig(
           bench=Bench(numerics=("fp8", "bf16"), phases=("forward_backward", "train"), steps=5,
                       warm_up=5),
           model=dataclasses.replace(get_config("deepseek_v2_lite"), num_layers=4,
                                     num_dense_layers=0, vocab_size=32768),
-          seq_len=2048, batch_size=8, unroll=4, optimizer=OptimizerConfig())}
+          seq_len=2048, batch_size=8, optimizer=OptimizerConfig())}
 
 
 def main(options: Options) -> None:

@@ -6,6 +6,7 @@ parameters in the compute format, and "train", whole steps with float32 masters.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import resource
@@ -23,7 +24,7 @@ import numpy as np
 
 import model
 from experiments import trace
-from model import NUMERICS, MLAConfig, ModelConfig, Transformer
+from model import NUMERICS, MLAConfig, ModelConfig, Transformer, quantize_weights
 from model.checks import require, require_positive
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.losses import Batch, LanguageModelLoss
@@ -146,7 +147,9 @@ class Ours:
 
   def _training(self):
     network = self._run.model
-    step = make_train_step(self._transformer(network), self._run.optimizer, decay_mask(network))
+    step = make_train_step(
+        self._transformer(network), self._run.optimizer, decay_mask(network),
+        prepare=functools.partial(quantize_weights, network))
     return init_state(random_variables(network), self._run.optimizer), step, True
 
   def _forward_backward(self):

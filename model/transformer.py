@@ -3,6 +3,7 @@
 Shape letters:  L layers  B batch  T tokens  D model width  V vocabulary  E routed experts
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -64,6 +65,29 @@ class Output:
   def expert_load_LE(self) -> jax.Array:
     """int32: tokens that each expert of each MoE layer received in this batch, MTP left out."""
     return self.router["moe_layers"].load_BE.sum(-2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unstack(tree: Any, count: int) -> list[Any]:
+  """Slices of every array along its first axis.
+
+  Gradients are written to their places in one array as they come. Slicing alone would have them
+  concatenated at the end, which on a GPU takes four times as long.
+  """
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+def _join(count, _, slices):
+  def join(*each):
+    joined = jax.lax.full_like(each[0], 0, shape=(count, *each[0].shape))
+    for i, x in enumerate(each):
+      joined = jax.lax.dynamic_update_index_in_dim(joined, x, i, 0)
+    return joined
+
+  return (jax.tree.map(join, *slices),)
+
+
+unstack.defvjp(lambda tree, count: (unstack(tree, count), None), _join)
 
 
 class Block(nn.Module):
@@ -135,7 +159,7 @@ class Transformer(nn.Module):
     mla_form: "expanded" or "absorbed"; None chooses the cheaper for the shapes at hand.
     attend: how attention is computed, as in `model.attention.attend`; None for what is fastest.
     unroll: layers compiled one after another in the loop over layers: more make steps faster and
-      compiling slower.
+      compiling slower. As many as there are layers need no loop, nor copies to and from it.
   """
 
   cfg: ModelConfig
@@ -164,7 +188,8 @@ class Transformer(nn.Module):
   def _block_class(self):
     if self.remat == "none":
       return Block
-    return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+    # In a loop the compiler cannot take what is computed again for the same thing.
+    return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
     way = (self.experts or fastest_experts(self.cfg.numerics)) if experts else None
@@ -240,7 +265,11 @@ class Transformer(nn.Module):
     """The layers, stack by stack: the residual stream, the cache, and router statistics."""
     carry, router, first = (x_BTD, cache), {}, 0
     for stack, (name, count, experts) in zip(self.stacks, self.cfg.layer_stacks(), strict=True):
-      carry, stats = stack(carry, jnp.arange(first, first + count, dtype=jnp.int32), context)
+      layers = jnp.arange(first, first + count, dtype=jnp.int32)
+      if self.unroll < count or self.is_initializing():
+        carry, stats = stack(carry, layers, context)
+      else:
+        carry, stats = self._unrolled(stack, experts, carry, layers, context)
       if experts:
         router[name] = stats
       first += count
@@ -248,6 +277,20 @@ class Transformer(nn.Module):
     if cache is not None:
       cache = cache.with_lengths(cache.lengths_B + x_BTD.shape[1])
     return x_BTD, cache, router
+
+  def _unrolled(self, stack, experts, carry, layers, context):
+    """What `stack` does, layer after layer: nothing is copied to or from arrays of all layers."""
+    block = self._block_class()(**self._block_fields(experts), parent=None)
+    # Traced once for all layers.
+    run = jax.jit(lambda variables, *operands: block.apply(variables, *operands))
+    variables = dict(stack.variables)
+    params = unstack(variables.pop("params"), len(layers))
+    every_stats = []
+    for i, layer in enumerate(layers):
+      others = jax.tree.map(lambda x, i=i: x[i], variables)
+      carry, stats = run({"params": params[i]} | others, carry, layer, context)
+      every_stats.append(stats)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *every_stats)
 
   def _mtp(self, previous_BTD, embedded_BTD, context, router):
     """The MTP modules in turn: depth k reads the embedding of token i + k at position i."""

@@ -93,7 +93,8 @@ def run(
     chosen = xla
   else:
     chosen = _named(operation, implementation, kernels, *operands, **options)
-  return chosen(*operands, **options)
+  with jax.named_scope(operation):  # for profiles
+    return chosen(*operands, **options)
 
 
 def _named(operation, implementation, kernels, *operands, **options) -> Callable:

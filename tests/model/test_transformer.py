@@ -129,6 +129,22 @@ def test_remat_gives_the_same_gradients_for_less_memory(remat):
   assert fewer_bytes < 0.8 * plain_bytes
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_without_a_loop_give_the_same_outputs_and_gradients(remat):
+  v, tokens_BT = tiny.variables(tiny.V3), tiny.tokens(tiny.V3)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(params, unroll):
+    def loss(params):
+      out = model.Transformer(tiny.V3, remat=remat, unroll=unroll).apply(
+          v | {"params": params}, tokens_BT)
+      return (out.logits_BTV**2).mean(), out
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  for a, b in zip(*(jax.tree.leaves(run(v["params"], unroll)) for unroll in (1, 99)), strict=True):
+    close(a, b)
+
+
 def test_what_is_not_used_is_not_computed():
   cfg = dataclasses.replace(tiny.V3, vocab_size=4096, mtp=model.MTPConfig(depth=1))
   shapes = (model.abstract_variables(cfg), jax.ShapeDtypeStruct((2, 32), jnp.int32))
