@@ -53,16 +53,12 @@ class Weight:
 def quantize_weight(w_KN: jax.Array, recipe: Recipe) -> WeightOperands:
   """What the products with a weight read under a recipe.
 
-  By XLA, which divides the work among devices however the weight is divided; it costs little, as
-  it is not done often.
-
   Args:
     w_KN: [..., K, N], float32 or bfloat16, not a part of it: scales are of the whole matrix' tiles.
     recipe: see there.
   """
   def operand(form: Operand) -> Quantized:
-    return quantize(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two,
-                    implementation="xla")
+    return quantize(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two)
 
   forward, gradient = (product and product.weight
                        for product in (recipe.forward, recipe.input_gradient))

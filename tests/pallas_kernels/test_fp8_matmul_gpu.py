@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Quantized, dequantize, fp8_matmul, implementations, quantize
 from pallas_kernels.mosaic_gpu import fp8_matmul as kernel
+from pallas_kernels.mosaic_gpu import hopper as hopper_module
 from pallas_kernels.quantized import error, round_to
 
 hopper = pytest.mark.skipif(
@@ -86,6 +87,15 @@ def test_production_shapes_lower(shape):
     {"block_n": 192, "depth": 1, "stages": 4}])
 def test_every_form_lowers(tiling):
   lower(**({"m": 4096, "n": 4096, "k": 7168} | tiling))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_no_product_adds_to_zeros(monkeypatch, depth):
+  found, overwrite = [], hopper_module.overwrite_last
+  monkeypatch.setattr(
+      hopper_module, "overwrite_last", lambda operations: found.append(overwrite(operations)))
+  lower(1024, 1024, 1024, depth=depth)
+  assert len(found) >= depth and all(found)
 
 
 @pytest.mark.parametrize(("m", "n", "k", "tile", "tiling"), [
