@@ -36,7 +36,6 @@ def quantize_weights(cfg: ModelConfig, params: Any) -> dict:
       return None
     stacked = sum(axis in _STACKED for axis in axes)
     width = math.prod(w.shape[stacked:stacked + _SUMMED.get(name, 1)])
-    matrices = w.reshape(*w.shape[:stacked], width, -1)
-    return quantize_weight(jax.lax.stop_gradient(matrices), recipe)
+    return quantize_weight(w.reshape(*w.shape[:stacked], width, -1), recipe)
 
   return {"quantized": jax.tree_util.tree_map_with_path(one, params, logical_axes(cfg)["params"])}

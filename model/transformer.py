@@ -266,7 +266,7 @@ class Transformer(nn.Module):
     carry, router, first = (x_BTD, cache), {}, 0
     for stack, (name, count, experts) in zip(self.stacks, self.cfg.layer_stacks(), strict=True):
       layers = jnp.arange(first, first + count, dtype=jnp.int32)
-      if self.unroll < count or self.is_initializing():
+      if self.unroll < max(2, count) or self.is_initializing():
         carry, stats = stack(carry, layers, context)
       else:
         carry, stats = self._unrolled(stack, experts, carry, layers, context)

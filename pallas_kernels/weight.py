@@ -57,6 +57,8 @@ def quantize_weight(w_KN: jax.Array, recipe: Recipe) -> WeightOperands:
     w_KN: [..., K, N], float32 or bfloat16, not a part of it: scales are of the whole matrix' tiles.
     recipe: see there.
   """
+  w_KN = jax.lax.stop_gradient(w_KN)  # gradients are the master's
+
   def operand(form: Operand) -> Quantized:
     return quantize(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two)
 

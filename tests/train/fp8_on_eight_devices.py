@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+import unittest.mock
 
 import flax.linen as nn
 import jax
@@ -110,8 +111,8 @@ def seam(ahead: bool) -> dict:
   ours, want = (MESH.jit(gradients(ahead, "xla"))(*placed),
                 jax.jit(gradients(ahead, "xla"))(w_DN, x_BTD))
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed]
-  implementations.here = lambda: "mosaic_gpu"
-  with jax.set_mesh(MESH.mesh), nn.logical_axis_rules(MESH.rules.pairs()):
+  with (unittest.mock.patch.object(implementations, "here", lambda: "mosaic_gpu"),
+        jax.set_mesh(MESH.mesh), nn.logical_axis_rules(MESH.rules.pairs())):
     text = jax.jit(gradients(ahead, "mosaic_gpu")).trace(*shapes).lower(
         lowering_platforms=("cuda",)).as_text()
     try:
