@@ -174,7 +174,8 @@ class Transformer(nn.Module):
     self.embedding = Embedding(self.cfg)
     self.stacks = [
         nn.scan(
-            self._block_class(), variable_axes={"params": 0, "router": 0, "quantized": 0},
+            self._block_class(looped=self.unroll == 1),
+            variable_axes={"params": 0, "router": 0, "quantized": 0},
             split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=count,
             metadata_params={nn.PARTITION_NAME: "layers"}, unroll=self.unroll,
         )(**self._block_fields(experts), name=name)
@@ -185,11 +186,11 @@ class Transformer(nn.Module):
     block = lambda name: self._block_class()(**fields, name=name)
     self.mtp = [MTPModule(self.cfg, block, name=f"mtp_{k}") for k in range(1, depth + 1)]
 
-  def _block_class(self):
+  def _block_class(self, *, looped: bool = False):
     if self.remat == "none":
       return Block
-    # In a loop the compiler cannot take what is computed again for the same thing.
-    return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=self.unroll > 1)
+    # Only in a loop can the compiler not take what is computed again for what was before.
+    return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not looped)
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
     way = (self.experts or fastest_experts(self.cfg.numerics)) if experts else None

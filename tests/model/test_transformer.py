@@ -145,6 +145,27 @@ def test_layers_without_a_loop_give_the_same_outputs_and_gradients(remat):
     close(a, b)
 
 
+def _rematerialised(jaxpr, looped=False) -> set:
+  """Of the blocks: whether they are in a loop, and whether compilers may not reuse their values."""
+  found = set()
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "remat2" and eqn.params["policy"]:
+      found.add((looped, eqn.params["prevent_cse"]))
+    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+      if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+        found |= _rematerialised(inner, looped or eqn.primitive.name == "scan")
+  return found
+
+
+@pytest.mark.parametrize(("unroll", "want"), [(1, {(True, False), (False, True)}),
+                                              (2, {(False, True)})])
+def test_what_remat_computes_again_outside_a_loop_is_never_taken_for_what_was_before(unroll, want):
+  # A dense layer by itself, two with experts, and MTP modules.
+  net = model.Transformer(tiny.V3, remat="full", unroll=unroll)
+  run = lambda tokens_BT: net.apply(tiny.variables(tiny.V3), tokens_BT).mtp_hidden
+  assert _rematerialised(jax.make_jaxpr(run)(tiny.tokens(tiny.V3)).jaxpr) == want
+
+
 def test_what_is_not_used_is_not_computed():
   cfg = dataclasses.replace(tiny.V3, vocab_size=4096, mtp=model.MTPConfig(depth=1))
   shapes = (model.abstract_variables(cfg), jax.ShapeDtypeStruct((2, 32), jnp.int32))
