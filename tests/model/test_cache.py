@@ -34,6 +34,17 @@ def test_prefill_and_decode_equal_the_uncached_model(name, form):
   np.testing.assert_array_equal(cache.lengths_B, [12, 12])
 
 
+def test_layers_without_a_loop_fill_the_cache_and_take_earlier_experts_as_a_loop_does():
+  cfg = tiny.V3
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
+  other = tiny.apply(cfg)(v, tokens_BT[:, ::-1])  # whose experts nobody would choose here
+  looped, unrolled = (tiny.apply(cfg, unroll=unroll)(
+      v, tokens_BT, cache=model.init_cache(cfg, 2, 16),
+      experts_LBTK=other.router["moe_layers"].experts_BTK) for unroll in (1, 3))
+  for a, b in zip(jax.tree.leaves(unrolled), jax.tree.leaves(looped), strict=True):
+    close(a, b)
+
+
 @pytest.mark.parametrize("name", ["plain mla", "mqa"])
 def test_uncached_forms_agree(name):
   cfg = tiny.ALL[name]
