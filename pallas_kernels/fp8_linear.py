@@ -60,15 +60,18 @@ def fp8_linear(
         f"fp8_linear takes x [M, K] and w [K, N], not {x_MK.shape} and {w_KN.shape}")
   kept = recipe.kept_after_attention if after_attention else recipe.kept
   static, (w_KN, quantized) = _Static(recipe, kept, implementation), split_weight(w_KN)
-  if (implementation or implementations.here() or "xla") == "xla":
-    return _linear(static, x_MK, w_KN, quantized)
-  y_MN = _linear(static, *_whole_blocks(x_MK, w_KN, quantized))
-  return y_MN[:x_MK.shape[0], :w_KN.shape[1]]
+  width = w_KN.shape[1]
+  if (implementation or implementations.here()) == "mosaic_gpu":
+    x_MK, w_KN, quantized = _whole_blocks(x_MK, w_KN, quantized)
+  return _linear(static, x_MK, w_KN, quantized)[:, :width]
 
 
 def _whole_blocks(x_MK, w_KN, quantized: WeightOperands):
-  """Operands with zeros up to multiples of 128, which kernels need: no sum or scale changes."""
-  m, k, n = (-size % BLOCK for size in (len(x_MK), *w_KN.shape))
+  """Operands with zeros up to widths in multiples of 128: no sum or scale changes.
+
+  Hopper's products take other widths, too, but what quantises for them does not.
+  """
+  k, n = (-size % BLOCK for size in w_KN.shape)
   pad = lambda x, rows, columns: jnp.pad(x, ((0, rows), (0, columns)))
 
   def operand(of: Quantized | None, rows: int, columns: int) -> Quantized | None:
@@ -78,7 +81,7 @@ def _whole_blocks(x_MK, w_KN, quantized: WeightOperands):
     return Quantized(pad(of.values_MK, rows, columns), of.scales_mk, of.tile)
 
   of_forward, of_gradient = quantized
-  return (pad(x_MK, m, k), pad(w_KN, k, n),
+  return (pad(x_MK, 0, k), pad(w_KN, k, n),
           WeightOperands(operand(of_forward, n, k), operand(of_gradient, k, n)))
 
 

@@ -191,7 +191,7 @@ def test_sizes_that_are_no_multiples_of_128_reach_kernels_as_such(monkeypatch, a
 def test_zeros_behind_the_ends_change_no_result(name):
   recipe = RECIPES[name]
   x, w, operands = _whole_blocks(X, W, quantize_weight(W, recipe))
-  assert x.shape == (256, 384) and w.shape == (384, 256)
-  ours = fp8_linear(x, Weight(w, operands), recipe)[:M, :N]
+  assert x.shape == (M, 384) and w.shape == (384, 256)
+  ours = fp8_linear(x, Weight(w, operands), recipe)[:, :N]
   np.testing.assert_allclose(ours, fp8_linear(X, W, recipe), rtol=0, atol=ROUNDING * np.abs(
       exact()[0]).max())
