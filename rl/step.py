@@ -268,10 +268,13 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
   num_micro = sequences // objective.minibatches // micro
   temperature = hyper["temperature"]
   replay = objective.routing == "replayed"
-  step = make_train_step(PolicyObjective(net, temperature, replay), optimizer, decays, num_micro)
+  quantize = functools.partial(model.quantize_weights, net.cfg)
+  step = make_train_step(PolicyObjective(net, temperature, replay), optimizer, decays, num_micro,
+                         prepare=quantize)
   spec = hyper["spec"]
 
   def logprobs(variables, experts=None):
+    variables = variables | quantize(variables["params"])
     one = lambda part: sequence_logprobs(net, variables, part[0], part[1], temperature, part[2])[0]
     parts = _split((seen.tokens, seen.inside, experts), -1, micro)
     return jax.lax.map(one, parts).reshape(sequences, -1)

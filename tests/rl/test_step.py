@@ -13,10 +13,12 @@ import pytest
 import tiny
 
 import model
+from pallas_kernels import WeightOperands
 from rl.advantages import group_advantages
 from rl.config import ObjectiveConfig, RLConfig, SamplingConfig
 from rl.step import (
   Experience,
+  abstract_rl_state,
   experience,
   init_rl_state,
   make_update,
@@ -276,3 +278,20 @@ def test_the_balancing_bias_is_frozen_unless_a_rate_is_given(rate):
   np.testing.assert_allclose(
       metrics["loss_total"], metrics["loss_policy"]
       + (0.5 if rate else 0) * metrics["loss_sequence_balance"], rtol=1e-5)
+
+
+def test_weights_are_quantised_once_a_step_and_once_for_each_look_before_the_first():
+  cfg = dataclasses.replace(
+      model.get_config("nano"), num_layers=1, num_dense_layers=0, mtp=None,
+      numerics=model.NUMERICS["fp8"])
+  rl = config(minibatches=2, micro_batch_size=2)  # with several steps, the policy before them looks
+  variables = model.abstract_variables(cfg)
+  given = experience(*rollout_of(), np.zeros((SEQUENCES, NEW)), advantages(),
+                     np.ones(SEQUENCES, bool), multiple=PAD)
+  jaxpr = jax.make_jaxpr(make_update(cfg, rl))(
+      abstract_rl_state(variables, rl), given, hyper(rl, np.full(2, 1e-2)), jax.random.key(0)).jaxpr
+  weights = len(jax.tree.leaves(
+      jax.eval_shape(functools.partial(model.quantize_weights, cfg), variables["params"]),
+      is_leaf=lambda x: isinstance(x, WeightOperands)))
+  looks = 2 if rl.objective.spec(NEW).kl_in != "none" else 1  # the reference's is the other
+  assert train_small.fp8_blocks(jaxpr) == {0: looks * weights, 1: weights}

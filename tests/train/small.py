@@ -1,8 +1,10 @@
 """Models and batches that train within a test: one layer each, of parts that compile quickly."""
 
+import collections
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
 
@@ -53,3 +55,19 @@ def apart(a, b) -> float:
 def assert_same_bits(a, b) -> None:
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(
       np.asarray(x).view(np.int32), np.asarray(y).view(np.int32)), a, b)
+
+
+def fp8_blocks(jaxpr, loops: int = 0) -> collections.Counter:
+  """How often an array is rounded to FP8 in blocks of 128x128, by how many loops are around."""
+  found = collections.Counter()
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "convert_element_type":
+      out = eqn.outvars[0].aval
+      if out.dtype == jnp.float8_e4m3fn and out.shape[-3::2] == (128, 128):
+        found[loops] += 1
+    within = loops + (eqn.primitive.name in ("scan", "while"))
+    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        found += fp8_blocks(inner, within)
+  return found

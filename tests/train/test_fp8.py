@@ -1,6 +1,5 @@
 """Training in FP8: it follows bfloat16, and either goes on from the other's checkpoint."""
 
-import collections
 import dataclasses
 import functools
 
@@ -11,6 +10,7 @@ import pytest
 
 import model
 from pallas_kernels import WeightOperands
+from tests.train.small import fp8_blocks
 from train.checkpoint import Checkpoints
 from train.config import OptimizerConfig
 from train.losses import Batch, LanguageModelLoss
@@ -76,22 +76,6 @@ def test_a_run_goes_on_in_the_other_numerics_from_its_checkpoint(tmp_path, train
   assert abs(other - same) < 0.01 * same < 0.01 * losses[-1]
 
 
-def blocks(jaxpr, inside=False) -> collections.Counter:
-  """How often an array is rounded to FP8 in blocks of 128x128, in loops over steps and outside."""
-  found = collections.Counter()
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "convert_element_type":
-      out = eqn.outvars[0].aval
-      if out.dtype == jnp.float8_e4m3fn and out.shape[-3::2] == (128, 128):
-        found[inside] += 1
-    within = inside or eqn.primitive.name == "while"
-    for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
-      inner = getattr(inner, "jaxpr", inner)
-      if hasattr(inner, "eqns"):
-        found += blocks(inner, within)
-  return found
-
-
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_step_quantises_each_weight_once_before_its_micro_batches(ahead):
   cfg = config("fp8")
@@ -102,8 +86,8 @@ def test_a_step_quantises_each_weight_once_before_its_micro_batches(ahead):
   state = jax.eval_shape(lambda: fresh("fp8"))
   batch = Batch(*(jax.ShapeDtypeStruct((2, 1, 8 + more), dtype)
                   for more, dtype in ((1, jnp.int32), (0, bool))), None)
-  found = blocks(jax.make_jaxpr(step)(state, batch, HYPER).jaxpr)
+  found = fp8_blocks(jax.make_jaxpr(step)(state, batch, HYPER).jaxpr)
   count = len(jax.tree.leaves(jax.eval_shape(prepare, state.params),
                               is_leaf=lambda x: isinstance(x, WeightOperands)))
   # Without, in the forward pass of every micro-batch and where that is computed again.
-  assert found == ({False: count} if ahead else {True: 2 * count})
+  assert found == ({0: count} if ahead else {1: 2 * count})
