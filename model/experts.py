@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from model.config import ModelConfig
 from model.layers import gated, recomputed
 from model.numerics import Numerics
 from pallas_kernels import fp8_experts, grouped_matmul, implementations
@@ -275,10 +276,11 @@ def _slot_ffn_backward(static, residuals, dy_ND):
 _slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
 
 
-def fastest_experts(numerics: Numerics) -> str:
+def fastest_experts(cfg: ModelConfig) -> str:
   """The key of EXPERTS to take unless there is a reason: "grouped" where that has a kernel."""
-  kernel = numerics.compute == "bfloat16" and implementations.here() == "mosaic_gpu"
-  return "grouped" if numerics.recipe or kernel else "slots"
+  kernel = (implementations.here() == "mosaic_gpu" and cfg.numerics.compute == "bfloat16"
+            and cfg.d_model % 128 == 0 and cfg.moe.expert_dim % 128 == 0)
+  return "grouped" if cfg.numerics.recipe or kernel else "slots"
 
 
 def _refuse_recipe(way: str, numerics: Numerics) -> None:

@@ -193,7 +193,7 @@ class Transformer(nn.Module):
     return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not looped)
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
-    way = (self.experts or fastest_experts(self.cfg.numerics)) if experts else None
+    way = (self.experts or fastest_experts(self.cfg)) if experts else None
     return {"cfg": self.cfg, "experts": way, "dispatch": self.dispatch, "mla_form": self.mla_form,
             "attend": self.attend}
 

@@ -1,5 +1,6 @@
 """Every way of computing routed experts equals the dense oracle, whatever the routing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.experts import EXPERTS, ExpertWeights, slot_experts
+import model
+from model.experts import EXPERTS, ExpertWeights, fastest_experts, slot_experts
 from model.numerics import NUMERICS
+from pallas_kernels import implementations
 
 TOKENS, WIDTH, NUM_EXPERTS, CHOSEN, EXPERT_WIDTH = 96, 12, 8, 3, 10
 WAYS = {"grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"],
@@ -101,3 +104,12 @@ def test_bfloat16_stays_bfloat16_and_near():
   assert narrow.dtype == jnp.bfloat16
   # Four roundings of 2^-9 relative each, on sums of a hundred terms of one size.
   assert float(jnp.abs(narrow - wide).max() / jnp.abs(wide).max()) < 4 * 2**-8
+
+
+@pytest.mark.parametrize(("name", "numerics", "way"), [
+    ("small", "bf16", "grouped"), ("nano", "bf16", "slots"),  # its experts are 32 wide
+    ("small", "fp32", "slots"), ("nano", "fp8", "grouped")])
+def test_on_hopper_experts_are_grouped_where_a_kernel_takes_them(monkeypatch, name, numerics, way):
+  monkeypatch.setattr(implementations, "here", lambda: "mosaic_gpu")
+  cfg = dataclasses.replace(model.get_config(name), numerics=NUMERICS[numerics])
+  assert fastest_experts(cfg) == way
