@@ -42,7 +42,7 @@ def quantize(
   Raises:
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
-  _check(x_MK, format)
+  check(x_MK, format)
   return implementations.run(
       "quantize", implementation, _quantize, _KERNELS, x_MK, tile_of(tile, x_MK.shape),
       format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
@@ -69,7 +69,7 @@ def swiglu_quantize(
   Raises:
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
-  _check(gate_up_M2F, format)
+  check(gate_up_M2F, format)
   if gate_up_M2F.ndim < 3 or gate_up_M2F.shape[-2] != 2:
     raise ValueError("swiglu_quantize takes gate and up as [..., M, 2, F], not "
                      f"{gate_up_M2F.shape}")
@@ -98,7 +98,7 @@ def quantize_both(
   Raises:
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
-  _check(x_MK, format)
+  check(x_MK, format)
   return implementations.run(
       "quantize_both", implementation, _quantize_both, _BOTH_KERNELS, x_MK,
       format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
@@ -153,8 +153,10 @@ def _join(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return lax.slice(joined, (0,) * len(shape), shape)
 
 
-def _check(x_MK: jax.Array, format: str) -> None:
-  if x_MK.ndim < 2 or x_MK.dtype not in (jnp.float32, jnp.bfloat16):
+def check(x_MK: jax.Array | Quantized, format: str) -> None:
+  """Raises ValueError on what no implementation quantises."""
+  if not isinstance(x_MK, Quantized) and (
+      x_MK.ndim < 2 or x_MK.dtype not in (jnp.float32, jnp.bfloat16)):
     raise ValueError("quantize takes float32 or bfloat16 of at least two axes, not "
                      f"{x_MK.dtype} {x_MK.shape}")
   if format not in FORMATS:

@@ -6,7 +6,7 @@ Shape letters:  M rows  K columns
 import jax
 
 from pallas_kernels import implementations
-from pallas_kernels.quantize import SMALLEST_AMAX, quantize
+from pallas_kernels.quantize import SMALLEST_AMAX, check, quantize
 from pallas_kernels.quantized import Quantized, dequantize
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.requantize")}
@@ -31,6 +31,7 @@ def quantize_transposed(
   Raises:
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
+  check(x_MK, format)
   return implementations.run(
       "quantize_transposed", implementation, _xla, _KERNELS, x_MK, tile, format=format,
       power_of_two=power_of_two, smallest_amax=smallest_amax)

@@ -80,6 +80,16 @@ def test_what_the_kernel_cannot_take_is_refused_with_the_reason(x, tile, reason)
   assert reason in kernels.refuse(x, tile, **DEFAULTS)
 
 
+@pytest.mark.parametrize(("x", "tile", "format", "message"), [
+    (jnp.zeros((8, 128)), "1x128", "e3m4", "no format 'e3m4'"),
+    (jnp.zeros((8, 128)), "2x128", "e4m3", "no tile '2x128'"),
+    (jnp.zeros((8, 128), jnp.int32), "1x128", "e4m3", "not int32")])
+def test_what_nothing_can_quantise_is_refused_on_hopper_too(monkeypatch, x, tile, format, message):
+  monkeypatch.setattr(implementations, "here", lambda: "mosaic_gpu")
+  with pytest.raises(ValueError, match=message):
+    quantize_transposed(x, tile, format=format)
+
+
 def test_other_tiles_are_taken_by_the_oracle():
   x = operand("e4m3", False)
   ours = quantize_transposed(x, "row")
