@@ -55,7 +55,7 @@ def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Call
                             attend=cfg.train.attend)),
       cfg.optimizer, decay_mask(cfg.model), cfg.train.num_micro_batches,
       prepare=functools.partial(model.quantize_weights, cfg.model))
-  counts = functools.partial(count, net())
+  counts = functools.partial(count, net(attend=cfg.train.attend))
   if num_lanes > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}
     step = jax.vmap(step, in_axes=(0, 0, hyper))

@@ -16,6 +16,7 @@ import tiny
 
 from tests.train import small
 from train.config import BalanceConfig, RunConfig, TrainConfig
+from train.data import HeldOut
 from train.program import Program, shared
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -152,6 +153,15 @@ def test_lanes_that_need_different_programs_are_refused_by_what_is_allowed(part,
     change = {part: dataclasses.replace(getattr(FIRST, part), **change)}
   with pytest.raises(ValueError, match=r"optimizer\.learning_rate.*train\.seed"):
     Program([FIRST, dataclasses.replace(FIRST, **change)], {})
+
+
+@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="cuDNN may attend here")
+def test_evaluations_attend_as_steps_do():
+  cfg = dataclasses.replace(FIRST, train=dataclasses.replace(FIRST.train, attend="cudnn"))
+  rows = small.rows()
+  heldout = HeldOut(rows["tokens"], rows["loss_mask"], np.ones_like(rows["loss_mask"]), 1, 1)
+  with pytest.raises(ValueError, match="attention by cuDNN needs an NVIDIA GPU"):
+    Program([cfg], {"web": heldout}).evaluate(tiny.variables(cfg.model))
 
 
 def test_lanes_on_a_mesh_are_refused():
