@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
     MULTIPROCESSORS,
     ROWS,
     WARPGROUPS,
+    k_major,
     overwrite_accumulator,
     pad_blocks,
     pad_rows,
@@ -191,11 +192,6 @@ def refuse_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | No
 def default_tiling(dtype: jnp.dtype, vectors: bool) -> Tiling:
   """The most stages that fit, as float32 results take twice the room, without spilled registers."""
   return Tiling(depth=1 if vectors else 2, stages=5 if jnp.dtype(dtype).itemsize == 2 else 4)
-
-
-def k_major(scales_Mk: jax.Array, multiple: int) -> jax.Array:
-  """[k, M], with zeros for the rows of a tile that reaches past the last."""
-  return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % multiple)))
 
 
 def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:

@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import implementations
 from pallas_kernels.fp8_grouped import aligned_starts
 from pallas_kernels.mosaic_gpu import fp8_matmul
-from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile, Tiling, k_major
+from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile, Tiling
+from pallas_kernels.mosaic_gpu.hopper import k_major
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 

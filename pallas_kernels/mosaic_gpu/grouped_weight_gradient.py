@@ -23,6 +23,7 @@ from pallas_kernels.mosaic_gpu.grouped_matmul import (
     WIDTHS,
     Ring,
     Tiling,
+    default_tiling,
     launch,
     piece_type,
     ring_types,
@@ -42,11 +43,6 @@ def refuse(
   if dtype not in (None, jnp.bfloat16, jnp.float32):
     return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
   return why_not(lhs_RK, rhs_RN, sizes_G, lhs_RK.shape[1], rhs_RN.shape[1])
-
-
-def default_tiling(columns: int) -> Tiling:
-  """The tile that was best most often among those that divide a gradient of so many columns."""
-  return Tiling(128, 256) if columns % 256 == 0 else Tiling(128, 128, 6)
 
 
 def run(

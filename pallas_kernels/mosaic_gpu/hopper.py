@@ -1,6 +1,7 @@
 """What the kernels share: Hopper's sizes, its shared memory, and storing a few of a tile's rows.
 
 Shape letters:  R rows  N columns  M, C rows and columns of a piece in shared memory
+                k blocks of 128 columns, of a matrix of M rows
 """
 
 import functools
@@ -41,6 +42,11 @@ def pad_blocks(x_MK: jax.Array, block: int) -> jax.Array:
   """Adds columns of zeros, up to whole blocks, of which copies cut nothing off along rows."""
   pad = [(0, 0)] * (x_MK.ndim - 1) + [(0, -x_MK.shape[-1] % block)]
   return jnp.pad(x_MK, pad) if pad[-1][1] else x_MK
+
+
+def k_major(scales_Mk: jax.Array, multiple: int) -> jax.Array:
+  """[k, M], with zeros for the rows of a tile that reaches past the last."""
+  return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % multiple)))
 
 
 def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -> None:

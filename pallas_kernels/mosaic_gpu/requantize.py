@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
+from pallas_kernels.mosaic_gpu.hopper import k_major, pad_rows, swizzle
 from pallas_kernels.mosaic_gpu.quantize import (
     COMPILER_PARAMS,
     Quantizer,
@@ -35,7 +35,7 @@ def run(
   del tile  # there is one
   values_MK, scales = x_MK, ()
   if isinstance(x_MK, Quantized):
-    values_MK, scales = x_MK.values_MK, (_row_scales(x_MK.scales_mk),)
+    values_MK, scales = x_MK.values_MK, (k_major(x_MK.scales_mk, BLOCK),)
   (rows, columns), small = values_MK.shape, FORMATS[format].dtype
   x = pad_rows(values_MK)
   grid = (pl.cdiv(rows, BLOCK), columns // BLOCK)
@@ -80,11 +80,6 @@ def refuse(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:
     return f"needs a single matrix, and the shape is {x_MK.shape}"
   values_MK = x_MK.values_MK if isinstance(x_MK, Quantized) else x_MK
   return refuse_any(values_MK, **options)
-
-
-def _row_scales(scales_Mk: jax.Array) -> jax.Array:
-  """[k, M], with zeros for the rows of a block that reaches past the last."""
-  return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % BLOCK)))
 
 
 def _width(dtype) -> int:
