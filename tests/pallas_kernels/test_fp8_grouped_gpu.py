@@ -61,6 +61,16 @@ def interpreted(run, lhs, rhs, sizes, **tiling):
                interpret=plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore"))
 
 
+def test_lanes_of_a_mapped_kernel_have_groups_of_their_own():
+  lhs, rhs = quantize(jnp.asarray(normal((72, 128)))), quantize(
+      jnp.asarray(normal((2, 64, 128), 1)), "128x128")
+  sizes_LG = jnp.array([[3, 60], [0, 72]])
+  run = lambda sizes_G: interpreted(
+      fp8_grouped.run, lhs, rhs, sizes_G, block_n=64, stages=2, depth=1)
+  want = jnp.stack([run(sizes_G) for sizes_G in sizes_LG])
+  np.testing.assert_array_equal(jax.vmap(run)(sizes_LG), want)
+
+
 @pytest.mark.parametrize("tiling", [
     None, dense.Tiling(cluster=2), dense.Tiling(block_n=192, depth=1, stages=4),
     dense.Tiling(block_m=256, depth=1, stages=3)])
