@@ -23,6 +23,8 @@ _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
     ("between devices", r"all-reduce|all-gather|reduce-scatter|nccl"),
     ("dense products", r"gemm|cutlass|nvjet|xmma|cublas|matmul|fp8_linear|dot_general.*;"
                        r"|\bdot[._]|ynn_fusion"),
+    # In a CUDA graph nothing says which of them, unless its name did above.
+    ("our kernels", r"mosaic_gpu"),
     ("sort, gather, scatter", r"sort|scatter|gather|top_k|topk|cumsum|scan_kernel|argsort|radix"),
     ("copies", r"; (memcpy|memset|copy|transpose|wrapped_copy|wrapped_transpose|input_transpose)"),
     ("sums", r"reduc"),

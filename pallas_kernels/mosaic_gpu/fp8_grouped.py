@@ -71,8 +71,9 @@ def run(
     raise ValueError(f"tiles of a grouped product in {jnp.dtype(dtype).name} need a multiple of "
                      f"{width} columns, and they have {tiling.block_n}")
   return fp8_matmul.launch(
-      body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling, most, interpret,
-      vectors=False, before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
+      "fp8_grouped_matmul", body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling,
+      most, interpret, vectors=False,
+      before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
       cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))[:rows]
 
 

@@ -159,8 +159,8 @@ def run(
   operands = (values_MK, pad_blocks(rhs_NK.values_MK, BLOCK),
               k_major(lhs_MK.scales_mk, tiling.block_m),
               k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)
-  return launch(body, operands, jax.ShapeDtypeStruct((m, n), dtype), tiling, math.prod(grid),
-                interpret, vectors=vectors)[:lhs_MK.shape[0]]
+  return launch("fp8_matmul", body, operands, jax.ShapeDtypeStruct((m, n), dtype), tiling,
+                math.prod(grid), interpret, vectors=vectors)[:lhs_MK.shape[0]]
 
 
 def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
@@ -200,12 +200,13 @@ def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
 
 
 def launch(
-    body: Callable[..., None], operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct,
-    tiling: Tiling, most_tiles: int, interpret: object, *, vectors: bool,
-    before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
+    name: str, body: Callable[..., None], operands: tuple[jax.Array, ...],
+    out: jax.ShapeDtypeStruct, tiling: Tiling, most_tiles: int, interpret: object, *,
+    vectors: bool, before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
   """Runs a kernel on every multiprocessor.
 
   Args:
+    name: of the kernel, for profiles.
     body: takes `before`, the refs, and `scratch`.
     operands: lhs, rhs and their scales; see `Refs`.
     out: shape and dtype of the result.
@@ -226,7 +227,7 @@ def launch(
       thread_name="wg", scratch_types=_shared(out.dtype, tiling, vectors) | {"extra": scratch},
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-      interpret=interpret)(*before, *operands)
+      interpret=interpret, kernel_name=name)(*before, *operands)
 
 
 def _shared(dtype, tiling, vectors) -> dict[str, object]:

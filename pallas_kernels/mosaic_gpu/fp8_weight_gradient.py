@@ -55,8 +55,9 @@ def run(
 
   sizes_G = sizes_G.astype(jnp.int32)
   return fp8_matmul.launch(
-      body, (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk, tiling.block_m),
-             k_major(rhs_NS.scales_mk, columns)),
+      "fp8_grouped_weight_gradient", body,
+      (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk, tiling.block_m),
+       k_major(rhs_NS.scales_mk, columns)),
       jax.ShapeDtypeStruct((groups, k, n), dtype), tiling, groups * math.prod(grid), interpret,
       vectors=True, before=(aligned_starts(sizes_G) // BLOCK, -(-sizes_G // BLOCK)))
 

@@ -157,12 +157,13 @@ def piece_type(dtype: jnp.dtype, pieces: int) -> object:
 
 
 def launch(
-    kernel: Callable, operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct, programs: int,
-    scratch: list) -> jax.Array:
-  """Runs a kernel as so many programs of three warpgroups."""
+    name: str, kernel: Callable, operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct,
+    programs: int, scratch: list) -> jax.Array:
+  """Runs a kernel, so called in profiles, as so many programs of three warpgroups."""
   return plgpu.kernel(
       kernel, out_type=out, grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1,
-      thread_name="wg", scratch_types=scratch, compiler_params=plgpu.CompilerParams(
+      thread_name="wg", kernel_name=name, scratch_types=scratch,
+      compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane))(*operands)
 
 
@@ -232,10 +233,11 @@ KERNEL = Kernel(run, refuse)
 def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs):
   rhs_block = (tiling.columns, BLOCK_K) if transpose_rhs else (BLOCK_K, tiling.columns)
   cut = plgpu.SMEM((WARPGROUPS, ROWS, SWIZZLE // out.dtype.itemsize), out.dtype)
+  kernel = functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling)
   return launch(
-      functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling), (*tiles, lhs_RK, rhs),
-      out, programs, [*ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
-                      piece_type(out.dtype, tiling.pieces(WARPGROUPS)), cut])
+      "grouped_matmul", kernel, (*tiles, lhs_RK, rhs), out, programs, [
+          *ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
+          piece_type(out.dtype, tiling.pieces(WARPGROUPS)), cut])
 
 
 def _kernel(

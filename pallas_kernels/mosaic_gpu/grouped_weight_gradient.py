@@ -84,7 +84,7 @@ def _groups(sizes_G: jax.Array, num_rows: int) -> jax.Array:
 def _call(groups_GF, lhs_RK, rhs_RN, out, tiling: Tiling, programs: int):
   kernel = functools.partial(_kernel, tiling=tiling, programs=programs)
   return launch(
-      kernel, (groups_GF, lhs_RK, rhs_RN), out, programs, [
+      "grouped_weight_gradient", kernel, (groups_GF, lhs_RK, rhs_RN), out, programs, [
           *ring_types(tiling, (BLOCK_R, tiling.rows), (BLOCK_R, tiling.columns)),
           piece_type(out.dtype, tiling.pieces(0)), plgpu.Barrier(num_arrivals=WARPGROUPS)])
 

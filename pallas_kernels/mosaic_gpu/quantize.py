@@ -97,7 +97,7 @@ def run(
       grid=(math.prod(grid),), grid_names=("block",),
       scratch_types=(swizzled(tiling.rows, x_MK.dtype), swizzled(tiling.rows, dtype),
                      plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
-      compiler_params=COMPILER_PARAMS, interpret=interpret,
+      compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="quantize",
   )(x)
   scales = scales[:rows] if tile == (1, BLOCK) else scales
   counts = (-(-x_MK.shape[-2] // tile[0]), x_MK.shape[-1] // tile[1])

@@ -67,7 +67,7 @@ def run_swiglu(
                 jax.ShapeDtypeStruct((grid[0] * tiling.rows, grid[1]), jnp.float32)),
       grid=(math.prod(grid),), grid_names=("block",),
       scratch_types=(smem, smem, swizzled(tiling.rows, small), plgpu.Barrier(num_arrivals=2)),
-      compiler_params=COMPILER_PARAMS, interpret=interpret,
+      compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="swiglu_quantize",
   )(gate_up)
   return Quantized(values[:num_rows].reshape(*batch, width),
                    scales[:num_rows].reshape(*batch, -1), (1, BLOCK))
@@ -112,7 +112,7 @@ def run_both(
       scratch_types=(
           swizzled(BLOCK, x_MK.dtype), swizzled(BLOCK, small), swizzled(BLOCK, small),
           plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
-      compiler_params=COMPILER_PARAMS, interpret=interpret,
+      compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="quantize_both",
   )(x)
   return (Quantized(values[:rows], scales[:rows], (1, BLOCK)),
           Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK)))

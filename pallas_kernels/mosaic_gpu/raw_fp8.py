@@ -43,7 +43,7 @@ def raw_matmul(lhs_MK: jax.Array, rhs_NK: jax.Array, *, interpret: object = None
           "out_smem": plgpu.SMEM((ROWS, BLOCK), jnp.float32, transforms=swizzle(4)),
           "full": plgpu.Barrier(num_arrivals=2)},
       compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-      interpret=interpret)(lhs_MK, rhs_NK)
+      interpret=interpret, kernel_name="raw_matmul")(lhs_MK, rhs_NK)
 
 
 def _multiply(lhs_MK, rhs_NK, out_MN, *, lhs_smem, rhs_smem, out_smem, full):

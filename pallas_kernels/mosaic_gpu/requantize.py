@@ -65,7 +65,7 @@ def run(
       scratch_types=(
           plgpu.SMEM((BLOCK, BLOCK), x.dtype, transforms=_narrow(x.dtype)),
           swizzled(BLOCK, small), plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
-      compiler_params=COMPILER_PARAMS, interpret=interpret,
+      compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="requantize",
   )(x, *scales)
   return Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK))
 
