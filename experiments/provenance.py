@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 
@@ -39,12 +40,14 @@ def describe() -> dict:
   """A JSON object for the head of a result."""
   packages = ("jax", "jaxlib", "flax", "numpy")
   status = _git("status", "--porcelain", "--untracked-files=no")
+  peer = sys.modules.get("torch")
   return {
-      "command": " ".join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+      "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
       "commit": _git("rev-parse", "HEAD"),
       "dirty": None if status is None else bool(status),
       "versions": {"python": platform.python_version()} | {
-          name: importlib.metadata.version(name) for name in packages},
+          name: importlib.metadata.version(name) for name in packages} | (
+              {"torch": str(peer.__version__)} if peer else {}),
       "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
       "cpu": _cpu(), "cores": os.cpu_count(),
   }
