@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ def main(options: Options) -> None:
       if options.out:  # after each, as there are many
         provenance.record(
             options.out, {"config": to_dict(cfg), "ceilings": ceilings, "rows": rows})
+  require(rows, f"only={cfg.only} is in no operation's name")
   print(table(_HEADER, map(_line, rows)))
 
 
@@ -103,6 +104,16 @@ class Timed:
     return (time.perf_counter() - started) / self._calls
 
 
+def in_turns[Side](timed: Mapping[Side, Callable[[], float]],
+                   rounds: int) -> dict[Side, list[float]]:
+  """Each side's seconds, round by round, so that a machine that slows down slows all of them."""
+  seconds = {side: [] for side in timed}
+  for _ in range(rounds):
+    for side, run in timed.items():
+      seconds[side].append(run())
+  return seconds
+
+
 def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[dict]:
   timed = {name: Timed(functools.partial(jax.jit(run), *case.operands), jax.block_until_ready,
                         cfg.seconds) for name, run in case.sides.items()}
@@ -111,10 +122,7 @@ def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[d
   if cfg.peers and case.peers:
     peers, absent = _peers(case, cfg)
     timed |= peers
-  seconds = {name: [] for name in timed}
-  for _ in range(cfg.rounds):
-    for name, run in timed.items():
-      seconds[name].append(run())
+  seconds = in_turns(timed, cfg.rounds)
   return [_row(case, name, seconds, ceilings, off if name == "ours" else None)
           for name in timed] + [
       {"operation": case.operation, "shape": case.shape, "side": name, "absent": why}

@@ -14,13 +14,15 @@ import tempfile
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import markdown, provenance, settings
-from experiments.bench_kernels import ratio
+from experiments.bench_kernels import in_turns, ratio
 from experiments.bench_train_sides import Bench, BenchConfig, Ours, Peer, Side
 from experiments.options import Options
 from model import NUMERICS, get_config
+from model.checks import require
 from train.checkpoint import Checkpoints
 from train.config import OptimizerConfig, RunConfig
 from train.config_io import to_dict
@@ -29,6 +31,7 @@ from train.hardware import peak_flops
 
 _STEPS_TO_CHECKPOINT, _CHECKPOINT_EVERY = 6, 100
 _KERNELS_LISTED = 40
+_MOST_ON_A_CPU = 200_000_000  # parameters
 _GPU_FLAGS = "--device=cuda --dtype=bfloat16 --experts=grouped_mm --adamw=fused"
 
 
@@ -65,7 +68,11 @@ def main(options: Options) -> None:
   if cfg.bench.peer:
     # Read when the device is first used: the sides share its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  result: dict[str, Any] = {"shape": to_dict(cfg), "params": cfg.model.param_count(),
+  params = cfg.model.param_count()
+  require(jax.default_backend() != "cpu" or params < _MOST_ON_A_CPU,
+          f"--scale={scale} trains {params:,} parameters, for which a CPU takes hours: take "
+          "--scale=cpu, or a smaller one by --set model=micro")
+  result: dict[str, Any] = {"shape": to_dict(cfg), "params": params,
                             "absent": {}, "phases": {}}
   peers = [Peer(cfg, flags) for flags in cfg.bench.variants if cfg.bench.peer]
   try:
@@ -74,13 +81,15 @@ def main(options: Options) -> None:
     for phase in cfg.bench.phases:
       timed = result["phases"][phase] = _measure(cfg, phase, sides, result["absent"], options)
       _report(cfg, phase, timed)
+      if options.out:  # after each, as the next may not fit
+        provenance.record(options.out, result)
   finally:
     for peer in peers:
       peer.quit()
   if scale == "cpu":
     result |= _surroundings(cfg, ours[0])
-  if options.out:
-    provenance.record(options.out, result)
+    if options.out:
+      provenance.record(options.out, result)
 
 
 def _measure(cfg: BenchConfig, phase: str, sides: list[Side], absent: dict[str, str],
@@ -96,10 +105,9 @@ def _measure(cfg: BenchConfig, phase: str, sides: list[Side], absent: dict[str, 
       absent[side.name] = str(why)
       side.quit()
       sides.remove(side)
-  seconds = {side.name: [] for side in sides}
-  for _ in range(cfg.bench.rounds):
-    for side in sides:
-      seconds[side.name].append(side.go(cfg.bench.steps) / cfg.bench.steps)
+  steps = cfg.bench.steps
+  seconds = in_turns({side.name: lambda side=side: side.go(steps) / steps for side in sides},
+                     cfg.bench.rounds)
   if options.profile:
     _write_profiles(phase, [side for side in sides if isinstance(side, Ours)], options)
   first = sides[0].name

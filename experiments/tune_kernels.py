@@ -1,8 +1,8 @@
 """Measures candidate tilings of Hopper's kernels, and writes the table that they choose from.
 
-For every operation and shape the candidates run in turns, so that a GPU that slows down slows all
-of them. The table, `pallas_kernels/mosaic_gpu/tilings.json`, is written where --out says, beside
-the measurements; commit it in its place.
+For every operation and shape the candidates run in turns. The table, `tilings.json`, is written
+where --out says, beside the measurements, with what was not measured as it is in
+`pallas_kernels/mosaic_gpu`; commit it there.
 
 Shape letters:  M, R rows  N, K widths  G groups
 """
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 
 import pallas_kernels as ops
 from experiments import provenance, settings
-from experiments.bench_kernels import Timed
+from experiments.bench_kernels import Timed, in_turns
 from experiments.kernel_cases import group_sizes, normal
 from experiments.markdown import table
 from experiments.options import Options
 from model.checks import require
 from pallas_kernels import implementations
+from pallas_kernels.mosaic_gpu import tilings
+from pallas_kernels.mosaic_gpu.tilings import key
 from train.config_io import to_dict
 from train.run_folder import write_json_atomic
 
@@ -81,13 +83,15 @@ def main(options: Options) -> None:
   require(implementations.here() == "mosaic_gpu",
           f"tune_kernels times kernels for {implementations.BACKENDS['mosaic_gpu']}, and this is "
           f"{jax.devices()[0].device_kind}")
+  chosen = [job for job in jobs() if job.key.startswith(cfg.only)]
+  require(chosen, f"no operation's name begins with only={cfg.only}")
   rows = []
-  for job in jobs():
-    if job.key.startswith(cfg.only):
-      rows += _measure(job, cfg)
-      if options.out:  # after each, as there are many
-        provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
-        write_json_atomic(options.out / "tilings.json", best(rows))
+  for job in chosen:
+    rows += _measure(job, cfg)
+    if options.out:  # after each, as there are many
+      provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
+      write_json_atomic(options.out / "tilings.json",
+                        dict(sorted((tilings.table() | best(rows)).items())))
   print(table(("operation", "tiling", "µs", "TFLOP/s", "of the default's time"), map(_line, rows)))
 
 
@@ -100,7 +104,6 @@ def jobs() -> Iterator[Job]:
       grouped_matmul,
       grouped_weight_gradient,
   )
-  from pallas_kernels.mosaic_gpu.tilings import key
 
   dense, bf16, f32 = fp8_matmul.Tiling, jnp.bfloat16, jnp.float32
   of_blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4))
@@ -161,10 +164,7 @@ def _measure(job: Job, cfg: TuneConfig) -> list[dict]:
     programs = dict(zip(job.candidates, pool.map(compiled, job.candidates), strict=True))
   timed = {tiling: Timed(functools.partial(program, *operands), jax.block_until_ready, cfg.seconds)
            for tiling, program in programs.items()}
-  seconds = {tiling: [] for tiling in timed}
-  for _ in range(cfg.rounds):
-    for tiling, run in timed.items():
-      seconds[tiling].append(run())
+  seconds = in_turns(timed, cfg.rounds)
   default = seconds[job.candidates[0]]
   return [{"key": job.key, "tiling": dataclasses.asdict(tiling),
            "seconds": statistics.median(found), "rate": job.flops / statistics.median(found),
@@ -173,11 +173,11 @@ def _measure(job: Job, cfg: TuneConfig) -> list[dict]:
 
 
 def best(rows: list[dict]) -> dict[str, dict[str, int]]:
-  """The table: of each key the tiling with the smallest median of its time over the default's."""
+  """Of each key the tiling with the smallest median of its time over the default's."""
   found = {}
   for row in sorted(rows, key=lambda row: row["of_default"], reverse=True):
     found[row["key"]] = row["tiling"]
-  return dict(sorted(found.items()))
+  return found
 
 
 def _line(row: dict) -> tuple:

@@ -48,6 +48,11 @@ def test_kernels_are_not_timed_where_there_are_none():
     bench_kernels.main(Options("bench_kernels", scale="gpu"))
 
 
+def test_an_operation_that_does_not_exist_is_refused():
+  with pytest.raises(ValueError, match="only=int4 is in no operation's name"):
+    bench_kernels.main(Options("bench_kernels", settings=("rounds=2", "seconds=0", "only=int4")))
+
+
 def test_torch_sees_the_numbers_that_we_do():
   pytest.importorskip("torch", exc_type=ImportError)
   torch_kernels = importlib.import_module("experiments.peers.torch_kernels")

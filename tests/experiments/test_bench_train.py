@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from experiments import bench_train
@@ -37,6 +38,24 @@ def test_a_small_run_times_both_phases_says_where_time_goes_and_who_is_absent(tm
 def test_what_cannot_be_measured_is_refused(setting, message):
   with pytest.raises(ValueError, match=message):
     bench_train.main(Options("bench_train", settings=(setting,)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is of a CPU")
+@pytest.mark.parametrize("scale", ["gpu", "v2_lite"])
+def test_what_takes_a_cpu_hours_is_refused(scale):
+  with pytest.raises(ValueError, match="a CPU takes hours"):
+    bench_train.main(Options("bench_train", scale=scale))
+
+
+def test_what_a_phase_gave_outlives_the_next(tmp_path, monkeypatch):
+  measured = {"sides": {"ours": {}}}
+  phases = iter([measured])
+  monkeypatch.setattr(bench_train, "_measure", lambda *_: next(phases))
+  monkeypatch.setattr(bench_train, "_report", lambda *_: None)
+  with pytest.raises(StopIteration):
+    bench_train.main(Options("bench_train", scale="v2_lite", out=tmp_path, settings=TINY))
+  result = json.loads((tmp_path / "results.json").read_text())
+  assert result["phases"] == {"forward_backward": measured}
 
 
 def test_a_peer_needs_an_interpreter():

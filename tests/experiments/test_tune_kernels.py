@@ -1,10 +1,18 @@
 """tune_kernels: what it would measure, the table it makes, and the one that is committed."""
 
+import json
+import types
+
+import jax.numpy as jnp
 import pytest
 
 from experiments import tune_kernels
 from experiments.options import Options
+from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu import fp8_matmul, grouped_matmul, tilings
+
+HOPPER = types.SimpleNamespace(
+    here=lambda: "mosaic_gpu", BACKENDS=implementations.BACKENDS)
 
 
 def test_no_job_is_there_twice_and_its_first_candidate_is_what_the_kernel_would_take():
@@ -18,6 +26,23 @@ def test_no_job_is_there_twice_and_its_first_candidate_is_what_the_kernel_would_
     else:
       default = grouped_matmul.default_tiling(int(job.key.rpartition(" ")[2]))
     assert job.candidates[0] == default
+
+
+def test_a_run_leaves_alone_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(tune_kernels, "implementations", HOPPER)
+  slow, quick = fp8_matmul.Tiling(), fp8_matmul.Tiling(depth=1)
+  monkeypatch.setattr(tune_kernels, "jobs", lambda: [tune_kernels.Job(
+      "new", 1.0, lambda x, tiling: x + tiling.depth, lambda: (jnp.ones(2),), (slow, quick))])
+  tune_kernels.main(Options("tune_kernels", out=tmp_path, settings=("rounds=1", "seconds=0")))
+  table = json.loads((tmp_path / "tilings.json").read_text())
+  assert fp8_matmul.Tiling(**table.pop("new")) in (slow, quick)
+  assert table == tilings.table()
+
+
+def test_an_operation_that_does_not_exist_is_refused(monkeypatch):
+  monkeypatch.setattr(tune_kernels, "implementations", HOPPER)
+  with pytest.raises(ValueError, match="begins with only=int4"):
+    tune_kernels.main(Options("tune_kernels", settings=("only=int4",)))
 
 
 def test_the_table_has_what_took_the_least_of_the_defaults_time():
