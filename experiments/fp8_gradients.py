@@ -73,8 +73,9 @@ class GradientsConfig:
     require_positive(self, "tokens", "width", "loud_share", "loud_weight", "sequences")
     require(self.factors and min(self.factors) >= 1,
             f"factors={self.factors} must be at least 1, and one at least")
-    require(self.loud_share * self.tokens >= 1,
-            f"loud_share={self.loud_share} of tokens={self.tokens} is not even one token")
+    require(1 <= self.loud_share * self.tokens <= self.tokens - 1,
+            f"loud_share={self.loud_share} of tokens={self.tokens} must leave a loud token and an "
+            "ordinary one at least")
 
 
 GRADIENTS = {

@@ -224,8 +224,9 @@ def _rows(cfg: TpuConfig) -> Iterator[tuple[dict, Case, Any]]:
       if cfg.only in name:
         shapes.setdefault(layer, []).append(f"{model} {name}")
   require(shapes, f"only={cfg.only} is in no layer's name")
-  for chip in cfg.chips:
-    device, seen = _device(chip), set()
+  devices = {chip: _device(chip) for chip in cfg.chips}
+  for chip, device in devices.items():
+    seen = set()
     for layer, names in shapes.items():
       cases = [("ours", case) for case in kernels(layer, "TPU7" in device.device_kind)]
       cases += [] if layer.groups else [("XLA", case) for case in dots(layer)]
@@ -244,7 +245,11 @@ def _device(chip: str) -> Any:
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)  # for it would be timed
-  return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(f"chips: libtpu knows no {chip!r}; v5e:2x2 is one that it does. It says: "
+                     + str(error).partition("\n")[0]) from None
 
 
 def _libtpu() -> str:

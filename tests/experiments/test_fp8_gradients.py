@@ -52,7 +52,8 @@ def test_verdicts_give_the_ratios_that_the_numbers_have():
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"factors": ()}, "one at least"), ({"factors": (0.5,)}, "at least 1"),
-    ({"tokens": 100, "loud_share": 1e-3}, "not even one token")])
+    ({"tokens": 100, "loud_share": 1e-3}, "a loud token and an ordinary one"),
+    ({"loud_share": 1.0}, "a loud token and an ordinary one")])
 def test_what_cannot_be_measured_is_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(SMALL, **fields)
