@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,14 @@ def errors(ours: np.ndarray, exact: np.ndarray, numbers: str) -> dict[str, float
 def main(options: Options) -> None:
   options.refuse("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(AccumulationConfig(), options.settings)
-  rows = [{"numbers": numbers, "width": width, "way": name, **found}
-          for numbers in _NUMBERS for width in cfg.widths
-          for name, found in _measure(cfg, numbers, width).items()]
+  rows = []
+  for numbers, width in itertools.product(_NUMBERS, cfg.widths):
+    rows += [{"numbers": numbers, "width": width, "way": name, **found}
+             for name, found in _measure(cfg, numbers, width).items()]
+    if options.out:  # after each, as the next may be too wide
+      provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
   print(_table(rows))
   if options.out:
-    result = {"config": to_dict(cfg), "rows": rows}
-    provenance.record(options.out, result)
     print(f"report: {_report(options.out, rows)}")
 
 
