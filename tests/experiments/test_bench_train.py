@@ -1,11 +1,13 @@
 """bench_train: a whole small run, what it says of its sides, and peers that cannot run."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments import bench_train
+from experiments import bench_train, bench_train_sides
 from experiments.options import Options
 
 TINY = ("model=nano", "model.mtp=none", "model.num_dense_layers=0", "model.num_layers=1",
@@ -28,6 +30,17 @@ def test_a_small_run_times_both_phases_says_where_time_goes_and_who_is_absent(tm
     assert "| dense products |" in profile
   assert "| optimizer |" in profile
   assert "train, 2 x 16 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("numerics", "alone"), [(("fp32",), True), (("fp8", "bf16"), False)])
+def test_memory_that_two_of_ours_share_is_nobodys_peak(numerics, alone):
+  cfg = bench_train._scales()["cpu"]
+  cfg = dataclasses.replace(cfg, bench=dataclasses.replace(cfg.bench, numerics=numerics))
+  ours = bench_train_sides.Ours(cfg, numerics[0])
+  ours.state, ours._start_seconds = jnp.ones(1), 0.0
+  ours._compiled = jax.jit(lambda x: x + 1).lower(ours.state).compile()
+  said = ours.finish()
+  assert (said["peak_mb"] > said["program_mb"] > 0) == alone
 
 
 @pytest.mark.parametrize(("setting", "message"), [
