@@ -11,6 +11,10 @@ to either side for n = 4. So the paper's bound of 0.25 % is decided if s is 0.1 
 arm's harm shows if it is more than about 2 s. Effects that take 300 B tokens to show are expected
 to stay unresolved.
 
+Parts of it: `--arms=bf16,fp8,block_gradients --seeds=3` sweeps and trains 12 times with three
+programs, not 27 times with six; at `gpu` scale that is about three minutes. `--max_minutes=4` stops
+in time. Either way the same folder takes the rest later.
+
 Losses enter as logarithms, whose differences are relative errors.
 """
 
