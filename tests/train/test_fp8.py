@@ -89,5 +89,5 @@ def test_a_step_quantises_each_weight_once_before_its_micro_batches(ahead):
   found = fp8_blocks(jax.make_jaxpr(step)(state, batch, HYPER).jaxpr)
   count = len(jax.tree.leaves(jax.eval_shape(prepare, state.params),
                               is_leaf=lambda x: isinstance(x, WeightOperands)))
-  # Without, in the forward pass of every micro-batch and where that is computed again.
-  assert found == ({0: count} if ahead else {1: 2 * count})
+  # Without, in every layer of every micro-batch, forward and where that is computed again.
+  assert found == ({0: count} if ahead else {2: 2 * count})
