@@ -123,7 +123,7 @@ def _rates(cfg: BenchConfig, seconds: list[float]) -> dict:
   compute = NUMERICS[cfg.bench.numerics[0]].compute
   return {"tokens_per_second": rate, "by_round": [cfg.tokens / took for took in seconds],
           "flops_per_second": flops,
-          "share_of_peak": flops / peak_flops(compute)}
+          "share_of_peak": flops * jax.device_count() / peak_flops(compute)}  # of one device
 
 
 def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
