@@ -324,6 +324,7 @@ def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> None:
     axes.set_yticks(range(len(group)), [textwrap.fill(line.name, 26) for line in group])
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # long numbers would run into each other
     axes.grid(False, axis="y")
     axes.set_xlabel(label)
   keys = [axes.plot([], [], "o-", color="black", markersize=5, label="mean, 95 % interval")[0]]
