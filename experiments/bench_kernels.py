@@ -106,11 +106,14 @@ class Timed:
 
 def in_turns[Side](timed: Mapping[Side, Callable[[], float]],
                    rounds: int) -> dict[Side, list[float]]:
-  """Each side's seconds, round by round, so that a machine that slows down slows all of them."""
+  """Each side's seconds, round by round, so that a machine that slows down slows all of them.
+
+  Every other round goes backwards: what ran before leaves a machine hot.
+  """
   seconds = {side: [] for side in timed}
-  for _ in range(rounds):
-    for side, run in timed.items():
-      seconds[side].append(run())
+  for index in range(rounds):
+    for side in (list, reversed)[index % 2](timed):
+      seconds[side].append(timed[side]())
   return seconds
 
 

@@ -19,6 +19,13 @@ def test_ratio_is_the_geometric_mean_over_rounds_with_its_interval():
   assert mean == pytest.approx(2) and low < 1 and high > 4
 
 
+def test_sides_take_turns_there_and_back():
+  calls = []
+  timed = {side: lambda side=side: calls.append(side) or float(len(calls)) for side in "abc"}
+  assert bench_kernels.in_turns(timed, 3)["b"] == [2.0, 5.0, 8.0]
+  assert "".join(calls) == "abccbaabc"
+
+
 @pytest.mark.parametrize("skew", ["even", "skewed"])
 @pytest.mark.parametrize(("rows", "groups"), [(300, 4), (65536, 64), (10, 32)])
 def test_groups_share_all_rows(rows, groups, skew):
