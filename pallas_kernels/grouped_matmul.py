@@ -4,6 +4,7 @@ Shape letters:  R rows  G groups  K contracted width  N result width
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -84,31 +85,41 @@ def _xla_weight_gradient(lhs_RK, rhs_RN, sizes_G, *, dtype):
       preferred_element_type=jnp.float32).astype(dtype or lhs_RK.dtype)
 
 
+def differentiable(product: Callable, gradient: Callable) -> Callable:
+  """A kernel's product whose gradients kernels compute: it transposed otherwise, and `gradient`.
+
+  Args:
+    product: takes lhs, rhs, sizes, `transpose_rhs` and options.
+    gradient: takes what `grouped_weight_gradient` does, and the same options, hashable all.
+
+  Returns:
+    A function that takes what `product` does, and `precision`, which changes nothing: bfloat16's
+    products are exact, and their sums are float32's.
+  """
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+  def multiply(lhs_RK, rhs_GKN, sizes_G, transpose_rhs, options):
+    return product(lhs_RK, rhs_GKN, sizes_G, transpose_rhs=transpose_rhs, **dict(options))
+
+  def forward(*operands):
+    return multiply(*operands), operands[:3]
+
+  def backward(transpose_rhs, options, kept, dout_RN):
+    lhs_RK, rhs_GKN, sizes_G = kept
+    dlhs_RK = multiply(dout_RN, rhs_GKN, sizes_G, not transpose_rhs, options)
+    operands = (dout_RN, lhs_RK) if transpose_rhs else (lhs_RK, dout_RN)
+    return dlhs_RK, gradient(*operands, sizes_G, **dict(options)), None
+
+  multiply.defvjp(forward, backward)
+  return lambda lhs_RK, rhs_GKN, sizes_G, *, transpose_rhs, precision=None, **options: multiply(
+      lhs_RK, rhs_GKN, sizes_G, transpose_rhs, tuple(options.items()))
+
+
 _PRODUCTS = implementations.late("mosaic_gpu.grouped_matmul")
 _GRADIENTS = implementations.late("mosaic_gpu.grouped_weight_gradient")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mosaic_gpu(lhs_RK, rhs_GKN, sizes_G, transpose_rhs):
-  return _PRODUCTS.run(lhs_RK, rhs_GKN, sizes_G, transpose_rhs=transpose_rhs)
-
-
-def _forward(lhs_RK, rhs_GKN, sizes_G, transpose_rhs):
-  out_RN = _mosaic_gpu(lhs_RK, rhs_GKN, sizes_G, transpose_rhs)
-  return out_RN, (lhs_RK, rhs_GKN, sizes_G)
-
-
-def _backward(transpose_rhs, kept, dout_RN):
-  lhs_RK, rhs_GKN, sizes_G = kept
-  dlhs_RK = _mosaic_gpu(dout_RN, rhs_GKN, sizes_G, not transpose_rhs)
-  operands = (dout_RN, lhs_RK) if transpose_rhs else (lhs_RK, dout_RN)
-  return dlhs_RK, _GRADIENTS.run(*operands, sizes_G), None
-
-
-_mosaic_gpu.defvjp(_forward, _backward)
-_KERNELS = {"mosaic_gpu": implementations.Kernel(
-    lambda *operands, transpose_rhs, precision: _mosaic_gpu(*operands, transpose_rhs),
-    _PRODUCTS.refuse), "mosaic_tpu": implementations.late("mosaic_tpu.grouped_matmul")}
+_KERNELS = {
+    "mosaic_gpu": implementations.Kernel(
+        differentiable(_PRODUCTS.run, _GRADIENTS.run), _PRODUCTS.refuse),
+    "mosaic_tpu": implementations.late("mosaic_tpu.grouped_matmul")}
 _WEIGHT_GRADIENT_KERNELS = {
     "mosaic_gpu": _GRADIENTS,
     "mosaic_tpu": implementations.late("mosaic_tpu.grouped_matmul", "WEIGHT_GRADIENT_KERNEL")}

@@ -7,7 +7,6 @@ Shape letters:  R rows  G groups  K contracted width  N result width
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from pallas_kernels.grouped_matmul import differentiable
 from pallas_kernels.implementations import Kernel
 from pallas_kernels.mosaic_tpu.tiles import KINDS, ROWS, pad, refuse_rows, whole
 from pallas_kernels.quantized import BLOCK
@@ -43,15 +43,6 @@ class Tiling:
             min(self.columns, whole(columns, BLOCK)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-  """What is known when the product is compiled."""
-
-  transpose_rhs: bool
-  tiling: Tiling | None
-  interpret: Any
-
-
 def run(
     lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None, tiling: Tiling | None = None, interpret: Any = False,
@@ -59,12 +50,12 @@ def run(
   """See `pallas_kernels.grouped_matmul`; gradients are by these kernels, too.
 
   Args:
-    precision: has no effect: bfloat16's products are exact, and their sums are float32's.
+    precision: has no effect; see `pallas_kernels.grouped_matmul.differentiable`.
     tiling: how the product is cut.
     interpret: True or `pltpu.InterpretParams`, to run on a CPU.
   """
-  del precision
-  return _multiply(lhs_RK, rhs_GKN, sizes_G, _How(transpose_rhs, tiling, interpret))
+  return _differentiable(lhs_RK, rhs_GKN, sizes_G, transpose_rhs=transpose_rhs,
+                         precision=precision, tiling=tiling, interpret=interpret)
 
 
 def run_weight_gradient(
@@ -109,13 +100,12 @@ def _why_not(lhs, rhs, sizes_G, dtype) -> str | None:
   return refuse_rows(len(lhs), Tiling().rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _multiply(lhs_RK, rhs_GKN, sizes_G, how):
-  rows, columns = len(lhs_RK), rhs_GKN.shape[1 if how.transpose_rhs else 2]
-  tile = (how.tiling or Tiling()).fit(rows, lhs_RK.shape[1], columns)
+def _multiply(lhs_RK, rhs_GKN, sizes_G, *, transpose_rhs, tiling, interpret):
+  rows, columns = len(lhs_RK), rhs_GKN.shape[1 if transpose_rhs else 2]
+  tile = (tiling or Tiling()).fit(rows, lhs_RK.shape[1], columns)
   out_RN = gmm(
       pad(lhs_RK, tile[0], 1), rhs_GKN, sizes_G, preferred_element_type=lhs_RK.dtype, tiling=tile,
-      transpose_rhs=how.transpose_rhs, interpret=how.interpret)
+      transpose_rhs=transpose_rhs, interpret=interpret)
   return _zero_behind(out_RN, sizes_G.sum(), tile[0])[:rows]
 
 
@@ -130,19 +120,6 @@ def _zero_behind(x_RN, end, tile):
   return lax.fori_loop(end // tile, len(x_RN) // tile, zero, x_RN)
 
 
-def _forward(lhs_RK, rhs_GKN, sizes_G, how):
-  return _multiply(lhs_RK, rhs_GKN, sizes_G, how), (lhs_RK, rhs_GKN, sizes_G)
-
-
-def _backward(how, kept, dout_RN):
-  lhs_RK, rhs_GKN, sizes_G = kept
-  other = dataclasses.replace(how, transpose_rhs=not how.transpose_rhs)
-  dlhs_RK = _multiply(dout_RN, rhs_GKN, sizes_G, other)
-  operands = (dout_RN, lhs_RK) if how.transpose_rhs else (lhs_RK, dout_RN)
-  drhs = run_weight_gradient(*operands, sizes_G, tiling=how.tiling, interpret=how.interpret)
-  return dlhs_RK, drhs, None
-
-
-_multiply.defvjp(_forward, _backward)
+_differentiable = differentiable(_multiply, run_weight_gradient)
 KERNEL = Kernel(run, refuse)
 WEIGHT_GRADIENT_KERNEL = Kernel(run_weight_gradient, refuse_weight_gradient)

@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import grouped_weight_gradient
-from pallas_kernels.implementations import Kernel
 from pallas_kernels.mosaic_gpu import grouped_matmul as product_kernel
 from pallas_kernels.mosaic_gpu import grouped_weight_gradient as gradient_kernel
 from pallas_kernels.mosaic_gpu import schedule
@@ -179,19 +178,18 @@ def test_the_kernel_keeps_neighbours_and_rows_past_the_sum_out_of_a_weight_gradi
 
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_the_kernels_are_each_others_gradients(transpose_rhs, monkeypatch):
+def test_the_kernels_are_each_others_gradients(transpose_rhs):
   operation = importlib.import_module("pallas_kernels.grouped_matmul")
-  monkeypatch.setattr(operation, "_PRODUCTS", Kernel(
-      functools.partial(operation._xla, precision=None), None))
-  monkeypatch.setattr(operation, "_GRADIENTS", Kernel(
-      functools.partial(operation._xla_weight_gradient, dtype=None), None))
+  differentiable = operation.differentiable(
+      functools.partial(operation._xla, precision=None),
+      functools.partial(operation._xla_weight_gradient, dtype=None))
   lhs_RK, rhs_GKN, dout_RN = normal(0, (12, 5)), normal(1, (3, 5, 7)), normal(2, (12, 7))
   rhs = rhs_GKN.mT if transpose_rhs else rhs_GKN
   sizes_G = jnp.array([3, 0, 7], jnp.int32)
   run = lambda run: jax.vjp(
       lambda lhs, rhs: run(lhs, rhs, sizes_G, transpose_rhs=transpose_rhs, precision=None),
       lhs_RK, rhs)[1](dout_RN)
-  ours, want = run(operation._KERNELS["mosaic_gpu"].run), run(operation._xla)
+  ours, want = run(differentiable), run(operation._xla)
   for our, their in zip(ours, want, strict=True):
     np.testing.assert_allclose(our, their, rtol=1e-5, atol=1e-5)
 
