@@ -144,7 +144,8 @@ def run(
                            lhs_MK.shape[0], *rhs_NK.shape)
   values_MK = pad_blocks(pad_rows(lhs_MK.values_MK), BLOCK)
   (m, k), n = values_MK.shape, rhs_NK.shape[0]
-  grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))
+  columns = tiling.block_n * tiling.cluster
+  grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, columns))
 
   def body(refs: Refs):
     def locate(index):
@@ -155,7 +156,6 @@ def run(
 
     multiply_tiles(refs, math.prod(grid), locate, tiling)
 
-  columns = tiling.block_n * tiling.cluster
   operands = (values_MK, pad_blocks(rhs_NK.values_MK, BLOCK),
               k_major(lhs_MK.scales_mk, tiling.block_m),
               k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)

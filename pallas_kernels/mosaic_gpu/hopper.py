@@ -78,7 +78,7 @@ def overwrite_accumulator(_) -> None:
 
 
 def overwrite_last(operations: Sequence[ir.Operation]) -> bool:
-  """Whether the last matrix product among the operations begins with an addition, no longer."""
+  """Makes the first instruction of the last matrix product overwrite; whether there is one."""
   first, committed = None, False
   for operation in reversed(list(operations)):
     text = _assembly(operation)

@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.quantize import (
     swizzled,
     this_block,
 )
+from pallas_kernels.mosaic_gpu.requantize import write_transposed
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
 
@@ -96,7 +97,7 @@ def run_both(
     plgpu.copy_smem_to_gmem(values_smem, values.at[place])
     scale_K = quantizer.column_scales(x_smem, scales_t_smem, tiling.step)
     compat.store(scales_t.at[i, place[1]], scale_K)
-    _transposed_values(quantizer, x_smem, scales_t_smem, values_t_smem)
+    write_transposed(quantizer, x_smem, (), scales_t_smem, values_t_smem)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_t_smem, values_t.at[place[::-1]])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -116,17 +117,6 @@ def run_both(
   )(x)
   return (Quantized(values[:rows], scales[:rows], (1, BLOCK)),
           Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK)))
-
-
-def _transposed_values(quantizer: Quantizer, x_smem, scales_smem, values_smem) -> None:
-  """Writes values of tiles of 128x1, exchanging rows and columns two by two between lanes."""
-  transposed, width = plgpu.Layout.WGMMA_TRANSPOSED, 128 // x_smem.dtype.itemsize
-  for first in range(0, BLOCK, width):
-    columns = pl.ds(first, width)
-    scale_K = plgpu.load(scales_smem.at[columns], layout=transposed.reduce(0), optimized=False)
-    x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA)
-    x_MK = plgpu.layout_cast(x_MK, transposed)
-    values_smem.at[columns].T[...] = quantizer.values(x_MK, scale_K, (1,), transposed)
 
 
 def refuse_both(x_MK: jax.Array, **options) -> str | None:

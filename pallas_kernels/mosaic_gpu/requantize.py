@@ -52,7 +52,7 @@ def run(
     compat.store(scales_smem, scale_K)
     compat.store(scales_t.at[i, place[1]], scale_K)
     plgpu.commit_smem()
-    _write(quantizer, x_smem, row_scales, scales_smem, values_smem)
+    write_transposed(quantizer, x_smem, row_scales, scales_smem, values_smem)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem, values_t.at[place[::-1]])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -111,13 +111,23 @@ def _largest(x_smem, row_scales) -> jax.Array:
   return largest_SK.max(0)
 
 
-def _write(quantizer: Quantizer, x_smem, row_scales, scales_smem, values_smem) -> None:
-  """Values of tiles of 128x1, rows and columns exchanged two by two between lanes."""
+def write_transposed(
+    quantizer: Quantizer, x_smem, row_scales, scales_smem, values_smem) -> None:
+  """Writes values of tiles of 128x1, rows and columns exchanged two by two between lanes.
+
+  Args:
+    quantizer: divides by the scales.
+    x_smem: 128 x 128 numbers.
+    row_scales: of one scale for each row, if the numbers are quantised; else empty.
+    scales_smem: one for each column.
+    values_smem: of the transpose.
+  """
   transposed, width = plgpu.Layout.WGMMA_TRANSPOSED, _width(x_smem.dtype)
   for first in range(0, BLOCK, width):
     columns = pl.ds(first, width)
     scale_K = plgpu.load(scales_smem.at[columns], layout=transposed.reduce(0), optimized=False)
-    x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+    x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA,
+                      optimized=x_smem.dtype.itemsize > 1)
     if x_MK.dtype.itemsize == 1:
       x_MK = x_MK.astype(jnp.float16)  # exact, and lanes exchange 16 bits
     x_MK = _dequantized(plgpu.layout_cast(x_MK, transposed), row_scales, transposed)
