@@ -118,12 +118,13 @@ def in_turns[Side](timed: Mapping[Side, Callable[[], float]],
 
 
 def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[dict]:
-  timed = {name: Timed(functools.partial(jax.jit(run), *case.operands), jax.block_until_ready,
+  operands = case.operands()
+  timed = {name: Timed(functools.partial(jax.jit(run), *operands), jax.block_until_ready,
                         cfg.seconds) for name, run in case.sides.items()}
-  off = _error(case, timed["ours"].result)
+  off = _error(case, operands, timed["ours"].result)
   absent = {}
   if cfg.peers and case.peers:
-    peers, absent = _peers(case, cfg)
+    peers, absent = _peers(case, operands, cfg)
     timed |= peers
   seconds = in_turns(timed, cfg.rounds)
   return [_row(case, name, seconds, ceilings, off if name == "ours" else None)
@@ -132,28 +133,29 @@ def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[d
       for name, why in absent.items()]
 
 
-def _peers(case: Case, cfg: BenchConfig) -> tuple[dict[str, Timed], dict[str, str]]:
+def _peers(case: Case, operands: tuple,
+           cfg: BenchConfig) -> tuple[dict[str, Timed], dict[str, str]]:
   """Peers that run here, and of the others why not."""
   found, absent = {}, {}
   try:
     torch = importlib.import_module("experiments.peers.torch_kernels")
-    operands = torch.tensors(case.operands)
+    tensors = torch.tensors(operands)
   except (ImportError, RuntimeError) as why:
     return {}, dict.fromkeys(case.peers, str(why).partition("\n")[0])
   for name, function in case.peers.items():
     try:
-      run = functools.partial(getattr(torch, function), *operands)
+      run = functools.partial(getattr(torch, function), *tensors)
       found[name] = Timed(run, torch.wait, cfg.seconds)
     except (RuntimeError, AttributeError, ValueError) as why:
       absent[name] = str(why).partition("\n")[0]
   return found, absent
 
 
-def _error(case: Case, ours) -> float | None:
+def _error(case: Case, operands: tuple, ours) -> float | None:
   """The largest relative Frobenius error of the results."""
   if case.reference is None:
     return None
-  exact = jax.jit(case.reference)(*case.operands)
+  exact = jax.jit(case.reference)(*operands)
   return max(error(np.asarray(a, np.float32), np.asarray(b, np.float32))
              for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True))
 

@@ -32,7 +32,7 @@ class Case:
     shape: in words.
     work: FLOPs, or bytes read and written, of the operation, however it is done.
     unit: "TFLOP/s" or "GB/s".
-    operands: of every side.
+    operands: makes those of every side.
     sides: functions of the operands by name; the first is ours.
     peers: by name, functions of `experiments.peers.torch_kernels`.
     reference: what the result is compared with: a function of the operands; None for no error.
@@ -43,7 +43,7 @@ class Case:
   shape: str
   work: float
   unit: str
-  operands: tuple
+  operands: Callable[[], tuple]
   sides: dict[str, Callable]
   peers: dict[str, str] = dataclasses.field(default_factory=dict)
   reference: Callable | None = None
@@ -73,7 +73,7 @@ SHAPES = {
 
 
 def cases(scale: str, implementation: str | None) -> Iterator[Case]:
-  """Every case of a scale, its operands made when its turn comes."""
+  """Every case of a scale."""
   shapes = SHAPES[scale]
   for shape in shapes.products:
     yield _fp8_matmul(*shape, implementation)
@@ -96,8 +96,10 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def _fp8_matmul(m: int, n: int, k: int, implementation: str | None) -> Case:
-  x_MK, w_NK = normal(m, k), normal(n, k, seed=1)
-  operands = (ops.quantize(x_MK), ops.quantize(w_NK, "128x128"), x_MK, w_NK)
+  def operands():
+    x_MK, w_NK = normal(m, k), normal(n, k, seed=1)
+    return ops.quantize(x_MK), ops.quantize(w_NK, "128x128"), x_MK, w_NK
+
   return Case(
       "fp8_matmul", f"{m} x {n} x {k}", 2 * m * n * k, "TFLOP/s", operands,
       {"ours": lambda x, w, *_: ops.fp8_matmul(x, w, implementation=implementation),
@@ -109,8 +111,9 @@ def _fp8_matmul(m: int, n: int, k: int, implementation: str | None) -> Case:
 
 def _grouped(rows, groups, k, n, skew, implementation) -> Iterator[Case]:
   shape, flops = f"{rows} x {k} x {n}, {groups} {skew} groups", 2 * rows * k * n
-  sizes_G = group_sizes(rows, groups, skew)
-  x_RK, w_GKN, dy_RN = normal(rows, k), normal(groups, k, n, seed=1), normal(rows, n, seed=2)
+  sizes = lambda: group_sizes(rows, groups, skew)
+  forward = lambda: (normal(rows, k), normal(groups, k, n, seed=1), sizes())
+  backward = lambda: (normal(rows, k), normal(rows, n, seed=2), sizes())
   ours = functools.partial(ops.grouped_matmul, implementation=implementation)
 
   def both_ways(product):
@@ -120,21 +123,25 @@ def _grouped(rows, groups, k, n, skew, implementation) -> Iterator[Case]:
     return run
 
   yield Case(
-      "grouped_matmul, forward", shape, flops, "TFLOP/s", (x_RK, w_GKN, sizes_G),
+      "grouped_matmul, forward", shape, flops, "TFLOP/s", forward,
       {"ours": ours, "lax.ragged_dot": lax.ragged_dot}, {"torch grouped_mm": "grouped_mm"},
       lax.ragged_dot, (Target("torch grouped_mm", 1.0), Target("lax.ragged_dot", 50.0)))
   yield Case(
       "grouped_matmul, forward and backward", shape, 3 * flops, "TFLOP/s",
-      (x_RK, w_GKN, sizes_G, dy_RN),
+      lambda: (*forward(), backward()[1]),
       {"ours": both_ways(ours), "lax.ragged_dot": both_ways(lax.ragged_dot)},
       {"torch grouped_mm": "grouped_mm_both_ways"}, both_ways(lax.ragged_dot),
       (Target("torch grouped_mm", 1.0), Target("lax.ragged_dot", 50.0)))
-  yield _fp8_grouped(shape, flops, x_RK, w_GKN, sizes_G, ours, implementation)
-  yield _fp8_weight_gradient(shape, flops, x_RK, dy_RN, sizes_G, implementation)
+  yield _fp8_grouped(shape, flops, forward, ours, implementation)
+  yield _fp8_weight_gradient(
+      f"{shape}, {aligned_rows(rows, groups)} aligned", flops, backward, implementation)
 
 
-def _fp8_grouped(shape, flops, x_RK, w_GKN, sizes_G, bf16, implementation) -> Case:
-  operands = (ops.quantize(x_RK), ops.quantize(w_GKN.mT, "128x128"), sizes_G, x_RK, w_GKN)
+def _fp8_grouped(shape, flops, plain, bf16, implementation) -> Case:
+  def operands():
+    x_RK, w_GKN, sizes_G = plain()
+    return ops.quantize(x_RK), ops.quantize(w_GKN.mT, "128x128"), sizes_G, x_RK, w_GKN
+
   return Case(
       "fp8_grouped_matmul", shape, flops, "TFLOP/s", operands,
       {"ours": lambda x, w, sizes, *_: ops.fp8_grouped_matmul(
@@ -145,12 +152,14 @@ def _fp8_grouped(shape, flops, x_RK, w_GKN, sizes_G, bf16, implementation) -> Ca
       targets=(Target("ours, bf16", 1.5),))
 
 
-def _fp8_weight_gradient(shape, flops, x_RK, dy_RN, sizes_G, implementation) -> Case:
-  operands = (ops.quantize_groups(x_RK, sizes_G), ops.quantize_groups(dy_RN, sizes_G), sizes_G,
-              x_RK, dy_RN)
+def _fp8_weight_gradient(shape, flops, plain, implementation) -> Case:
+  def operands():
+    x_RK, dy_RN, sizes_G = plain()
+    quantised = (ops.quantize_groups(x, sizes_G) for x in (x_RK, dy_RN))
+    return *quantised, sizes_G, x_RK, dy_RN
+
   return Case(
-      "fp8_grouped_weight_gradient", f"{shape}, {aligned_rows(len(x_RK), len(sizes_G))} aligned",
-      flops, "TFLOP/s", operands,
+      "fp8_grouped_weight_gradient", shape, flops, "TFLOP/s", operands,
       {"ours": lambda x, dy, sizes, *_: ops.fp8_grouped_weight_gradient(
           x, dy, sizes, implementation=implementation),
        "ours, bf16": lambda x, dy, sizes, x_RK, dy_RN: ops.grouped_weight_gradient(
@@ -162,15 +171,15 @@ def _fp8_weight_gradient(shape, flops, x_RK, dy_RN, sizes_G, implementation) -> 
 
 def _quantised(rows: int, columns: int, implementation: str | None) -> Iterator[Case]:
   scales = rows * columns // 128 * 4
-  x_MK, gate_up_M2F = normal(rows, columns), normal(rows, 2, columns // 2)
-  named = {"quantize": (ops.quantize, x_MK, columns, columns, scales),
-           "swiglu_quantize": (ops.swiglu_quantize, gate_up_M2F, columns, columns // 2, scales / 2),
-           "quantize_both": (ops.quantize_both, x_MK, columns, 2 * columns, 2 * scales)}
-  for name, (run, operand, read, written, bytes_of_scales) in named.items():
-    moved = rows * (2 * read + written) + bytes_of_scales
-    as_many = jnp.zeros(int(moved) // 4, jnp.bfloat16)
+  gate_up = rows, 2, columns // 2
+  named = {"quantize": (ops.quantize, (rows, columns), columns, scales),
+           "swiglu_quantize": (ops.swiglu_quantize, gate_up, columns // 2, scales / 2),
+           "quantize_both": (ops.quantize_both, (rows, columns), 2 * columns, 2 * scales)}
+  for name, (run, of, written, bytes_of_scales) in named.items():
+    moved = int(rows * (2 * columns + written) + bytes_of_scales)
+    operands = lambda of=of, moved=moved: (normal(*of), jnp.zeros(moved // 4, jnp.bfloat16))
     yield Case(
-        name, f"{rows} x {columns}", moved, "GB/s", (operand, as_many),
+        name, f"{rows} x {columns}", moved, "GB/s", operands,
         {"ours": lambda x, _, run=run: run(x, implementation=implementation),
          "XLA": lambda x, _, run=run: run(x, implementation="xla"),
          "copy of as many bytes": lambda _, x: -x},

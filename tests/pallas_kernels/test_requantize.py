@@ -100,7 +100,13 @@ def test_other_tiles_are_taken_by_the_oracle():
 @ON_HOPPER
 @pytest.mark.parametrize("shape", [(1, 128), (131, 1408), (4096, 2048)])
 @pytest.mark.parametrize(("form", "power_of_two"), FORMS)
-def test_on_a_gpu_the_kernel_agrees_to_the_bit(form, power_of_two, shape):
+def test_on_a_gpu_the_kernel_rounds_to_nearest(form, power_of_two, shape):
   x = operand(form, power_of_two, shape)
   ours = jax.jit(lambda x: kernels.run(x, "1x128", **DEFAULTS))(x)
-  assert_equal(ours, oracle(x))
+  np.testing.assert_array_equal(np.asarray(ours.scales_mk), np.asarray(oracle(x).scales_mk))
+  # The oracle's quotients are XLA's, which in one of some thousands are not the nearest.
+  of = dequantize(x) if isinstance(x, Quantized) else x
+  scales = np.repeat(np.asarray(ours.scales_mk), 128, 1)[:, :shape[0]]
+  nearest = (np.asarray(of, np.float32).T / scales).astype(ours.values_MK.dtype)
+  np.testing.assert_array_equal(
+      np.asarray(ours.values_MK, np.float32), nearest.astype(np.float32))
