@@ -4,6 +4,7 @@ Hopper's kernels are taken by default: they have run there, and agree with the o
 run yet, so those are to be named.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -29,14 +30,23 @@ class Kernel(NamedTuple):
 
 
 def late(module: str, name: str = "KERNEL") -> Kernel:
-  """A kernel of `pallas_kernels.MODULE`, imported when it is first asked: Pallas takes long to."""
-  def call(field):
-    return lambda *operands, **options: getattr(getattr(
-        importlib.import_module(f"pallas_kernels.{module}"), name), field)(*operands, **options)
+  """A kernel of `pallas_kernels.MODULE`, imported when it is first asked: Pallas takes long to.
 
-  run = call("run")
-  return Kernel(lambda *operands, **options: _varying_as(operands, run(*operands, **options)),
-                call("refuse"))
+  It is traced once for all that call it alike. A kernel's code holds where it was traced from, so
+  that it would be compiled again for every place that calls it.
+  """
+  @functools.cache
+  def kernel() -> Kernel:
+    return getattr(importlib.import_module(f"pallas_kernels.{module}"), name)
+
+  @functools.cache
+  def traced_once(options: tuple[str, ...]) -> Callable:
+    return jax.jit(kernel().run, static_argnames=options)
+
+  def run(*operands, **options):
+    return _varying_as(operands, traced_once(tuple(options))(*operands, **options))
+
+  return Kernel(run, lambda *operands, **options: kernel().refuse(*operands, **options))
 
 
 def _varying_as(operands: Any, results: Any) -> Any:
@@ -81,7 +91,8 @@ def run(
       has run before and can do it, on one device, and else "xla".
     xla: the oracle; it takes everything that the operation takes.
     kernels: by name.
-    *operands, **options: of the operation.
+    *operands: of the operation: arrays.
+    **options: of the operation: nothing that depends on arrays.
 
   Raises:
     ValueError: if the named implementation does not exist, not here, or not for these operands.

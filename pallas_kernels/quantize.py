@@ -44,7 +44,7 @@ def quantize(
   """
   check(x_MK, format)
   return implementations.run(
-      "quantize", implementation, _quantize, _KERNELS, x_MK, tile_of(tile, x_MK.shape),
+      "quantize", implementation, _quantize, _KERNELS, x_MK, tile=tile_of(tile, x_MK.shape),
       format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
 
 

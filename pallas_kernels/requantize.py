@@ -33,7 +33,7 @@ def quantize_transposed(
   """
   check(x_MK, format)
   return implementations.run(
-      "quantize_transposed", implementation, _xla, _KERNELS, x_MK, tile, format=format,
+      "quantize_transposed", implementation, _xla, _KERNELS, x_MK, tile=tile, format=format,
       power_of_two=power_of_two, smallest_amax=smallest_amax)
 
 
