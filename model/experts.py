@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from model.config import ModelConfig
 from model.layers import gated, recomputed
 from model.numerics import Numerics
-from pallas_kernels import fp8_experts, grouped_matmul, implementations
+from pallas_kernels import dispatch, fp8_experts, grouped_matmul, implementations
+from pallas_kernels.dispatch import sort_by_expert
 
 # Slots per expert over the mean load, and rows of an overflow block. Measured; see
 # experiments/results/bench_moe.
@@ -86,18 +87,17 @@ def grouped_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
   """Assignments sorted by expert, then two grouped matrix products."""
-  order_R, sizes_E = _sort(experts_NK, weights.num_experts)
+  cast = lambda x: x.astype(numerics.compute_dtype)
+  if numerics.recipe:
+    return fp8_experts(cast(x_ND), gates_NK, weights.w_gate_up, weights.w_down,
+                       dispatch(experts_NK, weights.num_experts), numerics.recipe)
+
+  order_R, sizes_E = sort_by_expert(experts_NK, weights.num_experts)
   token_R = order_R // experts_NK.shape[1]
   place_NK = _inverse(order_R).reshape(experts_NK.shape)
 
-  cast = lambda x: x.astype(numerics.compute_dtype)
   rows_RD = _take_rows(cast(x_ND), token_R, place_NK)
   gates_R = _take_rows(gates_NK.reshape(-1), order_R, place_NK.reshape(-1, 1))
-  if numerics.recipe:
-    y_RD = fp8_experts(rows_RD, gates_R, weights.w_gate_up, weights.w_down,
-                       sizes_E, numerics.recipe)
-    return _sum_rows(y_RD, token_R, place_NK)
-
   # The backward pass reads the weights as they are stored, not a copy kept of what is multiplied.
   @recomputed
   def matmul(rows, weights):
@@ -106,17 +106,6 @@ def grouped_experts(
 
   gate_up = checkpoint_name(matmul(rows_RD, weights.w_gate_up), "ffn_gate_up")
   return _sum_rows(matmul(_hidden(gate_up, gates_R), weights.w_down), token_R, place_NK)
-
-
-def _sort(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-  """Assignments (n * K + k) in order of their expert, and how many each expert has.
-
-  Those without an expert come last.
-  """
-  experts_R = experts_NK.reshape(-1)
-  experts_R = jnp.where((experts_R < 0) | (experts_R >= num_experts), num_experts, experts_R)
-  sizes_E = jnp.zeros(num_experts, jnp.int32).at[experts_R].add(1, mode="drop")
-  return jnp.argsort(experts_R, stable=True).astype(jnp.int32), sizes_E
 
 
 def _inverse(order_R: jax.Array) -> jax.Array:
@@ -140,7 +129,7 @@ class _Slots(NamedTuple):
 
 
 def _assign_slots(experts_NK: jax.Array, num_experts: int, capacity: int) -> _Slots:
-  order_R, sizes_E = _sort(experts_NK, num_experts)
+  order_R, sizes_E = sort_by_expert(experts_NK, num_experts)
   starts_E = jnp.cumsum(sizes_E) - sizes_E
   slot_C = jnp.arange(capacity, dtype=jnp.int32)
   place_EC = jnp.minimum(starts_E[:, None] + slot_C, order_R.shape[0] - 1)

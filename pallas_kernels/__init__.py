@@ -6,6 +6,7 @@ machine or these operands are not for them. None is this machine's kernel, if th
 hardware and can take the operands, and else "xla".
 """
 
+from pallas_kernels.dispatch import Dispatch, dispatch
 from pallas_kernels.fp8_experts import fp8_experts
 from pallas_kernels.fp8_grouped import (
     fp8_grouped_matmul,
@@ -22,7 +23,8 @@ from pallas_kernels.requantize import quantize_transposed
 from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 
 __all__ = [
-    "FORMATS", "RECIPES", "Quantized", "Recipe", "Weight", "WeightOperands", "dequantize",
-    "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul",
-    "grouped_matmul", "grouped_weight_gradient", "quantize", "quantize_both", "quantize_groups",
-    "quantize_transposed", "quantize_weight", "swiglu", "swiglu_quantize"]
+    "FORMATS", "RECIPES", "Dispatch", "Quantized", "Recipe", "Weight", "WeightOperands",
+    "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient",
+    "fp8_linear", "fp8_matmul", "grouped_matmul", "grouped_weight_gradient", "quantize",
+    "quantize_both", "quantize_groups", "quantize_transposed", "quantize_weight", "swiglu",
+    "swiglu_quantize"]

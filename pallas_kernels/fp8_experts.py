@@ -1,7 +1,7 @@
-"""The routed experts' SwiGLU with its six products in FP8 (arXiv:2412.19437, section 3.3).
+"""Sending tokens to experts whose SwiGLU's six products are in FP8 (arXiv:2412.19437, section 3.3).
 
-Shape letters:  R rows, those of expert 0 first  E experts  D model width  F expert width
-                S rows with every expert at a multiple of 128  K, N widths of a product
+Shape letters:  N tokens  K experts per token  E experts  D model width  F expert width
+                S rows with every expert at a multiple of 128; R, K, N widths of a product
 """
 
 import functools
@@ -11,26 +11,26 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.fp8_grouped import (
-    fp8_grouped_matmul,
-    fp8_grouped_weight_gradient,
-    quantize_groups,
-)
+from pallas_kernels.dispatch import Dispatch, take_rows
+from pallas_kernels.fp8_grouped import fp8_grouped_matmul, fp8_grouped_weight_gradient
 from pallas_kernels.fp8_linear import (
     SMALLEST_GRADIENT_AMAX,
     V3,
     as_array,
     as_operand,
-    kept_operand,
+    gradients,
     precision_of,
+    transposed_operand,
     weight_operands,
     with_tiles,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.quantize import SMALLEST_AMAX, swiglu, swiglu_quantize
+from pallas_kernels.quantize import swiglu, swiglu_quantize
 from pallas_kernels.quantized import BLOCK, Quantized
-from pallas_kernels.recipe import Operand, Recipe, WeightGradient
+from pallas_kernels.recipe import Operand, Recipe
 from pallas_kernels.weight import Weight, split_weight
+
+_TILES_OF_ROWS = ("1x128", "row")  # none of which more than one row shares
 
 
 class _Static(NamedTuple):
@@ -39,141 +39,162 @@ class _Static(NamedTuple):
 
 
 def fp8_experts(
-    x_RD: jax.Array, gates_R: jax.Array, w_gate_up_ED2F: jax.Array | Weight,
-    w_down_EFD: jax.Array | Weight, sizes_E: jax.Array, recipe: Recipe = V3, *,
+    x_ND: jax.Array, gates_NK: jax.Array, w_gate_up_ED2F: jax.Array | Weight,
+    w_down_EFD: jax.Array | Weight, dispatch: Dispatch, recipe: Recipe = V3, *,
     implementation: str | None = None) -> jax.Array:
-  """Each row's own expert, times the row's gate: down(swiglu(gate and up) * gate).
+  """Each token's sum over its experts of down(swiglu(gate and up) * gate).
 
+  What is sent to experts, inputs and gradients, is quantised first if it can be a row at a time.
   The inputs of SwiGLU are kept for the backward pass as the recipe says, its output is computed
-  again there (section 3.3.3). In a recipe's tiles of 128 rows or of a whole matrix, rows of several
-  experts share a scale where experts' weights have each their own.
+  again there (section 3.3.3). In a recipe's tiles of a whole matrix several experts share a scale
+  where their weights have each their own.
 
   Args:
-    x_RD: bfloat16 or float32.
-    gates_R: float32.
+    x_ND: bfloat16 or float32.
+    gates_NK: float32.
     w_gate_up_ED2F: master weights, [E, D, 2, F].
     w_down_EFD: master weights; if quantised for this recipe before, they are not again.
-    sizes_E: int32, rows per expert; they may be empty or uneven, and rows past their sum give zero.
+    dispatch: which experts; see `pallas_kernels.dispatch`.
     recipe: see there.
     implementation: see `pallas_kernels`; of quantisation and products.
 
   Returns:
-    [R, D] in x's format. Gradients have the format of what they are of, float32 accumulators
-    rounded once.
+    [N, D] in x's format, summed in float32. Gradients have the format of what they are of, float32
+    accumulators rounded once.
 
   Raises:
     ValueError: on shapes that do not fit, or an implementation that cannot do it here.
   """
   num_experts, d_ff, d_model = w_down_EFD.shape
-  if (w_gate_up_ED2F.shape != (num_experts, d_model, 2, d_ff) or sizes_E.shape != (num_experts,)
-      or x_RD.shape != (*gates_R.shape, d_model)):
+  if (w_gate_up_ED2F.shape != (num_experts, d_model, 2, d_ff)
+      or dispatch.sizes_E.shape != (num_experts,) or x_ND.shape != (len(gates_NK), d_model)
+      or gates_NK.shape != dispatch.place_NK.shape):
     raise ValueError(
-        "fp8_experts takes x [R, D], gates [R], weights [E, D, 2, F] and [E, F, D] and sizes [E], "
-        f"not {x_RD.shape}, {gates_R.shape}, {w_gate_up_ED2F.shape}, {w_down_EFD.shape} and "
-        f"{sizes_E.shape}")
+        "fp8_experts takes x [N, D], gates [N, K], weights [E, D, 2, F] and [E, F, D] and a "
+        f"dispatch of [N, K] to [E], not {x_ND.shape}, {gates_NK.shape}, {w_gate_up_ED2F.shape}, "
+        f"{w_down_EFD.shape}, {dispatch.place_NK.shape} and {dispatch.sizes_E.shape}")
   w_gate_up, gate_up = split_weight(w_gate_up_ED2F.reshape(num_experts, d_model, 2 * d_ff))
   w_down, down = split_weight(w_down_EFD)
-  return _experts(_Static(recipe, implementation), x_RD, gates_R, w_gate_up, w_down, sizes_E,
+  return _experts(_Static(recipe, implementation), x_ND, gates_NK, w_gate_up, w_down, dispatch,
                   (gate_up, down))
 
 
-def _hidden_operand(gate_up, gates_R, form: Operand | None, operand, implementation: str | None):
+def _send(x_ND, dispatch: Dispatch, form: Operand | None, operand) -> Quantized | jax.Array:
+  """Tokens' rows, one for each expert, as an operand."""
+  token_S = dispatch.assignment_S // dispatch.place_NK.shape[1]
+  take = functools.partial(take_rows, index=token_S)
+  if form and form.tile in _TILES_OF_ROWS:
+    return jax.tree.map(take, operand(x_ND, form))
+  return operand(take(x_ND), form)
+
+
+def _sum_rows(y_SD: jax.Array, dispatch: Dispatch) -> jax.Array:
+  """Sums what a token's experts gave."""
+  return take_rows(y_SD, dispatch.place_NK).sum(1, dtype=jnp.float32).astype(y_SD.dtype)
+
+
+def _gates(gates_NK: jax.Array, dispatch: Dispatch) -> jax.Array:
+  """Of rows, [S]; nobody's is 0."""
+  return take_rows(gates_NK.reshape(-1), dispatch.assignment_S).astype(jnp.float32)
+
+
+def _hidden_operand(gate_up, gates_S, form: Operand | None, operand, implementation: str | None):
   """Gated hidden units for the down projection.
 
   A gate multiplies a whole row, so it may as well multiply the row's scales.
   """
   if form is None or form.tile != "1x128" or form.power_of_two:
-    return operand(_hidden(gate_up, gates_R).astype(gate_up.dtype), form)
+    return operand(_hidden(gate_up, gates_S).astype(gate_up.dtype), form)
   hidden = swiglu_quantize(gate_up.reshape(len(gate_up), 2, -1), format=form.format,
                            implementation=implementation)
-  gates_R = gates_R.astype(jnp.float32)
-  return Quantized(hidden.values_MK, hidden.scales_mk * gates_R[:, None], hidden.tile)
+  return Quantized(hidden.values_MK, hidden.scales_mk * gates_S[:, None], hidden.tile)
 
 
-def _hidden(gate_up: jax.Array, gates_R: jax.Array) -> jax.Array:
-  """Gated hidden units in float32: [R, 2 F] and [R] to [R, F]."""
+def _hidden(gate_up: jax.Array, gates_S: jax.Array) -> jax.Array:
+  """Gated hidden units in float32: [S, 2 F] and [S] to [S, F]."""
   split = gate_up.astype(jnp.float32).reshape(len(gate_up), 2, -1)
-  return swiglu(split) * gates_R[:, None].astype(jnp.float32)
+  return swiglu(split) * gates_S[:, None]
 
 
-def _product(lhs_RK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
+def _product(lhs_SK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
   """Each row with its expert's matrix, transposed."""
-  if isinstance(lhs_RK, jax.Array):
-    return grouped_matmul(lhs_RK, rhs_ENK.mT, sizes_E, precision=precision_of(lhs_RK.dtype),
+  tiles_E = -(-sizes_E // BLOCK) * BLOCK  # nobody's rows between experts are zeros anyway
+  if isinstance(lhs_SK, jax.Array):
+    return grouped_matmul(lhs_SK, rhs_ENK.mT, tiles_E, precision=precision_of(lhs_SK.dtype),
                           implementation=implementation)
   return fp8_grouped_matmul(
-      with_tiles(lhs_RK, (1, BLOCK)), with_tiles(rhs_ENK, (BLOCK, BLOCK)), sizes_E, dtype=dtype,
+      with_tiles(lhs_SK, (1, BLOCK)), with_tiles(rhs_ENK, (BLOCK, BLOCK)), tiles_E, dtype=dtype,
       implementation=implementation)
 
 
-def _weight_gradient(x_RK, dy_RN, sizes_E, product: WeightGradient | None, dtype: jnp.dtype,
-                     static: _Static) -> jax.Array:
-  """Each expert's x.T dy, of float32 or of the layer's format: [E, K, N]."""
-  if product is None:
-    return grouped_weight_gradient(as_array(x_RK, dy_RN.dtype), dy_RN, sizes_E, dtype=dtype,
-                                   implementation=static.implementation)
-
-  def groups(x, form, smallest_amax):
-    if isinstance(x, Quantized):
-      x = with_tiles(x, (1, BLOCK))
-    x = quantize_groups(x, sizes_E, form.tile, format=form.format,
-                        power_of_two=form.power_of_two, smallest_amax=smallest_amax,
-                        implementation=static.implementation)
-    return with_tiles(x, (1, BLOCK))
-
+def _weight_gradient(x_KS, dy_NS, sizes_E, dtype: jnp.dtype, implementation: str | None):
+  """Each expert's x dy.T, of transposed operands: [E, K, N]."""
+  if isinstance(x_KS, jax.Array):
+    return grouped_weight_gradient(x_KS.T, dy_NS.T, -(-sizes_E // BLOCK) * BLOCK, dtype=dtype,
+                                   implementation=implementation)
   return fp8_grouped_weight_gradient(
-      groups(x_RK, product.activation, SMALLEST_AMAX),
-      groups(dy_RN, product.gradient, SMALLEST_GRADIENT_AMAX), sizes_E, dtype=dtype,
-      implementation=static.implementation)
+      with_tiles(x_KS, (1, BLOCK)), with_tiles(dy_NS, (1, BLOCK)), sizes_E, dtype=dtype,
+      implementation=implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(static: _Static, x_RD, gates_R, w_gate_up, w_down, sizes_E, quantized):
-  return _experts_forward(static, x_RD, gates_R, w_gate_up, w_down, sizes_E, quantized)[0]
+def _experts(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized):
+  return _experts_forward(static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized)[0]
 
 
-def _experts_forward(static: _Static, x_RD, gates_R, w_gate_up, w_down, sizes_E, quantized):
-  recipe, dtype = static.recipe, x_RD.dtype
+def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized):
+  recipe, dtype = static.recipe, x_ND.dtype
   operand = functools.partial(as_operand, dtype=dtype, implementation=static.implementation)
   product = functools.partial(
-      _product, sizes_E=sizes_E, dtype=dtype, implementation=static.implementation)
+      _product, sizes_E=dispatch.sizes_E, dtype=dtype, implementation=static.implementation)
   activation = lambda recipe: recipe.forward and recipe.forward.activation
   of_gate_up, gate_up_of_gradient = weight_operands(w_gate_up, quantized[0], recipe, operand)
   of_down, down_of_gradient = weight_operands(w_down, quantized[1], recipe, operand)
 
-  x = operand(x_RD, activation(recipe.dispatched))
+  x = _send(x_ND, dispatch, activation(recipe.dispatched), operand)
   gate_up = product(x, of_gate_up)
   kept_gate_up = checkpoint_name(operand(gate_up, recipe.kept_swiglu), "ffn_gate_up")
-  hidden = _hidden_operand(gate_up, gates_R, activation(recipe), operand, static.implementation)
-  kept_x = kept_operand(x_RD, x, recipe.kept, recipe, operand)
+  hidden = _hidden_operand(gate_up, _gates(gates_NK, dispatch), activation(recipe), operand,
+                           static.implementation)
+  kept_x = x
+  if recipe.kept or not recipe.weight_gradient:
+    kept_x = _send(x_ND, dispatch, recipe.weight_gradient and recipe.kept, operand)
   # Empty arrays say what formats the weights have.
   formats = jnp.zeros(0, w_gate_up.dtype), jnp.zeros(0, w_down.dtype)
-  return product(hidden, of_down), (
-      kept_x, gates_R, kept_gate_up, gate_up_of_gradient, down_of_gradient, sizes_E, formats)
+  return _sum_rows(product(hidden, of_down), dispatch), (
+      kept_x, gates_NK, kept_gate_up, gate_up_of_gradient, down_of_gradient, dispatch, formats)
 
 
-def _experts_backward(static: _Static, residuals, dy_RD):
-  recipe, dtype = static.recipe, dy_RD.dtype
-  x, gates_R, gate_up, w_gate_up, w_down, sizes_E, (of_gate_up, of_down) = residuals
-  gradient = functools.partial(
-      as_operand, dtype=dtype, smallest_amax=SMALLEST_GRADIENT_AMAX,
-      implementation=static.implementation)
-  product = functools.partial(
-      _product, sizes_E=sizes_E, dtype=dtype, implementation=static.implementation)
-  weight_gradient = functools.partial(_weight_gradient, sizes_E=sizes_E, static=static)
-  form = lambda recipe: recipe.input_gradient and recipe.input_gradient.gradient
+def _experts_backward(static: _Static, residuals, dy_ND):
+  recipe, dtype = static.recipe, dy_ND.dtype
+  x, gates_NK, gate_up, w_gate_up, w_down, dispatch, (of_gate_up, of_down) = residuals
+  options = {"dtype": dtype, "implementation": static.implementation}
+  gradient = functools.partial(as_operand, smallest_amax=SMALLEST_GRADIENT_AMAX, **options)
+  transposed = functools.partial(transposed_operand, **options)
+  product = functools.partial(_product, sizes_E=dispatch.sizes_E, **options)
+  weight_gradient = functools.partial(
+      _weight_gradient, sizes_E=dispatch.sizes_E, implementation=static.implementation)
+  of_input = lambda recipe: recipe.input_gradient and recipe.input_gradient.gradient
+  of_weight = lambda recipe, name: recipe.weight_gradient and getattr(recipe.weight_gradient, name)
 
-  hidden, hidden_vjp = jax.vjp(_hidden, as_array(gate_up), gates_R)
+  dy = _send(dy_ND, dispatch, of_input(recipe.dispatched), gradient)
+  sent = dy if recipe.weight_gradient and recipe.dispatch_power_of_two else _send(
+      dy_ND, dispatch, None, gradient)
+  hidden, hidden_vjp = jax.vjp(_hidden, as_array(gate_up), _gates(gates_NK, dispatch))
   # Rounded to the layer's format before it is to FP8's, which matters less than what it saves.
   dw_down = weight_gradient(
-      hidden.astype(dtype), dy_RD, product=recipe.weight_gradient, dtype=of_down.dtype)
-  dhidden = product(gradient(dy_RD, form(recipe.dispatched)), w_down)
-  dgate_up, dgates_R = hidden_vjp(dhidden.astype(jnp.float32))
+      transposed(hidden.astype(dtype), of_weight(recipe, "activation")),
+      transposed(sent, of_weight(recipe.dispatched, "gradient"),
+                 smallest_amax=SMALLEST_GRADIENT_AMAX),
+      dtype=of_down.dtype)
+  dgate_up, dgates_S = hidden_vjp(product(dy, w_down).astype(jnp.float32))
   dgate_up = dgate_up.astype(dtype)
+  of_input_SF, of_weight_FS = gradients(dgate_up, recipe, static.implementation)
   dw_gate_up = weight_gradient(
-      x, dgate_up, product=recipe.dispatched.weight_gradient, dtype=of_gate_up.dtype)
-  dx_RD = product(gradient(dgate_up, form(recipe)), w_gate_up)
-  return dx_RD, dgates_R, dw_gate_up, dw_down, None, None
+      transposed(x, of_weight(recipe.dispatched, "activation")), of_weight_FS,
+      dtype=of_gate_up.dtype)
+  dx_ND = _sum_rows(product(of_input_SF, w_gate_up), dispatch)
+  return dx_ND, take_rows(dgates_S, dispatch.place_NK), dw_gate_up, dw_down, None, None
 
 
 _experts.defvjp(_experts_forward, _experts_backward)

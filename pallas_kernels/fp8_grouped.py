@@ -94,15 +94,16 @@ def aligned_starts(sizes_G: jax.Array) -> jax.Array:
   return (jnp.cumsum(blocks_G) - blocks_G) * BLOCK
 
 
-def align_groups(x_R: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def align_groups(x_R: jax.Array, sizes_G: jax.Array, fill_value: int = 0) -> jax.Array:
   """Rows with every group at a multiple of 128: [R, ...] to [S, ...].
 
   Args:
     x_R: rows, those of group 0 first; those past the sum of the sizes are left out.
     sizes_G: int32, rows per group.
+    fill_value: of rows between groups and after the last.
 
   Returns:
-    S is `aligned_rows`; between groups and after the last are zeros.
+    S is `aligned_rows`.
   """
   num_rows, num_groups = len(x_R), len(sizes_G)
   starts_G = jnp.cumsum(sizes_G) - sizes_G
@@ -113,7 +114,7 @@ def align_groups(x_R: jax.Array, sizes_G: jax.Array) -> jax.Array:
   within_S = (within_s[:, None] + jnp.arange(BLOCK)).reshape(-1)
   of = lambda of_G: jnp.repeat(of_G[group_s], BLOCK)
   place_S = jnp.where(within_S < of(sizes_G), of(starts_G) + within_S, num_rows)
-  return x_R.at[place_S].get(mode="fill", fill_value=0)
+  return x_R.at[place_S].get(mode="fill", fill_value=fill_value)
 
 
 def quantize_groups(
@@ -151,11 +152,11 @@ def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) ->
 
   blocks = lhs_SK.reshape(-1, BLOCK, lhs_SK.shape[1]), _groups(sizes_G, len(lhs_SK))
   out_SN = lax.map(product, blocks, batch_size=_AT_ONCE).reshape(len(lhs_SK), -1)
-  places_R = _places(sizes_G, lhs_RK.shape[0], len(lhs_SK))
+  places_R = aligned_places(sizes_G, lhs_RK.shape[0], len(lhs_SK))
   return out_SN.at[places_R].get(mode="fill", fill_value=0).astype(dtype)
 
 
-def _places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
+def aligned_places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
   """Where `align_groups` puts each row; behind the end for rows of no group."""
   ends_G = jnp.cumsum(sizes_G)
   group_R = jnp.searchsorted(ends_G, jnp.arange(num_rows), side="right")

@@ -167,7 +167,7 @@ def _linear_backward(static: _Static, residuals, dy_MN):
   recipe, implementation = static.recipe, static.implementation
   kept, w_KN, of_weight = residuals
   dtype = dy_MN.dtype
-  dy, dy_NM = _gradients(dy_MN, recipe, implementation)
+  dy, dy_NM = gradients(dy_MN, recipe, implementation)
   x_KM = transposed_operand(kept, recipe.weight_gradient and recipe.weight_gradient.activation,
                             dtype, implementation=implementation)
   return (_product(dy, w_KN, dtype, implementation),
@@ -185,7 +185,7 @@ def transposed_operand(
       smallest_amax=smallest_amax, implementation=implementation)
 
 
-def _gradients(dy_MN, recipe: Recipe, implementation: str | None):
+def gradients(dy_MN, recipe: Recipe, implementation: str | None):
   """The output's gradient as the input's wants it, and transposed, as the weight's does."""
   of_input = recipe.input_gradient and recipe.input_gradient.gradient
   of_weight = recipe.weight_gradient and recipe.weight_gradient.gradient

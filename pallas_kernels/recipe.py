@@ -84,7 +84,8 @@ class Recipe:
     kept_swiglu: of the routed experts' SwiGLU inputs, whose output is recomputed; None keeps them
       as they are.
     dispatch_power_of_two: whether what is sent to experts, inputs and gradients, has scales of
-      powers of two (V3 section 3.3.3): then tiling it anew for the weight gradient loses nothing.
+      powers of two (V3 section 3.3.3): then tiling it anew for the weight gradient loses nothing,
+      and also the gradient is tiled anew from what was sent.
   """
 
   forward: Forward | None = Forward()
@@ -112,12 +113,12 @@ class Recipe:
     if not self.dispatch_power_of_two:
       return self
     whole = lambda operand: dataclasses.replace(operand, power_of_two=True)
-    change = lambda product, name: product and dataclasses.replace(
-        product, **{name: whole(getattr(product, name))})
+    change = lambda product, *names: product and dataclasses.replace(
+        product, **{name: whole(getattr(product, name)) for name in names})
     return dataclasses.replace(
         self, forward=change(self.forward, "activation"),
         input_gradient=change(self.input_gradient, "gradient"),
-        weight_gradient=change(self.weight_gradient, "activation"))
+        weight_gradient=change(self.weight_gradient, "activation", "gradient"))
 
 
 def _all(operand: Operand, weight: Operand = _WEIGHT) -> Recipe:

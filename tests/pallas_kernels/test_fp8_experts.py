@@ -1,6 +1,7 @@
 """Experts in FP8: what FP8 linear layers one expert after another give, kept in few bits.
 
-Shape letters:  R rows  E experts  D model width  F expert width
+Shape letters:  R rows, each a token with one expert  E experts  D model width  F expert width
+                S rows with every expert at a multiple of 128
 """
 
 import dataclasses
@@ -11,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import RECIPES, Recipe, dequantize, fp8_experts, fp8_linear, quantize, swiglu
+from pallas_kernels import (
+  RECIPES,
+  Recipe,
+  dequantize,
+  dispatch,
+  fp8_experts,
+  fp8_linear,
+  quantize,
+  swiglu,
+)
+from pallas_kernels.fp8_grouped import aligned_rows
 from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX
 from pallas_kernels.quantized import error
 
@@ -38,13 +49,20 @@ W_GATE_UP, W_DOWN = normal((E, D, 2, F), 3, 0.1), normal((E, F, D), 4, 0.1)
 
 def run(recipe, sizes=SIZES, dtype=jnp.float32):
   """Output and gradients."""
-  return dict(zip(NAMES, _run(recipe, jnp.array(sizes), dtype), strict=True))
+  y, dx, dgates, *dw = _run(recipe, experts_of(sizes), dtype)
+  return dict(zip(NAMES, (y, dx, dgates[:, 0], *dw), strict=True))
+
+
+def experts_of(sizes):
+  """Each row's, in their order, and of those past their sum nobody."""
+  nobody = R - sum(sizes)
+  return jnp.repeat(jnp.arange(len(sizes) + 1), jnp.array((*sizes, nobody)))[:, None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _run(recipe, sizes_E, dtype):
-  y, vjp = jax.vjp(lambda *args: fp8_experts(*args, sizes_E, recipe),
-                   X.astype(dtype), GATES, W_GATE_UP, W_DOWN)
+def _run(recipe, experts_R1, dtype):
+  y, vjp = jax.vjp(lambda *args: fp8_experts(*args, dispatch(experts_R1, E), recipe),
+                   X.astype(dtype), GATES[:, None], W_GATE_UP, W_DOWN)
   return y, *vjp(DY.astype(dtype))
 
 
@@ -126,10 +144,11 @@ def test_rows_of_nobody_and_experts_without_rows_get_zeros():
 
 def test_only_fp8_is_kept_for_the_backward_pass():
   _, vjp = jax.vjp(
-      lambda *args: fp8_experts(*args, jnp.array(SIZES)), X.astype(jnp.bfloat16), GATES,
-      W_GATE_UP, W_DOWN)
+      lambda *args: fp8_experts(*args, dispatch(experts_of(SIZES), E)), X.astype(jnp.bfloat16),
+      GATES[:, None], W_GATE_UP, W_DOWN)
   kept = {leaf.shape: leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.size >= R * F}
-  assert kept.keys() == {(R, D), (R, 2 * F), (E, D, 2 * F), (E, F, D)}
+  rows = aligned_rows(R, E)
+  assert kept.keys() == {(rows, D), (rows, 2 * F), (E, D, 2 * F), (E, F, D)}
   assert set(kept.values()) == {jnp.dtype(jnp.float8_e4m3fn)}
 
 
@@ -140,5 +159,5 @@ def test_formats_are_those_of_the_inputs():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match=r"sizes \[E\], not"):
-    run(Recipe(), sizes=(100, 100))
+  with pytest.raises(ValueError, match=r"dispatch of \[N, K\] to \[E\], not"):
+    fp8_experts(X, GATES[:, None], W_GATE_UP, W_DOWN, dispatch(experts_of((100, 100)), 2))

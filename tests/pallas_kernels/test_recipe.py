@@ -27,7 +27,7 @@ def test_what_no_product_can_read_is_refused(make, message):
 def test_what_is_sent_to_experts_has_scales_of_powers_of_two():
   whole = Operand(power_of_two=True)
   assert Recipe().dispatched == Recipe(
-      Forward(activation=whole), InputGradient(gradient=whole), WeightGradient(activation=whole))
+      Forward(activation=whole), InputGradient(gradient=whole), WeightGradient(whole, whole))
   assert Recipe(None, None, None).dispatched == Recipe(None, None, None)
   kept = Recipe(dispatch_power_of_two=False)
   assert kept.dispatched == kept
