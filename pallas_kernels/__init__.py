@@ -16,7 +16,13 @@ from pallas_kernels.fp8_grouped import (
 from pallas_kernels.fp8_linear import fp8_linear
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.quantize import quantize, quantize_both, swiglu, swiglu_quantize
+from pallas_kernels.quantize import (
+    quantize,
+    quantize_both,
+    swiglu,
+    swiglu_quantize,
+    swiglu_quantize_with_inputs,
+)
 from pallas_kernels.quantized import FORMATS, Quantized, dequantize
 from pallas_kernels.recipe import RECIPES, Recipe
 from pallas_kernels.requantize import quantize_transposed
@@ -27,4 +33,4 @@ __all__ = [
     "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient",
     "fp8_linear", "fp8_matmul", "grouped_matmul", "grouped_weight_gradient", "quantize",
     "quantize_both", "quantize_groups", "quantize_transposed", "quantize_weight", "swiglu",
-    "swiglu_quantize"]
+    "swiglu_quantize", "swiglu_quantize_with_inputs"]

@@ -25,7 +25,7 @@ from pallas_kernels.fp8_linear import (
     with_tiles,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.quantize import swiglu, swiglu_quantize
+from pallas_kernels.quantize import swiglu, swiglu_quantize, swiglu_quantize_with_inputs
 from pallas_kernels.quantized import BLOCK, Quantized
 from pallas_kernels.recipe import Operand, Recipe
 from pallas_kernels.weight import Weight, split_weight
@@ -98,16 +98,22 @@ def _gates(gates_NK: jax.Array, dispatch: Dispatch) -> jax.Array:
   return take_rows(gates_NK.reshape(-1), dispatch.assignment_S).astype(jnp.float32)
 
 
-def _hidden_operand(gate_up, gates_S, form: Operand | None, operand, implementation: str | None):
-  """Gated hidden units for the down projection.
+def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | None, operand,
+                     implementation: str | None):
+  """Gated hidden units for the down projection, and SwiGLU's inputs for the backward pass.
 
   A gate multiplies a whole row, so it may as well multiply the row's scales.
   """
   if form is None or form.tile != "1x128" or form.power_of_two:
-    return operand(_hidden(gate_up, gates_S).astype(gate_up.dtype), form)
-  hidden = swiglu_quantize(gate_up.reshape(len(gate_up), 2, -1), format=form.format,
-                           implementation=implementation)
-  return Quantized(hidden.values_MK, hidden.scales_mk * gates_S[:, None], hidden.tile)
+    return operand(_hidden(gate_up, gates_S).astype(gate_up.dtype), form), operand(gate_up, kept)
+  split, options = gate_up.reshape(len(gate_up), 2, -1), {"implementation": implementation}
+  if kept == form and split.shape[-1] % BLOCK == 0:  # else tiles would cross from gate to up
+    hidden, inputs = swiglu_quantize_with_inputs(split, format=form.format, **options)
+    kept_gate_up = jax.tree.map(lambda x: x.reshape(len(gate_up), -1), inputs)
+  else:
+    hidden = swiglu_quantize(split, format=form.format, **options)
+    kept_gate_up = operand(gate_up, kept)
+  return Quantized(hidden.values_MK, hidden.scales_mk * gates_S[:, None], hidden.tile), kept_gate_up
 
 
 def _hidden(gate_up: jax.Array, gates_S: jax.Array) -> jax.Array:
@@ -153,9 +159,10 @@ def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatc
 
   x = _send(x_ND, dispatch, activation(recipe.dispatched), operand)
   gate_up = product(x, of_gate_up)
-  kept_gate_up = checkpoint_name(operand(gate_up, recipe.kept_swiglu), "ffn_gate_up")
-  hidden = _hidden_operand(gate_up, _gates(gates_NK, dispatch), activation(recipe), operand,
-                           static.implementation)
+  hidden, kept_gate_up = _hidden_and_kept(
+      gate_up, _gates(gates_NK, dispatch), activation(recipe), recipe.kept_swiglu, operand,
+      static.implementation)
+  kept_gate_up = checkpoint_name(kept_gate_up, "ffn_gate_up")
   kept_x = x
   if recipe.kept or not recipe.weight_gradient:
     kept_x = _send(x_ND, dispatch, recipe.weight_gradient and recipe.kept, operand)

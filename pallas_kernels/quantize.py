@@ -17,6 +17,8 @@ _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize"),
             "mosaic_tpu": implementations.late("mosaic_tpu.quantize")}
 _SWIGLU_KERNELS = {
     "mosaic_gpu": implementations.late("mosaic_gpu.quantize_fused", "SWIGLU_KERNEL")}
+_WITH_INPUTS_KERNELS = {
+    "mosaic_gpu": implementations.late("mosaic_gpu.quantize_fused", "WITH_INPUTS_KERNEL")}
 _BOTH_KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize_fused", "BOTH_KERNEL")}
 
 
@@ -69,12 +71,37 @@ def swiglu_quantize(
   Raises:
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
+  return _run_swiglu(
+      "swiglu_quantize", gate_up_M2F, implementation, _SWIGLU_KERNELS, _swiglu_quantize,
+      format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
+
+
+def _run_swiglu(name, gate_up_M2F, implementation, kernels, xla, *, format, **options):
   check(gate_up_M2F, format)
   if gate_up_M2F.ndim < 3 or gate_up_M2F.shape[-2] != 2:
-    raise ValueError("swiglu_quantize takes gate and up as [..., M, 2, F], not "
-                     f"{gate_up_M2F.shape}")
-  return implementations.run(
-      "swiglu_quantize", implementation, _swiglu_quantize, _SWIGLU_KERNELS, gate_up_M2F,
+    raise ValueError(f"{name} takes gate and up as [..., M, 2, F], not {gate_up_M2F.shape}")
+  return implementations.run(name, implementation, xla, kernels, gate_up_M2F, format=format,
+                             **options)
+
+
+def swiglu_quantize_with_inputs(
+    gate_up_M2F: jax.Array, *, format: str = "e4m3", power_of_two: bool = False,
+    smallest_amax: float = SMALLEST_AMAX, implementation: str | None = None,
+) -> tuple[Quantized, Quantized]:
+  """`swiglu_quantize`, and what it reads quantised alike, to be kept for the backward pass.
+
+  Args:
+    gate_up_M2F, format, power_of_two, smallest_amax, implementation: as there.
+
+  Returns:
+    The hidden units, [..., M, F], and gate and up, [..., M, 2, F].
+
+  Raises:
+    ValueError: as there.
+  """
+  return _run_swiglu(
+      "swiglu_quantize_with_inputs", gate_up_M2F, implementation, _WITH_INPUTS_KERNELS,
+      lambda x, **options: (_swiglu_quantize(x, **options), _quantize(x, (1, BLOCK), **options)),
       format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
 
 

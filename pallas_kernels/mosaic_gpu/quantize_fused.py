@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu.hopper import pad_rows
+from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
 from pallas_kernels.mosaic_gpu.quantize import (
     COMPILER_PARAMS,
     Quantizer,
@@ -30,10 +30,21 @@ from pallas_kernels.mosaic_gpu.requantize import write_transposed
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
 
-def run_swiglu(
-    gate_up_M2F: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float,
-    tiling: Tiling | None = None, interpret: Any = None) -> Quantized:
+def run_swiglu(gate_up_M2F: jax.Array, **options: Any) -> Quantized:
   """See `pallas_kernels.swiglu_quantize`, and `quantize.run` for tiling and interpret."""
+  return _run_swiglu(gate_up_M2F, with_inputs=False, name="swiglu_quantize", **options)[0]
+
+
+def run_swiglu_with_inputs(gate_up_M2F: jax.Array, **options: Any) -> tuple[Quantized, Quantized]:
+  """See `pallas_kernels.swiglu_quantize_with_inputs`, and `run_swiglu`."""
+  return _run_swiglu(
+      gate_up_M2F, with_inputs=True, name="swiglu_quantize_with_inputs", **options)
+
+
+def _run_swiglu(
+    gate_up_M2F: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float,
+    with_inputs: bool, name: str, tiling: Tiling | None = None,
+    interpret: Any = None) -> tuple[Quantized, ...]:
   tiling = tiling or Tiling()
   *batch, _, width = gate_up_M2F.shape
   dtype, layout = gate_up_M2F.dtype, row_layout(gate_up_M2F.dtype)
@@ -41,37 +52,53 @@ def run_swiglu(
   gate_up = pad_rows(gate_up_M2F.reshape(num_rows, 2 * width))
   grid = (pl.cdiv(num_rows, tiling.rows), width // BLOCK)
   quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
+  halves = (0, 1) if with_inputs else ()
 
-  def kernel(gate_up, values, scales, gate_smem, up_smem, values_smem, loaded):
+  def kernel(gate_up, *refs):
+    *outs, gate_smem, up_smem, values_smem, loaded = refs
     i, j = this_block(grid)
     rows = pl.ds(i * tiling.rows, tiling.rows)
     for half, smem in enumerate((gate_smem, up_smem)):
       columns = pl.ds(half * width + j * BLOCK, BLOCK)
       plgpu.copy_gmem_to_smem(gate_up.at[rows, columns], smem, loaded)
     plgpu.barrier_wait(loaded)
+    # Hidden units go to the first result; inputs to the second, gate's and up's halves of it.
+    places = ((outs[:2], j), *((outs[2:], half * grid[1] + j) for half in halves))
     for first, piece in steps(tiling.rows, tiling.step):
       gate_SF, up_SF = (plgpu.load(smem.at[piece], layout=layout)
                         .astype(jnp.float32) for smem in (gate_smem, up_smem))
       # 1 / (1 + exp(-gate)), to a few units in the last place and without a division.
       sigmoid_SF = lax.square(lax.rsqrt(1 + jnp.exp(-gate_SF)))
-      scale_S = quantizer.row_values(gate_SF * sigmoid_SF * up_SF, values_smem.at[piece], layout)
-      store_in_column(scales.at[pl.ds(i * tiling.rows + first, tiling.step), pl.ds(j, 1)], scale_S,
-                      layout)
+      numbers = gate_SF * sigmoid_SF * up_SF, gate_SF, up_SF
+      for at, (((_, scales), column), x_SF) in enumerate(zip(places, numbers, strict=False)):
+        scale_S = quantizer.row_values(x_SF, values_smem.at[at, piece], layout)
+        store_in_column(scales.at[pl.ds(i * tiling.rows + first, tiling.step), pl.ds(column, 1)],
+                        scale_S, layout)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(values_smem, values.at[rows, pl.ds(j * BLOCK, BLOCK)])
+    for at, ((values, _), column) in enumerate(places):
+      plgpu.copy_smem_to_gmem(values_smem.at[at], values.at[rows, pl.ds(column * BLOCK, BLOCK)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   small, smem = FORMATS[format].dtype, swizzled(tiling.rows, dtype)
-  values, scales = plgpu.kernel(
+  widths = (width, 2 * width) if with_inputs else (width,)
+  outs = plgpu.kernel(
       kernel,
-      out_type=(jax.ShapeDtypeStruct((len(gate_up), width), small),
-                jax.ShapeDtypeStruct((grid[0] * tiling.rows, grid[1]), jnp.float32)),
+      out_type=tuple(
+          array for columns in widths for array in (
+              jax.ShapeDtypeStruct((len(gate_up), columns), small),
+              jax.ShapeDtypeStruct((grid[0] * tiling.rows, columns // BLOCK), jnp.float32))),
       grid=(math.prod(grid),), grid_names=("block",),
-      scratch_types=(smem, smem, swizzled(tiling.rows, small), plgpu.Barrier(num_arrivals=2)),
-      compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="swiglu_quantize",
+      scratch_types=(
+          smem, smem,
+          plgpu.SMEM((1 + len(halves), tiling.rows, BLOCK), small, transforms=swizzle(1)),
+          plgpu.Barrier(num_arrivals=2)),
+      compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name=name,
   )(gate_up)
-  return Quantized(values[:num_rows].reshape(*batch, width),
-                   scales[:num_rows].reshape(*batch, -1), (1, BLOCK))
+  shapes = (*batch, width), (*batch, 2, width)
+  return tuple(
+      Quantized(values[:num_rows].reshape(shape),
+                scales[:num_rows].reshape(*shape[:-1], -1), (1, BLOCK))
+      for values, scales, shape in zip(outs[::2], outs[1::2], shapes, strict=False))
 
 
 def run_both(
@@ -127,4 +154,5 @@ def refuse_both(x_MK: jax.Array, **options) -> str | None:
 
 
 SWIGLU_KERNEL = implementations.Kernel(run_swiglu, refuse_any)
+WITH_INPUTS_KERNEL = implementations.Kernel(run_swiglu_with_inputs, refuse_any)
 BOTH_KERNEL = implementations.Kernel(run_both, refuse_both)

@@ -13,7 +13,14 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Quantized, implementations, quantize, quantize_both, swiglu_quantize
+from pallas_kernels import (
+  Quantized,
+  implementations,
+  quantize,
+  quantize_both,
+  swiglu_quantize,
+  swiglu_quantize_with_inputs,
+)
 from pallas_kernels.mosaic_gpu import quantize as kernels
 from pallas_kernels.mosaic_gpu import quantize_fused as fused
 
@@ -21,10 +28,12 @@ ON_HOPPER = pytest.mark.skipif(implementations.here() != "mosaic_gpu", reason="n
 DEFAULTS = {"format": "e4m3", "power_of_two": False, "smallest_amax": 1e-4}
 SMALL = DEFAULTS | {"format": "e5m2", "power_of_two": True}
 TILES = {"1x128": (1, 128), "128x1": (128, 1), "128x128": (128, 128)}
-RUNS = {"swiglu": fused.run_swiglu, "both": fused.run_both} | {
+RUNS = {"swiglu": fused.run_swiglu, "swiglu and inputs": fused.run_swiglu_with_inputs,
+        "both": fused.run_both} | {
     name: lambda x, tile=tile, **options: kernels.run(x, tile, **options)
     for name, tile in TILES.items()}
-ORACLES = {"swiglu": swiglu_quantize, "both": quantize_both} | {
+ORACLES = {"swiglu": swiglu_quantize, "swiglu and inputs": swiglu_quantize_with_inputs,
+           "both": quantize_both} | {
     name: lambda x, tile=name, **options: quantize(x, tile, **options) for name in TILES}
 refuse_rows = functools.partial(kernels.refuse, tile=(1, 128))
 refuse_columns = functools.partial(kernels.refuse, tile=(128, 1))
@@ -86,19 +95,31 @@ def test_interpreted_swiglu_agrees_and_does_not_race():
   assert_nearly_equal(ours, oracle("swiglu", x, DEFAULTS))
 
 
+def test_interpreted_swiglu_quantises_its_inputs_to_the_bit():
+  x = numbers((3, 15, 2, 256))
+  hidden, inputs = fused.run_swiglu_with_inputs(
+      x, **DEFAULTS, interpret=plgpu.InterpretGPUParams(detect_races=True))
+  assert not interpreter.get_races().races_found
+  want_hidden, want_inputs = oracle("swiglu and inputs", x, DEFAULTS)
+  assert_nearly_equal(hidden, want_hidden)
+  assert_equal(inputs, want_inputs)
+
+
 @pytest.mark.parametrize(("name", "shape", "dtype", "options"), [
     ("1x128", (131072, 7168), jnp.bfloat16, DEFAULTS), ("1x128", (1, 7168), jnp.float32, SMALL),
     ("128x1", (65536, 2048), jnp.bfloat16, SMALL), ("128x1", (16384, 7168), jnp.float32, DEFAULTS),
     ("128x128", (256, 2048, 7168), jnp.float32, DEFAULTS),
     ("swiglu", (65536, 2, 2048), jnp.bfloat16, DEFAULTS),
     ("swiglu", (65536, 2, 2048), jnp.float32, SMALL),
+    ("swiglu and inputs", (106496, 2, 1408), jnp.bfloat16, DEFAULTS),
     ("both", (16384, 7168), jnp.bfloat16, DEFAULTS), ("both", (65536, 2048), jnp.float32, SMALL),
-    *((name, (131, 2, 1408) if name == "swiglu" else (131, 1408), jnp.bfloat16, DEFAULTS)
+    *((name, (131, 2, 1408) if "swiglu" in name else (131, 1408), jnp.bfloat16, DEFAULTS)
       for name in RUNS)])
 def test_production_and_odd_shapes_lower_for_hopper(name, shape, dtype, options):
   call = jax.jit(lambda x: RUNS[name](x, **options))
   lowered = call.trace(jax.ShapeDtypeStruct(shape, dtype)).lower(lowering_platforms=("cuda",))
-  named = {"swiglu": "swiglu_quantize", "both": "quantize_both"}.get(name, "quantize")
+  named = {"swiglu": "swiglu_quantize", "swiglu and inputs": "swiglu_quantize_with_inputs",
+           "both": "quantize_both"}.get(name, "quantize")
   assert f"{named}_mosaic_gpu" in lowered.as_text()  # as profiles have it
 
 
@@ -202,6 +223,9 @@ def test_on_a_gpu_swiglu_agrees(shape, dtype):
   x = numbers(shape, dtype)
   ours = jax.jit(lambda x: fused.run_swiglu(x, **DEFAULTS))(x)
   assert_nearly_equal(ours, oracle("swiglu", x, DEFAULTS))
+  hidden, inputs = jax.jit(lambda x: fused.run_swiglu_with_inputs(x, **DEFAULTS))(x)
+  assert_equal(hidden, ours)
+  assert_equal(inputs, jax.jit(lambda x: kernels.run(x, (1, 128), **DEFAULTS))(x))
 
 
 @ON_HOPPER
