@@ -26,11 +26,12 @@ from pallas_kernels.quantize import (
 from pallas_kernels.quantized import FORMATS, Quantized, dequantize
 from pallas_kernels.recipe import RECIPES, Recipe
 from pallas_kernels.requantize import quantize_transposed
+from pallas_kernels.swiglu_backward import SwigluBackward, swiglu_backward_quantize
 from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 
 __all__ = [
-    "FORMATS", "RECIPES", "Dispatch", "Quantized", "Recipe", "Weight", "WeightOperands",
-    "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient",
+    "FORMATS", "RECIPES", "Dispatch", "Quantized", "Recipe", "SwigluBackward", "Weight",
+    "WeightOperands", "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient",
     "fp8_linear", "fp8_matmul", "grouped_matmul", "grouped_weight_gradient", "quantize",
     "quantize_both", "quantize_groups", "quantize_transposed", "quantize_weight", "swiglu",
-    "swiglu_quantize", "swiglu_quantize_with_inputs"]
+    "swiglu_backward_quantize", "swiglu_quantize", "swiglu_quantize_with_inputs"]
