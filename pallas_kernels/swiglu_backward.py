@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import implementations
 from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX
 from pallas_kernels.quantize import SMALLEST_AMAX, check, quantize, swiglu
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import Quantized, dequantize
 from pallas_kernels.requantize import quantize_transposed
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.swiglu_backward")}
@@ -34,18 +34,19 @@ class SwigluBackward(NamedTuple):
 
 
 def swiglu_backward_quantize(
-    gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str = "e4m3",
-    power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX,
+    gate_up_M2F: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, *,
+    format: str = "e4m3", power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX,
     smallest_gradient_amax: float = SMALLEST_GRADIENT_AMAX, implementation: str | None = None,
 ) -> SwigluBackward:
   """Hidden units swiglu(gate and up) * gates and their gradients, in one pass over memory.
 
   All is computed in float32; hidden units and gradients are rounded to dhidden's format before
   they are quantised, as if they had been written in between. V3 computes SwiGLU's output again in
-  its backward pass (arXiv:2412.19437, section 3.2.3).
+  its backward pass (arXiv:2412.19437, section 3.3.3).
 
   Args:
-    gate_up_M2F: inputs of SwiGLU, float32 or bfloat16, finite: [M, 2, F].
+    gate_up_M2F: inputs of SwiGLU, finite: float32 or bfloat16, [M, 2, F] or [M, 2 F], or quantised,
+      [M, 2 F].
     gates_M: what each row of its output is multiplied by.
     dhidden_MF: gradient of the hidden units, float32 or bfloat16.
     format, power_of_two: of all values and scales; see `quantize`.
@@ -58,11 +59,14 @@ def swiglu_backward_quantize(
   """
   check(gate_up_M2F, format)
   check(dhidden_MF, format)
-  if dhidden_MF.ndim != 2 or gates_M.shape != dhidden_MF.shape[:1] or (
-      gate_up_M2F.shape != (len(dhidden_MF), 2, dhidden_MF.shape[1])):
+  rows, width = dhidden_MF.shape[0], dhidden_MF.shape[-1]
+  if (dhidden_MF.shape != (rows, width) or gates_M.shape != (rows,)
+      or gate_up_M2F.shape not in ((rows, 2, width), (rows, 2 * width))):
     raise ValueError(
         "swiglu_backward_quantize takes gate and up [M, 2, F], gates [M] and dhidden [M, F], not "
         f"{gate_up_M2F.shape}, {gates_M.shape} and {dhidden_MF.shape}")
+  if not isinstance(gate_up_M2F, Quantized):
+    gate_up_M2F = gate_up_M2F.reshape(rows, 2 * width)
   results = implementations.run(
       "swiglu_backward_quantize", implementation, _xla, _KERNELS, gate_up_M2F, gates_M, dhidden_MF,
       format=format, power_of_two=power_of_two, smallest_amax=smallest_amax,
@@ -70,14 +74,15 @@ def swiglu_backward_quantize(
   return SwigluBackward(*results)
 
 
-def _xla(gate_up_M2F, gates_M, dhidden_MF, *, smallest_amax, smallest_gradient_amax, **options):
+def _xla(gate_up, gates_M, dhidden_MF, *, smallest_amax, smallest_gradient_amax, **options):
+  gate_up = dequantize(gate_up) if isinstance(gate_up, Quantized) else gate_up.astype(jnp.float32)
   hidden_MF, vjp = jax.vjp(
-      lambda gate_up, gates: swiglu(gate_up) * gates[:, None],
-      gate_up_M2F.astype(jnp.float32), gates_M.astype(jnp.float32))
-  dgate_up_M2F, dgates_M = vjp(dhidden_MF.astype(jnp.float32))
+      lambda gate_up, gates: swiglu(gate_up.reshape(len(gates), 2, -1)) * gates[:, None],
+      gate_up, gates_M.astype(jnp.float32))
+  dgate_up, dgates_M = vjp(dhidden_MF.astype(jnp.float32))
   of_gradient, of_hidden = (
       options | {"smallest_amax": smallest, "implementation": "xla"}
       for smallest in (smallest_gradient_amax, smallest_amax))
-  dgate_up = dgate_up_M2F.reshape(len(gates_M), -1).astype(dhidden_MF.dtype)
+  dgate_up = dgate_up.astype(dhidden_MF.dtype)
   return (quantize(dgate_up, **of_gradient), quantize_transposed(dgate_up, **of_gradient),
           quantize_transposed(hidden_MF.astype(dhidden_MF.dtype), **of_hidden), dgates_M)

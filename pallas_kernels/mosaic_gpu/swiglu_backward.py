@@ -11,7 +11,7 @@ Shape letters:  M rows  F hidden units  S rows of a step  K columns of a warpgro
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu.hopper import ROWS, WARPGROUPS, pad_rows
+from pallas_kernels.mosaic_gpu.hopper import ROWS, WARPGROUPS, k_major, pad_rows
 from pallas_kernels.mosaic_gpu.quantize import (
     COMPILER_PARAMS,
     Quantizer,
@@ -50,94 +50,209 @@ class BfloatQuantizer(Quantizer):
     if self.divides:
       return super().values(x, scale, axes, layout)
     along = lambda y: plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, axes), layout)
-    x, inverse = widened(x, layout, self.divides), 1 / scale
-    quotient = x * along(inverse)
-    if not self.power_of_two:
+    x, inverse = widened(x, layout, interpreted=False), 1 / scale
+    if self.power_of_two:
+      quotient = x * along(inverse)
+    else:
       rest = _fused(_rest_of_inverse, layout.reduce(1), scale, inverse)
       quotient = _fused(_quotient, layout, x, along(inverse), along(rest))
     return quotient.astype(FORMATS[self.format].dtype)
 
 
+class _Refs(NamedTuple):
+  """Results, as `_results` says, and shared memory: inputs or what comes of them in `tiles`."""
+
+  values: Any
+  scales: Any
+  values_t: Any
+  scales_t: Any
+  hidden_t: Any
+  hidden_scales_t: Any
+  dgates: Any
+  tiles: Sequence[Any]
+  values_smem: Any
+  loaded: Any
+  written: Any
+
+
+class _Place(NamedTuple):
+  """Where a warpgroup works.
+
+  Attributes:
+    block_row, block_column: in blocks of 128.
+    wg: which warpgroup it is.
+    width: F.
+  """
+
+  block_row: jax.Array
+  block_column: jax.Array
+  wg: jax.Array
+  width: int
+
+  @property
+  def rows(self):
+    return self.step(0, ROWS)
+
+  def step(self, first: int, count: int = STEP):
+    return pl.ds(self.block_row * BLOCK + self.wg * ROWS + first, count)
+
+  def columns(self, half: int):
+    """Of gate or up; those of gate are the hidden units' too."""
+    return pl.ds(half * self.width + self.block_column * BLOCK, BLOCK)
+
+
 def run(
-    gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
+    gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
     power_of_two: bool, smallest_amax: float, smallest_gradient_amax: float,
     interpret: Any = None) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
   """See `pallas_kernels.swiglu_backward_quantize`, and `quantize.run` for interpret."""
   (rows, width), small = dhidden_MF.shape, FORMATS[format].dtype
-  grid = (pl.cdiv(rows, BLOCK), width // BLOCK)
-  padded, interpreted = grid[0] * BLOCK, interpret is not None
+  grid, interpreted = (pl.cdiv(rows, BLOCK), width // BLOCK), interpret is not None
+  below = grid[0] * BLOCK - rows
   of_hidden, of_gradient = (
       BfloatQuantizer(format, power_of_two, smallest, interpreted)
       for smallest in (smallest_amax, smallest_gradient_amax))
+  if isinstance(gate_up, Quantized):
+    inputs = jnp.pad(gate_up.values_MK, ((0, below), (0, 0))), k_major(gate_up.scales_mk, BLOCK)
+  else:
+    inputs = pad_rows(gate_up),
 
-  def kernel(gate_up, gates, dhidden, values, scales, values_t, scales_t, hidden_t,
-             hidden_scales_t, dgates, gate_smem, up_smem, dhidden_smem, values_smem, loaded,
-             written):
-    (i, j), wg = this_block(grid), lax.axis_index("wg")
-    half = pl.ds(wg * ROWS, ROWS)
-    rows = pl.ds(i * BLOCK + wg * ROWS, ROWS)
-    columns = [pl.ds(k * width + j * BLOCK, BLOCK) for k in range(2)]
-    for source, smem in (
-        (gate_up.at[rows, columns[0]], gate_smem), (gate_up.at[rows, columns[1]], up_smem),
-        (dhidden.at[rows, columns[0]], dhidden_smem)):
-      plgpu.copy_gmem_to_smem(source, smem.at[half], loaded.at[wg])
-    layout, firsts = row_layout(dhidden.dtype), [first for first, _ in steps(ROWS, STEP)]
-    gates = [plgpu.load(gates.at[pl.ds(i * BLOCK + wg * ROWS + first, STEP)],
-                        layout=layout.reduce(1), optimized=False) for first in firsts]
-    plgpu.barrier_wait(loaded.at[wg])
+  def kernel(gates, dhidden, *refs):
+    gate_up, results = refs[:len(inputs)], refs[len(inputs):]
+    refs = _Refs(*results[:7], results[7:10], *results[10:])
+    place = _Place(*this_block(grid), lax.axis_index("wg"), width)
+    fetch, load = _inputs(gate_up, dhidden, gates, refs, place, interpreted)
+    _along_rows(of_gradient, fetch, load, refs, place)
+    plgpu.barrier_arrive(refs.written)
+    plgpu.barrier_wait(refs.written)
+    _along_columns(of_gradient, of_hidden, refs, place)
 
-    for first, gate_S in zip(firsts, gates, strict=True):
-      piece = pl.ds(wg * ROWS + first, STEP)
-      rows = pl.ds(i * BLOCK + wg * ROWS + first, STEP)
-      *gradients, hidden_SF, dgates_S = _backward(
-          *(widened(plgpu.load(smem.at[piece], layout=layout), layout, interpreted)
-            for smem in (gate_smem, up_smem, dhidden_smem)), gate_S, layout)
-      store_in_column(dgates.at[rows, pl.ds(j, 1)], dgates_S, layout)
-      dhidden_smem[piece] = hidden_SF
-      for k, (x_SF, smem) in enumerate(zip(gradients, (gate_smem, up_smem), strict=True)):
-        x_SF = lax.optimization_barrier(x_SF)
-        smem[piece] = x_SF
-        scale_S = of_gradient.scale(jnp.abs(x_SF).max(1))
-        compat.store(values.at[rows, columns[k]], of_gradient.values(x_SF, scale_S, (0,), layout))
-        store_in_column(scales.at[rows, pl.ds(k * grid[1] + j, 1)], scale_S, layout)
-    plgpu.barrier_arrive(written)
-    plgpu.barrier_wait(written)
-
-    columns = [pl.ds(k * width + j * BLOCK + wg * ROWS, ROWS) for k in range(2)]
-    for quantizer, smem, out, out_scales, place in (
-        (of_gradient, gate_smem, values_t, scales_t, columns[0]),
-        (of_gradient, up_smem, values_t, scales_t, columns[1]),
-        (of_hidden, dhidden_smem, hidden_t, hidden_scales_t, columns[0])):
-      x_KM = plgpu.load(smem.at[:, half].T, layout=plgpu.Layout.WGMMA)
-      scale_K = quantizer.scale(jnp.abs(x_KM).max(1))
-      compat.store(out_scales.at[i, place], scale_K)
-      values_KM = quantizer.values(x_KM, scale_K, (0,), plgpu.Layout.WGMMA)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      values_smem[half] = values_KM
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(values_smem.at[half], out.at[place, pl.ds(i * BLOCK, BLOCK)])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-  array = jax.ShapeDtypeStruct
   tile = swizzled(BLOCK, dhidden_MF.dtype)
   values, scales, values_t, scales_t, hidden_t, hidden_scales_t, dgates = plgpu.kernel(
-      kernel,
-      out_type=(
-          array((padded, 2 * width), small), array((padded, 2 * grid[1]), jnp.float32),
-          array((2 * width, padded), small), array((grid[0], 2 * width), jnp.float32),
-          array((width, padded), small), array((grid[0], width), jnp.float32),
-          array((padded, grid[1]), jnp.float32)),
+      kernel, out_type=_results(grid, small),
       grid=(math.prod(grid),), grid_names=("block",), num_threads=WARPGROUPS, thread_name="wg",
       scratch_types=(
           tile, tile, tile, swizzled(BLOCK, small),
-          plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
+          plgpu.Barrier(num_arrivals=3 if len(inputs) == 1 else 1, num_barriers=WARPGROUPS),
           plgpu.Barrier(num_arrivals=WARPGROUPS)),
       compiler_params=_PARAMS, interpret=interpret, kernel_name="swiglu_backward",
-  )(pad_rows(gate_up_M2F.reshape(rows, 2 * width)),
-    jnp.pad(gates_M.astype(jnp.float32), (0, padded - rows)), pad_rows(dhidden_MF))
+  )(jnp.pad(gates_M.astype(jnp.float32), (0, below)), pad_rows(dhidden_MF), *inputs)
   transposed = lambda values, scales: Quantized(values[:, :rows], scales.T, (1, BLOCK))
   return (Quantized(values[:rows], scales[:rows], (1, BLOCK)), transposed(values_t, scales_t),
           transposed(hidden_t, hidden_scales_t), dgates[:rows].sum(1))
+
+
+def _results(grid: tuple[int, int], small: jnp.dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Values and scales of gradients, of their transpose, of hidden units'; the gates' gradients."""
+  rows, columns = (count * BLOCK for count in grid)
+  shapes = (((rows, 2 * columns), small), ((rows, 2 * grid[1]), jnp.float32),
+            ((2 * columns, rows), small), ((grid[0], 2 * columns), jnp.float32),
+            ((columns, rows), small), ((grid[0], columns), jnp.float32),
+            ((rows, grid[1]), jnp.float32))
+  return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+
+def _inputs(
+    gate_up, dhidden, gates, refs: _Refs, place: _Place, interpreted: bool
+) -> tuple[Callable, Callable]:
+  """Copies a warpgroup's rows to shared memory, which has no room for what is quantised.
+
+  Returns:
+    What fetches the rest of a step, given the first of its rows, to registers, ahead of time; and
+    what gives gate, up, dhidden and gates of a step in float32.
+  """
+  layout = _rows_layout()
+  copies = [(dhidden, place.columns(0), refs.tiles[2])]
+  if len(gate_up) == 1:
+    copies += [(gate_up[0], place.columns(k), refs.tiles[k]) for k in range(2)]
+  for source, columns, tile in copies:
+    plgpu.copy_gmem_to_smem(source.at[place.rows, columns], tile.at[_half(place.wg)],
+                            refs.loaded.at[place.wg])
+  vector = lambda ref: plgpu.load(ref, layout=layout.reduce(1), optimized=False)
+  fetched = {}
+
+  def fetch(first: int) -> None:
+    """Gates and quantised inputs of a step, before they are needed."""
+    if first == ROWS:
+      return
+    fetched[first] = vector(gates.at[place.step(first)])
+    if len(gate_up) == 2:
+      values, scales = gate_up
+      for k, block in enumerate((0, place.width // BLOCK)):
+        x_SF = values.at[place.step(first), place.columns(k)]
+        fetched[k, first] = (
+            plgpu.load(x_SF, layout=layout, optimized=False),
+            vector(scales.at[block + place.block_column, place.step(first)]))
+
+  def numbers(k: int, first: int) -> jax.Array:
+    if (k, first) in fetched:
+      x_SF, scale_S = fetched[k, first]
+      x_SF = x_SF.astype(jnp.float16).astype(jnp.float32)  # exact, and the way there is
+      return x_SF * plgpu.layout_cast(lax.broadcast_in_dim(scale_S, x_SF.shape, (0,)), layout)
+    x_SF = plgpu.load(refs.tiles[k].at[_piece(place.wg, first)], layout=layout)
+    return widened(x_SF, layout, interpreted)
+
+  def load(first: int) -> tuple[jax.Array, ...]:
+    return *(numbers(k, first) for k in range(3)), fetched[first]
+
+  fetch(0)
+  plgpu.barrier_wait(refs.loaded.at[place.wg])
+  return fetch, load
+
+
+def _along_rows(
+    quantizer: Quantizer, fetch: Callable, load: Callable, refs: _Refs, place: _Place) -> None:
+  """Writes gradients along rows, and in bfloat16 those and hidden units where inputs lay."""
+  layout = _rows_layout()
+  for first, _ in steps(ROWS, STEP):
+    piece, rows = _piece(place.wg, first), place.step(first)
+    *gradients, hidden_SF, dgates_S = _backward(*load(first), layout)
+    refs.tiles[2][piece] = hidden_SF
+    store_in_column(refs.dgates.at[rows, pl.ds(place.block_column, 1)], dgates_S, layout)
+    fetch(first + STEP)  # now that few registers are in use
+    for k, x_SF in enumerate(gradients):
+      x_SF = lax.optimization_barrier(x_SF)  # else each is rounded on its own, not two at a time
+      refs.tiles[k][piece] = x_SF
+      scale_S = quantizer.scale(jnp.abs(x_SF).max(1))
+      compat.store(refs.values.at[rows, place.columns(k)],
+                   quantizer.values(x_SF, scale_S, (0,), layout))
+      column = pl.ds(k * place.width // BLOCK + place.block_column, 1)
+      store_in_column(refs.scales.at[rows, column], scale_S, layout)
+
+
+def _along_columns(
+    of_gradient: Quantizer, of_hidden: Quantizer, refs: _Refs, place: _Place) -> None:
+  """Writes gradients and hidden units transposed, half of the columns."""
+  half, layout = _half(place.wg), plgpu.Layout.WGMMA
+  gradients, hidden = (refs.values_t, refs.scales_t), (refs.hidden_t, refs.hidden_scales_t)
+  for k, (quantizer, (values, scales)) in enumerate((
+      (of_gradient, gradients), (of_gradient, gradients), (of_hidden, hidden))):
+    columns = pl.ds(
+        k % 2 * place.width + place.block_column * BLOCK + place.wg * ROWS, ROWS)
+    x_KM = plgpu.load(refs.tiles[k].at[:, half].T, layout=layout)
+    scale_K = quantizer.scale(jnp.abs(x_KM).max(1))
+    compat.store(scales.at[place.block_row, columns], scale_K)
+    values_KM = quantizer.values(x_KM, scale_K, (0,), layout)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for what was there before
+    refs.values_smem[half] = values_KM
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+        refs.values_smem.at[half], values.at[columns, pl.ds(place.block_row * BLOCK, BLOCK)])
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _rows_layout():
+  return row_layout(jnp.dtype(jnp.bfloat16))
+
+
+def _half(wg: jax.Array):
+  """A warpgroup's rows, or columns, of a block."""
+  return pl.ds(wg * ROWS, ROWS)
+
+
+def _piece(wg: jax.Array, first: int):
+  """The rows of a step, of a block's."""
+  return pl.ds(wg * ROWS + first, STEP)
 
 
 def _backward(gate_SF, up_SF, dhidden_SF, gate_S, layout):
@@ -192,13 +307,18 @@ def _quotient(x: ir.Value, inverse: ir.Value, rest: ir.Value) -> ir.Value:
   return llvm.intr_fma(x, inverse, arith.mulf(x, rest))
 
 
-def refuse(gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
-           power_of_two: bool, smallest_amax: float, smallest_gradient_amax: float) -> str | None:
+def refuse(
+    gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
+    power_of_two: bool, smallest_amax: float, smallest_gradient_amax: float) -> str | None:
   """Why `run` cannot take this, or None if it can."""
   del gates_M
-  if {gate_up_M2F.dtype, dhidden_MF.dtype} != {jnp.dtype(jnp.bfloat16)}:
-    return ("needs bfloat16, and gate_up and dhidden are "
-            f"{gate_up_M2F.dtype} and {dhidden_MF.dtype}")
+  if isinstance(gate_up, Quantized):
+    if gate_up.tile != (1, BLOCK):
+      return "needs tiles of 1x128, and gate and up have {}x{}".format(*gate_up.tile)
+  elif gate_up.dtype != jnp.bfloat16:
+    return f"needs bfloat16, and gate and up are {gate_up.dtype}"
+  if dhidden_MF.dtype != jnp.bfloat16:
+    return f"needs bfloat16, and dhidden is {dhidden_MF.dtype}"
   return refuse_any(dhidden_MF, format=format, power_of_two=power_of_two,
                     smallest_amax=min(smallest_amax, smallest_gradient_amax))
 

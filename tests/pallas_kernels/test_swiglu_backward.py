@@ -11,7 +11,13 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dequantize, implementations, swiglu_backward_quantize
+from pallas_kernels import (
+    Quantized,
+    dequantize,
+    implementations,
+    quantize,
+    swiglu_backward_quantize,
+)
 from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX
 from pallas_kernels.mosaic_gpu import swiglu_backward as kernels
 from pallas_kernels.quantize import SMALLEST_AMAX
@@ -25,8 +31,11 @@ SMALL = DEFAULTS | {"format": "e5m2", "power_of_two": True}
 OFF = 252 * 2.0**-24
 
 
-def operands(m, f, *, gradient=1e-6, dtype=jnp.bfloat16):
-  """Normal, one in a thousand a thousandfold, a row of zeros and one of denormals."""
+def operands(m, f, *, gradient=1e-6, dtype=jnp.bfloat16, kept=None):
+  """Normal, one in a thousand a thousandfold, a row of zeros and one of denormals.
+
+  Gate and up are quantised to the format `kept`, if there is one.
+  """
   rng = np.random.default_rng(0)
 
   def numbers(*shape):
@@ -34,19 +43,23 @@ def operands(m, f, *, gradient=1e-6, dtype=jnp.bfloat16):
     x[0], x[m // 2] = 0, 1e-39
     return x
 
-  return (jnp.asarray(numbers(m, 2, f), dtype), jnp.asarray(rng.random(m), jnp.float32),
+  gate_up = jnp.asarray(numbers(m, 2 * f), dtype)
+  if kept:
+    with jax.default_device(jax.devices("cpu")[0]):
+      gate_up = quantize(jnp.asarray(np.asarray(gate_up)), format=kept, implementation="xla")
+  return (gate_up, jnp.asarray(rng.random(m), jnp.float32),
           jnp.asarray(gradient * numbers(m, f), dtype))
 
 
 def open_gates(m, f):
   """Gates so large that the sigmoid is one: then gradients are products that we can predict."""
   gate_up, gates, dhidden = operands(m, f, gradient=1e-3)
-  return gate_up.at[:, 0].set(128), jnp.ones_like(gates), dhidden
+  return gate_up.at[:, :f].set(128), jnp.ones_like(gates), dhidden
 
 
 def oracle(args, options):
   with jax.default_device(jax.devices("cpu")[0]):
-    args = [jnp.asarray(np.asarray(x)) for x in args]
+    args = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), args)
     return swiglu_backward_quantize(*args, implementation="xla", **options)
 
 
@@ -56,10 +69,11 @@ def interpreted(args, options):
   return ours
 
 
-def by_calculus(gate_up_M2F, gates_M, dhidden_MF):
+def by_calculus(gate_up, gates_M, dhidden_MF):
   """Gradient of gate and up, hidden units, and the terms of the gates' gradient, in float64."""
-  gate, up, dhidden = (np.asarray(x, np.float64)
-                       for x in (gate_up_M2F[:, 0], gate_up_M2F[:, 1], dhidden_MF))
+  gate_up = dequantize(gate_up) if isinstance(gate_up, Quantized) else gate_up
+  gate, up = np.split(np.asarray(gate_up, np.float64), 2, 1)
+  dhidden = np.asarray(dhidden_MF, np.float64)
   gates = np.asarray(gates_M, np.float64)[:, None]
   with np.errstate(over="ignore"):
     sigmoid = 1 / (1 + np.exp(-gate))
@@ -114,7 +128,7 @@ def assert_gates_gradient(ours, terms):
 
 def assert_nearest(result, args, format="e4m3"):
   """Numbers as predicted for `open_gates`, over their scales, rounded to nearest."""
-  up, dhidden = (np.asarray(x, np.float32) for x in (args[0][:, 1], args[2]))
+  up, dhidden = (np.asarray(x, np.float32) for x in (args[0][:, args[2].shape[1]:], args[2]))
   rounded = lambda x: np.asarray(x.astype(ml_dtypes.bfloat16), np.float32)
   dgate_up = np.concatenate([rounded(dhidden * up), dhidden * 128], 1)
   for of, x in zip((dgate_up, dgate_up.T, up.T * 128), result[:3], strict=True):
@@ -124,9 +138,10 @@ def assert_nearest(result, args, format="e4m3"):
         np.asarray(x.values_MK, np.float32), nearest.astype(np.float32))
 
 
-@pytest.mark.parametrize(("m", "f", "dtype"), [(131, 128, jnp.bfloat16), (5, 256, jnp.float32)])
-def test_the_oracle_is_what_calculus_says_but_for_rounding(m, f, dtype):
-  args = operands(m, f, dtype=dtype)
+@pytest.mark.parametrize(("m", "f", "dtype", "kept"), [
+    (131, 128, jnp.bfloat16, None), (5, 128, jnp.float32, None), (5, 128, jnp.bfloat16, "e4m3")])
+def test_the_oracle_is_what_calculus_says_but_for_rounding(m, f, dtype, kept):
+  args = operands(m, f, dtype=dtype, kept=kept)
   result = oracle(args, DEFAULTS)
   assert_shapes(result, m, f)
   dgate_up, hidden, terms = by_calculus(*args)
@@ -146,9 +161,10 @@ def test_numbers_are_rounded_to_the_layers_format_first():
     assert_nearest(oracle(exact, DEFAULTS), args)
 
 
-@pytest.mark.parametrize(("m", "f", "options"), [(131, 128, DEFAULTS), (5, 256, SMALL)])
-def test_the_interpreted_kernel_agrees_and_does_not_race(m, f, options):
-  args = operands(m, f)
+@pytest.mark.parametrize(("m", "f", "options", "kept"), [
+    (131, 256, DEFAULTS, None), (131, 128, DEFAULTS, "e4m3"), (5, 256, SMALL, "e5m6")])
+def test_the_interpreted_kernel_agrees_and_does_not_race(m, f, options, kept):
+  args = operands(m, f, kept=kept)
   ours = interpreted(args, options)
   assert_shapes(ours, m, f, options["format"])
   assert_nearly_equal(ours, oracle(args, options), options["format"])
@@ -182,11 +198,14 @@ def test_quotients_without_a_division_are_the_nearest_for_every_bfloat16():
           (x / scale).astype(form.dtype)[inside].view(np.uint8))
 
 
-@pytest.mark.parametrize("options", [DEFAULTS, SMALL])
+@pytest.mark.parametrize(("options", "kept"), [
+    (DEFAULTS, None), (DEFAULTS, "e4m3"), (SMALL, "e5m6")])
 @pytest.mark.parametrize(("m", "f"), [(106496, 1408), (65536, 2048), (131, 128)])
-def test_production_and_odd_shapes_lower_for_hopper(m, f, options):
+def test_production_and_odd_shapes_lower_for_hopper(m, f, options, kept):
   shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
-      ((m, 2, f), jnp.bfloat16), ((m,), jnp.float32), ((m, f), jnp.bfloat16))]
+      ((m, 2 * f), jnp.bfloat16), ((m,), jnp.float32), ((m, f), jnp.bfloat16))]
+  if kept:
+    shapes[0] = jax.eval_shape(lambda x: quantize(x, format=kept, implementation="xla"), shapes[0])
   call = jax.jit(lambda *args: kernels.run(*args, **options))
   lowered = call.trace(*shapes).lower(lowering_platforms=("cuda",))
   assert "swiglu_backward_mosaic_gpu" in lowered.as_text()  # as profiles have it
@@ -194,19 +213,40 @@ def test_production_and_odd_shapes_lower_for_hopper(m, f, options):
 
 @pytest.mark.parametrize(("f", "dtype", "options", "reason"), [
     (130, jnp.bfloat16, {}, "multiple of 128, and it is 130"),
-    (128, jnp.float32, {}, "needs bfloat16, and gate_up and dhidden are float32 and float32"),
+    (128, jnp.float32, {}, "needs bfloat16, and gate and up are float32"),
     (128, jnp.bfloat16, {"format": "e5m6"}, "no e5m6"),
     (128, jnp.bfloat16, {"smallest_gradient_amax": 0.0}, "at least 1e-20, and it is 0.0")])
 def test_what_the_kernel_cannot_take_is_refused_with_the_reason(f, dtype, options, reason):
   assert reason in kernels.refuse(*operands(4, f, dtype=dtype), **DEFAULTS | options)
 
 
-def test_odd_numbers_of_rows_are_not_refused():
-  assert kernels.refuse(*operands(131, 128), **SMALL) is None
+def test_gradients_in_float32_are_refused():
+  *others, dhidden = operands(4, 128)
+  reason = kernels.refuse(*others, dhidden.astype(jnp.float32), **DEFAULTS)
+  assert reason == "needs bfloat16, and dhidden is float32"
+
+
+def test_kept_inputs_with_other_tiles_are_refused():
+  gate_up, *others = operands(128, 128)
+  gate_up = quantize(gate_up, "128x128")
+  reason = "needs tiles of 1x128, and gate and up have 128x128"
+  assert kernels.refuse(gate_up, *others, **DEFAULTS) == reason
+
+
+@pytest.mark.parametrize("kept", [None, "e4m3"])
+def test_odd_numbers_of_rows_are_not_refused(kept):
+  assert kernels.refuse(*operands(131, 128, kept=kept), **SMALL) is None
+
+
+def test_gate_and_up_may_have_an_axis_of_their_own():
+  gate_up, *others = operands(4, 128)
+  for a, b in zip(*(jax.tree.leaves(swiglu_backward_quantize(x, *others))
+                    for x in (gate_up, gate_up.reshape(4, 2, 128))), strict=True):
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 @pytest.mark.parametrize(("shapes", "message"), [
-    (((8, 256), (8,), (8, 128)), r"gate and up \[M, 2, F\]"),
+    (((8, 128), (8,), (8, 128)), r"gate and up \[M, 2, F\]"),
     (((8, 2, 128), (8, 1), (8, 128)), r"gates \[M\]"),
     (((8, 2, 128), (8,), (8, 256)), r"not \(8, 2, 128\), \(8,\) and \(8, 256\)")])
 def test_shapes_that_do_not_fit_are_refused(shapes, message):
@@ -221,10 +261,12 @@ def test_a_format_that_nothing_knows_is_refused_on_hopper_too(monkeypatch):
 
 
 @ON_HOPPER
-@pytest.mark.parametrize("options", [DEFAULTS, SMALL, DEFAULTS | {"power_of_two": True}])
+@pytest.mark.parametrize(("options", "kept"), [
+    (DEFAULTS, None), (DEFAULTS | {"power_of_two": True}, None), (SMALL, None),
+    (DEFAULTS, "e4m3"), (SMALL, "e5m2"), (DEFAULTS, "e5m6")])
 @pytest.mark.parametrize(("m", "f"), [(1, 128), (131, 1408), (4096, 2048)])
-def test_on_a_gpu_the_kernel_agrees(m, f, options):
-  args = operands(m, f)
+def test_on_a_gpu_the_kernel_agrees(m, f, options, kept):
+  args = operands(m, f, kept=kept)
   ours = jax.jit(lambda *args: kernels.run(*args, **options))(*args)
   assert_shapes(ours, m, f, options["format"])
   assert_nearly_equal(ours, oracle(args, options), options["format"])
