@@ -31,7 +31,8 @@ from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 
 __all__ = [
     "FORMATS", "RECIPES", "Dispatch", "Quantized", "Recipe", "SwigluBackward", "Weight",
-    "WeightOperands", "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul", "fp8_grouped_weight_gradient",
-    "fp8_linear", "fp8_matmul", "grouped_matmul", "grouped_weight_gradient", "quantize",
-    "quantize_both", "quantize_groups", "quantize_transposed", "quantize_weight", "swiglu",
-    "swiglu_backward_quantize", "swiglu_quantize", "swiglu_quantize_with_inputs"]
+    "WeightOperands", "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul",
+    "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul", "grouped_matmul",
+    "grouped_weight_gradient", "quantize", "quantize_both", "quantize_groups",
+    "quantize_transposed", "quantize_weight", "swiglu", "swiglu_backward_quantize",
+    "swiglu_quantize", "swiglu_quantize_with_inputs"]

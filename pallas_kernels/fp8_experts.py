@@ -28,6 +28,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradien
 from pallas_kernels.quantize import swiglu, swiglu_quantize, swiglu_quantize_with_inputs
 from pallas_kernels.quantized import BLOCK, Quantized
 from pallas_kernels.recipe import Operand, Recipe
+from pallas_kernels.swiglu_backward import SwigluBackward, swiglu_backward_quantize
 from pallas_kernels.weight import Weight, split_weight
 
 _TILES_OF_ROWS = ("1x128", "row")  # none of which more than one row shares
@@ -122,6 +123,26 @@ def _hidden(gate_up: jax.Array, gates_S: jax.Array) -> jax.Array:
   return swiglu(split) * gates_S[:, None]
 
 
+def _hidden_backward(
+    gate_up, gates_S, dhidden_SF, recipe: Recipe, implementation: str | None) -> SwigluBackward:
+  """SwiGLU's backward pass, its results as the operands of products."""
+  product = recipe.weight_gradient
+  forms = {recipe.input_gradient and recipe.input_gradient.gradient,
+           product and product.gradient, product and product.activation}
+  (form, *others) = forms
+  if form and not others and form.tile == "1x128":
+    return swiglu_backward_quantize(gate_up, gates_S, dhidden_SF, format=form.format,
+                                    power_of_two=form.power_of_two, implementation=implementation)
+  dtype = dhidden_SF.dtype
+  hidden, vjp = jax.vjp(_hidden, as_array(gate_up), gates_S)
+  dgate_up, dgates_S = vjp(dhidden_SF.astype(jnp.float32))
+  # Rounded to the layer's format before they are to FP8's, which matters less than what it saves.
+  return SwigluBackward(
+      *gradients(dgate_up.astype(dtype), recipe, implementation),
+      transposed_operand(hidden.astype(dtype), product and product.activation, dtype,
+                         implementation=implementation), dgates_S)
+
+
 def _product(lhs_SK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
   """Each row with its expert's matrix, transposed."""
   tiles_E = -(-sizes_E // BLOCK) * BLOCK  # nobody's rows between experts are zeros anyway
@@ -181,27 +202,22 @@ def _experts_backward(static: _Static, residuals, dy_ND):
   product = functools.partial(_product, sizes_E=dispatch.sizes_E, **options)
   weight_gradient = functools.partial(
       _weight_gradient, sizes_E=dispatch.sizes_E, implementation=static.implementation)
-  of_input = lambda recipe: recipe.input_gradient and recipe.input_gradient.gradient
-  of_weight = lambda recipe, name: recipe.weight_gradient and getattr(recipe.weight_gradient, name)
+  of_input = recipe.dispatched.input_gradient and recipe.dispatched.input_gradient.gradient
+  of_weight = recipe.dispatched.weight_gradient
 
-  dy = _send(dy_ND, dispatch, of_input(recipe.dispatched), gradient)
+  dy = _send(dy_ND, dispatch, of_input, gradient)
   sent = dy if recipe.weight_gradient and recipe.dispatch_power_of_two else _send(
       dy_ND, dispatch, None, gradient)
-  hidden, hidden_vjp = jax.vjp(_hidden, as_array(gate_up), _gates(gates_NK, dispatch))
-  # Rounded to the layer's format before it is to FP8's, which matters less than what it saves.
+  back = _hidden_backward(gate_up, _gates(gates_NK, dispatch), product(dy, w_down), recipe,
+                          static.implementation)
   dw_down = weight_gradient(
-      transposed(hidden.astype(dtype), of_weight(recipe, "activation")),
-      transposed(sent, of_weight(recipe.dispatched, "gradient"),
-                 smallest_amax=SMALLEST_GRADIENT_AMAX),
+      back.hidden_t,
+      transposed(sent, of_weight and of_weight.gradient, smallest_amax=SMALLEST_GRADIENT_AMAX),
       dtype=of_down.dtype)
-  dgate_up, dgates_S = hidden_vjp(product(dy, w_down).astype(jnp.float32))
-  dgate_up = dgate_up.astype(dtype)
-  of_input_SF, of_weight_FS = gradients(dgate_up, recipe, static.implementation)
   dw_gate_up = weight_gradient(
-      transposed(x, of_weight(recipe.dispatched, "activation")), of_weight_FS,
-      dtype=of_gate_up.dtype)
-  dx_ND = _sum_rows(product(of_input_SF, w_gate_up), dispatch)
-  return dx_ND, take_rows(dgates_S, dispatch.place_NK), dw_gate_up, dw_down, None, None
+      transposed(x, of_weight and of_weight.activation), back.dgate_up_t, dtype=of_gate_up.dtype)
+  dx_ND = _sum_rows(product(back.dgate_up, w_gate_up), dispatch)
+  return dx_ND, take_rows(back.dgates_M, dispatch.place_NK), dw_gate_up, dw_down, None, None
 
 
 _experts.defvjp(_experts_forward, _experts_backward)
