@@ -26,6 +26,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
     MULTIPROCESSORS,
     ROWS,
     WARPGROUPS,
+    issue_first,
     k_major,
     overwrite_accumulator,
     pad_blocks,
@@ -344,7 +345,9 @@ def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
       rows = refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)]
       plgpu.wgmma(accumulator, rows, refs.rhs_smem.at[slots[i]].T)
       overwrite_accumulator()
-    # Before the products are awaited, so that this costs nothing.
+    # Scales are loaded while the tensor core works: not after, and many not among its instructions.
+    if refs.rhs_scale_smem is not None:
+      issue_first()
     scales = [_scales(refs, tile, ki + i, slots[i], wave, tiling) for i, wave in batch]
     if refs.interpreted:
       # The detector of races asks for this between a read and the copy that follows. On hardware

@@ -77,6 +77,16 @@ def overwrite_accumulator(_) -> None:
   overwrite_last(ir.InsertionPoint.current.block.operations)
 
 
+@plgpu.inline_mgpu()
+def issue_first(_) -> None:
+  """Has every `wgmma` so far issued before anything that follows, and costs nothing itself.
+
+  Else ptxas moves loads and arithmetic from behind a product in among its instructions, where the
+  tensor core idles until loads have come.
+  """
+  llvm.inline_asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", has_side_effects=True)
+
+
 def overwrite_last(operations: Sequence[ir.Operation]) -> bool:
   """Makes the first instruction of the last matrix product overwrite; whether there is one."""
   first, committed = None, False
