@@ -26,9 +26,8 @@ from pallas_kernels.mosaic_gpu.hopper import (
     MULTIPROCESSORS,
     ROWS,
     WARPGROUPS,
-    issue_first,
     k_major,
-    overwrite_accumulator,
+    multiply_anew,
     pad_blocks,
     pad_rows,
     swizzle,
@@ -37,6 +36,7 @@ from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
 _GRAIN = 16  # bytes, or rows laid out in eights; what copies count in
+_IN_TURN = 4  # products after which none is in flight, as ptxas wants none where a loop goes back
 FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
 
 
@@ -315,7 +315,7 @@ def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
   width = math.gcd(tiling.block_n, BLOCK) if refs.rhs_scale_smem is None else tiling.block_n
   zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
   sums = ((zeros,) * (tiling.block_n // width),) * tiling.waves
-  span = max(1, tiling.depth // tiling.waves)  # blocks of K in flight
+  span = 1 if tiling.depth == 1 else _IN_TURN // tiling.waves
 
   def several(num, first_k):
     def add(i, carry):
@@ -337,61 +337,75 @@ def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
 def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
   """Adds the products of the next blocks of K, which are in these slots."""
   jobs = [(i, wave) for i in range(len(slots)) for wave in range(tiling.waves)]
+  # The interpreter cannot overwrite an accumulator: each is for one product there.
+  at_once = tiling.depth if refs.interpreted else len(jobs)
+  accumulator = plgpu.ACC((ROWS, tiling.block_n), jnp.float32)
+  for first in range(0, len(jobs), at_once):
+    some = jobs[first:first + at_once]
+    sums = pl.run_scoped(functools.partial(_pipeline, refs, tile, ki, slots, sums, tiling, some),
+                         *[accumulator] * min(tiling.depth, len(some)))
+  return sums
 
-  def products(batch, sums, *accumulators):
-    for (i, wave), accumulator in zip(batch, accumulators, strict=True):
-      if wave == 0:
-        plgpu.barrier_wait(refs.full.at[slots[i]])
-      rows = refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)]
-      plgpu.wgmma(accumulator, rows, refs.rhs_smem.at[slots[i]].T)
-      overwrite_accumulator()
-    # Scales are loaded while the tensor core works: not after, and many not among its instructions.
-    if refs.rhs_scale_smem is not None:
-      issue_first()
-    scales = [_scales(refs, tile, ki + i, slots[i], wave, tiling) for i, wave in batch]
+
+def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
+  """Multiplies, with as many products in flight as there are accumulators, which take turns."""
+  sums, rhs_scales = list(sums), {}
+
+  def begin(at):
+    i, wave = jobs[at]
+    if refs.rhs_scale_smem is None and i not in rhs_scales:
+      rhs_scales[i] = _block_scales(tile, ki + i, tiling)  # they may come while operands do
+    if wave == 0:
+      plgpu.barrier_wait(refs.full.at[slots[i]])
+    multiply_anew(accumulators[at % len(accumulators)],
+                  refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)],
+                  refs.rhs_smem.at[slots[i]].T)
+
+  for at in range(len(accumulators)):
+    begin(at)
+  for at, (i, wave) in enumerate(jobs):
+    # From shared memory while the tensor core works, and once for all waves.
+    if i not in rhs_scales:
+      rhs_scales[i] = [_load(refs.rhs_scale_smem.at[slots[i]], 0)]
+    row_scales = _load(refs.lhs_scale_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)], 1)
     if refs.interpreted:
       # The detector of races asks for this between a read and the copy that follows. On hardware
       # the read is done by when the barrier is arrived at.
       plgpu.commit_smem()
-    sums = list(sums)
-    for at, (i, wave) in enumerate(batch):
-      product = plgpu.wgmma_accumulator_load(accumulators[at], wait_n=len(batch) - 1 - at)
-      if wave == tiling.waves - 1:
-        plgpu.barrier_arrive(refs.empty.at[slots[i]])
-      sums[wave] = _promote(sums[wave], product, scales[at])
-    return tuple(sums)
-
-  accumulator = plgpu.ACC((ROWS, tiling.block_n), jnp.float32)
-  for first in range(0, len(jobs), tiling.depth):
-    batch = jobs[first:first + tiling.depth]
-    sums = pl.run_scoped(functools.partial(products, batch, sums), *[accumulator] * len(batch))
-  return sums
+    behind = min(len(accumulators), len(jobs) - at) - 1
+    product = plgpu.wgmma_accumulator_load(accumulators[at % len(accumulators)], wait_n=behind)
+    if wave == tiling.waves - 1:
+      plgpu.barrier_arrive(refs.empty.at[slots[i]])
+    sums[wave] = _promote(sums[wave], product, row_scales, rhs_scales[i])
+    if at + len(accumulators) < len(jobs):
+      begin(at + len(accumulators))
+  return tuple(sums)
 
 
-def _scales(refs, tile, ki, slot, wave, tiling) -> tuple[jax.Array, ...]:
-  """What a product is multiplied by, in chunks of columns."""
-  def load(source, axis):
-    return plgpu.load(source, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+def _load(scales, axis) -> jax.Array:
+  return plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
 
-  row_scales = load(refs.lhs_scale_smem.at[slot, pl.ds(wave * ROWS, ROWS)], 1)
-  if refs.rhs_scale_smem is not None:
-    shape = ROWS, tiling.block_n
-    column_scales = load(refs.rhs_scale_smem.at[slot], 0)
-    return (lax.broadcast_in_dim(row_scales, shape, [0])
-            * lax.broadcast_in_dim(column_scales, shape, [1]),)
+
+def _block_scales(tile, ki, tiling) -> list[jax.Array]:
+  """One for each chunk of columns."""
   last = tile.rhs_scales.shape[0] - 1  # a tile may reach past it
-  chunk = math.gcd(tiling.block_n, BLOCK)
-  blocks = [jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last)
-            for column in range(0, tiling.block_n, chunk)]
-  return tuple(lax.broadcast_in_dim(row_scales * tile.rhs_scales[block, ki], (ROWS, chunk), [0])
-               for block in blocks)
+  return [tile.rhs_scales[jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last), ki]
+          for column in range(0, tiling.block_n, math.gcd(tiling.block_n, BLOCK))]
 
 
-def _promote(sums, product, scales) -> tuple[jax.Array, ...]:
-  width = sums[0].shape[1]
+def _promote(sums, product, row_scales, rhs_scales) -> tuple[jax.Array, ...]:
+  """Adds a product to the sums, chunk by chunk; a chunk's scale is a number or one per column."""
+  shape = sums[0].shape
+
+  def scale(of_rhs):
+    if of_rhs.ndim == 0:
+      return lax.broadcast_in_dim(row_scales * of_rhs, shape, [0])
+    return (lax.broadcast_in_dim(row_scales, shape, [0])
+            * lax.broadcast_in_dim(of_rhs, shape, [1]))
+
   return tuple(
-      total + lax.slice(product, (0, i * width), (ROWS, (i + 1) * width)) * scale
-      for i, (total, scale) in enumerate(zip(sums, scales, strict=True)))
+      total + lax.slice(product, (0, i * shape[1]), (ROWS, (i + 1) * shape[1])) * scale(of_rhs)
+      for i, (total, of_rhs) in enumerate(zip(sums, rhs_scales, strict=True)))
 
 
 def store(

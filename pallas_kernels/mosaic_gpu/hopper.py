@@ -67,24 +67,42 @@ def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -
   plgpu.commit_smem_to_gmem_group()
 
 
-@plgpu.inline_mgpu()
-def overwrite_accumulator(_) -> None:
-  """Has the `wgmma` just issued overwrite its accumulator, which must be zeros, not add to it.
+def multiply_anew(accumulator: jax.Ref, lhs_MK: jax.Ref, rhs_KN: jax.Ref) -> None:
+  """Begins a product in an accumulator that was read, or is new: zeros, if interpreted."""
+  _let_read()
+  plgpu.wgmma(accumulator, lhs_MK, rhs_KN)
+  _overwrite_accumulator()
+  _issue_first()
 
-  Same result, but nothing is written to those registers first: with a new accumulator for every
-  128 of K that took an eighth of an FP8 product's time. `wgmma` itself has no such option.
+
+@plgpu.inline_mgpu()
+def _let_read(_) -> None:
+  """Has reads of accumulators end before products that follow write there."""
+  _assemble("wgmma.fence.sync.aligned;")
+
+
+@plgpu.inline_mgpu()
+def _overwrite_accumulator(_) -> None:
+  """Has the `wgmma` just issued overwrite its accumulator, not add to it.
+
+  Nothing is written to those registers first: with a new accumulator for every 128 of K that took
+  an eighth of an FP8 product's time. `wgmma` itself has no such option.
   """
   overwrite_last(ir.InsertionPoint.current.block.operations)
 
 
 @plgpu.inline_mgpu()
-def issue_first(_) -> None:
+def _issue_first(_) -> None:
   """Has every `wgmma` so far issued before anything that follows, and costs nothing itself.
 
   Else ptxas moves loads and arithmetic from behind a product in among its instructions, where the
   tensor core idles until loads have come.
   """
-  llvm.inline_asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", has_side_effects=True)
+  _assemble("bar.warp.sync 0xffffffff;")
+
+
+def _assemble(instruction: str) -> None:
+  llvm.inline_asm(None, [], instruction, "~{memory}", has_side_effects=True)
 
 
 def overwrite_last(operations: Sequence[ir.Operation]) -> bool:
@@ -104,8 +122,6 @@ def overwrite_last(operations: Sequence[ir.Operation]) -> bool:
   adds = sums + 2  # behind sums and two operands' addresses
   zero = ir.IntegerAttr.get(first.operands[adds].type, 0)
   with ir.InsertionPoint(first), first.location:
-    for i in range(sums):
-      first.operands[i] = llvm.UndefOp(first.operands[i].type).result
     first.operands[adds] = llvm.ConstantOp(first.operands[adds].type, zero).result
   return True
 

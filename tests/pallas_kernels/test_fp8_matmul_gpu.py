@@ -103,6 +103,7 @@ def test_no_product_adds_to_zeros(monkeypatch, depth):
     (24, 208, 336, "128x128", {"stages": 2, "depth": 1}),
     (24, 208, 144, "1x128", {"stages": 2, "depth": 1}),
     (136, 128, 256, "1x128", {"stages": 2, "depth": 1}),
+    (264, 192, 384, "1x128", {"stages": 3, "block_m": 256, "block_n": 96}),
     (8, 384, 256, "128x128", {"stages": 2, "depth": 1, "block_n": 192}),
     (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1})])
 def test_interpreted_kernel_has_no_races_and_is_the_product(monkeypatch, m, n, k, tile, tiling):
