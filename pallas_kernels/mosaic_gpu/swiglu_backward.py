@@ -206,13 +206,13 @@ def _along_rows(
   layout = _rows_layout()
   for first, _ in steps(ROWS, STEP):
     piece, rows = _piece(place.wg, first), place.step(first)
-    *gradients, hidden_SF, dgates_S = _backward(*load(first), layout)
+    *gradients, hidden_SF, dgates_S = _backward(*load(first), layout, quantizer.divides)
     refs.tiles[2][piece] = hidden_SF
     store_in_column(refs.dgates.at[rows, pl.ds(place.block_column, 1)], dgates_S, layout)
-    fetch(first + STEP)  # now that few registers are in use
     for k, x_SF in enumerate(gradients):
-      x_SF = lax.optimization_barrier(x_SF)  # else each is rounded on its own, not two at a time
       refs.tiles[k][piece] = x_SF
+      if k:
+        fetch(first + STEP)  # now that few registers are in use
       scale_S = quantizer.scale(jnp.abs(x_SF).max(1))
       compat.store(refs.values.at[rows, place.columns(k)],
                    quantizer.values(x_SF, scale_S, (0,), layout))
@@ -255,7 +255,7 @@ def _piece(wg: jax.Array, first: int):
   return pl.ds(wg * ROWS + first, STEP)
 
 
-def _backward(gate_SF, up_SF, dhidden_SF, gate_S, layout):
+def _backward(gate_SF, up_SF, dhidden_SF, gate_S, layout, interpreted: bool):
   """Gradients and hidden units of some rows, in their format, and sums for the gates' gradients."""
   scale_SF = plgpu.layout_cast(lax.broadcast_in_dim(gate_S, gate_SF.shape, (0,)), layout)
   # 1 / (1 + exp(-gate)), to a few units in the last place and without a division.
@@ -264,8 +264,19 @@ def _backward(gate_SF, up_SF, dhidden_SF, gate_S, layout):
   hidden_SF = silu_SF * up_SF
   dswiglu_SF = dhidden_SF * scale_SF
   dgate_SF = dswiglu_SF * up_SF * (sigmoid_SF + silu_SF * (1 - sigmoid_SF))
-  rounded = (x.astype(jnp.bfloat16) for x in (dgate_SF, dswiglu_SF * silu_SF, hidden_SF * scale_SF))
-  return *rounded, (dhidden_SF * hidden_SF).sum(1)
+  gradients = (rounded(x, layout, interpreted) for x in (dgate_SF, dswiglu_SF * silu_SF))
+  return (*gradients, (hidden_SF * scale_SF).astype(jnp.bfloat16), (dhidden_SF * hidden_SF).sum(1))
+
+
+def rounded(x: jax.Array, layout, interpreted: bool) -> jax.Array:
+  """Float32 in bfloat16, two numbers an instruction.
+
+  The compiler rounds each on its own where it is widened again later. An optimization barrier in
+  between, as of jax 0.11.2 and 0.12, exchanges numbers of registers of more than four bytes.
+  """
+  if interpreted:
+    return x.astype(jnp.bfloat16)
+  return _fused(_bfloat16_of_float32, layout, x, dtype=jnp.bfloat16)
 
 
 def widened(x: jax.Array, layout, interpreted: bool) -> jax.Array:
@@ -275,11 +286,11 @@ def widened(x: jax.Array, layout, interpreted: bool) -> jax.Array:
   return _fused(_float32_of_bfloat16, layout, x)
 
 
-def _fused(operation: Callable, layout, *operands: jax.Array) -> jax.Array:
-  """An operation on vectors of registers, of bfloat16 or float32, with a float32 result."""
+def _fused(operation: Callable, layout, *operands: jax.Array, dtype=jnp.float32) -> jax.Array:
+  """An operation on vectors of registers, of bfloat16 or float32."""
   @plgpu.inline_mgpu(
       arg_types=(layout,) * len(operands),
-      return_type=plgpu.ShapeDtypeStruct(operands[0].shape, jnp.float32, layout=layout))
+      return_type=plgpu.ShapeDtypeStruct(operands[0].shape, dtype, layout=layout))
   def fused(_, first: FragmentedArray, *others: FragmentedArray):
     return first._pointwise(operation, *others)
 
@@ -294,6 +305,17 @@ def _float32_of_bfloat16(x: ir.Value) -> ir.Value:
   x = vector.bitcast(pairs, x)
   both = vector.interleave(arith.shli(x, constant(16)), arith.andi(x, constant(-1 << 16)))
   return vector.bitcast(ir.VectorType.get((length,), ir.F32Type.get()), both)
+
+
+def _bfloat16_of_float32(x: ir.Value) -> ir.Value:
+  length, i32 = ir.VectorType(x.type).shape[0], ir.IntegerType.get_signless(32)
+  at = lambda index: arith.constant(i32, index)
+  pairs = llvm.mlir_undef(ir.VectorType.get((length // 2,), i32))
+  for pair in range(length // 2):
+    low, high = (llvm.extractelement(x, at(2 * pair + i)) for i in range(2))
+    both = llvm.inline_asm(i32, [low, high], "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")
+    pairs = llvm.insertelement(pairs, both, at(pair))
+  return vector.bitcast(ir.VectorType.get((length,), ir.BF16Type.get()), pairs)
 
 
 def _rest_of_inverse(by: ir.Value, inverse: ir.Value) -> ir.Value:
