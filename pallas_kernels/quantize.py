@@ -12,6 +12,7 @@ from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, num_tiles, round
 
 # V3's code never divides by less, for whatever an activation is. Gradients may be much smaller.
 SMALLEST_AMAX = 1e-4
+_SYMMETRIC_TILES = ("128x128", "tensor")  # the transpose has the same
 TILES = {"1x128": (1, BLOCK), "128x1": (BLOCK, 1), "128x128": (BLOCK, BLOCK)}
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize"),
             "mosaic_tpu": implementations.late("mosaic_tpu.quantize")}
@@ -106,10 +107,10 @@ def swiglu_quantize_with_inputs(
 
 
 def quantize_both(
-    x_MK: jax.Array, *, format: str = "e4m3", power_of_two: bool = False,
+    x_MK: jax.Array, tile: str = "1x128", *, format: str = "e4m3", power_of_two: bool = False,
     smallest_amax: float = SMALLEST_AMAX, implementation: str | None = None,
 ) -> tuple[Quantized, Quantized]:
-  """Quantises x and its transpose with 1x128 scales each, reading x once.
+  """Quantises x and its transpose, reading x once.
 
   Hardware contracts FP8 along the last axis only, so what is contracted over columns in one product
   and over rows in another, as an activation is, is stored both ways (arXiv:2412.19437, section
@@ -117,6 +118,7 @@ def quantize_both(
 
   Args:
     x_MK: [..., M, K], float32 or bfloat16, finite.
+    tile: of either; 1x128, 128x128 or tensor.
     format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
@@ -126,9 +128,13 @@ def quantize_both(
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
   check(x_MK, format)
+  if tile not in ("1x128", *_SYMMETRIC_TILES):
+    raise ValueError(f"quantize_both has no tile {tile!r}; there are: 1x128, "
+                     f"{', '.join(_SYMMETRIC_TILES)}")
   return implementations.run(
       "quantize_both", implementation, _quantize_both, _BOTH_KERNELS, x_MK,
-      format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
+      tile=tile_of(tile, x_MK.shape), format=format, power_of_two=power_of_two,
+      smallest_amax=smallest_amax)
 
 
 def tile_of(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -161,8 +167,9 @@ def _swiglu_quantize(gate_up_M2F, **options) -> Quantized:
   return _quantize(swiglu(gate_up_M2F.astype(jnp.float32)), (1, BLOCK), **options)
 
 
-def _quantize_both(x_MK, **options) -> tuple[Quantized, Quantized]:
-  return _quantize(x_MK, (1, BLOCK), **options), _quantize(x_MK.mT, (1, BLOCK), **options)
+def _quantize_both(x_MK, tile, **options) -> tuple[Quantized, Quantized]:
+  straight = _quantize(x_MK, tile, **options)
+  return straight, _quantize(x_MK.mT, tile, **options) if tile == (1, BLOCK) else straight.mT
 
 
 def _cut(x_MK: jax.Array, tile: tuple[int, int]) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize import quantize, quantize_both
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.recipe import Operand, Recipe
 
@@ -59,14 +59,15 @@ def quantize_weight(w_KN: jax.Array, recipe: Recipe) -> WeightOperands:
   """
   w_KN = jax.lax.stop_gradient(w_KN)  # gradients are the master's
 
-  def operand(form: Operand) -> Quantized:
-    return quantize(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two)
+  def operand(form: Operand | None, run=quantize):
+    return form and run(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two)
 
   forward, gradient = (product and product.weight
                        for product in (recipe.forward, recipe.input_gradient))
-  of_gradient = gradient and operand(gradient)
-  of_forward = of_gradient if forward == gradient else forward and operand(forward)
-  return WeightOperands(of_forward and of_forward.mT, of_gradient)
+  if forward and forward == gradient:
+    return WeightOperands(*reversed(operand(forward, quantize_both)))
+  of_forward = operand(forward)
+  return WeightOperands(of_forward and of_forward.mT, operand(gradient))
 
 
 def split_weight(w: jax.Array | Weight) -> tuple[jax.Array, WeightOperands]:

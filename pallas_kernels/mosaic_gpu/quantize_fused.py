@@ -102,54 +102,73 @@ def _run_swiglu(
 
 
 def run_both(
-    x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float,
-    tiling: Tiling | None = None, interpret: Any = None) -> tuple[Quantized, Quantized]:
+    x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
+    smallest_amax: float, tiling: Tiling | None = None,
+    interpret: Any = None) -> tuple[Quantized, Quantized]:
   """See `pallas_kernels.quantize_both`, and `quantize.run` for tiling and interpret."""
   tiling = dataclasses.replace(tiling or Tiling(), rows=BLOCK)
-  (rows, columns), small = x_MK.shape, FORMATS[format].dtype
-  x = pad_rows(x_MK)
-  grid = (pl.cdiv(rows, BLOCK), columns // BLOCK)
+  (*batch, rows, columns), small = x_MK.shape, FORMATS[format].dtype
+  x = pad_rows(x_MK.reshape(-1, columns))
+  per_matrix = pl.cdiv(rows, BLOCK)
+  grid = (per_matrix * math.prod(batch), columns // BLOCK)
   quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
 
-  def kernel(x, values, scales, values_t, scales_t, x_smem, values_smem, values_t_smem,
-             scales_t_smem, loaded):
+  blocks = tile[0] == BLOCK  # whose scales serve both ways
+
+  def kernel(x, values, scales, values_t, *refs):
+    *scales_t, x_smem, values_smem, values_t_smem, scales_t_smem, loaded = refs
     i, j = this_block(grid)
     place = (pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK))
+    matrix, block_row = lax.div(i, per_matrix), lax.rem(i, per_matrix)
+    place_t = pl.ds(matrix * columns + j * BLOCK, BLOCK), pl.ds(block_row * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(x.at[place], x_smem, loaded)
     plgpu.barrier_wait(loaded)
-    quantizer.rows(x_smem, values_smem, tiling.step, lambda first, scale_S: store_in_column(
-        scales.at[pl.ds(i * BLOCK + first, tiling.step), pl.ds(j, 1)], scale_S,
-        row_layout(x_smem.dtype)))
+    if blocks:
+      of_columns = scales[i, j] = quantizer.block(x_smem, values_smem, tiling.step)
+    else:
+      quantizer.rows(x_smem, values_smem, tiling.step, lambda first, scale_S: store_in_column(
+          scales.at[pl.ds(i * BLOCK + first, tiling.step), pl.ds(j, 1)], scale_S,
+          row_layout(x_smem.dtype)))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem, values.at[place])
-    scale_K = quantizer.column_scales(x_smem, scales_t_smem, tiling.step)
-    compat.store(scales_t.at[i, place[1]], scale_K)
-    write_transposed(quantizer, x_smem, (), scales_t_smem, values_t_smem)
+    if not blocks:
+      scale_K = quantizer.column_scales(x_smem, scales_t_smem, tiling.step)
+      compat.store(scales_t[0].at[i, place[1]], scale_K)
+      of_columns = scales_t_smem
+    write_transposed(quantizer, x_smem, (), of_columns, values_t_smem)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(values_t_smem, values_t.at[place[::-1]])
+    plgpu.copy_smem_to_gmem(values_t_smem, values_t.at[place_t])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  values, scales, values_t, scales_t = plgpu.kernel(
+  scales_t = () if blocks else (jax.ShapeDtypeStruct((grid[0], columns), jnp.float32),)
+  values, scales, values_t, *scales_t = plgpu.kernel(
       kernel,
       out_type=(
           jax.ShapeDtypeStruct(x.shape, small),
-          jax.ShapeDtypeStruct((grid[0] * BLOCK, grid[1]), jnp.float32),
-          jax.ShapeDtypeStruct((columns, grid[0] * BLOCK), small),
-          jax.ShapeDtypeStruct((grid[0], columns), jnp.float32)),
+          jax.ShapeDtypeStruct(grid if blocks else (grid[0] * BLOCK, grid[1]), jnp.float32),
+          jax.ShapeDtypeStruct((math.prod(batch) * columns, per_matrix * BLOCK), small),
+          *scales_t),
       grid=(math.prod(grid),), grid_names=("block",),
       scratch_types=(
           swizzled(BLOCK, x_MK.dtype), swizzled(BLOCK, small), swizzled(BLOCK, small),
           plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
       compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="quantize_both",
   )(x)
-  return (Quantized(values[:rows], scales[:rows], (1, BLOCK)),
-          Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK)))
+  scales = scales if blocks else scales[:rows]
+  straight = Quantized(values[:math.prod(batch) * rows].reshape(x_MK.shape),
+                       scales.reshape(*batch, -1, grid[1]), tile)
+  return straight, Quantized(
+      values_t.reshape(*batch, columns, -1)[..., :rows],
+      straight.scales_mk.mT if blocks else scales_t[0].T, tile)
 
 
-def refuse_both(x_MK: jax.Array, **options) -> str | None:
+def refuse_both(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:
   """Why `run_both` cannot take this, or None if it can."""
-  if x_MK.ndim != 2:
-    return f"needs a single matrix, and the shape is {x_MK.shape}"
+  if tile not in ((1, BLOCK), (BLOCK, BLOCK)):
+    return f"needs tiles of 1x128 or 128x128, and they are {tile[0]}x{tile[1]}"
+  if x_MK.ndim != 2 and (tile[0] == 1 or x_MK.shape[-2] % BLOCK):
+    return ("needs a single matrix, or tiles of 128x128 and M to be a multiple of 128, and the "
+            f"shape is {x_MK.shape}")
   return refuse_any(x_MK, **options)
 
 

@@ -112,26 +112,29 @@ def _largest(x_smem, row_scales) -> jax.Array:
 
 
 def write_transposed(
-    quantizer: Quantizer, x_smem, row_scales, scales_smem, values_smem) -> None:
+    quantizer: Quantizer, x_smem, row_scales, column_scales, values_smem) -> None:
   """Writes values of tiles of 128x1, rows and columns exchanged two by two between lanes.
 
   Args:
     quantizer: divides by the scales.
     x_smem: 128 x 128 numbers.
     row_scales: of one scale for each row, if the numbers are quantised; else empty.
-    scales_smem: one for each column.
+    column_scales: one for each column in shared memory, or one for all.
     values_smem: of the transpose.
   """
   transposed, width = plgpu.Layout.WGMMA_TRANSPOSED, _width(x_smem.dtype)
   for first in range(0, BLOCK, width):
     columns = pl.ds(first, width)
-    scale_K = plgpu.load(scales_smem.at[columns], layout=transposed.reduce(0), optimized=False)
+    scale, axes = column_scales, ()
+    if column_scales.ndim:
+      scale, axes = plgpu.load(
+          column_scales.at[columns], layout=transposed.reduce(0), optimized=False), (1,)
     x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA,
                       optimized=x_smem.dtype.itemsize > 1)
     if x_MK.dtype.itemsize == 1:
       x_MK = x_MK.astype(jnp.float16)  # exact, and lanes exchange 16 bits
     x_MK = _dequantized(plgpu.layout_cast(x_MK, transposed), row_scales, transposed)
-    values_smem.at[columns].T[...] = quantizer.values(x_MK, scale_K, (1,), transposed)
+    values_smem.at[columns].T[...] = quantizer.values(x_MK, scale, axes, transposed)
 
 
 KERNEL = implementations.Kernel(run, refuse)

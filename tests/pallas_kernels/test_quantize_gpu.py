@@ -29,14 +29,17 @@ DEFAULTS = {"format": "e4m3", "power_of_two": False, "smallest_amax": 1e-4}
 SMALL = DEFAULTS | {"format": "e5m2", "power_of_two": True}
 TILES = {"1x128": (1, 128), "128x1": (128, 1), "128x128": (128, 128)}
 RUNS = {"swiglu": fused.run_swiglu, "swiglu and inputs": fused.run_swiglu_with_inputs,
-        "both": fused.run_both} | {
+        "both": lambda x, **options: fused.run_both(x, (1, 128), **options),
+        "both ways of blocks": lambda x, **options: fused.run_both(x, (128, 128), **options)} | {
     name: lambda x, tile=tile, **options: kernels.run(x, tile, **options)
     for name, tile in TILES.items()}
 ORACLES = {"swiglu": swiglu_quantize, "swiglu and inputs": swiglu_quantize_with_inputs,
-           "both": quantize_both} | {
+           "both": quantize_both,
+           "both ways of blocks": functools.partial(quantize_both, tile="128x128")} | {
     name: lambda x, tile=name, **options: quantize(x, tile, **options) for name in TILES}
 refuse_rows = functools.partial(kernels.refuse, tile=(1, 128))
 refuse_columns = functools.partial(kernels.refuse, tile=(128, 1))
+refuse_both = functools.partial(fused.refuse_both, tile=(1, 128))
 refuse_whole = functools.partial(kernels.refuse, tile=(1, 256))
 
 
@@ -78,7 +81,7 @@ def assert_nearly_equal(ours, want):
 @pytest.mark.parametrize(("name", "dtype", "options"), [
     ("1x128", jnp.bfloat16, DEFAULTS), ("1x128", jnp.float32, SMALL),
     ("128x1", jnp.bfloat16, SMALL), ("128x128", jnp.float32, DEFAULTS),
-    ("both", jnp.bfloat16, DEFAULTS)])
+    ("both", jnp.bfloat16, DEFAULTS), ("both ways of blocks", jnp.float32, SMALL)])
 def test_interpreted_kernels_agree_to_the_bit_and_do_not_race(name, dtype, options):
   x = numbers((131, 256), dtype)
   ours = RUNS[name](x, **options, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -113,13 +116,14 @@ def test_interpreted_swiglu_quantises_its_inputs_to_the_bit():
     ("swiglu", (65536, 2, 2048), jnp.float32, SMALL),
     ("swiglu and inputs", (106496, 2, 1408), jnp.bfloat16, DEFAULTS),
     ("both", (16384, 7168), jnp.bfloat16, DEFAULTS), ("both", (65536, 2048), jnp.float32, SMALL),
+    ("both ways of blocks", (256, 2048, 7168), jnp.float32, DEFAULTS),
     *((name, (131, 2, 1408) if "swiglu" in name else (131, 1408), jnp.bfloat16, DEFAULTS)
       for name in RUNS)])
 def test_production_and_odd_shapes_lower_for_hopper(name, shape, dtype, options):
   call = jax.jit(lambda x: RUNS[name](x, **options))
   lowered = call.trace(jax.ShapeDtypeStruct(shape, dtype)).lower(lowering_platforms=("cuda",))
   named = {"swiglu": "swiglu_quantize", "swiglu and inputs": "swiglu_quantize_with_inputs",
-           "both": "quantize_both"}.get(name, "quantize")
+           "both": "quantize_both", "both ways of blocks": "quantize_both"}.get(name, "quantize")
   assert f"{named}_mosaic_gpu" in lowered.as_text()  # as profiles have it
 
 
@@ -158,7 +162,7 @@ def test_the_quotient_without_a_division_changes_no_fp8_number():
     (refuse_rows, (4, 128), {"smallest_amax": 0.0}, "at least 1e-20, and it is 0.0"),
     (refuse_columns, (2, 130, 128), {}, "several matrices, and it is 130"),
     (refuse_whole, (2, 256), {}, "they are 1x256"),
-    (fused.refuse_both, (2, 128, 128), {}, "single matrix"),
+    (refuse_both, (2, 128, 128), {}, "single matrix"),
     (fused.SWIGLU_KERNEL.refuse, (2, 2, 64), {}, "multiple of 128, and it is 64")])
 def test_what_kernels_cannot_take_is_refused_with_the_reason(refuse, shape, options, reason):
   assert reason in refuse(jnp.zeros(shape), **DEFAULTS | options)
@@ -166,7 +170,7 @@ def test_what_kernels_cannot_take_is_refused_with_the_reason(refuse, shape, opti
 
 @pytest.mark.parametrize(("refuse", "shape"), [
     (refuse_rows, (3, 5, 128)), (refuse_columns, (130, 128)), (refuse_columns, (2, 256, 128)),
-    (fused.refuse_both, (1, 128)), (fused.SWIGLU_KERNEL.refuse, (3, 1, 2, 128))])
+    (refuse_both, (1, 128)), (fused.SWIGLU_KERNEL.refuse, (3, 1, 2, 128))])
 def test_odd_numbers_of_rows_are_not_refused(refuse, shape):
   assert refuse(jnp.zeros(shape), **SMALL) is None
 
@@ -181,7 +185,7 @@ def test_a_tiling_that_does_not_fit_is_refused():
     (jnp.bfloat16, DEFAULTS), (jnp.bfloat16, SMALL), (jnp.float32, DEFAULTS),
     (jnp.float32, DEFAULTS | {"power_of_two": True})])
 @pytest.mark.parametrize("shape", [(1, 128), (131, 1408), (4096, 7168)])
-@pytest.mark.parametrize("name", [*TILES, "both"])
+@pytest.mark.parametrize("name", [*TILES, "both", "both ways of blocks"])
 def test_on_a_gpu_kernels_agree_to_the_bit(name, shape, dtype, options):
   x = numbers(shape, dtype)
   ours = jax.jit(lambda x: RUNS[name](x, **options))(x)
@@ -211,7 +215,7 @@ def test_on_a_gpu_kernels_agree_on_extremes(name):
 @ON_HOPPER
 def test_on_a_gpu_a_batch_of_matrices_is_quantised_matrix_by_matrix():
   x = jnp.stack([numbers((256, 384), seed=seed) for seed in range(3)])
-  for name in TILES:
+  for name in (*TILES, "both ways of blocks"):
     run = jax.jit(lambda x, name=name: RUNS[name](x, **DEFAULTS))
     assert_equal(run(x), jax.tree.map(lambda *each: jnp.stack(each), *map(run, x)))
 
