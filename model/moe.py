@@ -57,7 +57,9 @@ def route(
   if experts_NK is None:
     biased_NE = jax.lax.stop_gradient(scores_NE) + bias_E
     experts_NK = jax.lax.top_k(_keep_groups(biased_NE, cfg), cfg.experts_per_token)[1]
-  gates_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=-1)
+  # A masked sum, whose gradient is another: a lookup's is a scatter into zeros.
+  chosen_NKE = experts_NK[..., None] == jnp.arange(scores_NE.shape[-1])
+  gates_NK = jnp.where(chosen_NKE, scores_NE[:, None], 0).sum(-1)
   if cfg.normalize_gates:
     gates_NK /= gates_NK.sum(-1, keepdims=True) + 1e-20
   return Routing(gates_NK * cfg.route_scale, experts_NK)
