@@ -28,22 +28,46 @@ def token_logprobs(
     chunk_size: tokens of each row that share a chunk.
     temperature: logits are divided by it.
   """
-  batch, num_tokens, _ = hidden_BTD.shape
-  num_chunks = -(-num_tokens // chunk_size)
-  padding = num_chunks * chunk_size - num_tokens
-  if num_chunks == 1:
+  num_tokens = hidden_BTD.shape[1]
+  if num_tokens <= chunk_size:
     return _logprobs(hidden_BTD, head_DV, targets_BT, temperature, numerics)
-
-  def chunks(x):
-    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    return x.reshape(batch, num_chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)
 
   def one(_, chunk):
     hidden, targets = chunk
     return None, _chunk_logprobs(numerics, hidden, head_DV, targets, temperature)
 
-  _, logp_CBt = jax.lax.scan(one, None, (chunks(hidden_BTD), chunks(targets_BT)))
-  return logp_CBt.swapaxes(0, 1).reshape(batch, -1)[:, :num_tokens]
+  chunks = (_chunked(hidden_BTD, chunk_size), _chunked(targets_BT, chunk_size))
+  _, logp_CBt = jax.lax.scan(one, None, chunks)
+  return _joined(logp_CBt, num_tokens)
+
+
+def logprob_sum(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
+    numerics: Numerics, chunk_size: int = 512) -> jax.Array:
+  """Returns the sum over tokens of weight x log P(target), a float32 scalar.
+
+  All gradients are one number times what is known as soon as a chunk's logits are. So they are
+  computed then, and logits once, where those of `token_logprobs` need them twice.
+
+  Args:
+    weights_BT: float32; zero where there is nothing to ask.
+    hidden_BTD, head_DV, targets_BT, numerics, chunk_size: as in `token_logprobs`.
+  """
+  return _logprob_sum((numerics, chunk_size), hidden_BTD, head_DV, targets_BT, weights_BT)
+
+
+def _chunked(x_BT, size):
+  """[B, T, ...] to [C, B, size, ...], zeros at the end."""
+  batch, num_tokens, *rest = x_BT.shape
+  padding = -num_tokens % size
+  x_BT = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * len(rest))
+  return x_BT.reshape(batch, -1, size, *rest).swapaxes(0, 1)
+
+
+def _joined(x_CBt, num_tokens):
+  """`_chunked` undone."""
+  num_chunks, batch, size, *rest = x_CBt.shape
+  return x_CBt.swapaxes(0, 1).reshape(batch, num_chunks * size, *rest)[:, :num_tokens]
 
 
 def _logits(hidden_BTD, head_DV, temperature, numerics):
@@ -54,16 +78,20 @@ def _is_target(logits_BTV, targets_BT):
   return jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
 
 
-def _parts(hidden_BTD, head_DV, targets_BT, temperature, numerics):
+def _parts(logits_BTV, targets_BT):
   """The targets' logits, and the logarithm of all logits' exponentials' sum."""
-  logits_BTV = _logits(hidden_BTD, head_DV, temperature, numerics)
   # A masked sum, whose gradient is one comparison: a lookup's is a scatter into zeros.
   target_BT = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0).sum(-1)
   return target_BT, jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
-def _logprobs(*operands):
-  target_BT, total_BT = _parts(*operands)
+def _dlogits(dlogp_BT, logits_BTV, targets_BT, total_BT):
+  p_BTV = jnp.exp(logits_BTV - total_BT[..., None])
+  return dlogp_BT[..., None] * (_is_target(logits_BTV, targets_BT) - p_BTV)
+
+
+def _logprobs(hidden_BTD, head_DV, targets_BT, temperature, numerics):
+  target_BT, total_BT = _parts(_logits(hidden_BTD, head_DV, temperature, numerics), targets_BT)
   return target_BT - total_BT
 
 
@@ -73,7 +101,7 @@ def _chunk_logprobs(numerics, hidden_BTD, head_DV, targets_BT, temperature):
 
 
 def _chunk_forward(numerics, hidden_BTD, head_DV, targets_BT, temperature):
-  target_BT, total_BT = _parts(hidden_BTD, head_DV, targets_BT, temperature, numerics)
+  target_BT, total_BT = _parts(_logits(hidden_BTD, head_DV, temperature, numerics), targets_BT)
   return target_BT - total_BT, (hidden_BTD, head_DV, targets_BT, temperature, total_BT)
 
 
@@ -82,10 +110,42 @@ def _chunk_backward(numerics, residuals, dlogp_BT):
   hidden_BTD, head_DV, targets_BT, temperature, total_BT = residuals
   logits_BTV, vjp = jax.vjp(
       functools.partial(_logits, numerics=numerics), hidden_BTD, head_DV, temperature)
-  p_BTV = jnp.exp(logits_BTV - total_BT[..., None])
-  dhidden_BTD, dhead_DV, dtemperature = vjp(
-      dlogp_BT[..., None] * (_is_target(logits_BTV, targets_BT) - p_BTV))
+  dhidden_BTD, dhead_DV, dtemperature = vjp(_dlogits(dlogp_BT, logits_BTV, targets_BT, total_BT))
   return dhidden_BTD, dhead_DV, None, dtemperature
 
 
 _chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprob_sum(static, hidden_BTD, head_DV, targets_BT, weights_BT):
+  numerics, chunk_size = static
+  logp_BT = token_logprobs(
+      hidden_BTD, head_DV, targets_BT, numerics=numerics, chunk_size=chunk_size)
+  return (weights_BT * logp_BT).sum()
+
+
+def _sum_forward(static, hidden_BTD, head_DV, targets_BT, weights_BT):
+  numerics, chunk_size = static
+  num_tokens, head = hidden_BTD.shape[1], head_DV.astype(numerics.compute_dtype)
+
+  def one(dhead_DV, chunk):
+    hidden, targets, weights = chunk
+    logits, vjp = jax.vjp(
+        functools.partial(_logits, temperature=1.0, numerics=numerics), hidden, head)
+    target, total = _parts(logits, targets)
+    dhidden, dhead = vjp(_dlogits(weights, logits, targets, total))
+    return dhead_DV + dhead.astype(jnp.float32), (target - total, dhidden)
+
+  chunks = tuple(_chunked(x, chunk_size) for x in (hidden_BTD, targets_BT, weights_BT))
+  dhead_DV, each = jax.lax.scan(one, jnp.zeros(head_DV.shape, jnp.float32), chunks)
+  logp_BT, dhidden_BTD = (_joined(x, num_tokens) for x in each)
+  return (weights_BT * logp_BT).sum(), (dhidden_BTD, dhead_DV.astype(head_DV.dtype), logp_BT)
+
+
+def _sum_backward(static, gradients, dsum):
+  dhidden_BTD, dhead_DV, logp_BT = ((x * dsum).astype(x.dtype) for x in gradients)
+  return dhidden_BTD, dhead_DV, None, logp_BT
+
+
+_logprob_sum.defvjp(_sum_forward, _sum_backward)

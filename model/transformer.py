@@ -17,7 +17,7 @@ from model.cache import Cache
 from model.config import MLAConfig, ModelConfig
 from model.experts import fastest_experts
 from model.layers import Embedding, RMSNorm, SwiGLU, weight
-from model.logprobs import token_logprobs
+from model.logprobs import logprob_sum, token_logprobs
 from model.mla import MultiHeadLatentAttention
 from model.moe import Dispatch, MoE, local_dispatch
 from model.rope import rotation
@@ -250,6 +250,12 @@ class Transformer(nn.Module):
     return token_logprobs(
         hidden_BTD, self.embedding.head_DV(), targets_BT, numerics=self.cfg.numerics,
         chunk_size=chunk_size, temperature=temperature)
+
+  def logprob_sum(
+      self, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """`model.logprobs.logprob_sum` with this model's head."""
+    return logprob_sum(hidden_BTD, self.embedding.head_DV(), targets_BT, weights_BT,
+                       numerics=self.cfg.numerics)
 
   def _context(self, tokens_BT, positions_BT, segment_ids_BT, cache, experts_LBTK) -> Context:
     num_tokens = tokens_BT.shape[1]

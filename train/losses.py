@@ -70,8 +70,8 @@ class LanguageModelLoss:
 
     def nll(hidden_BTD, ahead, mask_BT):
       targets_BT = jnp.roll(batch.tokens, -ahead, axis=1)[:, :-1]
-      logp_BT = model.apply(variables, hidden_BTD, targets_BT, method="token_logprobs")
-      return -jnp.where(mask_BT, logp_BT, 0).sum()
+      weights_BT = mask_BT.astype(jnp.float32)
+      return -model.apply(variables, hidden_BTD, targets_BT, weights_BT, method="logprob_sum")
 
     sums = {"lm": nll(output.hidden_BTD, 1, batch.loss_mask)}
     if output.mtp_hidden:

@@ -43,12 +43,38 @@ def test_all_logits_are_never_held_forward_or_backward():
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                         jax.eval_shape(lambda: inputs(batch, length, 16, vocab)))
   chunked = lambda h, w, t: model.token_logprobs(h, w, t, numerics=FP32, chunk_size=chunk).sum()
+  summed = lambda h, w, t: model.logprob_sum(
+      h, w, t, jnp.ones(t.shape), numerics=FP32, chunk_size=chunk)
   whole = lambda h, w, t: by_all_logits(h, w, t).sum()
   held = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(
       *shapes).compile().memory_analysis().temp_size_in_bytes
   all_logits = 4 * batch * length * vocab
   assert held(whole) >= all_logits
   assert held(chunked) < 5 * all_logits * chunk // length
+  assert held(summed) < 5 * all_logits * chunk // length
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 64])
+def test_a_weighted_sum_and_all_its_gradients_are_those_of_all_logits(chunk_size):
+  hidden, head, targets = inputs(2, 11, 6, 19)
+  weights = jnp.arange(22.0).reshape(2, 11)
+  ours = lambda h, w, g: 0.3 * model.logprob_sum(h, w, targets, g, numerics=FP32,
+                                                 chunk_size=chunk_size)
+  whole = lambda h, w, g: 0.3 * (g * by_all_logits(h, w, targets)).sum()
+  operands = (hidden, head, weights)
+  np.testing.assert_allclose(ours(*operands), whole(*operands), rtol=2e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4),
+               jax.value_and_grad(ours, (0, 1, 2))(*operands),
+               jax.value_and_grad(whole, (0, 1, 2))(*operands))
+
+
+def test_logits_are_computed_once_for_a_sum_and_its_gradients():
+  hidden, head, targets = inputs(1, 8, 6, 19)
+  summed = lambda h, w: model.logprob_sum(
+      h, w, targets, jnp.ones((1, 8)), numerics=FP32, chunk_size=4)
+  by_token = lambda h, w: model.token_logprobs(h, w, targets, numerics=FP32, chunk_size=4).sum()
+  products = lambda f: str(jax.make_jaxpr(jax.grad(f, (0, 1)))(hidden, head)).count("dot_general[")
+  assert products(summed) == products(by_token) - 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
