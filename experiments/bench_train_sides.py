@@ -147,9 +147,10 @@ class Ours:
 
   def _training(self):
     network = self._run.model
+    objective = self._transformer(network)
     step = make_train_step(
-        self._transformer(network), self._run.optimizer, decay_mask(network),
-        prepare=functools.partial(quantize_weights, network))
+        objective, self._run.optimizer, decay_mask(network),
+        prepare=functools.partial(quantize_weights, network), by_layer=objective.model.by_layer)
     return init_state(random_variables(network), self._run.optimizer), step, True
 
   def _forward_backward(self):

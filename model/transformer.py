@@ -90,6 +90,11 @@ def _join(count, _, slices):
 unstack.defvjp(lambda tree, count: (unstack(tree, count), None), _join)
 
 
+def _layer(index: int) -> str:
+  """The key of a layer's parameters where they are apart; in dictionaries sorted as it counts."""
+  return f"layer_{index:04d}"
+
+
 class Block(nn.Module):
   """Pre-norm attention, then a pre-norm dense or mixture-of-experts FFN."""
 
@@ -239,6 +244,19 @@ class Transformer(nn.Module):
         mtp_logits=tuple(self.unembed(h) for h in mtp_hidden) if logits else None,
         router=router, cache=cache)
 
+  def by_layer(self, params: dict) -> dict:
+    """Parameters with those of each layer apart, where layers run without a loop around them.
+
+    That is an input like the stacked ones. Gradients for it are where backward passes of layers
+    wrote them; those for stacked parameters are joined, which fused with a sum is slow on a GPU.
+    """
+    apart = {name: {_layer(i): each for i, each in enumerate(unstack(params[name], count))}
+             for name, count, _ in self.cfg.layer_stacks() if not self._loops(count)}
+    return {**params, **apart}
+
+  def _loops(self, count: int) -> bool:
+    return self.unroll < max(2, count)
+
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     """The shared output head: float32 logits."""
     return self.cfg.numerics.einsum_f32("btd,dv->btv", hidden_BTD, self.embedding.head_DV())
@@ -273,7 +291,7 @@ class Transformer(nn.Module):
     carry, router, first = (x_BTD, cache), {}, 0
     for stack, (name, count, experts) in zip(self.stacks, self.cfg.layer_stacks(), strict=True):
       layers = jnp.arange(first, first + count, dtype=jnp.int32)
-      if self.unroll < max(2, count) or self.is_initializing():
+      if self._loops(count) or self.is_initializing():
         carry, stats = stack(carry, layers, context)
       else:
         carry, stats = self._unrolled(stack, experts, carry, layers, context)
@@ -291,7 +309,8 @@ class Transformer(nn.Module):
     # Traced once for all layers.
     run = jax.jit(lambda variables, *operands: block.apply(variables, *operands))
     variables = dict(stack.variables)
-    params = unstack(variables.pop("params"), len(layers))
+    params = variables.pop("params")
+    params = list(params.values()) if _layer(0) in params else unstack(params, len(layers))
     every_stats = []
     for i, layer in enumerate(layers):
       others = jax.tree.map(lambda x, i=i: x[i], variables)

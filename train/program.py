@@ -50,11 +50,11 @@ def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Call
   mesh = _make_mesh(cfg, num_lanes)
   net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
   jit = mesh.jit if mesh else jax.jit
+  trained = net(remat=cfg.train.remat, unroll=cfg.train.unroll, attend=cfg.train.attend)
   step = make_train_step(
-      LanguageModelLoss(net(remat=cfg.train.remat, unroll=cfg.train.unroll,
-                            attend=cfg.train.attend)),
-      cfg.optimizer, decay_mask(cfg.model), cfg.train.num_micro_batches,
-      prepare=functools.partial(model.quantize_weights, cfg.model))
+      LanguageModelLoss(trained), cfg.optimizer, decay_mask(cfg.model),
+      cfg.train.num_micro_batches, prepare=functools.partial(model.quantize_weights, cfg.model),
+      by_layer=trained.by_layer)
   counts = functools.partial(count, net(attend=cfg.train.attend))
   if num_lanes > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}

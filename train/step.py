@@ -64,6 +64,7 @@ def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
 def make_train_step(
     objective: Objective, cfg: OptimizerConfig, decays: Tree, num_micro_batches: int = 1, *,
     prepare: Callable[[Tree], dict] = lambda params: {},
+    by_layer: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[[TrainState, Tree, dict], tuple[TrainState, dict]]:
   """Returns `train_step(state, batch, hyper) -> state, metrics`, to be jitted or mapped over seeds.
 
@@ -71,24 +72,25 @@ def make_train_step(
   `train.optimizer.Schedule` gives, and its "num_micro_batches" says how many of them count. A step
   whose loss or gradient is not finite changes nothing, the balancing bias included. `prepare` makes
   of parameters, once a step, variables that the objective is given beside them as constants, such
-  as `model.quantize_weights`.
+  as `model.quantize_weights`. `by_layer` arranges parameters, linearly, as the objective is given
+  them and their gradients are measured, such as `model.Transformer.by_layer`.
   """
 
-  def loss_and_grads(state, prepared, micro, weights, denominators):
+  def loss_and_grads(state, params, prepared, micro, weights, denominators):
     def loss(params):
       variables = {"params": params, "router": state.router, **prepared}
       sums, observed = objective.sums(variables, micro)
       terms = {name: value / denominators[name] for name, value in sums.items()}
       return sum(weights[name] * value for name, value in terms.items()), (terms, observed)
 
-    (total, (terms, observed)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (total, (terms, observed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return {"total": total, **terms}, observed, grads
 
-  def accumulate(state, batch, hyper):
+  def accumulate(state, params, batch, hyper):
     denominators = objective.denominators(batch)
     prepared = prepare(state.params)
-    one = lambda i: loss_and_grads(
-        state, prepared, jax.tree.map(lambda x: x[i], batch), hyper["weights"], denominators)
+    one = lambda i: loss_and_grads(state, params, prepared, jax.tree.map(lambda x: x[i], batch),
+                                   hyper["weights"], denominators)
     if num_micro_batches == 1:
       return one(0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
@@ -96,8 +98,10 @@ def make_train_step(
     return jax.lax.fori_loop(0, hyper["num_micro_batches"], add, zeros)
 
   def train_step(state: TrainState, batch: Tree, hyper: dict) -> tuple[TrainState, dict]:
-    terms, observed, grads = accumulate(state, batch, hyper)
+    params, joined = jax.vjp(by_layer, state.params)
+    terms, observed, grads = accumulate(state, params, batch, hyper)
     grad_norm = optax.tree.norm(grads)
+    grads, = joined(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
     scale = jnp.minimum(1.0, cfg.clip / jnp.maximum(grad_norm, 1e-30))
     with jax.named_scope("optimizer"):

@@ -157,6 +157,16 @@ def _rematerialised(jaxpr, looped=False) -> set:
   return found
 
 
+@pytest.mark.parametrize("unroll", [1, 99])
+def test_layers_apart_give_what_their_stack_does(unroll):
+  v, net = tiny.variables(tiny.V3), model.Transformer(tiny.V3, unroll=unroll)
+  apart, joined = jax.vjp(net.by_layer, v["params"])
+  assert (jax.tree.structure(apart) == jax.tree.structure(v["params"])) == (unroll == 1)
+  jax.tree.map(np.testing.assert_array_equal, joined(apart)[0], v["params"])
+  logits = jax.jit(lambda p: net.apply(v | {"params": p}, tiny.tokens(tiny.V3)).logits_BTV)
+  np.testing.assert_array_equal(logits(apart), logits(v["params"]))
+
+
 @pytest.mark.parametrize(("unroll", "want"), [(1, {(True, False), (False, True)}),
                                               (2, {(False, True)})])
 def test_what_remat_computes_again_outside_a_loop_is_never_taken_for_what_was_before(unroll, want):

@@ -219,3 +219,16 @@ def test_a_state_owns_its_parameters():
   take = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
   assert isinstance(take(state), TrainState)
   assert not any(x.is_deleted() for x in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_layer_by_layer_make_the_same_step(parts):
+  cfg = dataclasses.replace(small.MOE, num_layers=3)
+  net, fresh = Transformer(cfg, unroll=99), init_state(tiny.variables(cfg), CFG)
+  by_layer, stacked = (
+      jax.jit(make_train_step(LanguageModelLoss(net), CFG, decay_mask(cfg), parts, **more))(
+          fresh, small.batch(small.rows(), parts), hyper(parts))
+      for more in ({"by_layer": net.by_layer}, {}))
+  assert len(jax.tree.leaves(net.by_layer(fresh.params))) > len(jax.tree.leaves(fresh.params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=1e-7),
+               by_layer, stacked)
