@@ -168,7 +168,7 @@ class Ours:
         return sum(hyper["weights"][name] * value / denominators[name]
                    for name, value in sums.items())
 
-      return jax.grad(loss)(variables["params"])
+      return jax.grad(loss)(objective.model.by_layer(variables["params"]))
 
     return random_variables(network), step, False
 

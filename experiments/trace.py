@@ -16,7 +16,7 @@ import jax
 # The first that matches "where it came from; instruction; kernel" names the kind.
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
     ("attention", r"fmha|flash|sdpa|dot_product_attention"),
-    ("quantise", r"quantize|quantise"),
+    ("quantise", r"quantize|quantise|swiglu_backward_mosaic"),
     ("grouped products", r"ragged_dot|ragged-dot|grouped_matmul|fp8_experts|fp8_grouped"
                          r"|grouped_weight_gradient|gmm"),
     ("optimizer", r"optimizer"),

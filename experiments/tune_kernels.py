@@ -109,8 +109,8 @@ def jobs() -> Iterator[Job]:
   of_blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4),
                dense(block_m=256, depth=1, stages=3))
   of_vectors = (
-      dense(depth=1, stages=4), dense(depth=1, stages=3), dense(depth=1, stages=4, cluster=2),
-      dense(block_m=256, depth=1, stages=3), dense(block_m=256, block_n=96, stages=3))
+      dense(block_m=256, depth=1, stages=3), dense(depth=1, stages=4), dense(depth=1, stages=3),
+      dense(depth=1, stages=4, cluster=2), dense(block_m=256, block_n=96, stages=3))
   for m, n, k in _BLOCKS:
     yield Job(key("fp8_matmul 128x128", bf16, m, n, k), 2 * m * n * k,
               functools.partial(fp8_matmul.run, dtype=bf16),

@@ -141,8 +141,8 @@ def run(
   """
   vectors = rhs_NK.tile == (1, BLOCK)
   operation = f"fp8_matmul {'1x128' if vectors else '128x128'}"
-  tiling = tiling or tuned(default_tiling(dtype, vectors), operation, dtype,
-                           lhs_MK.shape[0], *rhs_NK.shape)
+  default = default_tiling(dtype, vectors, (lhs_MK.shape[0], rhs_NK.shape[0]))
+  tiling = tiling or tuned(default, operation, dtype, lhs_MK.shape[0], *rhs_NK.shape)
   values_MK = pad_blocks(pad_rows(lhs_MK.values_MK), BLOCK)
   (m, k), n = values_MK.shape, rhs_NK.shape[0]
   columns = tiling.block_n * tiling.cluster
@@ -190,9 +190,27 @@ def refuse_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | No
   return None
 
 
-def default_tiling(dtype: jnp.dtype, vectors: bool) -> Tiling:
-  """The most stages that fit, as float32 results take twice the room, without spilled registers."""
-  return Tiling(depth=1 if vectors else 2, stages=5 if jnp.dtype(dtype).itemsize == 2 else 4)
+def default_tiling(
+    dtype: jnp.dtype, vectors: bool, shape: tuple[int, int] | None = None) -> Tiling:
+  """The most stages that fit, as float32 results take twice the room, without spilled registers.
+
+  With scales of rows on both sides, tiles of 256 rows read them half as often, and take 1.8 times
+  as long as tiles of 128. Too few of them leave multiprocessors idle in the end.
+
+  Args:
+    dtype: of the result.
+    vectors: whether rhs has a scale for every row.
+    shape: of the result, where it is all that there is to compute.
+  """
+  stages = 5 if jnp.dtype(dtype).itemsize == 2 else 4
+  if not vectors:
+    return Tiling(stages=stages)
+  tall, short = Tiling(block_m=256, depth=1, stages=3), Tiling(depth=1, stages=stages)
+  if not shape:
+    return tall
+  rounds = lambda tiling: pl.cdiv(
+      pl.cdiv(shape[0], tiling.block_m) * pl.cdiv(shape[1], tiling.block_n), MULTIPROCESSORS)
+  return short if rounds(short) < 1.8 * rounds(tall) else tall
 
 
 def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
