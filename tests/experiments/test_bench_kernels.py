@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_groups_share_all_rows(rows, groups, skew):
 
 def test_a_small_run_times_every_side_and_says_which_peers_are_absent(tmp_path, capsys):
   options = Options("bench_kernels", scale="smoke", out=tmp_path,
-                    settings=("rounds=2", "seconds=0", "only=fp8_matmul"))
+                    settings=("rounds=4", "seconds=0", "only=fp8_matmul"))
   bench_kernels.main(options)
   result = json.loads((tmp_path / "results.json").read_text())
   rows = {row["side"]: row for row in result["rows"]}
@@ -50,6 +51,25 @@ def test_a_small_run_times_every_side_and_says_which_peers_are_absent(tmp_path, 
   assert "fp8_matmul" in capsys.readouterr().out
 
 
+def test_an_order_that_favours_each_side_in_turn_widens_no_interval():
+  of = lambda seconds: {"ours": [1.0, 2.0] * 3, "other": seconds}
+  case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", tuple, {})
+  row = bench_kernels._row(case, "other", of([4.0, 2.0] * 3), {"bf16 TFLOP/s": 1.0}, None)
+  assert row["ours_over_it"] == pytest.approx((2, 2, 2))
+
+
+def test_a_side_that_cannot_run_is_absent_with_the_reason():
+  def fail(x):
+    raise jax.errors.JaxRuntimeError("no memory\nmuch more")
+
+  case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", lambda: (jnp.ones(2),),
+                           {"ours": lambda x: x, "other": fail}, reference=fail)
+  cfg = bench_kernels.BenchConfig(rounds=4, seconds=0)
+  rows = bench_kernels._measure(case, cfg, {"bf16 TFLOP/s": 1.0})
+  assert [row.get("absent") for row in rows] == [None, "no memory"]
+  assert rows[0]["error"] is None
+
+
 def test_kernels_are_not_timed_where_there_are_none():
   with pytest.raises(ValueError, match="has none"):
     bench_kernels.main(Options("bench_kernels", scale="gpu"))
@@ -57,7 +77,7 @@ def test_kernels_are_not_timed_where_there_are_none():
 
 def test_an_operation_that_does_not_exist_is_refused():
   with pytest.raises(ValueError, match="only=int4 is in no operation's name"):
-    bench_kernels.main(Options("bench_kernels", settings=("rounds=2", "seconds=0", "only=int4")))
+    bench_kernels.main(Options("bench_kernels", settings=("rounds=4", "seconds=0", "only=int4")))
 
 
 def test_torch_sees_the_numbers_that_we_do():
