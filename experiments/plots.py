@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.stats import Paired
 
 _DPI, _WIDTH, _HEIGHT = 150, 800 / 150, 480 / 150
+_LEGEND_LINE = 0.3  # inches
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX"
@@ -202,7 +203,9 @@ def panels(
   names = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
   styles = dict(zip(names, _styles(), strict=False))
   rows = -(-len(drawn) // 2)
-  figure, axes_RC = _figure(_HEIGHT * 0.72 * rows, rows, 2)
+  columns = 3 if max(map(len, names), default=0) < 20 else 2  # as many as fit beside each other
+  below_two = max(0, -(-len(names) // columns) - 2)  # lines of the legend
+  figure, axes_RC = _figure(_HEIGHT * 0.72 * rows + _LEGEND_LINE * below_two, rows, 2)
   for axes, (label, curves) in itertools.zip_longest(axes_RC.flat, drawn.items(),
                                                      fillvalue=("", {})):
     if not curves:
@@ -221,7 +224,6 @@ def panels(
       axes.set_xlabel(doublings)
     else:
       _step_axis(axes)
-  columns = 3 if max(map(len, names), default=0) < 20 else 2  # as many as fit beside each other
   figure.legend(*axes_RC.flat[0].get_legend_handles_labels(), loc="outside upper center",
                 ncols=columns)
   _save(figure, path)
