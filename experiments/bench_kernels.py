@@ -176,7 +176,8 @@ def _row(case: Case, name: str, seconds: dict[str, list[float]], ceilings: dict[
   ceiling = ceilings["copy GB/s" if case.unit == "GB/s" else
                      "FP8 TFLOP/s" if case.operation.startswith("fp8") else "bf16 TFLOP/s"]
   row = {"operation": case.operation, "shape": case.shape, "side": name, "seconds": median,
-         "by_round": seconds[name], "rate": rate, "unit": case.unit, "share_of_ceiling": rate / ceiling, "error": off}
+         "by_round": seconds[name], "rate": rate, "unit": case.unit,
+         "share_of_ceiling": rate / ceiling, "error": off}
   if name == "ours":
     return row
   row["ours_over_it"] = ratio(_there_and_back(seconds["ours"]), _there_and_back(seconds[name]))
