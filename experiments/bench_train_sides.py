@@ -29,7 +29,7 @@ from model.checks import require, require_positive
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.losses import Batch, LanguageModelLoss
 from train.optimizer import Schedule, decay_mask
-from train.step import init_state, make_train_step
+from train.step import init_state, layers_apart, make_train_step
 
 PHASES = ("forward_backward", "train")
 _PEER = pathlib.Path(__file__).parent / "peers" / "transformers_train.py"
@@ -150,7 +150,8 @@ class Ours:
     objective = self._transformer(network)
     step = make_train_step(
         objective, self._run.optimizer, decay_mask(network),
-        prepare=functools.partial(quantize_weights, network), by_layer=objective.model.by_layer)
+        prepare=functools.partial(quantize_weights, network),
+        by_layer=layers_apart(objective.model))
     return init_state(random_variables(network), self._run.optimizer), step, True
 
   def _forward_backward(self):

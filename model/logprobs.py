@@ -117,17 +117,23 @@ def _chunk_backward(numerics, residuals, dlogp_BT):
 _chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
 
 
+def _weighted(weights_BT, logp_BT):
+  """Their sum; what weighs nothing need not be finite."""
+  return jnp.where(weights_BT == 0, 0, weights_BT * logp_BT).sum()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logprob_sum(static, hidden_BTD, head_DV, targets_BT, weights_BT):
   numerics, chunk_size = static
   logp_BT = token_logprobs(
       hidden_BTD, head_DV, targets_BT, numerics=numerics, chunk_size=chunk_size)
-  return (weights_BT * logp_BT).sum()
+  return _weighted(weights_BT, logp_BT)
 
 
 def _sum_forward(static, hidden_BTD, head_DV, targets_BT, weights_BT):
   numerics, chunk_size = static
   num_tokens, head = hidden_BTD.shape[1], head_DV.astype(numerics.compute_dtype)
+  chunk_size = min(chunk_size, num_tokens)
 
   def one(dhead_DV, chunk):
     hidden, targets, weights = chunk
@@ -140,7 +146,7 @@ def _sum_forward(static, hidden_BTD, head_DV, targets_BT, weights_BT):
   chunks = tuple(_chunked(x, chunk_size) for x in (hidden_BTD, targets_BT, weights_BT))
   dhead_DV, each = jax.lax.scan(one, jnp.zeros(head_DV.shape, jnp.float32), chunks)
   logp_BT, dhidden_BTD = (_joined(x, num_tokens) for x in each)
-  return (weights_BT * logp_BT).sum(), (dhidden_BTD, dhead_DV.astype(head_DV.dtype), logp_BT)
+  return _weighted(weights_BT, logp_BT), (dhidden_BTD, dhead_DV.astype(head_DV.dtype), logp_BT)
 
 
 def _sum_backward(static, gradients, dsum):

@@ -206,8 +206,8 @@ def _experts_backward(static: _Static, residuals, dy_ND):
   of_weight = recipe.dispatched.weight_gradient
 
   dy = _send(dy_ND, dispatch, of_input, gradient)
-  sent = dy if recipe.weight_gradient and recipe.dispatch_power_of_two else _send(
-      dy_ND, dispatch, None, gradient)
+  again = of_weight and recipe.dispatch_power_of_two and of_input == of_weight.gradient
+  sent = dy if again else _send(dy_ND, dispatch, None, gradient)
   back = _hidden_backward(gate_up, _gates(gates_NK, dispatch), product(dy, w_down), recipe,
                           static.implementation)
   dw_down = weight_gradient(

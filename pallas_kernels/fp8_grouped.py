@@ -85,7 +85,8 @@ def fp8_grouped_weight_gradient(
 
 def aligned_rows(num_rows: int, num_groups: int) -> int:
   """Rows that are enough for `quantize_groups`, however its rows fall into groups."""
-  return -(-(num_rows + num_groups * (BLOCK - 1)) // BLOCK) * BLOCK
+  not_empty = min(num_rows, num_groups)
+  return -(-(num_rows + not_empty * (BLOCK - 1)) // BLOCK) * BLOCK
 
 
 def aligned_starts(sizes_G: jax.Array) -> jax.Array:

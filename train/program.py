@@ -20,7 +20,7 @@ from train.evaluate import Evaluation, Evaluator, count
 from train.losses import Batch, LanguageModelLoss
 from train.mesh import ShardedModel, spread
 from train.optimizer import Schedule, decay_mask
-from train.step import TrainState, init_state, make_train_step
+from train.step import TrainState, init_state, layers_apart, make_train_step
 
 _EVALUATION_TOKENS = 16384  # at a time, over all lanes
 
@@ -54,7 +54,7 @@ def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Call
   step = make_train_step(
       LanguageModelLoss(trained), cfg.optimizer, decay_mask(cfg.model),
       cfg.train.num_micro_batches, prepare=functools.partial(model.quantize_weights, cfg.model),
-      by_layer=trained.by_layer)
+      by_layer=layers_apart(trained))
   counts = functools.partial(count, net(attend=cfg.train.attend))
   if num_lanes > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}

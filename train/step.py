@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import balance
+from model import Transformer, balance
 from train.config import OptimizerConfig
 from train.optimizer import Moments, adamw, init_moments
 
@@ -61,6 +61,11 @@ def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
       moments=init_moments(params, cfg), ema=ema)
 
 
+def layers_apart(net: Transformer) -> Callable[[Tree], Tree]:
+  """`net.by_layer` on a GPU; elsewhere to join the gradients is one more pass over them."""
+  return net.by_layer if jax.default_backend() == "gpu" else lambda params: params
+
+
 def make_train_step(
     objective: Objective, cfg: OptimizerConfig, decays: Tree, num_micro_batches: int = 1, *,
     prepare: Callable[[Tree], dict] = lambda params: {},
@@ -73,7 +78,7 @@ def make_train_step(
   whose loss or gradient is not finite changes nothing, the balancing bias included. `prepare` makes
   of parameters, once a step, variables that the objective is given beside them as constants, such
   as `model.quantize_weights`. `by_layer` arranges parameters, linearly, as the objective is given
-  them and their gradients are measured, such as `model.Transformer.by_layer`.
+  them and their gradients are measured; see `layers_apart`.
   """
 
   def loss_and_grads(state, params, prepared, micro, weights, denominators):

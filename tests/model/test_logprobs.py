@@ -1,6 +1,7 @@
 """Chunked token log-probabilities equal those of all logits, and never hold them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,19 @@ def test_a_weighted_sum_and_all_its_gradients_are_those_of_all_logits(chunk_size
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4),
                jax.value_and_grad(ours, (0, 1, 2))(*operands),
                jax.value_and_grad(whole, (0, 1, 2))(*operands))
+
+
+def test_a_short_sequence_costs_what_it_has_and_masked_tokens_need_not_be_finite():
+  hidden, head, weights = jnp.ones((2, 11, 8)), jnp.ones((8, 16)), jnp.ones((2, 11))
+  targets = jnp.zeros((2, 11), jnp.int32)
+  run = lambda size: jax.jit(jax.grad(functools.partial(
+      model.logprob_sum, numerics=model.NUMERICS["fp32"], chunk_size=size)))
+  flops = lambda size: run(size).lower(hidden, head, targets, weights).compile().cost_analysis()[
+      "flops"]
+  assert flops(64) == flops(11)
+  loss = model.logprob_sum(hidden.at[0, 3].set(jnp.inf), head, targets, weights.at[0, 3].set(0),
+                           numerics=model.NUMERICS["fp32"])
+  assert jnp.isfinite(loss)
 
 
 def test_logits_are_computed_once_for_a_sum_and_its_gradients():
