@@ -72,12 +72,23 @@ def test_training_on_a_gpu_calls_cudnn_once_each_way_in_every_loop_over_layers(h
   assert "__cudnn" not in lowered(cfg, attend="xla")
 
 
-def test_cudnn_is_given_heads_of_one_width_that_is_a_multiple_of_8(hopper):
-  shapes = [heads(0, 16, 2, width) for width in (12, 12, 18)]
+def called(keys: int, values: int) -> str:
+  """Cuda's program for heads of these widths, whose results are as wide as values."""
+  shapes = [heads(0, 16, 2, width) for width in (keys, keys, values)]
   run = lambda q, k, v: attend(q, k, v, context(16), 1.0, BF16["v3"])
   traced = jax.jit(run).trace(*shapes)
-  assert "tensor<2x16x2x24xbf16>" in traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert traced.out_info.shape == (2, 16, 2, 18)
+  assert traced.out_info.shape == (2, 16, 2, values)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_cudnn_is_given_heads_of_one_width_that_is_a_multiple_of_8(hopper):
+  assert "tensor<2x16x2x24xbf16>" in called(12, 18)
+
+
+def test_cudnn_is_given_v3s_heads_as_they_are_if_it_takes_them(hopper, monkeypatch):
+  assert "stablehlo.pad" not in called(192, 128)
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90900)
+  assert "stablehlo.pad" in called(192, 128)
 
 
 @pytest.mark.parametrize(("change", "message"), [
