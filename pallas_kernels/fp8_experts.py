@@ -12,7 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.dispatch import Dispatch, take_rows
-from pallas_kernels.fp8_grouped import fp8_grouped_matmul, fp8_grouped_weight_gradient
+from pallas_kernels.fp8_grouped import (
+    aligned_sizes,
+    fp8_grouped_matmul,
+    fp8_grouped_weight_gradient,
+)
 from pallas_kernels.fp8_linear import (
     SMALLEST_GRADIENT_AMAX,
     V3,
@@ -145,19 +149,19 @@ def _hidden_backward(
 
 def _product(lhs_SK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
   """Each row with its expert's matrix, transposed."""
-  tiles_E = -(-sizes_E // BLOCK) * BLOCK  # nobody's rows between experts are zeros anyway
+  sizes_E = aligned_sizes(sizes_E)  # nobody's rows between experts are zeros anyway
   if isinstance(lhs_SK, jax.Array):
-    return grouped_matmul(lhs_SK, rhs_ENK.mT, tiles_E, precision=precision_of(lhs_SK.dtype),
+    return grouped_matmul(lhs_SK, rhs_ENK.mT, sizes_E, precision=precision_of(lhs_SK.dtype),
                           implementation=implementation)
   return fp8_grouped_matmul(
-      with_tiles(lhs_SK, (1, BLOCK)), with_tiles(rhs_ENK, (BLOCK, BLOCK)), tiles_E, dtype=dtype,
+      with_tiles(lhs_SK, (1, BLOCK)), with_tiles(rhs_ENK, (BLOCK, BLOCK)), sizes_E, dtype=dtype,
       implementation=implementation)
 
 
 def _weight_gradient(x_KS, dy_NS, sizes_E, dtype: jnp.dtype, implementation: str | None):
   """Each expert's x dy.T, of transposed operands: [E, K, N]."""
   if isinstance(x_KS, jax.Array):
-    return grouped_weight_gradient(x_KS.T, dy_NS.T, -(-sizes_E // BLOCK) * BLOCK, dtype=dtype,
+    return grouped_weight_gradient(x_KS.T, dy_NS.T, aligned_sizes(sizes_E), dtype=dtype,
                                    implementation=implementation)
   return fp8_grouped_weight_gradient(
       with_tiles(x_KS, (1, BLOCK)), with_tiles(dy_NS, (1, BLOCK)), sizes_E, dtype=dtype,

@@ -89,10 +89,15 @@ def aligned_rows(num_rows: int, num_groups: int) -> int:
   return -(-(num_rows + not_empty * (BLOCK - 1)) // BLOCK) * BLOCK
 
 
+def aligned_sizes(sizes_G: jax.Array) -> jax.Array:
+  """Rows from the first of each group to where the next may begin, multiples of 128: [G]."""
+  return -(-sizes_G // BLOCK) * BLOCK
+
+
 def aligned_starts(sizes_G: jax.Array) -> jax.Array:
   """The first row of each group, at multiples of 128: [G]."""
-  blocks_G = -(-sizes_G // BLOCK)
-  return (jnp.cumsum(blocks_G) - blocks_G) * BLOCK
+  rows_G = aligned_sizes(sizes_G)
+  return jnp.cumsum(rows_G) - rows_G
 
 
 def align_groups(x_R: jax.Array, sizes_G: jax.Array, fill_value: int = 0) -> jax.Array:
@@ -109,11 +114,11 @@ def align_groups(x_R: jax.Array, sizes_G: jax.Array, fill_value: int = 0) -> jax
   num_rows, num_groups = len(x_R), len(sizes_G)
   starts_G = jnp.cumsum(sizes_G) - sizes_G
   # Found for blocks, of which there are few; a block behind the last group has none of its rows.
-  block_s = jnp.arange(aligned_rows(num_rows, num_groups) // BLOCK) * BLOCK
-  group_s = jnp.searchsorted(aligned_starts(sizes_G), block_s, side="right") - 1
-  within_s = block_s - aligned_starts(sizes_G)[group_s]
-  within_S = (within_s[:, None] + jnp.arange(BLOCK)).reshape(-1)
-  of = lambda of_G: jnp.repeat(of_G[group_s], BLOCK)
+  row_b = jnp.arange(0, aligned_rows(num_rows, num_groups), BLOCK)
+  group_b = _groups(sizes_G, row_b)
+  within_b = row_b - aligned_starts(sizes_G)[group_b]
+  within_S = (within_b[:, None] + jnp.arange(BLOCK)).reshape(-1)
+  of = lambda of_G: jnp.repeat(of_G[group_b], BLOCK)
   place_S = jnp.where(within_S < of(sizes_G), of(starts_G) + within_S, num_rows)
   return x_R.at[place_S].get(mode="fill", fill_value=fill_value)
 
@@ -151,7 +156,8 @@ def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) ->
     lhs_PK, group = block
     return jnp.einsum("pk,nk->pn", lhs_PK, rhs[group], precision=lax.Precision.HIGHEST)
 
-  blocks = lhs_SK.reshape(-1, BLOCK, lhs_SK.shape[1]), _groups(sizes_G, len(lhs_SK))
+  group_b = _groups(sizes_G, jnp.arange(0, len(lhs_SK), BLOCK))
+  blocks = lhs_SK.reshape(-1, BLOCK, lhs_SK.shape[1]), group_b
   out_SN = lax.map(product, blocks, batch_size=_AT_ONCE).reshape(len(lhs_SK), -1)
   places_R = aligned_places(sizes_G, lhs_RK.shape[0], len(lhs_SK))
   return out_SN.at[places_R].get(mode="fill", fill_value=0).astype(dtype)
@@ -179,12 +185,10 @@ def _xla_weight_gradient(lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Arra
     return sums_GKN.at[group_b].add(products), None
 
   zeros = lax.full_like(lhs, 0, shape=(len(sizes_G), lhs.shape[-1], rhs.shape[-1]))
-  blocks = lhs, rhs, _groups(sizes_G, lhs_KS.shape[1])
+  blocks = lhs, rhs, _groups(sizes_G, jnp.arange(0, lhs_KS.shape[1], BLOCK))
   return lax.scan(add, zeros, jax.tree.map(chunks, blocks))[0].astype(dtype)
 
 
-def _groups(sizes_G: jax.Array, rows: int) -> jax.Array:
-  """The group of every 128 rows where groups begin at multiples of 128; the last behind its end."""
-  ends_G = jnp.cumsum(-(-sizes_G // BLOCK))
-  group_b = jnp.searchsorted(ends_G, jnp.arange(rows // BLOCK), side="right")
-  return jnp.minimum(group_b, len(sizes_G) - 1)
+def _groups(sizes_G: jax.Array, row_b: jax.Array) -> jax.Array:
+  """The group of each row where groups begin at multiples of 128; the last's goes on behind it."""
+  return jnp.searchsorted(aligned_starts(sizes_G), row_b, side="right") - 1

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.fp8_grouped import aligned_starts
+from pallas_kernels.fp8_grouped import aligned_sizes, aligned_starts
 from pallas_kernels.mosaic_gpu import fp8_matmul
 from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile, Tiling
 from pallas_kernels.mosaic_gpu.hopper import k_major
@@ -59,7 +59,7 @@ def run(
       (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk, tiling.block_m),
        k_major(rhs_NS.scales_mk, columns)),
       jax.ShapeDtypeStruct((groups, k, n), dtype), tiling, groups * math.prod(grid), interpret,
-      vectors=True, before=(aligned_starts(sizes_G) // BLOCK, -(-sizes_G // BLOCK)))
+      vectors=True, before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))
 
 
 def refuse(
