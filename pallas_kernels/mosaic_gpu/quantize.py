@@ -229,6 +229,11 @@ def steps(rows: int, step: int) -> list[tuple[int, Any]]:
   return [(first, pl.ds(first, step)) for first in range(0, rows, step)]
 
 
+def sigmoid(x: jax.Array) -> jax.Array:
+  """1 / (1 + exp(-x)), to a few units in the last place and without a division."""
+  return lax.square(lax.rsqrt(1 + jnp.exp(-x)))
+
+
 def divide(x: jax.Array, by: jax.Array, inverse: jax.Array, layout) -> jax.Array:
   """x / by in three instructions, where the compiler's exact division takes about twelve.
 

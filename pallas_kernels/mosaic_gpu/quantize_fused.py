@@ -21,6 +21,7 @@ from pallas_kernels.mosaic_gpu.quantize import (
     Tiling,
     refuse_any,
     row_layout,
+    sigmoid,
     steps,
     store_in_column,
     swizzled,
@@ -67,9 +68,7 @@ def _run_swiglu(
     for first, piece in steps(tiling.rows, tiling.step):
       gate_SF, up_SF = (plgpu.load(smem.at[piece], layout=layout)
                         .astype(jnp.float32) for smem in (gate_smem, up_smem))
-      # 1 / (1 + exp(-gate)), to a few units in the last place and without a division.
-      sigmoid_SF = lax.square(lax.rsqrt(1 + jnp.exp(-gate_SF)))
-      numbers = gate_SF * sigmoid_SF * up_SF, gate_SF, up_SF
+      numbers = gate_SF * sigmoid(gate_SF) * up_SF, gate_SF, up_SF
       for at, (((_, scales), column), x_SF) in enumerate(zip(places, numbers, strict=False)):
         scale_S = quantizer.row_values(x_SF, values_smem.at[at, piece], layout)
         store_in_column(scales.at[pl.ds(i * tiling.rows + first, tiling.step), pl.ds(column, 1)],

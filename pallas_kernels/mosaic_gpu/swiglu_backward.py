@@ -29,6 +29,7 @@ from pallas_kernels.mosaic_gpu.quantize import (
     Quantizer,
     refuse_any,
     row_layout,
+    sigmoid,
     steps,
     store_in_column,
     swizzled,
@@ -258,8 +259,7 @@ def _piece(wg: jax.Array, first: int):
 def _backward(gate_SF, up_SF, dhidden_SF, gate_S, layout, interpreted: bool):
   """Gradients and hidden units of some rows, in their format, and sums for the gates' gradients."""
   scale_SF = plgpu.layout_cast(lax.broadcast_in_dim(gate_S, gate_SF.shape, (0,)), layout)
-  # 1 / (1 + exp(-gate)), to a few units in the last place and without a division.
-  sigmoid_SF = lax.square(lax.rsqrt(1 + jnp.exp(-gate_SF)))
+  sigmoid_SF = sigmoid(gate_SF)
   silu_SF = gate_SF * sigmoid_SF
   hidden_SF = silu_SF * up_SF
   dswiglu_SF = dhidden_SF * scale_SF
