@@ -179,8 +179,9 @@ def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatc
   product = functools.partial(
       _product, sizes_E=dispatch.sizes_E, dtype=dtype, implementation=static.implementation)
   activation = lambda recipe: recipe.forward and recipe.forward.activation
-  of_gate_up, gate_up_of_gradient = weight_operands(w_gate_up, quantized[0], recipe, operand)
-  of_down, down_of_gradient = weight_operands(w_down, quantized[1], recipe, operand)
+  (of_gate_up, gate_up_of_gradient), (of_down, down_of_gradient) = (
+      weight_operands(w, ahead, recipe, dtype, static.implementation)
+      for w, ahead in zip((w_gate_up, w_down), quantized, strict=True))
 
   x = _send(x_ND, dispatch, activation(recipe.dispatched), operand)
   gate_up = product(x, of_gate_up)

@@ -18,7 +18,7 @@ from pallas_kernels.quantize import SMALLEST_AMAX, quantize, quantize_both
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize, num_tiles
 from pallas_kernels.recipe import Operand, Recipe
 from pallas_kernels.requantize import quantize_transposed
-from pallas_kernels.weight import Weight, WeightOperands, split_weight
+from pallas_kernels.weight import Weight, WeightOperands, quantize_weight, split_weight
 
 # The gradient of a mean over tokens is as small as tokens are many: V3's floor for activations
 # would round all of it to zero. By much less the kernels cannot divide exactly.
@@ -137,23 +137,25 @@ def _linear_forward(static: _Static, x_MK, w_KN, quantized: WeightOperands):
   operand = functools.partial(
       as_operand, dtype=x_MK.dtype, implementation=static.implementation)
   x = operand(x_MK, recipe.forward and recipe.forward.activation)
-  w_NK, of_gradient = weight_operands(w_KN, quantized, recipe, operand)
+  w_NK, of_gradient = weight_operands(
+      w_KN, quantized, recipe, x_MK.dtype, static.implementation)
   y_MN = _product(x, w_NK, x_MK.dtype, static.implementation)
   kept = kept_operand(x_MK, x, static.kept, recipe, operand)
   # An empty array says what format the weight has.
   return y_MN, (kept, of_gradient, jnp.zeros(0, w_KN.dtype))
 
 
-def weight_operands(w_KN, quantized: WeightOperands, recipe: Recipe, operand):
-  """The weight for the forward product, transposed, and for the input gradient."""
-  of_forward = recipe.forward and recipe.forward.weight
-  of_gradient = recipe.input_gradient and recipe.input_gradient.weight
+def weight_operands(
+    w_KN, quantized: WeightOperands, recipe: Recipe, dtype: jnp.dtype, implementation: str | None):
+  """The weight for the forward product, transposed, and for the input gradient.
+
+  Quantised now where nothing was ahead; in `dtype` for a product that is not in FP8.
+  """
+  if all(operand is None for operand in quantized):
+    quantized = quantize_weight(w_KN, recipe, implementation=implementation)
   w_NK, w = quantized
-  if w is None:
-    w = operand(w_KN, of_gradient)
-  if w_NK is None:
-    w_NK = (w if of_gradient == of_forward else operand(w_KN, of_forward)).mT
-  return w_NK, w
+  return (w_KN.astype(dtype).mT if w_NK is None else w_NK,
+          w_KN.astype(dtype) if w is None else w)
 
 
 def kept_operand(x_MK, x: Quantized | jax.Array, form: Operand | None, recipe: Recipe, operand):

@@ -50,17 +50,23 @@ class Weight:
     return self.master.astype(dtype)
 
 
-def quantize_weight(w_KN: jax.Array, recipe: Recipe) -> WeightOperands:
+def quantize_weight(
+    w_KN: jax.Array, recipe: Recipe, *, implementation: str | None = None) -> WeightOperands:
   """What the products with a weight read under a recipe.
 
   Args:
     w_KN: [..., K, N], float32 or bfloat16, not a part of it: scales are of the whole matrix' tiles.
     recipe: see there.
+    implementation: see `pallas_kernels`.
+
+  Raises:
+    ValueError: on what `quantize` does not know, or an implementation that cannot do it here.
   """
   w_KN = jax.lax.stop_gradient(w_KN)  # gradients are the master's
 
   def operand(form: Operand | None, run=quantize):
-    return form and run(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two)
+    return form and run(w_KN, form.tile, format=form.format, power_of_two=form.power_of_two,
+                        implementation=implementation)
 
   forward, gradient = (product and product.weight
                        for product in (recipe.forward, recipe.input_gradient))
