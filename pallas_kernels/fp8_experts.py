@@ -23,6 +23,7 @@ from pallas_kernels.fp8_linear import (
     as_array,
     as_operand,
     gradients,
+    kept_operand,
     precision_of,
     transposed_operand,
     weight_operands,
@@ -175,27 +176,25 @@ def _experts(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quant
 
 def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized):
   recipe, dtype = static.recipe, x_ND.dtype
-  operand = functools.partial(as_operand, dtype=dtype, implementation=static.implementation)
-  product = functools.partial(
-      _product, sizes_E=dispatch.sizes_E, dtype=dtype, implementation=static.implementation)
+  options = {"dtype": dtype, "implementation": static.implementation}
+  operand = functools.partial(as_operand, **options)
+  send = functools.partial(_send, x_ND, dispatch, operand=operand)
+  product = functools.partial(_product, sizes_E=dispatch.sizes_E, **options)
   activation = lambda recipe: recipe.forward and recipe.forward.activation
-  (of_gate_up, gate_up_of_gradient), (of_down, down_of_gradient) = (
-      weight_operands(w, ahead, recipe, dtype, static.implementation)
-      for w, ahead in zip((w_gate_up, w_down), quantized, strict=True))
+  of_gate_up, gate_up_of_gradient = weight_operands(w_gate_up, quantized[0], recipe, **options)
+  of_down, down_of_gradient = weight_operands(w_down, quantized[1], recipe, **options)
 
-  x = _send(x_ND, dispatch, activation(recipe.dispatched), operand)
+  x = send(activation(recipe.dispatched))
   gate_up = product(x, of_gate_up)
   hidden, kept_gate_up = _hidden_and_kept(
       gate_up, _gates(gates_NK, dispatch), activation(recipe), recipe.kept_swiglu, operand,
       static.implementation)
   kept_gate_up = checkpoint_name(kept_gate_up, "ffn_gate_up")
-  kept_x = x
-  if recipe.kept or not recipe.weight_gradient:
-    kept_x = _send(x_ND, dispatch, recipe.weight_gradient and recipe.kept, operand)
   # Empty arrays say what formats the weights have.
   formats = jnp.zeros(0, w_gate_up.dtype), jnp.zeros(0, w_down.dtype)
   return _sum_rows(product(hidden, of_down), dispatch), (
-      kept_x, gates_NK, kept_gate_up, gate_up_of_gradient, down_of_gradient, dispatch, formats)
+      kept_operand(x, recipe.kept, recipe, send), gates_NK, kept_gate_up, gate_up_of_gradient,
+      down_of_gradient, dispatch, formats)
 
 
 def _experts_backward(static: _Static, residuals, dy_ND):

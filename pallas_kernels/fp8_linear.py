@@ -134,15 +134,14 @@ def _linear(static: _Static, x_MK, w_KN, quantized: WeightOperands):
 
 def _linear_forward(static: _Static, x_MK, w_KN, quantized: WeightOperands):
   recipe = static.recipe
-  operand = functools.partial(
-      as_operand, dtype=x_MK.dtype, implementation=static.implementation)
-  x = operand(x_MK, recipe.forward and recipe.forward.activation)
-  w_NK, of_gradient = weight_operands(
-      w_KN, quantized, recipe, x_MK.dtype, static.implementation)
-  y_MN = _product(x, w_NK, x_MK.dtype, static.implementation)
-  kept = kept_operand(x_MK, x, static.kept, recipe, operand)
+  options = {"dtype": x_MK.dtype, "implementation": static.implementation}
+  operand = functools.partial(as_operand, x_MK, **options)
+  x = operand(recipe.forward and recipe.forward.activation)
+  w_NK, of_gradient = weight_operands(w_KN, quantized, recipe, **options)
+  y_MN = _product(x, w_NK, **options)
   # An empty array says what format the weight has.
-  return y_MN, (kept, of_gradient, jnp.zeros(0, w_KN.dtype))
+  return y_MN, (kept_operand(x, static.kept, recipe, operand), of_gradient,
+                jnp.zeros(0, w_KN.dtype))
 
 
 def weight_operands(
@@ -158,11 +157,12 @@ def weight_operands(
           w_KN.astype(dtype) if w is None else w)
 
 
-def kept_operand(x_MK, x: Quantized | jax.Array, form: Operand | None, recipe: Recipe, operand):
-  """What the weight gradient is given of the input, which the forward product read as `x`."""
-  if recipe.weight_gradient and not form:
-    return x
-  return operand(x_MK, recipe.weight_gradient and form)
+def kept_operand(x: Quantized | jax.Array, form: Operand | None, recipe: Recipe, operand):
+  """What the weight gradient is given of an input that the forward product read as `x`.
+
+  Where that is something else, `operand` makes it of a form.
+  """
+  return x if recipe.weight_gradient and not form else operand(recipe.weight_gradient and form)
 
 
 def _linear_backward(static: _Static, residuals, dy_MN):
