@@ -20,7 +20,6 @@ from pallas_kernels.fp8_grouped import (
 from pallas_kernels.fp8_linear import (
     SMALLEST_GRADIENT_AMAX,
     V3,
-    as_array,
     as_operand,
     gradients,
     kept_operand,
@@ -30,10 +29,15 @@ from pallas_kernels.fp8_linear import (
     with_tiles,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
-from pallas_kernels.quantize import swiglu, swiglu_quantize, swiglu_quantize_with_inputs
+from pallas_kernels.quantize import swiglu_quantize, swiglu_quantize_with_inputs
 from pallas_kernels.quantized import BLOCK, Quantized
 from pallas_kernels.recipe import Operand, Recipe
-from pallas_kernels.swiglu_backward import SwigluBackward, swiglu_backward_quantize
+from pallas_kernels.swiglu_backward import (
+    SwigluBackward,
+    gated_hidden,
+    swiglu_backward,
+    swiglu_backward_quantize,
+)
 from pallas_kernels.weight import Weight, split_weight
 
 _TILES_OF_ROWS = ("1x128", "row")  # none of which more than one row shares
@@ -111,7 +115,8 @@ def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | Non
   A gate multiplies a whole row, so it may as well multiply the row's scales.
   """
   if form is None or form.tile != "1x128" or form.power_of_two:
-    return operand(_hidden(gate_up, gates_S).astype(gate_up.dtype), form), operand(gate_up, kept)
+    hidden_SF = gated_hidden(gate_up, gates_S).astype(gate_up.dtype)
+    return operand(hidden_SF, form), operand(gate_up, kept)
   split, options = gate_up.reshape(len(gate_up), 2, -1), {"implementation": implementation}
   if kept == form and split.shape[-1] % BLOCK == 0:  # else tiles would cross from gate to up
     hidden, inputs = swiglu_quantize_with_inputs(split, format=form.format, **options)
@@ -120,12 +125,6 @@ def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | Non
     hidden = swiglu_quantize(split, format=form.format, **options)
     kept_gate_up = operand(gate_up, kept)
   return Quantized(hidden.values_MK, hidden.scales_mk * gates_S[:, None], hidden.tile), kept_gate_up
-
-
-def _hidden(gate_up: jax.Array, gates_S: jax.Array) -> jax.Array:
-  """Gated hidden units in float32: [S, 2 F] and [S] to [S, F]."""
-  split = gate_up.astype(jnp.float32).reshape(len(gate_up), 2, -1)
-  return swiglu(split) * gates_S[:, None]
 
 
 def _hidden_backward(
@@ -138,13 +137,11 @@ def _hidden_backward(
   if form and not others and form.tile == "1x128":
     return swiglu_backward_quantize(gate_up, gates_S, dhidden_SF, format=form.format,
                                     power_of_two=form.power_of_two, implementation=implementation)
-  dtype = dhidden_SF.dtype
-  hidden, vjp = jax.vjp(_hidden, as_array(gate_up), gates_S)
-  dgate_up, dgates_S = vjp(dhidden_SF.astype(jnp.float32))
   # Rounded to the layer's format before they are to FP8's, which matters less than what it saves.
+  hidden_SF, dgate_up, dgates_S = swiglu_backward(gate_up, gates_S, dhidden_SF)
   return SwigluBackward(
-      *gradients(dgate_up.astype(dtype), recipe, implementation),
-      transposed_operand(hidden.astype(dtype), product and product.activation, dtype,
+      *gradients(dgate_up, recipe, implementation),
+      transposed_operand(hidden_SF, product and product.activation, dhidden_SF.dtype,
                          implementation=implementation), dgates_S)
 
 

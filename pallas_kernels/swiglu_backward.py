@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import implementations
-from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX
+from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX, as_array
 from pallas_kernels.quantize import SMALLEST_AMAX, check, quantize, swiglu
-from pallas_kernels.quantized import Quantized, dequantize
+from pallas_kernels.quantized import Quantized
 from pallas_kernels.requantize import quantize_transposed
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.swiglu_backward")}
@@ -31,6 +31,30 @@ class SwigluBackward(NamedTuple):
   dgate_up_t: Quantized
   hidden_t: Quantized
   dgates_M: jax.Array
+
+
+def gated_hidden(gate_up: jax.Array, gates_M: jax.Array) -> jax.Array:
+  """swiglu(gate and up) * gates in float32: [M, 2 F] and [M] to [M, F]."""
+  split = gate_up.astype(jnp.float32).reshape(len(gate_up), 2, -1)
+  return swiglu(split) * gates_M[:, None]
+
+
+def swiglu_backward(
+    gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What `swiglu_backward_quantize` quantises, and the gradient of the gates.
+
+  Args:
+    gate_up: [M, 2 F].
+    gates_M, dhidden_MF: as there.
+
+  Returns:
+    Hidden units [M, F] and the gradient of gate and up [M, 2 F], rounded to dhidden's format, and
+    that of the gates, float32.
+  """
+  hidden_MF, vjp = jax.vjp(gated_hidden, as_array(gate_up), gates_M.astype(jnp.float32))
+  dgate_up, dgates_M = vjp(dhidden_MF.astype(jnp.float32))
+  return hidden_MF.astype(dhidden_MF.dtype), dgate_up.astype(dhidden_MF.dtype), dgates_M
 
 
 def swiglu_backward_quantize(
@@ -75,14 +99,9 @@ def swiglu_backward_quantize(
 
 
 def _xla(gate_up, gates_M, dhidden_MF, *, smallest_amax, smallest_gradient_amax, **options):
-  gate_up = dequantize(gate_up) if isinstance(gate_up, Quantized) else gate_up.astype(jnp.float32)
-  hidden_MF, vjp = jax.vjp(
-      lambda gate_up, gates: swiglu(gate_up.reshape(len(gates), 2, -1)) * gates[:, None],
-      gate_up, gates_M.astype(jnp.float32))
-  dgate_up, dgates_M = vjp(dhidden_MF.astype(jnp.float32))
+  hidden_MF, dgate_up, dgates_M = swiglu_backward(gate_up, gates_M, dhidden_MF)
   of_gradient, of_hidden = (
       options | {"smallest_amax": smallest, "implementation": "xla"}
       for smallest in (smallest_gradient_amax, smallest_amax))
-  dgate_up = dgate_up.astype(dhidden_MF.dtype)
   return (quantize(dgate_up, **of_gradient), quantize_transposed(dgate_up, **of_gradient),
-          quantize_transposed(hidden_MF.astype(dhidden_MF.dtype), **of_hidden), dgates_M)
+          quantize_transposed(hidden_MF, **of_hidden), dgates_M)
