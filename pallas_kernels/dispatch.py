@@ -49,8 +49,3 @@ def dispatch(experts_NK: jax.Array, num_experts: int) -> Dispatch:
       jnp.zeros_like(order_R).at[order_R].set(place_R, unique_indices=True).reshape(
           experts_NK.shape),
       sizes_E)
-
-
-def take_rows(x_M: jax.Array, index: jax.Array) -> jax.Array:
-  """x[index], zeros where that is behind the last row."""
-  return x_M.at[index].get(mode="fill", fill_value=0)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.dispatch import Dispatch, take_rows
+from pallas_kernels.dispatch import Dispatch
 from pallas_kernels.fp8_grouped import (
     aligned_sizes,
     fp8_grouped_matmul,
     fp8_grouped_weight_gradient,
+    take_rows,
 )
 from pallas_kernels.fp8_linear import (
     SMALLEST_GRADIENT_AMAX,

@@ -120,7 +120,12 @@ def align_groups(x_R: jax.Array, sizes_G: jax.Array, fill_value: int = 0) -> jax
   within_S = (within_b[:, None] + jnp.arange(BLOCK)).reshape(-1)
   of = lambda of_G: jnp.repeat(of_G[group_b], BLOCK)
   place_S = jnp.where(within_S < of(sizes_G), of(starts_G) + within_S, num_rows)
-  return x_R.at[place_S].get(mode="fill", fill_value=fill_value)
+  return take_rows(x_R, place_S, fill_value)
+
+
+def take_rows(x_R: jax.Array, index: jax.Array, fill_value: int = 0) -> jax.Array:
+  """x[index], and where that is behind the last row, this value."""
+  return x_R.at[index].get(mode="fill", fill_value=fill_value)
 
 
 def quantize_groups(
@@ -160,15 +165,15 @@ def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) ->
   blocks = lhs_SK.reshape(-1, BLOCK, lhs_SK.shape[1]), group_b
   out_SN = lax.map(product, blocks, batch_size=_AT_ONCE).reshape(len(lhs_SK), -1)
   places_R = aligned_places(sizes_G, lhs_RK.shape[0], len(lhs_SK))
-  return out_SN.at[places_R].get(mode="fill", fill_value=0).astype(dtype)
+  return take_rows(out_SN, places_R).astype(dtype)
 
 
 def aligned_places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
   """Where `align_groups` puts each row; behind the end for rows of no group."""
   ends_G = jnp.cumsum(sizes_G)
   group_R = jnp.searchsorted(ends_G, jnp.arange(num_rows), side="right")
-  within_R = jnp.arange(num_rows) - (ends_G - sizes_G).at[group_R].get(mode="fill", fill_value=0)
-  return aligned_starts(sizes_G).at[group_R].get(mode="fill", fill_value=rows) + within_R
+  within_R = jnp.arange(num_rows) - take_rows(ends_G - sizes_G, group_R)
+  return take_rows(aligned_starts(sizes_G), group_R, fill_value=rows) + within_R
 
 
 def _xla_weight_gradient(lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype):

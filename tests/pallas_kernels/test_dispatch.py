@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pallas_kernels import RECIPES, dispatch, fp8_experts
-from pallas_kernels.dispatch import take_rows
+from pallas_kernels.fp8_grouped import take_rows
 from pallas_kernels.recipe import Recipe
 
 E = 3
