@@ -86,7 +86,10 @@ _sum_rows.defvjp(
 def grouped_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
-  """Assignments sorted by expert, then two grouped matrix products."""
+  """Assignments sorted by expert, then two grouped matrix products.
+
+  With a recipe, `fp8_experts` does all of it.
+  """
   cast = lambda x: x.astype(numerics.compute_dtype)
   if numerics.recipe:
     return fp8_experts(cast(x_ND), gates_NK, weights.w_gate_up, weights.w_down,

@@ -1,7 +1,7 @@
 """Grouped matrix products of FP8 operands with a scale for each tile.
 
-A weight gradient contracts over a group's rows, so tiles must not straddle groups:
-`quantize_groups` begins every group at a multiple of 128.
+A weight gradient contracts over a group's rows, so tiles must not straddle groups: for it every
+group begins at a multiple of 128, as `align_groups` puts them.
 
 Shape letters:  R rows, those of group 0 first  G groups  K contracted width  N result width
                 S rows with every group at a multiple of 128  P 128 of them  b blocks of them
@@ -61,7 +61,8 @@ def fp8_grouped_weight_gradient(
   """Each group's lhs @ rhs.T over that group's rows: the gradient of every group's matrix.
 
   Args:
-    lhs_KS, rhs_NS: as `quantize_groups` makes them.
+    lhs_KS, rhs_NS: scales of 1x128; every group's columns begin at a multiple of 128, S is one too,
+      and between groups and after the last are zeros.
     sizes_G: int32, rows per group.
     dtype: of the result.
     implementation: see `pallas_kernels`.
@@ -84,7 +85,7 @@ def fp8_grouped_weight_gradient(
 
 
 def aligned_rows(num_rows: int, num_groups: int) -> int:
-  """Rows that are enough for `quantize_groups`, however its rows fall into groups."""
+  """Rows that are enough for `align_groups`, however its rows fall into groups."""
   not_empty = min(num_rows, num_groups)
   return -(-(num_rows + not_empty * (BLOCK - 1)) // BLOCK) * BLOCK
 

@@ -32,8 +32,9 @@ class Kernel(NamedTuple):
 def late(module: str, name: str = "KERNEL") -> Kernel:
   """A kernel of `pallas_kernels.MODULE`, imported when it is first asked: Pallas takes long to.
 
-  It is traced once for all that call it alike. A kernel's code holds where it was traced from, so
-  that it would be compiled again for every place that calls it.
+  A process traces it once for all that call it alike: a kernel's code holds where it was traced
+  from, so that it would be compiled again for every place that calls it. Options are static
+  arguments of a jitted function, so they must be hashable.
   """
   @functools.cache
   def kernel() -> Kernel:

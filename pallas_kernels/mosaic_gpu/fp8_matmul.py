@@ -192,7 +192,10 @@ def refuse_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | No
 
 def default_tiling(
     dtype: jnp.dtype, vectors: bool, shape: tuple[int, int] | None = None) -> Tiling:
-  """The most stages that fit, as float32 results take twice the room, without spilled registers.
+  """The most stages that fit, without spilled registers.
+
+  Those are 5 for tiles of 128 rows, or 4 where results in float32 take twice the room, and 3 for
+  tiles of 256 rows whatever the result.
 
   With scales of rows on both sides, tiles of 256 rows read them half as often, and take 1.8 times
   as long as tiles of 128. Too few of them leave multiprocessors idle in the end.
