@@ -41,8 +41,6 @@ from pallas_kernels.swiglu_backward import (
 )
 from pallas_kernels.weight import Weight, split_weight
 
-_TILES_OF_ROWS = ("1x128", "row")  # none of which more than one row shares
-
 
 class _Static(NamedTuple):
   recipe: Recipe
@@ -94,7 +92,7 @@ def _send(x_ND, dispatch: Dispatch, form: Operand | None, operand) -> Quantized 
   """Tokens' rows, one for each expert, as an operand."""
   token_S = dispatch.assignment_S // dispatch.place_NK.shape[1]
   take = functools.partial(take_rows, index=token_S)
-  if form and form.tile in _TILES_OF_ROWS:
+  if form and form.tile in ("1x128", "row"):  # which no two rows share
     return jax.tree.map(take, operand(x_ND, form))
   return operand(take(x_ND), form)
 

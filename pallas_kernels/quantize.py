@@ -12,7 +12,6 @@ from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, num_tiles, round
 
 # V3's code never divides by less, for whatever an activation is. Gradients may be much smaller.
 SMALLEST_AMAX = 1e-4
-_SYMMETRIC_TILES = ("128x128", "tensor")  # the transpose has the same
 TILES = {"1x128": (1, BLOCK), "128x1": (BLOCK, 1), "128x128": (BLOCK, BLOCK)}
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.quantize"),
             "mosaic_tpu": implementations.late("mosaic_tpu.quantize")}
@@ -128,9 +127,9 @@ def quantize_both(
     ValueError: on what it does not know, or an implementation that cannot do it here.
   """
   check(x_MK, format)
-  if tile not in ("1x128", *_SYMMETRIC_TILES):
-    raise ValueError(f"quantize_both has no tile {tile!r}; there are: 1x128, "
-                     f"{', '.join(_SYMMETRIC_TILES)}")
+  tiles = "1x128", "128x128", "tensor"
+  if tile not in tiles:
+    raise ValueError(f"quantize_both has no tile {tile!r}; there are: {', '.join(tiles)}")
   return implementations.run(
       "quantize_both", implementation, _quantize_both, _BOTH_KERNELS, x_MK,
       tile=tile_of(tile, x_MK.shape), format=format, power_of_two=power_of_two,
