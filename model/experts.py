@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.config import ModelConfig
 from model.layers import gated, recomputed
 from model.numerics import Numerics
-from pallas_kernels import dispatch, fp8_experts, grouped_matmul, implementations
+from pallas_kernels import dispatch, fp8_experts, gated_down, grouped_matmul, implementations
 from pallas_kernels.dispatch import sort_by_expert
 
 # Slots per expert over the mean load, and rows of an overflow block. Measured; see
@@ -103,12 +103,13 @@ def grouped_experts(
   gates_R = _take_rows(gates_NK.reshape(-1), order_R, place_NK.reshape(-1, 1))
   # The backward pass reads the weights as they are stored, not a copy kept of what is multiplied.
   @recomputed
-  def matmul(rows, weights):
-    return grouped_matmul(rows, cast(weights).reshape(len(sizes_E), rows.shape[1], -1), sizes_E,
-                          precision=numerics.precision)
+  def up(rows_RD, weights):
+    return grouped_matmul(rows_RD, cast(weights).reshape(len(sizes_E), rows_RD.shape[1], -1),
+                          sizes_E, precision=numerics.precision)
 
-  gate_up = checkpoint_name(matmul(rows_RD, weights.w_gate_up), "ffn_gate_up")
-  return _sum_rows(matmul(_hidden(gate_up, gates_R), weights.w_down), token_R, place_NK)
+  gate_up = checkpoint_name(up(rows_RD, weights.w_gate_up), "ffn_gate_up")
+  y_RD = gated_down(gate_up, gates_R, weights.w_down, sizes_E, precision=numerics.precision)
+  return _sum_rows(y_RD, token_R, place_NK)
 
 
 def _inverse(order_R: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from pallas_kernels.fp8_grouped import (
 )
 from pallas_kernels.fp8_linear import fp8_linear
 from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.gated_down import gated_down
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.quantize import (
     quantize,
@@ -27,12 +28,18 @@ from pallas_kernels.quantized import FORMATS, Quantized, dequantize
 from pallas_kernels.recipe import RECIPES, Recipe
 from pallas_kernels.requantize import quantize_transposed
 from pallas_kernels.swiglu_backward import SwigluBackward, swiglu_backward_quantize
+from pallas_kernels.swiglu_gated import (
+    SwigluGatedBackward,
+    swiglu_gated,
+    swiglu_gated_backward,
+)
 from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 
 __all__ = [
-    "FORMATS", "RECIPES", "Dispatch", "Quantized", "Recipe", "SwigluBackward", "Weight",
-    "WeightOperands", "dequantize", "dispatch", "fp8_experts", "fp8_grouped_matmul",
-    "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul", "grouped_matmul",
-    "grouped_weight_gradient", "quantize", "quantize_both", "quantize_groups",
-    "quantize_transposed", "quantize_weight", "swiglu", "swiglu_backward_quantize",
-    "swiglu_quantize", "swiglu_quantize_with_inputs"]
+    "FORMATS", "RECIPES", "Dispatch", "Quantized", "Recipe", "SwigluBackward",
+    "SwigluGatedBackward", "Weight", "WeightOperands", "dequantize", "dispatch", "fp8_experts",
+    "fp8_grouped_matmul", "fp8_grouped_weight_gradient", "fp8_linear", "fp8_matmul",
+    "gated_down", "grouped_matmul", "grouped_weight_gradient", "quantize", "quantize_both",
+    "quantize_groups", "quantize_transposed", "quantize_weight", "swiglu",
+    "swiglu_backward_quantize", "swiglu_gated", "swiglu_gated_backward", "swiglu_quantize",
+    "swiglu_quantize_with_inputs"]

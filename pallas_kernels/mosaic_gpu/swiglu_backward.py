@@ -207,7 +207,7 @@ def _along_rows(
   layout = _rows_layout()
   for first, _ in steps(ROWS, STEP):
     piece, rows = _piece(place.wg, first), place.step(first)
-    *gradients, hidden_SF, dgates_S = _backward(*load(first), layout, quantizer.divides)
+    *gradients, hidden_SF, dgates_S = backward_in_registers(*load(first), layout, quantizer.divides)
     refs.tiles[2][piece] = hidden_SF
     store_in_column(refs.dgates.at[rows, pl.ds(place.block_column, 1)], dgates_S, layout)
     for k, x_SF in enumerate(gradients):
@@ -256,7 +256,9 @@ def _piece(wg: jax.Array, first: int):
   return pl.ds(wg * ROWS + first, STEP)
 
 
-def _backward(gate_SF, up_SF, dhidden_SF, gate_S, layout, interpreted: bool):
+def backward_in_registers(
+    gate_SF: jax.Array, up_SF: jax.Array, dhidden_SF: jax.Array, gate_S: jax.Array, layout,
+    interpreted: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Gradients and hidden units of some rows, in their format, and sums for the gates' gradients."""
   scale_SF = plgpu.layout_cast(lax.broadcast_in_dim(gate_S, gate_SF.shape, (0,)), layout)
   sigmoid_SF = sigmoid(gate_SF)
