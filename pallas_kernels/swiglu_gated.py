@@ -47,7 +47,7 @@ def swiglu_gated_backward(
   """Gradients of `swiglu_gated`, and its output again, in one pass over memory.
 
   All is computed in float32 and rounded once. V3 computes SwiGLU's output again in its backward
-  pass (arXiv:2412.19437, section 3.2.3).
+  pass (arXiv:2412.19437, section 3.3.3).
 
   Args:
     gate_up, gates_M: as there.
