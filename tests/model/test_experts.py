@@ -11,6 +11,7 @@ import pytest
 import model
 from model.experts import EXPERTS, ExpertWeights, fastest_experts, slot_experts
 from model.numerics import NUMERICS
+from model.transformer import REMAT
 from pallas_kernels import implementations
 
 TOKENS, WIDTH, NUM_EXPERTS, CHOSEN, EXPERT_WIDTH = 96, 12, 8, 3, 10
@@ -84,26 +85,40 @@ def test_slots_do_not_compute_every_expert_for_every_token():
   assert flops(EXPERTS["slots"], 32) < 2 * useful
 
 
-def test_slots_batch_over_a_leading_axis():
+@pytest.mark.parametrize("way", ["slots", "grouped"])
+def test_experts_batch_over_a_leading_axis(way):
   stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *[inputs(seed)[i] for seed in (0, 1)])
              for i in range(3)]
   experts = jnp.stack([ROUTINGS["random"], ROUTINGS["same experts for every token"]]).astype(
       jnp.int32)
-  run = functools.partial(slot_experts, numerics=NUMERICS["fp32"])
+  run = functools.partial(WAYS[way], numerics=NUMERICS["fp32"])
   both = jax.jit(jax.vmap(run))(*stacked, experts)
   for seed in (0, 1):
     alone = jax.jit(run)(*inputs(seed)[:3], experts[seed])
     np.testing.assert_allclose(both[seed], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_stays_bfloat16_and_near():
+@pytest.mark.parametrize("way", ["slots", "grouped"])
+def test_bfloat16_stays_bfloat16_and_near(way):
   weights, x_ND, gates_NK, _ = inputs()
   experts_NK = jnp.asarray(ROUTINGS["random"], jnp.int32)
-  wide = slot_experts(weights, x_ND, gates_NK, experts_NK, NUMERICS["fp32"])
-  narrow = slot_experts(weights, x_ND, gates_NK, experts_NK, NUMERICS["bf16"])
+  wide = WAYS[way](weights, x_ND, gates_NK, experts_NK, NUMERICS["fp32"])
+  narrow = WAYS[way](weights, x_ND, gates_NK, experts_NK, NUMERICS["bf16"])
   assert narrow.dtype == jnp.bfloat16
   # Four roundings of 2^-9 relative each, on sums of a hundred terms of one size.
   assert float(jnp.abs(narrow - wide).max() / jnp.abs(wide).max()) < 4 * 2**-8
+
+
+@pytest.mark.parametrize(("remat", "again"), [("none", 0), ("v3", 0), ("full", 1)])
+def test_where_gate_and_up_are_kept_no_grouped_product_is_computed_again(remat, again):
+  weights, x_ND, gates_NK, dy_ND = inputs()
+  experts_NK = jnp.asarray(ROUTINGS["random"], jnp.int32)
+  experts = lambda *args: EXPERTS["grouped"](*args, experts_NK, NUMERICS["bf16"])
+  if REMAT[remat]:
+    experts = jax.checkpoint(experts, policy=REMAT[remat])
+  step = lambda *args: jax.vjp(experts, *args)[1](dy_ND.astype(jnp.bfloat16))
+  program = str(jax.make_jaxpr(step)(weights, x_ND, gates_NK))
+  assert program.count("ragged_dot_general[") == 6 + again
 
 
 @pytest.mark.parametrize(("name", "numerics", "way"), [
