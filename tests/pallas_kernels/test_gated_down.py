@@ -4,13 +4,14 @@ Shape letters:  R rows  G groups  F hidden units  N result width
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gated_down
+from pallas_kernels import gated_down, implementations
 
 R, G, F, N = 20, 4, 6, 5
 SIZES = (7, 0, 10, 1)  # the last rows are nobody's
@@ -118,3 +119,16 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
   shapes = {0: (R, 2 * F), 1: (R,), 2: (G, F, N), 3: (G,)} | change
   with pytest.raises(ValueError, match=message):
     gated_down(*map(jnp.zeros, shapes.values()))
+
+
+def test_on_hopper_kernels_compute_all_but_the_hidden_units_of_the_forward_pass(monkeypatch):
+  monkeypatch.setattr(implementations, "here", lambda: "mosaic_gpu")
+  r, f, n = 98304, 512, 1024
+  shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+      ((r, 2 * f), jnp.bfloat16), ((r,), jnp.float32), ((G, f, n), jnp.float32),
+      ((r, n), jnp.bfloat16))]
+  lowered = jax.jit(ours.__wrapped__).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  names = re.findall(r"00(\w+)_mosaic_gpu\\", lowered)
+  kernels = [name for name in names if name != "stable"]  # the dialect's
+  assert sorted(kernels) == [
+      "grouped_matmul", "grouped_matmul", "grouped_weight_gradient", "swiglu_gated_backward"]
