@@ -29,10 +29,10 @@ def operands(dtype=jnp.float32, seed=0):
 
 
 @jax.jit
-def ours(gate_up, gates_R, w_GFN, dy_RN, sizes_G=jnp.array(SIZES)):
+def ours(gate_up, gates_R, w_GFN, dy_RN, sizes_G=SIZES):
   """The result and its gradients."""
   product = functools.partial(
-      gated_down, sizes_G=sizes_G,
+      gated_down, sizes_G=jnp.asarray(sizes_G),
       precision="highest" if gate_up.dtype == jnp.float32 else None)
   y_RN, vjp = jax.vjp(product, gate_up, gates_R, w_GFN)
   return y_RN, *vjp(dy_RN)
