@@ -20,7 +20,14 @@ from jax.ad_checkpoint import checkpoint_name
 from model.config import ModelConfig
 from model.layers import gated, recomputed
 from model.numerics import Numerics
-from pallas_kernels import dispatch, fp8_experts, gated_down, grouped_matmul, implementations
+from pallas_kernels import (
+    dispatch,
+    fp8_experts,
+    gated_down,
+    grouped_matmul,
+    implementations,
+    take_rows,
+)
 from pallas_kernels.dispatch import sort_by_expert
 
 # Slots per expert over the mean load, and rows of an overflow block. Measured; see
@@ -58,11 +65,11 @@ def dense_experts(
 @jax.custom_vjp
 def _take_rows(x_ND, token_R, place_NK):
   """x_ND[token_R], where token n's copies went to rows place_NK[n]: gathers both ways."""
-  return x_ND[token_R]
+  return take_rows(x_ND, token_R)
 
 
 def _take_rows_forward(x_ND, token_R, place_NK):
-  return x_ND[token_R], place_NK
+  return _take_rows(x_ND, token_R, place_NK), place_NK
 
 
 def _take_rows_backward(place_NK, dy_RD):
@@ -80,7 +87,7 @@ def _sum_rows(y_RD, token_R, place_NK):
 
 _sum_rows.defvjp(
     lambda y_RD, token_R, place_NK: (_sum_rows(y_RD, token_R, place_NK), token_R),
-    lambda token_R, dy_ND: (dy_ND[token_R], None, None))
+    lambda token_R, dy_ND: (take_rows(dy_ND, token_R), None, None))
 
 
 def grouped_experts(

@@ -33,6 +33,7 @@ from pallas_kernels.swiglu_gated import (
     swiglu_gated,
     swiglu_gated_backward,
 )
+from pallas_kernels.take_rows import take_rows
 from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 
 __all__ = [
@@ -42,4 +43,4 @@ __all__ = [
     "gated_down", "grouped_matmul", "grouped_weight_gradient", "quantize", "quantize_both",
     "quantize_groups", "quantize_transposed", "quantize_weight", "swiglu",
     "swiglu_backward_quantize", "swiglu_gated", "swiglu_gated_backward", "swiglu_quantize",
-    "swiglu_quantize_with_inputs"]
+    "swiglu_quantize_with_inputs", "take_rows"]

@@ -16,7 +16,6 @@ from pallas_kernels.fp8_grouped import (
     aligned_sizes,
     fp8_grouped_matmul,
     fp8_grouped_weight_gradient,
-    take_rows,
 )
 from pallas_kernels.fp8_linear import (
     SMALLEST_GRADIENT_AMAX,
@@ -39,6 +38,7 @@ from pallas_kernels.swiglu_backward import (
     swiglu_backward,
     swiglu_backward_quantize,
 )
+from pallas_kernels.take_rows import take_rows
 from pallas_kernels.weight import Weight, split_weight
 
 

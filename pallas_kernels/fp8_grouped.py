@@ -15,6 +15,7 @@ from pallas_kernels import implementations
 from pallas_kernels.quantize import SMALLEST_AMAX
 from pallas_kernels.quantized import BLOCK, Quantized, dequantize
 from pallas_kernels.requantize import quantize_transposed
+from pallas_kernels.take_rows import take_rows
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.fp8_grouped"),
             "mosaic_tpu": implementations.late("mosaic_tpu.fp8_grouped")}
@@ -121,12 +122,7 @@ def align_groups(x_R: jax.Array, sizes_G: jax.Array, fill_value: int = 0) -> jax
   within_S = (within_b[:, None] + jnp.arange(BLOCK)).reshape(-1)
   of = lambda of_G: jnp.repeat(of_G[group_b], BLOCK)
   place_S = jnp.where(within_S < of(sizes_G), of(starts_G) + within_S, num_rows)
-  return take_rows(x_R, place_S, fill_value)
-
-
-def take_rows(x_R: jax.Array, index: jax.Array, fill_value: int = 0) -> jax.Array:
-  """x[index], and where that is behind the last row, this value."""
-  return x_R.at[index].get(mode="fill", fill_value=fill_value)
+  return take_rows(x_R, place_S, fill_value, implementation="xla")
 
 
 def quantize_groups(
@@ -166,7 +162,7 @@ def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) ->
   blocks = lhs_SK.reshape(-1, BLOCK, lhs_SK.shape[1]), group_b
   out_SN = lax.map(product, blocks, batch_size=_AT_ONCE).reshape(len(lhs_SK), -1)
   places_R = aligned_places(sizes_G, lhs_RK.shape[0], len(lhs_SK))
-  return take_rows(out_SN, places_R).astype(dtype)
+  return take_rows(out_SN, places_R, implementation="xla").astype(dtype)
 
 
 def aligned_places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pallas_kernels import RECIPES, dispatch, fp8_experts
-from pallas_kernels.fp8_grouped import take_rows
 from pallas_kernels.recipe import Recipe
+from pallas_kernels.take_rows import take_rows
 
 E = 3
 
