@@ -20,6 +20,7 @@ from pallas_kernels.fp8_grouped import (
 from pallas_kernels.fp8_linear import (
     SMALLEST_GRADIENT_AMAX,
     V3,
+    as_array,
     as_operand,
     gradients,
     kept_operand,
@@ -32,12 +33,8 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_weight_gradien
 from pallas_kernels.quantize import swiglu_quantize, swiglu_quantize_with_inputs
 from pallas_kernels.quantized import BLOCK, Quantized
 from pallas_kernels.recipe import Operand, Recipe
-from pallas_kernels.swiglu_backward import (
-    SwigluBackward,
-    gated_hidden,
-    swiglu_backward,
-    swiglu_backward_quantize,
-)
+from pallas_kernels.swiglu_backward import SwigluBackward, swiglu_backward_quantize
+from pallas_kernels.swiglu_gated import swiglu_gated, swiglu_gated_backward
 from pallas_kernels.take_rows import take_rows
 from pallas_kernels.weight import Weight, split_weight
 
@@ -114,7 +111,7 @@ def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | Non
   A gate multiplies a whole row, so it may as well multiply the row's scales.
   """
   if form is None or form.tile != "1x128" or form.power_of_two:
-    hidden_SF = gated_hidden(gate_up, gates_S).astype(gate_up.dtype)
+    hidden_SF = swiglu_gated(gate_up, gates_S).astype(gate_up.dtype)
     return operand(hidden_SF, form), operand(gate_up, kept)
   split, options = gate_up.reshape(len(gate_up), 2, -1), {"implementation": implementation}
   if kept == form and split.shape[-1] % BLOCK == 0:  # else tiles would cross from gate to up
@@ -137,7 +134,7 @@ def _hidden_backward(
     return swiglu_backward_quantize(gate_up, gates_S, dhidden_SF, format=form.format,
                                     power_of_two=form.power_of_two, implementation=implementation)
   # Rounded to the layer's format before they are to FP8's, which matters less than what it saves.
-  hidden_SF, dgate_up, dgates_S = swiglu_backward(gate_up, gates_S, dhidden_SF)
+  dgate_up, hidden_SF, dgates_S = swiglu_gated_backward(as_array(gate_up), gates_S, dhidden_SF)
   return SwigluBackward(
       *gradients(dgate_up, recipe, implementation),
       transposed_operand(hidden_SF, product and product.activation, dhidden_SF.dtype,

@@ -38,8 +38,9 @@ def gated_down(
     implementation: see `pallas_kernels`; of products and the backward pass.
 
   Returns:
-    [R, N] in the format of gate and up. Gradients have the format of what they are of, float32
-    accumulators rounded once.
+    [R, N] in the format of gate and up, and so are all gradients but the gates', which is float32,
+    until the weight's is cast to the format that weights are stored in: whoever reads it may as
+    well read the fewer bits.
 
   Raises:
     ValueError: on shapes that do not fit, or an implementation that cannot do it here.
@@ -55,8 +56,9 @@ def gated_down(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_down(static: _Static, gate_up, gates_R, w_down_GFN, sizes_G):
-  return grouped_matmul(swiglu_gated(gate_up, gates_R), w_down_GFN.astype(gate_up.dtype), sizes_G,
-                        **static._asdict())
+  hidden_RF = swiglu_gated(gate_up, gates_R).astype(gate_up.dtype)
+  return grouped_matmul(
+      hidden_RF, w_down_GFN.astype(gate_up.dtype), sizes_G, **static._asdict())
 
 
 def _forward(static: _Static, *operands):
@@ -69,9 +71,9 @@ def _backward(static: _Static, operands, dy_RN):
                               **static._asdict())
   dgate_up, hidden_RF, dgates_R = swiglu_gated_backward(
       gate_up, gates_R, dhidden_RF, implementation=static.implementation)
-  dw_down_GFN = grouped_weight_gradient(hidden_RF, dy_RN, sizes_G, dtype=w_down_GFN.dtype,
-                                        implementation=static.implementation)
-  return dgate_up, dgates_R.astype(gates_R.dtype), dw_down_GFN, None
+  dw_down_GFN = grouped_weight_gradient(
+      hidden_RF, dy_RN, sizes_G, implementation=static.implementation)
+  return dgate_up, dgates_R.astype(gates_R.dtype), dw_down_GFN.astype(w_down_GFN.dtype), None
 
 
 _gated_down.defvjp(_forward, _backward)

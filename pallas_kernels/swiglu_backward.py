@@ -6,13 +6,13 @@ Shape letters:  M rows  F hidden units
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import implementations
 from pallas_kernels.fp8_linear import SMALLEST_GRADIENT_AMAX, as_array
-from pallas_kernels.quantize import SMALLEST_AMAX, check, quantize, swiglu
+from pallas_kernels.quantize import SMALLEST_AMAX, check, quantize
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.requantize import quantize_transposed
+from pallas_kernels.swiglu_gated import swiglu_gated_backward
 
 _KERNELS = {"mosaic_gpu": implementations.late("mosaic_gpu.swiglu_backward")}
 
@@ -31,30 +31,6 @@ class SwigluBackward(NamedTuple):
   dgate_up_t: Quantized
   hidden_t: Quantized
   dgates_M: jax.Array
-
-
-def gated_hidden(gate_up: jax.Array, gates_M: jax.Array) -> jax.Array:
-  """swiglu(gate and up) * gates in float32: [M, 2 F] and [M] to [M, F]."""
-  split = gate_up.astype(jnp.float32).reshape(len(gate_up), 2, -1)
-  return swiglu(split) * gates_M[:, None]
-
-
-def swiglu_backward(
-    gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """What `swiglu_backward_quantize` quantises, and the gradient of the gates.
-
-  Args:
-    gate_up: [M, 2 F].
-    gates_M, dhidden_MF: as there.
-
-  Returns:
-    Hidden units [M, F] and the gradient of gate and up [M, 2 F], rounded to dhidden's format, and
-    that of the gates, float32.
-  """
-  hidden_MF, vjp = jax.vjp(gated_hidden, as_array(gate_up), gates_M.astype(jnp.float32))
-  dgate_up, dgates_M = vjp(dhidden_MF.astype(jnp.float32))
-  return hidden_MF.astype(dhidden_MF.dtype), dgate_up.astype(dhidden_MF.dtype), dgates_M
 
 
 def swiglu_backward_quantize(
@@ -99,7 +75,8 @@ def swiglu_backward_quantize(
 
 
 def _xla(gate_up, gates_M, dhidden_MF, *, smallest_amax, smallest_gradient_amax, **options):
-  hidden_MF, dgate_up, dgates_M = swiglu_backward(gate_up, gates_M, dhidden_MF)
+  dgate_up, hidden_MF, dgates_M = swiglu_gated_backward(
+      as_array(gate_up), gates_M, dhidden_MF, implementation="xla")
   of_gradient, of_hidden = (
       options | {"smallest_amax": smallest, "implementation": "xla"}
       for smallest in (smallest_gradient_amax, smallest_amax))

@@ -18,7 +18,7 @@ class SwigluGatedBackward(NamedTuple):
   """What a backward pass needs of swiglu(gate and up) * gates.
 
   Attributes:
-    dgate_up: gradient of gate and up, in their format: [M, 2 F].
+    dgate_up: gradient of gate and up, in dhidden's format: [M, 2 F].
     hidden_MF: the output, computed again, in that format, too.
     dgates_M: gradient of the gates, float32.
   """
@@ -29,16 +29,17 @@ class SwigluGatedBackward(NamedTuple):
 
 
 def swiglu_gated(gate_up: jax.Array, gates_M: jax.Array) -> jax.Array:
-  """swiglu(gate and up) * gates in float32, rounded once to the format of gate and up.
+  """swiglu(gate and up) * gates.
 
   Args:
     gate_up: [M, 2 F], gate first.
     gates_M: what each row is multiplied by.
 
   Returns:
-    [M, F].
+    [M, F], float32.
   """
-  return _in_float32(gate_up.astype(jnp.float32), gates_M).astype(gate_up.dtype)
+  split = gate_up.astype(jnp.float32).reshape(len(gate_up), 2, -1)
+  return swiglu(split) * gates_M[:, None]
 
 
 def swiglu_gated_backward(
@@ -51,30 +52,24 @@ def swiglu_gated_backward(
 
   Args:
     gate_up, gates_M: as there.
-    dhidden_MF: gradient of its output, in the format of gate and up.
+    dhidden_MF: gradient of its output.
     implementation: see `pallas_kernels`.
 
   Raises:
-    ValueError: on shapes or formats that do not fit together, or an implementation that cannot do
-      it here.
+    ValueError: on shapes that do not fit, or an implementation that cannot do it here.
   """
   rows, width = dhidden_MF.shape[0], dhidden_MF.shape[-1]
   if (dhidden_MF.shape != (rows, width) or gates_M.shape != (rows,)
-      or gate_up.shape != (rows, 2 * width) or gate_up.dtype != dhidden_MF.dtype):
+      or gate_up.shape != (rows, 2 * width)):
     raise ValueError(
-        "swiglu_gated_backward takes gate and up [M, 2 F], gates [M] and dhidden [M, F] in the "
-        f"format of gate and up, not {gate_up.shape}, {gates_M.shape} and {dhidden_MF.shape} in "
-        f"{gate_up.dtype} and {dhidden_MF.dtype}")
+        "swiglu_gated_backward takes gate and up [M, 2 F], gates [M] and dhidden [M, F], not "
+        f"{gate_up.shape}, {gates_M.shape} and {dhidden_MF.shape}")
   return SwigluGatedBackward(*implementations.run(
       "swiglu_gated_backward", implementation, _xla, _KERNELS, gate_up,
       gates_M.astype(jnp.float32), dhidden_MF))
 
 
 def _xla(gate_up, gates_M, dhidden_MF):
-  hidden_MF, vjp = jax.vjp(_in_float32, gate_up.astype(jnp.float32), gates_M)
+  hidden_MF, vjp = jax.vjp(swiglu_gated, gate_up.astype(jnp.float32), gates_M)
   dgate_up, dgates_M = vjp(dhidden_MF.astype(jnp.float32))
-  return dgate_up.astype(gate_up.dtype), hidden_MF.astype(gate_up.dtype), dgates_M
-
-
-def _in_float32(gate_up, gates_M):
-  return swiglu(gate_up.reshape(len(gate_up), 2, -1)) * gates_M[:, None]
+  return dgate_up.astype(dhidden_MF.dtype), hidden_MF.astype(dhidden_MF.dtype), dgates_M

@@ -90,7 +90,7 @@ def test_the_output_computed_again_is_the_output(dtype):
                              for seed, shape in enumerate(((9, 20), (9,), (9, 10))))
   hidden = swiglu_gated_backward(gate_up, gates, dhidden).hidden_MF
   assert hidden.dtype == dtype
-  np.testing.assert_array_equal(hidden, swiglu_gated(gate_up, gates))
+  np.testing.assert_array_equal(hidden, swiglu_gated(gate_up, gates).astype(dtype))
 
 
 @pytest.mark.parametrize(("m", "f", "tiling"), [
@@ -159,14 +159,12 @@ def test_tilings_that_do_not_work_are_refused(rows, stages, message):
     Tiling(rows, stages)
 
 
-@pytest.mark.parametrize(("shapes", "dtype", "message"), [
-    (((8, 128), (8,), (8, 128)), jnp.float32, r"gate and up \[M, 2 F\]"),
-    (((8, 256), (8, 1), (8, 128)), jnp.float32, r"gates \[M\]"),
-    (((8, 256), (8,), (8, 128)), jnp.bfloat16, "in bfloat16 and float32")])
-def test_what_does_not_fit_is_refused(shapes, dtype, message):
-  gate_up, gates, dhidden = map(jnp.zeros, shapes)
+@pytest.mark.parametrize(("shapes", "message"), [
+    (((8, 128), (8,), (8, 128)), r"gate and up \[M, 2 F\]"),
+    (((8, 256), (8, 1), (8, 128)), r"gates \[M\]")])
+def test_what_does_not_fit_is_refused(shapes, message):
   with pytest.raises(ValueError, match=message):
-    swiglu_gated_backward(gate_up.astype(dtype), gates, dhidden)
+    swiglu_gated_backward(*map(jnp.zeros, shapes))
 
 
 @ON_HOPPER
