@@ -23,6 +23,8 @@ _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
     ("between devices", r"all-reduce|all-gather|reduce-scatter|nccl"),
     ("dense products", r"gemm|cutlass|nvjet|xmma|cublas|matmul|fp8_linear|dot_general.*;"
                        r"|\bdot[._]|ynn_fusion"),
+    ("sort, gather, scatter", r"take_rows_mosaic"),
+    ("element by element", r"swiglu_gated_backward_mosaic"),
     # In a CUDA graph nothing says which of them, unless its name did above.
     ("our kernels", r"mosaic_gpu"),
     ("sort, gather, scatter", r"sort|scatter|gather|top_k|topk|cumsum|scan_kernel|argsort|radix"),
