@@ -216,4 +216,9 @@ def _line(row: dict) -> tuple:
   target = f"{row['target']} {'met' if row['met'] else 'missed'}" if "target" in row else None
   return (row["operation"], row["shape"], row["side"], 1e3 * row["seconds"], row["rate"],
           row["unit"], row["share_of_ceiling"], row["error"],
-          of and f"{of[0]:.2f} ({of[1]:.2f} to {of[2]:.2f})", target)
+          of and describe(*of), target)
+
+
+def describe(median: float, low: float, high: float) -> str:
+  """A ratio in words."""
+  return f"{median:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(low) else f"{median:.2f}"

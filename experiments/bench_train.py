@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from experiments import markdown, provenance, settings
-from experiments.bench_kernels import in_turns, ratio
+from experiments.bench_kernels import describe, in_turns, ratio
 from experiments.bench_train_sides import Bench, BenchConfig, Ours, Peer, Side
 from experiments.options import Options
 from model import NUMERICS, get_config
@@ -131,8 +131,7 @@ def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
   first, *others = sides
   print(f"\n{phase.replace('_', ' + ')}, {cfg.batch_size} x {cfg.seq_len} tokens")
   for name in sorted(others, key=lambda name: -sides[name]["tokens_per_second"]):
-    mean, low, high = timed["faster_by"][name]
-    print(f"{first} over {name}: {mean:.2f} ({low:.2f} to {high:.2f})")
+    print(f"{first} over {name}: {describe(*timed['faster_by'][name])}")
   width = max(map(len, sides))
   print(f"{'':{width}}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'peak MB':>9}{'start s':>9}")
   for name, side in sides.items():

@@ -57,18 +57,22 @@ class Shapes(NamedTuple):
     products: M, N, K of dense products.
     grouped: rows, groups, K and N of grouped products.
     quantised: rows and columns of activations.
+    experts: tokens, experts that each is sent to, width and hidden units.
   """
 
   products: tuple[tuple[int, int, int], ...]
   grouped: tuple[tuple[int, int, int, int], ...]
   quantised: tuple[tuple[int, int], ...]
+  experts: tuple[tuple[int, int, int, int], ...]
 
 
 SHAPES = {
-    "smoke": Shapes(((128, 256, 384),), ((300, 4, 128, 256),), ((256, 256),)),
+    "smoke": Shapes(((128, 256, 384),), ((300, 4, 128, 256),), ((256, 256),),
+                    ((64, 2, 256, 128),)),
     "gpu": Shapes(
         ((8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384)),
-        ((65536, 64, 2048, 1408), (65536, 32, 7168, 2048)), ((16384, 7168), (65536, 2048))),
+        ((65536, 64, 2048, 1408), (65536, 32, 7168, 2048)), ((16384, 7168), (65536, 2048)),
+        ((16384, 6, 1024, 512), (16384, 6, 2048, 1408))),
 }
 
 
@@ -82,6 +86,8 @@ def cases(scale: str, implementation: str | None) -> Iterator[Case]:
       yield from _grouped(*shape, skew, implementation)
   for shape in shapes.quantised:
     yield from _quantised(*shape, implementation)
+  for shape in shapes.experts:
+    yield from _experts(*shape, implementation)
 
 
 def group_sizes(rows: int, groups: int, skew: str) -> jax.Array:
@@ -184,3 +190,21 @@ def _quantised(rows: int, columns: int, implementation: str | None) -> Iterator[
          "XLA": lambda x, _, run=run: run(x, implementation="xla"),
          "copy of as many bytes": lambda _, x: -x},
         targets=(Target("copy of as many bytes", 0.8),))
+
+
+def _experts(tokens: int, chosen: int, width: int, hidden: int,
+             implementation: str | None) -> Iterator[Case]:
+  """What experts do besides products."""
+  rows = tokens * chosen
+  sent = lambda: jax.random.permutation(jax.random.key(1), rows).astype(jnp.int32) // chosen
+  named = {
+      "take_rows": (ops.take_rows, f"{rows} of {tokens} x {width}", 2 * (tokens + rows) * width,
+                    lambda: (normal(tokens, width), sent())),
+      "swiglu_gated_backward": (
+          ops.swiglu_gated_backward, f"{rows} x {hidden}", 12 * rows * hidden,
+          lambda: (normal(rows, 2 * hidden), jnp.ones(rows), normal(rows, hidden, seed=2)))}
+  for name, (run, shape, moved, operands) in named.items():
+    yield Case(
+        name, shape, moved, "GB/s", operands,
+        {"ours": functools.partial(run, implementation=implementation),
+         "XLA": functools.partial(run, implementation="xla")})
