@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 BLOCK = 128  # V3's tile width, and the interval of promotion
 
@@ -81,11 +82,22 @@ def round_to(x: jax.Array, name: str) -> jax.Array:
   """Rounds to nearest, ties to even, and saturates; of the format's dtype."""
   form = FORMATS[name]
   x = jnp.clip(x, -form.largest, form.largest)
-  if form.dtype.itemsize == 1:
-    return x.astype(form.dtype)
-  _, exponent = jnp.frexp(x)  # x is 0.5 to 1 times its power of two
-  step = jnp.ldexp(1.0, jnp.maximum(exponent - 1, form.smallest_exponent) - form.mantissa_bits)
-  return (jnp.round(x / step) * step).astype(form.dtype)
+  return (x if form.dtype.itemsize == 1 else round_bits(x, form)).astype(form.dtype)
+
+
+def round_bits(x: jax.Array, form: Format) -> jax.Array:
+  """Float32 rounded to nearest, ties to even, to what a format holds that no array library has.
+
+  In operations that kernels have, too.
+  """
+  dropped = 23 - form.mantissa_bits  # of float32's mantissa
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  odd = lax.shift_right_logical(bits, jnp.int32(dropped)) & 1
+  bits = (bits + (2 ** (dropped - 1) - 1) + odd) & -(2**dropped)
+  steps = 2.0 ** (form.mantissa_bits - form.smallest_exponent)  # of denormals, in 1
+  denormal = lax.round(x * steps, lax.RoundingMethod.TO_NEAREST_EVEN) * (1 / steps)
+  return jnp.where(jnp.abs(x) < 2.0**form.smallest_exponent, denormal,
+                   lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def error(of: np.ndarray | jax.Array, exact: np.ndarray | jax.Array) -> float:

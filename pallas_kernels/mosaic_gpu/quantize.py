@@ -22,7 +22,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
-from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
+from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, round_bits
 
 # The residual of a quotient of less could be denormal, and then it would be rounded.
 LEAST_AMAX = 1e-20
@@ -105,22 +105,31 @@ def run(
                    scales.reshape(*x_MK.shape[:-2], *counts), tile)
 
 
-def refuse(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:
+def refuse(
+    x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
+    smallest_amax: float) -> str | None:
   """Why `run` cannot take this, or None if it can."""
   if tile not in ((1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)):
     return f"needs tiles of 1x128, 128x1 or 128x128, and they are {tile[0]}x{tile[1]}"
   if x_MK.ndim > 2 and tile[0] > 1 and x_MK.shape[-2] % BLOCK:
     return ("needs M to be a multiple of 128 where tiles have 128 rows and there are several "
             f"matrices, and it is {x_MK.shape[-2]}")
-  return refuse_any(x_MK, **options)
+  if FORMATS[format].dtype.itemsize > 1 and not power_of_two:
+    return f"has {format} with powers of two for scales only"  # else `divide` could round wrongly
+  return refuse_numbers(x_MK, smallest_amax)
 
 
 def refuse_any(
     x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float) -> str | None:
-  """What none of the kernels here can take, or None."""
+  """What kernels that write more than one result cannot take, or None."""
   del power_of_two
   if FORMATS[format].dtype.itemsize > 1:
     return f"has no {format}"
+  return refuse_numbers(x_MK, smallest_amax)
+
+
+def refuse_numbers(x_MK: jax.Array, smallest_amax: float) -> str | None:
+  """What none of the kernels here can take, or None."""
   if x_MK.shape[-1] % BLOCK:
     return f"needs the last axis to be a multiple of 128, and it is {x_MK.shape[-1]}"
   if x_MK.size == 0:
@@ -210,7 +219,8 @@ class Quantizer:
       quotient = x / along(scale)
     else:
       quotient = divide(x, along(scale), along(1 / scale), layout)
-    return quotient.astype(FORMATS[self.format].dtype)
+    form = FORMATS[self.format]
+    return (quotient if form.dtype.itemsize == 1 else round_bits(quotient, form)).astype(form.dtype)
 
   def _scaled(self, x_smem, values_smem, step: int, scale, axes, layout) -> None:
     for _, piece in steps(x_smem.shape[0], step):

@@ -1,7 +1,7 @@
 """Experts in FP8: what FP8 linear layers one expert after another give, kept in few bits.
 
-Shape letters:  R rows, each a token with one expert  E experts  D model width  F expert width
-                S rows with every expert at a multiple of 128
+Shape letters:  R rows, each a token with one expert  N tokens with K experts each  E experts
+                D model width  F expert width  S rows with every expert at a multiple of 128
 """
 
 import dataclasses
@@ -161,3 +161,68 @@ def test_formats_are_those_of_the_inputs():
 def test_shapes_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match=r"dispatch of \[N, K\] to \[E\], not"):
     fp8_experts(X, GATES[:, None], W_GATE_UP, W_DOWN, dispatch(experts_of((100, 100)), 2))
+
+
+N, K = 40, 3
+# Each token has three of three experts and two that mean none; expert 2 has no token.
+EXPERTS = jnp.asarray(np.random.default_rng(5).permuted(
+    np.tile([0, 1, 3, -1, E], (N, 1)), axis=1)[:, :K])
+NOBODYS = (EXPERTS < 0) | (EXPERTS >= E)
+TOKENS = (X[:N], normal((N, K), 6), W_GATE_UP, W_DOWN)
+# A sum of n terms of random signs rounds n times, each time by at most 2^-24 of what it has come
+# to, which grows as the root of the terms so far: in squares, n / 2 of those for a sum of norm
+# root n. The longest way is three products long, here and in what this is compared with, and no
+# sum has more terms than D.
+SUMS = (2 * 3 * D / 2)**0.5 * 2.0**-24
+# E4M3 has steps of at most 2^-3 of a number, so rounding errs by at most 2^-4 of it, in the mean
+# over that half step by LARGEST. Products of random signs keep an error's share of the norm, as
+# the sums over a token's experts do, and errors independent of each other add in squares. So what
+# counts is how many numbers are rounded on the way to a result. SwiGLU's two inputs each come of x
+# and the weights, 2 forward, and are rounded once more to be kept, 3; the hidden units' gradient
+# of dy and the weights, 2.
+ROUNDINGS = {
+    "y": 2 * 2 + 2,  # its inputs; the hidden units; the weights
+    "dx": 2 * 3 + 2 + 2,  # its inputs; the hidden gradient; its own gradient; the weights
+    "dgates": 2 * 3 + 2,  # its inputs; the hidden gradient
+    "dw_gate_up": 2 * 3 + 2 + 2,  # its inputs; the hidden gradient; its own gradient; x
+    "dw_down": 2 * 3 + 2,  # its inputs; the hidden units; dy
+}
+
+
+def densely(x_ND, gates_NK, w_gate_up, w_down):
+  """Every token by every expert, weighed by its gates for that expert."""
+  einsum = functools.partial(jnp.einsum, precision="highest")
+  gate_NEF, up_NEF = (einsum("nd,edf->nef", x_ND, w_gate_up[:, :, i]) for i in range(2))
+  y_NED = einsum("nef,efd->ned", gate_NEF / (1 + jnp.exp(-gate_NEF)) * up_NEF, w_down)
+  chosen_NKE = (EXPERTS[..., None] == jnp.arange(E)).astype(jnp.float32)
+  return einsum("nk,nke,ned->nd", gates_NK, chosen_NKE, y_NED)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_tokens(layer):
+  """Output and gradients of a layer of TOKENS."""
+  y, vjp = jax.vjp(layer, *TOKENS)
+  return dict(zip(NAMES, (y, *vjp(DY[:N])), strict=True))
+
+
+def by_dispatch(recipe):
+  return of_tokens(lambda *args: fp8_experts(*args, dispatch(EXPERTS, E), recipe))
+
+
+def assert_nobodys_are_zero(out):
+  assert NOBODYS.any() and not out["dgates"][NOBODYS].any()
+  assert not out["dw_gate_up"][2].any() and not out["dw_down"][2].any()
+
+
+def test_several_experts_for_a_token_are_the_dense_layer_without_fp8():
+  ours, want = by_dispatch(Recipe(None, None, None)), of_tokens(densely)
+  for name in NAMES:
+    assert error(ours[name], want[name]) < SUMS, name
+  assert_nobodys_are_zero(ours)
+
+
+def test_several_experts_for_a_token_err_by_fp8s_roundings():
+  ours, want = by_dispatch(RECIPES["v3"]), of_tokens(densely)
+  for name in NAMES:
+    assert 0.02 < error(ours[name], want[name]) < ROUNDINGS[name]**0.5 * LARGEST, name
+  assert_nobodys_are_zero(ours)

@@ -187,6 +187,18 @@ def test_sizes_that_are_no_multiples_of_128_reach_kernels_as_such(monkeypatch, a
   assert "mosaic_gpu" in lowered.as_text() and lowered.out_info.shape == X.shape
 
 
+def test_on_hopper_kernels_quantise_everything_and_nothing_in_fp8_is_transposed_after(monkeypatch):
+  monkeypatch.setattr(implementations, "here", lambda: "mosaic_gpu")
+  loss = lambda x, w: fp8_linear(x, w, after_attention=True).astype(jnp.float32).sum()
+  x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+      ((256, 512), jnp.bfloat16), ((512, 384), jnp.float32)))
+  gradients = jax.jit(jax.grad(loss, (0, 1)))
+  text = gradients.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+  assert "round_nearest_even" not in text and "quantize_both_mosaic_gpu" in text
+  for line in text.splitlines():
+    assert not ("stablehlo.transpose" in line and "f8E4M3" in line)
+
+
 @pytest.mark.parametrize("name", ["v3", "per_tensor"])
 def test_zeros_behind_the_ends_change_no_result(name):
   recipe = RECIPES[name]

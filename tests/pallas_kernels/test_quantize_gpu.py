@@ -27,6 +27,7 @@ from pallas_kernels.mosaic_gpu import quantize_fused as fused
 ON_HOPPER = pytest.mark.skipif(implementations.here() != "mosaic_gpu", reason="needs a Hopper GPU")
 DEFAULTS = {"format": "e4m3", "power_of_two": False, "smallest_amax": 1e-4}
 SMALL = DEFAULTS | {"format": "e5m2", "power_of_two": True}
+SIX = DEFAULTS | {"format": "e5m6", "power_of_two": True}
 TILES = {"1x128": (1, 128), "128x1": (128, 1), "128x128": (128, 128)}
 RUNS = {"swiglu": fused.run_swiglu, "swiglu and inputs": fused.run_swiglu_with_inputs,
         "both": lambda x, **options: fused.run_both(x, (1, 128), **options),
@@ -81,6 +82,7 @@ def assert_nearly_equal(ours, want):
 @pytest.mark.parametrize(("name", "dtype", "options"), [
     ("1x128", jnp.bfloat16, DEFAULTS), ("1x128", jnp.float32, SMALL),
     ("128x1", jnp.bfloat16, SMALL), ("128x128", jnp.float32, DEFAULTS),
+    *((tile, dtype, SIX) for tile in TILES for dtype in (jnp.bfloat16, jnp.float32)),
     ("both", jnp.bfloat16, DEFAULTS), ("both ways of blocks", jnp.float32, SMALL)])
 def test_interpreted_kernels_agree_to_the_bit_and_do_not_race(name, dtype, options):
   x = numbers((131, 256), dtype)
@@ -112,6 +114,7 @@ def test_interpreted_swiglu_quantises_its_inputs_to_the_bit():
     ("1x128", (131072, 7168), jnp.bfloat16, DEFAULTS), ("1x128", (1, 7168), jnp.float32, SMALL),
     ("128x1", (65536, 2048), jnp.bfloat16, SMALL), ("128x1", (16384, 7168), jnp.float32, DEFAULTS),
     ("128x128", (256, 2048, 7168), jnp.float32, DEFAULTS),
+    ("1x128", (16384, 2048), jnp.bfloat16, SIX),
     ("swiglu", (65536, 2, 2048), jnp.bfloat16, DEFAULTS),
     ("swiglu", (65536, 2, 2048), jnp.float32, SMALL),
     ("swiglu and inputs", (106496, 2, 1408), jnp.bfloat16, DEFAULTS),
@@ -158,7 +161,8 @@ def test_the_quotient_without_a_division_changes_no_fp8_number():
 @pytest.mark.parametrize(("refuse", "shape", "options", "reason"), [
     (refuse_rows, (4, 130), {}, "multiple of 128, and it is 130"),
     (refuse_rows, (0, 128), {}, "at least one row"),
-    (refuse_rows, (4, 128), {"format": "e5m6"}, "no e5m6"),
+    (refuse_rows, (4, 128), {"format": "e5m6"}, "e5m6 with powers of two for scales only"),
+    (refuse_both, (4, 128), {"format": "e5m6", "power_of_two": True}, "no e5m6"),
     (refuse_rows, (4, 128), {"smallest_amax": 0.0}, "at least 1e-20, and it is 0.0"),
     (refuse_columns, (2, 130, 128), {}, "several matrices, and it is 130"),
     (refuse_whole, (2, 256), {}, "they are 1x256"),
@@ -200,6 +204,14 @@ def test_on_a_gpu_kernels_agree_to_the_bit(name, shape, dtype, options):
         kernel.values_MK.dtype)
     np.testing.assert_array_equal(
         np.asarray(kernel.values_MK, np.float32), nearest.astype(np.float32))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", TILES)
+def test_on_a_gpu_kernels_round_to_e5m6_to_the_bit(name, dtype):
+  x = numbers((131, 1408), dtype)
+  assert_equal(jax.jit(lambda x: RUNS[name](x, **SIX))(x), oracle(name, x, SIX))
 
 
 @ON_HOPPER
