@@ -221,13 +221,16 @@ def test_a_state_owns_its_parameters():
   assert not any(x.is_deleted() for x in jax.tree.leaves(variables))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_layer_by_layer_make_the_same_step(parts):
-  cfg = dataclasses.replace(small.MOE, num_layers=3)
+@pytest.mark.parametrize(("parts", "numerics"), [(1, "fp32"), (2, "fp32"), (1, "fp8")])
+def test_gradients_layer_by_layer_make_the_same_step(parts, numerics):
+  cfg = dataclasses.replace(
+      small.MOE, num_layers=3, numerics=dataclasses.replace(
+          model.NUMERICS[numerics], compute="float32"))
   net, fresh = Transformer(cfg, unroll=99), init_state(tiny.variables(cfg), CFG)
+  ahead = {"prepare": functools.partial(model.quantize_weights, cfg)} if numerics == "fp8" else {}
   by_layer, stacked = (
-      jax.jit(make_train_step(LanguageModelLoss(net), CFG, decay_mask(cfg), parts, **more))(
-          fresh, small.batch(small.rows(), parts), hyper(parts))
+      jax.jit(make_train_step(LanguageModelLoss(net), CFG, decay_mask(cfg), parts, **more,
+                              **ahead))(fresh, small.batch(small.rows(), parts), hyper(parts))
       for more in ({"by_layer": net.by_layer}, {}))
   assert len(jax.tree.leaves(net.by_layer(fresh.params))) > len(jax.tree.leaves(fresh.params))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=1e-7),
