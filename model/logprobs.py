@@ -51,7 +51,8 @@ def logprob_sum(
 
   Args:
     weights_BT: float32; zero where there is nothing to ask.
-    hidden_BTD, head_DV, targets_BT, numerics, chunk_size: as in `token_logprobs`.
+    hidden_BTD, head_DV, targets_BT, numerics, chunk_size: as in `token_logprobs`. In a
+      `jax.shard_map` what devices share is to be marked as varying, by `jax.lax.pcast`.
   """
   return _logprob_sum((numerics, chunk_size), hidden_BTD, head_DV, targets_BT, weights_BT)
 
@@ -144,7 +145,7 @@ def _sum_forward(static, hidden_BTD, head_DV, targets_BT, weights_BT):
     return dhead_DV + dhead.astype(jnp.float32), (target - total, dhidden)
 
   chunks = tuple(_chunked(x, chunk_size) for x in (hidden_BTD, targets_BT, weights_BT))
-  dhead_DV, each = jax.lax.scan(one, jnp.zeros(head_DV.shape, jnp.float32), chunks)
+  dhead_DV, each = jax.lax.scan(one, jnp.zeros_like(head_DV, jnp.float32), chunks)
   logp_BT, dhidden_BTD = (_joined(x, num_tokens) for x in each)
   return _weighted(weights_BT, logp_BT), (dhidden_BTD, dhead_DV.astype(head_DV.dtype), logp_BT)
 

@@ -82,6 +82,20 @@ def test_a_short_sequence_costs_what_it_has_and_masked_tokens_need_not_be_finite
   assert jnp.isfinite(loss)
 
 
+def test_a_sum_has_gradients_in_a_shard_map():
+  hidden, head, targets = inputs(2, 11, 6, 19)
+  summed = lambda h, w, t, g: model.logprob_sum(h, w, t, g, numerics=FP32)
+  by_device = lambda h, w, t, g: jax.lax.psum(
+      summed(h, jax.lax.pcast(w, "data", to="varying"), t, g), "data")
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  data, same = jax.P("data"), jax.P()
+  sharded = jax.shard_map(by_device, mesh=mesh, in_specs=(data, same, data, data),
+                          out_specs=same)
+  operands = hidden, head, targets, jnp.ones((2, 11))
+  for a, b in zip(*(jax.grad(f, (0, 1))(*operands) for f in (sharded, summed)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_logits_are_computed_once_for_a_sum_and_its_gradients():
   hidden, head, targets = inputs(1, 8, 6, 19)
   summed = lambda h, w: model.logprob_sum(
