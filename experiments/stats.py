@@ -133,29 +133,6 @@ def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
                 float(needed) * stderr)
 
 
-def median_interval(
-    values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
-  """The median, and order statistics between which the population's lies, whatever its shape.
-
-  So a few values far off move neither. Fewer than six tell nothing at 95 %: 0.5^(n - 1) of the
-  samples lie on one side.
-
-  Args:
-    values: [n].
-    confidence: coverage of the interval, at least.
-
-  Returns:
-    Median, low and high; infinite if no order statistics are far enough apart.
-  """
-  values_n = np.sort(np.asarray(values, float))
-  n, median = values_n.size, float(np.median(values_n))
-  # How many the interval may leave out at each end: a binomial of so many is less often so small.
-  left_out = sum(2 * special.bdtr(k, n, 0.5) <= 1 - confidence for k in range(n // 2))
-  if not left_out:
-    return median, -np.inf, np.inf
-  return median, float(values_n[left_out - 1]), float(values_n[n - left_out])
-
-
 def judge(result: Paired, claim: Claim) -> Verdict:
   """Whether the whole interval supports the claim, opposes it, or does neither.
 

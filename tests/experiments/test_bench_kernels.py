@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import bench_kernels, kernel_cases
 from experiments.options import Options
@@ -17,6 +19,18 @@ def test_ratio_is_the_median_over_rounds_with_its_interval():
   ours = [1.0, 2.0, 4.0, 1.0, 1.0, 1.0, 1.0]
   assert bench_kernels.ratio(ours, [2 * took for took in ours]) == (2, 2, 2)
   assert bench_kernels.ratio(ours, [3.0, 2.0, 8.0, 2.0, 2.0, 2.0, 90.0]) == (2, 1, 90)
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(6, 1, 6), (10, 2, 9), (20, 6, 15), (25, 8, 18)])
+def test_a_medians_interval_is_that_of_the_sign_test(n, low, high):
+  values = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
+  assert bench_kernels.median_interval(values) == ((n + 1) / 2, low, high)
+  outside = lambda end: stats.binomtest(end, n, 0.5).pvalue  # of a median beyond that value
+  assert outside(low - 1) <= 0.05 < outside(low)
+
+
+def test_five_values_tell_nothing_of_their_median_at_95_percent():
+  assert bench_kernels.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (3, -math.inf, math.inf)
 
 
 def test_sides_take_turns_there_and_back():

@@ -26,18 +26,6 @@ def test_interval_is_that_of_the_paired_t_test():
   np.testing.assert_allclose(ours.mean / ours.stderr, expected.statistic, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "low", "high"), [(6, 1, 6), (10, 2, 9), (20, 6, 15), (25, 8, 18)])
-def test_a_medians_interval_is_that_of_the_sign_test(n, low, high):
-  values = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
-  assert stats.median_interval(values) == ((n + 1) / 2, low, high)
-  outside = lambda end: reference.binomtest(end, n, 0.5).pvalue  # of a median beyond that value
-  assert outside(low - 1) <= 0.05 < outside(low)
-
-
-def test_five_values_tell_nothing_of_their_median_at_95_percent():
-  assert stats.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (3, -math.inf, math.inf)
-
-
 def test_three_pairs_by_hand():
   ours = stats.paired([2.0, 3.0, 7.0], [1.0, 1.0, 4.0])
   assert (ours.n, ours.mean, ours.std, ours.same_sign) == (3, 2.0, 1.0, 3)
