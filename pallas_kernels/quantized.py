@@ -96,8 +96,9 @@ def round_bits(x: jax.Array, form: Format) -> jax.Array:
   bits = (bits + (2 ** (dropped - 1) - 1) + odd) & -(2**dropped)
   steps = 2.0 ** (form.mantissa_bits - form.smallest_exponent)  # of denormals, in 1
   denormal = lax.round(x * steps, lax.RoundingMethod.TO_NEAREST_EVEN) * (1 / steps)
-  return jnp.where(jnp.abs(x) < 2.0**form.smallest_exponent, denormal,
-                   lax.bitcast_convert_type(bits, jnp.float32))
+  # False for NaN, whose bits could be carried beyond NaN.
+  return jnp.where(jnp.abs(x) >= 2.0**form.smallest_exponent,
+                   lax.bitcast_convert_type(bits, jnp.float32), denormal)
 
 
 def error(of: np.ndarray | jax.Array, exact: np.ndarray | jax.Array) -> float:

@@ -47,6 +47,11 @@ def test_e5m6_rounds_to_the_nearest_of_all_its_numbers_and_to_even_between_two()
   assert numbers[-1] == FORMATS["e5m6"].largest
 
 
+def test_no_nan_becomes_a_number_in_e5m6():
+  bits = np.array([0x7F800001, 0x7F802000, 0xFF802000, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF])
+  assert np.isnan(round_to(bits.astype(np.uint32).view(np.float32), "e5m6")).all()
+
+
 def by_hand(x, tile, largest, power_of_two, smallest=1e-4):
   scales = np.zeros((-(-x.shape[0] // tile[0]), -(-x.shape[1] // tile[1])), np.float32)
   values = np.zeros_like(x)
