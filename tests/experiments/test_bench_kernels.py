@@ -1,6 +1,7 @@
 """bench_kernels: its arithmetic, its shapes, and a whole small run."""
 
 import importlib
+import itertools
 import json
 import math
 
@@ -64,11 +65,15 @@ def test_a_small_run_times_every_side_and_says_which_peers_are_absent(tmp_path, 
   assert "fp8_matmul" in capsys.readouterr().out
 
 
-def test_an_order_that_favours_each_side_in_turn_widens_no_interval():
-  of = lambda seconds: {"ours": [1.0, 2.0] * 6, "other": seconds}
+def test_an_order_that_favours_what_runs_first_moves_no_ratio_and_widens_no_interval():
+  calls = itertools.count()
+  slowing = lambda seconds: lambda: seconds * 1.1 ** next(calls)  # as a machine that gets hot
+  seconds = bench_kernels.in_turns(
+      {"ours": slowing(1.0), "other": slowing(2.0), "last": slowing(3.0)}, 12)
   case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", tuple, {})
-  row = bench_kernels._row(case, "other", of([4.0, 2.0] * 6), {"bf16 TFLOP/s": 1.0}, {})
-  assert row["ours_over_it"] == pytest.approx((2, 2, 2))
+  for side, ratio in (("other", 2), ("last", 3)):
+    row = bench_kernels._row(case, side, seconds, {"bf16 TFLOP/s": 1.0}, {})
+    assert row["ours_over_it"] == pytest.approx((ratio, ratio, ratio))
 
 
 def test_a_side_or_reference_that_does_not_fit_is_absent_and_a_fault_is_raised():
