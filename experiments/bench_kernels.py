@@ -206,16 +206,14 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
   return median_interval(np.asarray(theirs) / np.asarray(ours))
 
 
-def median_interval(
-    values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
-  """The median, and order statistics between which the population's lies, whatever its shape.
+def median_interval(values: ArrayLike) -> tuple[float, float, float]:
+  """The median, and order statistics that have the population's between them, at 95 % or more.
 
-  So a few values far off move neither. Fewer than six tell nothing at 95 %: 0.5^(n - 1) of the
-  samples lie on one side.
+  Whatever its shape, and values far off move neither. Fewer than six tell nothing: 0.5^(n - 1)
+  of the samples lie on one side.
 
   Args:
     values: [n].
-    confidence: coverage of the interval, at least.
 
   Returns:
     Median, low and high; infinite if no order statistics are far enough apart.
@@ -223,7 +221,7 @@ def median_interval(
   values_n = np.sort(np.asarray(values, float))
   n, median = values_n.size, float(np.median(values_n))
   # How many the interval may leave out at each end: a binomial of so many is less often so small.
-  left_out = sum(2 * special.bdtr(k, n, 0.5) <= 1 - confidence for k in range(n // 2))
+  left_out = sum(2 * special.bdtr(k, n, 0.5) <= 0.05 for k in range(n // 2))
   if not left_out:
     return median, -np.inf, np.inf
   return median, float(values_n[left_out - 1]), float(values_n[n - left_out])

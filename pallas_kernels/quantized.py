@@ -82,14 +82,16 @@ def round_to(x: jax.Array, name: str) -> jax.Array:
   """Rounds to nearest, ties to even, and saturates; of the format's dtype."""
   form = FORMATS[name]
   x = jnp.clip(x, -form.largest, form.largest)
-  return (x if form.dtype.itemsize == 1 else round_bits(x, form)).astype(form.dtype)
+  return cast_to(x, form)
 
 
-def round_bits(x: jax.Array, form: Format) -> jax.Array:
-  """Float32 rounded to nearest, ties to even, to what a format holds that no array library has.
+def cast_to(x: jax.Array, form: Format) -> jax.Array:
+  """Rounds what is not beyond the format's largest, in operations that kernels have, too."""
+  return (x if form.dtype.itemsize == 1 else _round_bits(x, form)).astype(form.dtype)
 
-  In operations that kernels have, too.
-  """
+
+def _round_bits(x: jax.Array, form: Format) -> jax.Array:
+  """Float32 rounded to nearest, ties to even, to what a format holds that no array library has."""
   dropped = 23 - form.mantissa_bits  # of float32's mantissa
   bits = lax.bitcast_convert_type(x, jnp.int32)
   odd = lax.shift_right_logical(bits, jnp.int32(dropped)) & 1

@@ -22,7 +22,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
-from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, round_bits
+from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, cast_to
 
 # The residual of a quotient of less could be denormal, and then it would be rounded.
 LEAST_AMAX = 1e-20
@@ -121,7 +121,7 @@ def refuse(
 
 def refuse_any(
     x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float) -> str | None:
-  """What kernels that write more than one result cannot take, or None."""
+  """What kernels of formats of one byte alone cannot take, or None."""
   del power_of_two
   if FORMATS[format].dtype.itemsize > 1:
     return f"has no {format}"
@@ -219,8 +219,7 @@ class Quantizer:
       quotient = x / along(scale)
     else:
       quotient = divide(x, along(scale), along(1 / scale), layout)
-    form = FORMATS[self.format]
-    return (quotient if form.dtype.itemsize == 1 else round_bits(quotient, form)).astype(form.dtype)
+    return cast_to(quotient, FORMATS[self.format])
 
   def _scaled(self, x_smem, values_smem, step: int, scale, axes, layout) -> None:
     for _, piece in steps(x_smem.shape[0], step):
