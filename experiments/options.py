@@ -1,4 +1,4 @@
-"""What the command line asked for, as data."""
+"""The command line's flags as data."""
 
 import dataclasses
 import pathlib
@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The flags of `experiments.run`, which documents them."""
+  """The flags of `experiments.run`, where they are documented."""
 
   experiment: str
   scale: str | None = None
@@ -24,7 +24,7 @@ class Options:
     return self.out or pathlib.Path("runs") / default
 
   def scale_of(self, scales: Collection[str]) -> str:
-    """The scale that was asked for, or smoke.
+    """`--scale`, or "smoke".
 
     Raises:
       ValueError: if it is not one of `scales`.
@@ -53,9 +53,13 @@ class Options:
       raise ValueError(f"--seeds={self.seeds} must be N, or A:B with A < B")
     return range(int(first), int(last))
 
-  def refuse(self, *names: str) -> None:
-    """Raises ValueError for flags that were given but mean nothing here."""
-    for name in names:
+  def require_supported(self, *unsupported: str) -> None:
+    """Raises ValueError for a flag that was given and is not supported by this experiment.
+
+    Args:
+      *unsupported: names of fields.
+    """
+    for name in unsupported:
       if getattr(self, name):
         flag = "set" if name == "settings" else name
-        raise ValueError(f"--{flag} means nothing to --experiment={self.experiment}")
+        raise ValueError(f"--{flag} is not supported by --experiment={self.experiment}")

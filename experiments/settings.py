@@ -22,6 +22,7 @@ from train.config_io import (
   field_types,
   fits,
   from_dict,
+  renamed_setting,
   to_dict,
   to_plain,
   type_text,
@@ -88,7 +89,10 @@ class _Draft:
     dotted = f"{path}.{name}" if path else name
     whole = ".".join((dotted, *rest))
     hint = field_types(cls).get(name)
-    if hint is None:
+    if now := renamed_setting(cls, ".".join(names)):
+      prefix = f"{path}." if path else ""
+      node[f"--set {whole}"] = Invalid(f"{whole} has been renamed: set {prefix}{now}")
+    elif hint is None:
       node[f"--set {whole}"] = Invalid(self._unknown(cls, path, whole))  # not `name`: maybe `type`
     elif not rest:
       node[name] = self._read(hint, text.strip(), dotted)

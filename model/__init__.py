@@ -1,7 +1,6 @@
 """The network, pure: parameters and shapes, but no data, losses or optimizers."""
 
 from model import balance, hf, moe
-from model.cache import Cache, init_cache
 from model.config import (
   GQAConfig,
   LinearScaling,
@@ -13,7 +12,8 @@ from model.config import (
   RopeConfig,
   YarnScaling,
 )
-from model.generate import Generated, generate, stream
+from model.decoding.cache import Cache, init_cache
+from model.decoding.generate import Generated, generate, stream
 from model.logprobs import logprob_sum, token_logprobs
 from model.numerics import NUMERICS, Numerics
 from model.quantized_weights import quantize_weights

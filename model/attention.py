@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from model.cache import Cache
 from model.config import ModelConfig
+from model.decoding.cache import Cache
 from model.layers import bias, weight
 from model.rope import rotate
 

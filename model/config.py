@@ -1,6 +1,7 @@
 """The architecture as data: frozen dataclasses, validated when made, countable without a model.
 
-Field names are the field's standard ones (those of the released `config.json` where it has one).
+Names are the papers' where they have one; `docs/library.md` maps them to those of the released
+`config.json`.
 """
 
 import dataclasses
@@ -15,9 +16,17 @@ from model.numerics import NUMERICS, Numerics
 class YarnScaling:
   """YaRN context extension (arXiv:2309.00071) with DeepSeek's two temperature terms.
 
-  `mscale` scales the rotated dimensions, `mscale_all_dim` all of them; the released models set both
-  alike, so that only the softmax temperature remains (V3: 0.1 ln(factor) + 1; V2: 0.0707 ln(factor)
-  + 1). Zero means absent: without both, the rotation carries 0.1 ln(factor) + 1, as in Llama forks.
+  The released models set both temperatures alike, so that only the softmax scale remains (V3:
+  0.1 ln(factor) + 1; V2: 0.0707 ln(factor) + 1). Zero means absent: without both, the rotation
+  carries 0.1 ln(factor) + 1, as in Llama forks.
+
+  Attributes:
+    factor: by which the context is extended.
+    original_seq_len: of the context before.
+    beta_fast: rotations over the original context above which a frequency is kept.
+    beta_slow: rotations below which a frequency is divided by `factor`; between, interpolated.
+    mscale: temperature of the rotated dimensions.
+    mscale_all_dim: temperature of all dimensions.
   """
 
   factor: float = 40.0
@@ -52,7 +61,14 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-  """Llama 3.1's piecewise frequency scaling."""
+  """Llama 3.1's piecewise frequency scaling.
+
+  Attributes:
+    factor: by which low frequencies are divided.
+    low_freq_factor: rotations over the original context below which a frequency is low.
+    high_freq_factor: rotations above which a frequency is kept; between, interpolated.
+    original_seq_len: of the context before.
+  """
 
   factor: float = 8.0
   low_freq_factor: float = 1.0
@@ -67,7 +83,11 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
-  """Position interpolation: every frequency divided by `factor`."""
+  """Position interpolation.
+
+  Attributes:
+    factor: by which every frequency is divided.
+  """
 
   factor: float = 1.0
 
@@ -77,7 +97,14 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary positions. DeepSeek rotates adjacent pairs, Llama and Qwen the two halves."""
+  """Rotary position embeddings.
+
+  Attributes:
+    theta: the base of the frequencies.
+    layout: which dimensions rotate together: adjacent pairs, as in DeepSeek ("interleaved"), or
+      the two halves, as in Llama and Qwen ("half").
+    scaling: how the context has been extended; None if it has not.
+  """
 
   theta: float = 10000.0
   layout: Literal["interleaved", "half"] = "interleaved"
@@ -93,8 +120,15 @@ class RopeConfig:
 class MLAConfig:
   """Multi-head latent attention (V3 section 2.1.1).
 
-  `q_lora_rank=None` leaves queries uncompressed. `latent_norm` is the RMSNorm on both latents,
-  which is in the released code and in section 4.2, not in the equations.
+  Attributes:
+    num_heads: n_h, attention heads.
+    kv_lora_rank: d_c, width of the key-value latent.
+    qk_nope_head_dim: d_h, of queries and keys, without positions.
+    qk_rope_head_dim: d_h^R, of queries and of the shared key, rotated by position.
+    v_head_dim: of values.
+    q_lora_rank: d_c', width of the query latent; None leaves queries uncompressed.
+    latent_norm: RMSNorm on both latents, which is in the released code and in section 4.2, not in
+      the equations.
   """
 
   num_heads: int
@@ -146,7 +180,15 @@ class MLAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GQAConfig:
-  """Grouped-query attention: MHA when `num_kv_heads == num_heads`, MQA when it is 1."""
+  """Grouped-query attention: MHA when `num_kv_heads == num_heads`, MQA when it is 1.
+
+  Attributes:
+    num_heads: of queries.
+    num_kv_heads: of keys and values.
+    head_dim: of queries, keys and values.
+    qkv_bias: biases on their projections (Qwen2).
+    out_bias: a bias on the output projection.
+  """
 
   num_heads: int
   num_kv_heads: int
@@ -188,7 +230,23 @@ class GQAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """DeepSeekMoE (V3 section 2.1.2; V2 section 2.2). The defaults are V3's."""
+  """DeepSeekMoE (V3 section 2.1.2; V2 section 2.2). The defaults are V3's.
+
+  Attributes:
+    num_experts: N_r, routed experts.
+    experts_per_token: K_r, routed experts that compute each token.
+    expert_dim: width of an expert's SwiGLU.
+    num_shared_experts: N_s, experts that compute every token.
+    num_groups: of experts; routing is limited to some groups for each token.
+    groups_per_token: M, groups that a token's experts may come from.
+    group_score: how groups are ranked: by the sum of their two highest scores (V3), or by the
+      highest (V2).
+    score: the affinity of token and expert: sigmoid (V3) or softmax over experts (V2).
+    normalize_gates: the chosen experts' gates are divided by their sum (V3).
+    route_scale: multiplies the gates.
+    balancing_bias: loss-free balancing's b_i is added to scores for choosing experts; it lives in
+      the variable collection `router`.
+  """
 
   num_experts: int = 256
   experts_per_token: int = 8
@@ -196,11 +254,11 @@ class MoEConfig:
   num_shared_experts: int = 1
   num_groups: int = 8
   groups_per_token: int = 4
-  group_score: Literal["top2", "max"] = "top2"  # V3 sums a group's two best, V2 takes its best
+  group_score: Literal["top2", "max"] = "top2"
   score: Literal["sigmoid", "softmax"] = "sigmoid"
   normalize_gates: bool = True
   route_scale: float = 2.5
-  balancing_bias: bool = True  # loss-free balancing's b_i, in the variable collection `router`
+  balancing_bias: bool = True
 
   def __post_init__(self):
     require_positive(self, "num_experts", "experts_per_token", "expert_dim", "num_groups",
@@ -232,9 +290,12 @@ class MoEConfig:
 class MTPConfig:
   """Multi-token prediction (V3 section 2.2).
 
-  `concat`: which half of M_k's input comes first; the paper's eq. 21 puts the hidden state first,
-  the released weights the embedding. `hidden`: whether a depth reads the previous one before or
-  after its final norm; the paper does not say, the released weights are read after.
+  Attributes:
+    depth: D, modules, each of which predicts one token further.
+    concat: which half of M_k's input comes first: the hidden state, as in the paper's eq. 21, or
+      the embedding, as in the released weights.
+    hidden: whether a module reads the previous hidden state after or before its final norm; the
+      paper does not say, the released weights are used after it.
   """
 
   depth: int = 1
@@ -253,9 +314,22 @@ class MTPConfig:
 class ModelConfig:
   """A decoder-only transformer: V3, V2, Llama and Qwen2 are values of this class.
 
-  The first `num_dense_layers` layers have a SwiGLU of width `ffn_dim`, the others `moe`; without
-  `moe` all are dense. `max_seq_len` is what the positions were trained or extended to: it bounds
-  nothing in the network, but is written to and read from checkpoints.
+  Attributes:
+    vocab_size: rows of the embedding.
+    d_model: width of the residual stream.
+    num_layers: of the trunk, MTP modules not included.
+    attention: latent attention, or grouped queries.
+    ffn_dim: width of the dense layers' SwiGLU.
+    moe: experts of the other layers; None makes all layers dense.
+    num_dense_layers: the first layers, which have no experts.
+    mtp: multi-token prediction; None for none.
+    rope: rotary positions.
+    max_seq_len: what positions were trained or extended to. It bounds nothing in the network, but
+      is written to and read from checkpoints.
+    norm_eps: added to the mean square in RMSNorm.
+    tie_embeddings: the output head is the embedding, transposed.
+    init_std: standard deviation of every matrix at initialisation.
+    numerics: formats of parameters and products.
   """
 
   vocab_size: int

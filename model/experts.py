@@ -21,18 +21,18 @@ from model.config import ModelConfig
 from model.layers import gated, recomputed
 from model.numerics import Numerics
 from pallas_kernels import (
-    dispatch,
-    fp8_experts,
-    gated_down,
-    grouped_matmul,
-    implementations,
-    take_rows,
+  dispatch,
+  fp8_experts,
+  gather_rows,
+  grouped_matmul,
+  implementations,
+  moe_down_proj,
 )
-from pallas_kernels.dispatch import sort_by_expert
+from pallas_kernels.ops.expert_rows import sort_by_expert
 
 # Slots per expert over the mean load, and rows of an overflow block. Measured; see
 # experiments/results/bench_moe.
-SLACK = 1.125
+CAPACITY_FACTOR = 1.125
 BLOCK = 256
 
 
@@ -63,31 +63,31 @@ def dense_experts(
 
 
 @jax.custom_vjp
-def _take_rows(x_ND, token_R, place_NK):
+def _gather_rows(x_ND, token_R, place_NK):
   """x_ND[token_R], where token n's copies went to rows place_NK[n]: gathers both ways."""
-  return take_rows(x_ND, token_R)
+  return gather_rows(x_ND, token_R)
 
 
-def _take_rows_forward(x_ND, token_R, place_NK):
-  return _take_rows(x_ND, token_R, place_NK), place_NK
+def _gather_rows_forward(x_ND, token_R, place_NK):
+  return _gather_rows(x_ND, token_R, place_NK), place_NK
 
 
-def _take_rows_backward(place_NK, dy_RD):
+def _gather_rows_backward(place_NK, dy_RD):
   return dy_RD[place_NK].sum(1, dtype=jnp.float32).astype(dy_RD.dtype), None, None
 
 
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+_gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
 @jax.custom_vjp
 def _sum_rows(y_RD, token_R, place_NK):
-  """The transpose of `_take_rows`."""
+  """The transpose of `_gather_rows`."""
   return y_RD[place_NK].sum(1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
 _sum_rows.defvjp(
     lambda y_RD, token_R, place_NK: (_sum_rows(y_RD, token_R, place_NK), token_R),
-    lambda token_R, dy_ND: (take_rows(dy_ND, token_R), None, None))
+    lambda token_R, dy_ND: (gather_rows(dy_ND, token_R), None, None))
 
 
 def grouped_experts(
@@ -106,8 +106,8 @@ def grouped_experts(
   token_R = order_R // experts_NK.shape[1]
   place_NK = _inverse(order_R).reshape(experts_NK.shape)
 
-  rows_RD = _take_rows(cast(x_ND), token_R, place_NK)
-  gates_R = _take_rows(gates_NK.reshape(-1), order_R, place_NK.reshape(-1, 1))
+  rows_RD = _gather_rows(cast(x_ND), token_R, place_NK)
+  gates_R = _gather_rows(gates_NK.reshape(-1), order_R, place_NK.reshape(-1, 1))
   # The backward pass reads the weights as they are stored, not a copy kept of what is multiplied.
   @recomputed
   def up(rows_RD, weights):
@@ -115,7 +115,7 @@ def grouped_experts(
                           sizes_E, precision=numerics.precision)
 
   gate_up = checkpoint_name(up(rows_RD, weights.w_gate_up), "ffn_gate_up")
-  y_RD = gated_down(gate_up, gates_R, weights.w_down, sizes_E, precision=numerics.precision)
+  y_RD = moe_down_proj(gate_up, gates_R, weights.w_down, sizes_E, precision=numerics.precision)
   return _sum_rows(y_RD, token_R, place_NK)
 
 
@@ -136,7 +136,7 @@ class _Slots(NamedTuple):
   assignment_EC: jax.Array  # who sits in each slot ...
   taken_EC: jax.Array       # ... and whether anyone does
   slot_NK: jax.Array      # the reverse, e * C + c ...
-  seated_NK: jax.Array    # ... and whether there was room
+  within_capacity_NK: jax.Array    # ... and whether there was room
 
 
 def _assign_slots(experts_NK: jax.Array, num_experts: int, capacity: int) -> _Slots:
@@ -151,21 +151,22 @@ def _assign_slots(experts_NK: jax.Array, num_experts: int, capacity: int) -> _Sl
       order_R, starts_E, sizes_E,
       assignment_EC=order_R[place_EC], taken_EC=slot_C < sizes_E[:, None],
       slot_NK=expert_NK * capacity + jnp.minimum(rank_NK, capacity - 1),
-      seated_NK=(rank_NK < capacity) & ~none_NK)
+      within_capacity_NK=(rank_NK < capacity) & ~none_NK)
 
 
 def slot_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
-    numerics: Numerics, *, slack: float = SLACK, block: int = BLOCK) -> jax.Array:
+    numerics: Numerics, *, capacity_factor: float = CAPACITY_FACTOR,
+    block: int = BLOCK) -> jax.Array:
   """C slots per expert in one batched product, then blocks of the overflow, as many as there are.
 
-  Balanced routing costs `slack` times the useful work and no loop; any other routing is as exact,
-  and slower in proportion to what overflows.
+  Balanced routing costs `capacity_factor` times the useful work and no loop; any other routing is
+  as exact, and slower in proportion to what overflows.
   """
   _refuse_recipe("slots", numerics)
   num_experts, d_ff, d_model = weights.w_down.shape
   assignments = experts_NK.size
-  capacity = -(-int(slack * assignments) // num_experts)
+  capacity = -(-int(capacity_factor * assignments) // num_experts)
   capacity = max(1, min(x_ND.shape[0], -(-capacity // 8) * 8))
   cast = lambda x: x.astype(numerics.compute_dtype)
   slots = _assign_slots(experts_NK, num_experts, capacity)
@@ -184,7 +185,7 @@ def _hidden(gate_up: jax.Array, gates: jax.Array) -> jax.Array:
 def _from_slots(rows_ED: jax.Array, slots: _Slots) -> jax.Array:
   """Sums every token's seated rows: [E, C, D] to [N, D], in float32."""
   flat = rows_ED.reshape(-1, rows_ED.shape[-1])[slots.slot_NK]
-  return jnp.where(slots.seated_NK[..., None], flat, 0).sum(1, dtype=jnp.float32)
+  return jnp.where(slots.within_capacity_NK[..., None], flat, 0).sum(1, dtype=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -250,7 +251,7 @@ def _slot_ffn_backward(static, residuals, dy_ND):
   dgate_up, dgates_EC = hidden_vjp(einsum("ecd,efd->ecf", dy_ECD, w_down))
   dw_gate_up = einsum("ecd,ecf->edf", x_ND[token_EC], dgate_up)
   dx_ND = _from_slots(einsum("ecf,edf->ecd", dgate_up, w_gate_up), slots)
-  dgates_NK = jnp.where(slots.seated_NK, dgates_EC.reshape(-1)[slots.slot_NK], 0)
+  dgates_NK = jnp.where(slots.within_capacity_NK, dgates_EC.reshape(-1)[slots.slot_NK], 0)
 
   capacity = slots.taken_EC.shape[1]
   blocks_E, last_E = _overflow_blocks(slots, capacity, block)
@@ -278,7 +279,7 @@ _slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
 
 def fastest_experts(cfg: ModelConfig) -> str:
   """The key of EXPERTS to take unless there is a reason: "grouped" where that has a kernel."""
-  kernel = (implementations.here() == "mosaic_gpu" and cfg.numerics.compute == "bfloat16"
+  kernel = (implementations.local_backend() == "mosaic_gpu" and cfg.numerics.compute == "bfloat16"
             and cfg.d_model % 128 == 0 and cfg.moe.expert_dim % 128 == 0)
   return "grouped" if cfg.numerics.recipe or kernel else "slots"
 

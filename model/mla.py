@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Context, attend
-from model.cache import Cache
 from model.config import MLAConfig, ModelConfig, YarnScaling
+from model.decoding.cache import Cache
 from model.layers import RMSNorm, weight
 from model.rope import rotate
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.checks import require
-from model.own_tokens import on_own_tokens
+from model.token_shards import map_token_shards
 from pallas_kernels import Recipe, Weight, fp8_linear
 
 _FORMATS = ("float32", "bfloat16", "float16")
@@ -89,7 +89,7 @@ class Numerics:
                      after_attention=after_attention)
       return y.reshape(*x.shape[:-summed], *w.shape[summed:])
 
-    return on_own_tokens(local, w, x.astype(self.compute_dtype))
+    return map_token_shards(local, w, x.astype(self.compute_dtype))
 
   def einsum_f32(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The same product with its float32 accumulator kept; gradients flow in the compute format."""

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from model.attention import Context, GroupedQueryAttention, is_fused_forward
 from model.balance import RouterStats
-from model.cache import Cache
 from model.config import MLAConfig, ModelConfig
+from model.decoding.cache import Cache
 from model.experts import fastest_experts
 from model.layers import Embedding, RMSNorm, SwiGLU, weight
 from model.logprobs import logprob_sum, token_logprobs

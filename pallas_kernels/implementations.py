@@ -22,14 +22,14 @@ class Kernel(NamedTuple):
 
   Attributes:
     run: takes what the operation takes.
-    refuse: takes the same, and says why `run` cannot do it, or None if it can.
+    unsupported_reason: takes the same, and says why `run` cannot do it, or None if it can.
   """
 
   run: Callable
-  refuse: Callable[..., str | None]
+  unsupported_reason: Callable[..., str | None]
 
 
-def late(module: str, name: str = "KERNEL") -> Kernel:
+def lazy(module: str, name: str = "KERNEL") -> Kernel:
   """A kernel of `pallas_kernels.MODULE`, imported when it is first asked: Pallas takes long to.
 
   A process traces it once for all that call it alike: a kernel's code holds where it was traced
@@ -47,7 +47,7 @@ def late(module: str, name: str = "KERNEL") -> Kernel:
   def run(*operands, **options):
     return _varying_as(operands, traced_once(tuple(options))(*operands, **options))
 
-  return Kernel(run, lambda *operands, **options: kernel().refuse(*operands, **options))
+  return Kernel(run, lambda *operands, **options: kernel().unsupported_reason(*operands, **options))
 
 
 def _varying_as(operands: Any, results: Any) -> Any:
@@ -63,7 +63,7 @@ def _varying_as(operands: Any, results: Any) -> Any:
   return jax.tree.map(mark, results)
 
 
-def divided() -> bool:
+def auto_partitioned() -> bool:
   """Whether the compiler divides this program among devices, which it cannot do with a kernel.
 
   It would run the whole of it on each. In a `shard_map`, each device has a program of its own.
@@ -73,7 +73,7 @@ def divided() -> bool:
                    if axis not in mesh.manual_axes) > 1
 
 
-def here() -> str | None:
+def local_backend() -> str | None:
   """The name of the kernels that this process' first device runs, None if there are none."""
   device = jax.devices()[0]
   if device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0":
@@ -99,8 +99,9 @@ def run(
     ValueError: if the named implementation does not exist, not here, or not for these operands.
   """
   if implementation is None:
-    kernel = kernels.get(here()) if here() in _PROVEN and not divided() else None
-    chosen = kernel.run if kernel and not kernel.refuse(*operands, **options) else xla
+    runs_here = local_backend() in _PROVEN and not auto_partitioned()
+    kernel = kernels.get(local_backend()) if runs_here else None
+    chosen = kernel.run if kernel and not kernel.unsupported_reason(*operands, **options) else xla
   elif implementation == "xla":
     chosen = xla
   else:
@@ -113,13 +114,13 @@ def _named(operation, implementation, kernels, *operands, **options) -> Callable
   if implementation not in kernels:
     there = ", ".join(("xla", *kernels))
     raise ValueError(f"{operation} has no implementation {implementation!r}; there are: {there}")
-  if here() != implementation:
+  if local_backend() != implementation:
     raise ValueError(f"{operation}: {implementation!r} needs {BACKENDS[implementation]}, and this "
                      f"is {jax.devices()[0].device_kind}; 'xla' runs everywhere")
-  if divided():
+  if auto_partitioned():
     raise ValueError(f"{operation}: {implementation!r} runs on one device, and here the compiler "
                      "divides the program over a mesh: call it in jax.shard_map, on each device's "
                      "rows, or take 'xla'")
-  if reason := kernels[implementation].refuse(*operands, **options):
+  if reason := kernels[implementation].unsupported_reason(*operands, **options):
     raise ValueError(f"{operation}: {implementation!r} {reason}; 'xla' takes it")
   return kernels[implementation].run

@@ -11,11 +11,11 @@ _WEIGHT_TILES = ("128x128", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-  """How a matrix is quantised; see `pallas_kernels.quantize`. What is contracted is its last axis.
+  """How a matrix, whose last axis is contracted, is quantised; see `pallas_kernels.quantize`.
 
   Attributes:
     format: of its values.
-    tile: what shares a scale: 128 of a row, a block, a row, or the whole matrix.
+    tile: the elements that share a scale: 128 of a row, a block, a row, or the whole matrix.
     power_of_two: whether scales are powers of two.
   """
 
@@ -35,7 +35,12 @@ _WEIGHT = Operand(tile="128x128")
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """y = x w: rows of the input times the weight."""
+  """The forward product, y = x w.
+
+  Attributes:
+    activation: x, by rows.
+    weight: w.
+  """
 
   activation: Operand = Operand()
   weight: Operand = _WEIGHT
@@ -46,7 +51,12 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class InputGradient:
-  """dx = dy w.T: rows of the output's gradient times the weight, transposed."""
+  """The backward product of the input, dx = dy w.T.
+
+  Attributes:
+    gradient: dy, by rows.
+    weight: w, transposed.
+  """
 
   gradient: Operand = Operand()
   weight: Operand = _WEIGHT
@@ -57,7 +67,12 @@ class InputGradient:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGradient:
-  """dw = x.T dy: both operands transposed, as it contracts over tokens."""
+  """The backward product of the weight, dw = x.T dy, which contracts over tokens.
+
+  Attributes:
+    activation: x, transposed.
+    gradient: dy, transposed.
+  """
 
   activation: Operand = Operand()
   gradient: Operand = Operand()
@@ -77,15 +92,17 @@ class Recipe:
   Defaults are V3's (arXiv:2412.19437, section 3.3).
 
   Attributes:
-    forward, input_gradient, weight_gradient: None for a product that is not in FP8.
-    kept: what the weight gradient is given of the input; None for what the forward product read.
-      Where the weight gradient is not in FP8, the input is kept as it is.
+    forward: the forward product; None if it is not in FP8.
+    input_gradient: the backward product of the input; None if it is not in FP8.
+    weight_gradient: the backward product of the weight; None if it is not in FP8.
+    kept: how the input is kept for the weight gradient; None keeps what the forward product read.
+      Where the weight gradient is not in FP8, the input is kept unquantised.
     kept_after_attention: the same for the layer after attention.
-    kept_swiglu: of the routed experts' SwiGLU inputs, whose output is recomputed; None keeps them
-      as they are.
-    dispatch_power_of_two: whether what is sent to experts, inputs and gradients, has scales of
-      powers of two (V3 section 3.3.3): then tiling it anew for the weight gradient loses nothing,
-      and also the gradient is tiled anew from what was sent.
+    kept_swiglu: how the inputs of the routed experts' SwiGLU are kept, from which its output is
+      recomputed; None keeps them unquantised.
+    dispatch_power_of_two: what is dispatched to experts, inputs and gradients, has scales that are
+      powers of two (V3 section 3.3.3). Requantising it for the weight gradient then loses nothing,
+      and the gradient, too, is requantised from what was dispatched.
   """
 
   forward: Forward | None = Forward()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.quantize import quantize, quantize_both
+from pallas_kernels.ops.quantize import quantize, quantize_both
 from pallas_kernels.quantized import Quantized
 from pallas_kernels.recipe import Operand, Recipe
 

@@ -12,8 +12,9 @@ from model.checks import require, require_positive, require_range
 from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
 from rl.templates import get_template
-from train.config import OptimizerConfig
+from train.config import MeshConfig, OptimizerConfig
 
+_ONE_DEVICE = MeshConfig()
 # As in R1, the rate stays where it is; small steps would be lost in bfloat16 moments.
 _OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4, schedule="constant", weight_decay=0.0, moments="float32")
@@ -183,8 +184,6 @@ class LoopConfig:
     keep_checkpoints: how many of the newest stay.
     max_skipped_steps: as in `TrainConfig`.
     samples_logged: completions written to `completions.jsonl` at each evaluation.
-    data, fsdp: devices along the mesh's axes; -1 for all that the other leaves. The sequences of a
-      rollout and of an update are spread over both; "fsdp" spreads the state of training too.
   """
 
   steps: int = 50
@@ -196,17 +195,12 @@ class LoopConfig:
   keep_checkpoints: int = 2
   max_skipped_steps: int = 5
   samples_logged: int = 4
-  data: int = 1
-  fsdp: int = 1
 
   def __post_init__(self):
     require_positive(self, "steps", "eval_problems", "eval_samples", "keep_checkpoints")
     require_range(self, 0, float("inf"), "eval_every", "checkpoint_every", "max_skipped_steps",
                   "samples_logged")
     require(0 <= self.seed < 2**31, f"LoopConfig.seed={self.seed} must lie in 0..2^31 - 1")
-    for name in ("data", "fsdp"):
-      value = getattr(self, name)
-      require(value == -1 or value > 0, f"LoopConfig.{name}={value} must be positive, or -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +210,13 @@ class RLConfig:
   Attributes:
     task: see `rl.tasks.get_task`.
     template: see `rl.templates.get_template`.
+    sampling: a rollout.
+    rewards: their weights.
+    objective: what is maximised.
+    optimizer: AdamW and its schedule.
+    loop: steps, evaluations and checkpoints.
+    mesh: the devices. The sequences of rollouts and updates are divided over all axes, the state
+      as `MeshConfig` says.
   """
 
   task: str = "arithmetic"
@@ -225,6 +226,7 @@ class RLConfig:
   objective: ObjectiveConfig = ObjectiveConfig()
   optimizer: OptimizerConfig = _OPTIMIZER
   loop: LoopConfig = LoopConfig()
+  mesh: MeshConfig = _ONE_DEVICE
 
   def __post_init__(self):
     get_task(self.task)

@@ -35,7 +35,7 @@ from train import progress
 from train.checkpoint import Checkpoints
 from train.cost import CostMeter, total
 from train.loop import check_skipped
-from train.mesh import settled
+from train.mesh import commit_to_device
 from train.optimizer import learning_rate
 from train.run_folder import Events, MetricsFile, RunFolder
 from train.signals import Signals
@@ -152,7 +152,7 @@ class _Run:
     for file in self.files.values():
       file.truncate_after(step if restored else -1)
     state = restored.arrays if restored else init_rl_state(variables, self.cfg, mesh)
-    return state if mesh else settled(state), step, position
+    return state if mesh else commit_to_device(state), step, position
 
   def _step(self, state: RLState, step: int) -> tuple[RLState, dict]:
     """One step; its row of metrics."""

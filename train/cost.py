@@ -1,4 +1,4 @@
-"""What a run cost, kept on disk while it runs: a killed process' work is counted too."""
+"""What a run cost, kept on disk while it runs, so that the work of killed processes counts too."""
 
 import json
 import os
@@ -16,25 +16,25 @@ _KEYS = ("device_seconds", "flops", "tokens", "joules")
 
 
 class CostMeter:
-  """Counts this process' share, in a file of its own; `total` adds up all processes'.
+  """Counts this process' part of the cost in a file of its own; `total` adds up all files.
 
   Args:
     path: the run's folder.
     flops_per_token: of training.
-    num_lanes: runs that train together.
+    num_runs: runs that train as a vmapped batch.
   """
 
-  def __init__(self, path: pathlib.Path, flops_per_token: int, num_lanes: int = 1):
+  def __init__(self, path: pathlib.Path, flops_per_token: int, num_runs: int = 1):
     (path / _FOLDER).mkdir(exist_ok=True)
     self._path = path / _FOLDER / f"{time.time_ns()}-{os.getpid()}.json"
-    self._num_lanes = num_lanes
+    self._num_runs = num_runs
     self._flops = flops_per_token
     self._started, self._joules, self._tokens = time.monotonic(), joules(), 0
     self._written = self._started
 
   def add(self, tokens: int) -> None:
-    """Counts tokens that each lane trained on; now and then writes the count down."""
-    self._tokens += tokens * self._num_lanes
+    """Counts tokens that every run trained on; now and then writes the count to disk."""
+    self._tokens += tokens * self._num_runs
     if time.monotonic() - self._written > _WRITE_SECONDS:
       self.write()
 

@@ -122,15 +122,15 @@ def load(cfg: DataConfig) -> Data:
   if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
     raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs tokens for filling in the middle, and "
                      f"tokenizer {cfg.tokenizer} has none: set data.fim_rate=0")
-  stores = tuple(open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_share)
+  stores = tuple(open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_fraction)
                  for source in cfg.sources)
   domains = tuple(dict.fromkeys(name for store in stores for name in store.domain_names))
   domains_by_store = [_domain_ids(domains, store)[store.domains_N] for store in stores]
-  held = heldout_masks([store.hashes_N for store in stores], domains_by_store, cfg.heldout_share)
+  held = heldout_masks([store.hashes_N for store in stores], domains_by_store, cfg.heldout_fraction)
   for source, held_N in zip(cfg.sources, held, strict=True):
     if held_N.all():
       raise ValueError(f"data source {source.path}: all of its {len(held_N)} documents are held "
-                       "out; give it more, or set data.heldout_share lower")
+                       "out; give it more, or set data.heldout_fraction lower")
   heldout = {}
   for domain, name in enumerate(domains):
     chosen = [(s, n) for s, held_N in enumerate(held)
@@ -152,8 +152,8 @@ def _tokenizer(cfg: DataConfig) -> Tokenizer:
   if cfg.tokenizer == "deepseek":
     return Tokenizer.deepseek()
   if cfg.tokenizer == "bpe":
-    return open_bpe(cfg.sources, cfg.bpe_vocab_size, cfg.heldout_share,
-                    cfg.cache_folder, cfg.max_bad_share)
+    return open_bpe(cfg.sources, cfg.bpe_vocab_size, cfg.heldout_fraction,
+                    cfg.cache_folder, cfg.max_bad_fraction)
   return Tokenizer.load(cfg.tokenizer)
 
 

@@ -44,8 +44,8 @@ class Result:
   """What a run leaves in memory.
 
   Attributes:
-    seeds: of the runs that trained together.
-    status: "finished", or "stopped" (by a signal or a limit; the same call goes on).
+    seeds: of the runs.
+    status: "finished", or "stopped" by a signal or a limit; the same call resumes.
     state: the last one.
     steps: taken so far.
     rows: of metrics.
@@ -67,13 +67,13 @@ class Result:
 
 
 def train(
-    lanes: Sequence[RunConfig], data: Data, folder: RunFolder, *, variables: dict | None = None,
+    configs: Sequence[RunConfig], data: Data, folder: RunFolder, *, variables: dict | None = None,
     show: bool = True, max_seconds: float | None = None, profile: bool = False,
     on_evaluation: Callable[[int, Any], None] | None = None) -> Result:
-  """Trains, or goes on training what the folder holds.
+  """Trains, or resumes what the folder holds.
 
   Args:
-    lanes: one config per seed; see `train.program`.
+    configs: one for each run; several train as a vmapped batch (see `train.program`).
     data: what `train.data.load` gave for their `data`.
     folder: where the record and the checkpoints are.
     variables: to start from instead of random ones.
@@ -86,15 +86,15 @@ def train(
     TrainingError: after too many steps that were not finite.
     CheckpointError: if a checkpoint cannot be written.
   """
-  return _Run(lanes, data, folder, show, profile, on_evaluation).run(variables, max_seconds)
+  return _Run(configs, data, folder, show, profile, on_evaluation).run(variables, max_seconds)
 
 
 class _Run:
 
-  def __init__(self, lanes, data, folder, show, profile, on_evaluation):
-    self.cfg, self.data, self.path = lanes[0], data, folder.path
-    self.seeds = [cfg.train.seed for cfg in lanes]
-    self.program = Program(lanes, data.heldout)
+  def __init__(self, configs, data, folder, show, profile, on_evaluation):
+    self.cfg, self.data, self.path = configs[0], data, folder.path
+    self.seeds = [cfg.train.seed for cfg in configs]
+    self.program = Program(configs, data.heldout)
     self.checkpoints = Checkpoints(
         self.path / "checkpoints", keep=self.cfg.train.keep_checkpoints)
     self.metrics = MetricsFile(self.path / "metrics.jsonl")

@@ -31,7 +31,7 @@ class Batch:
 
 
 @flax.struct.dataclass
-class Observed:
+class AuxOutputs:
   """What a micro-batch shows besides its loss, added up over micro-batches.
 
   Attributes:
@@ -58,7 +58,7 @@ class LanguageModelLoss:
     return {"lm": tokens, "mtp": depth * tokens, "sequence_balance": sequences,
             "batch_balance": one, "expert_balance": one}
 
-  def sums(self, variables: dict, batch: Batch) -> tuple[Sums, Observed]:
+  def sums(self, variables: dict, batch: Batch) -> tuple[Sums, AuxOutputs]:
     """The terms of one micro-batch.
 
     "lm" and "mtp" are in nats, summed over tokens and depths; "sequence_balance" is summed over
@@ -84,7 +84,7 @@ class LanguageModelLoss:
       sums |= {"sequence_balance": total(balance.sequence_balance_loss, _counts(batch)),
                "batch_balance": total(balance.batch_balance_loss),
                "expert_balance": total(balance.expert_balance_loss)}
-    return sums, Observed({name: stats.load_BE.sum(-2) for name, stats in output.router.items()})
+    return sums, AuxOutputs({name: stats.load_BE.sum(-2) for name, stats in output.router.items()})
 
 
 def _counts(batch: Batch) -> jax.Array:

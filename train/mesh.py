@@ -1,6 +1,7 @@
-"""Meshes of devices, and which array axis is spread over which of their axes.
+"""Meshes of devices, and which axis of an array is divided over which axis of the mesh.
 
-The model names its axes (`model.logical_axes`); ShardingRules say what those names mean here.
+The model names the axes of its arrays (`model.logical_axes`); `ShardingRules` maps those names to
+mesh axes.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import model
+from train.config import MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "pipe")
 
@@ -87,8 +89,8 @@ class ShardedModel:
     """A NamedSharding for every variable."""
     return model.shardings(self.cfg, self.mesh, self.rules)
 
-  def everywhere(self) -> NamedSharding:
-    """Of what every device has a copy of."""
+  def replicated(self) -> NamedSharding:
+    """The sharding of an array that every device has a copy of."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   def train_state(self, state: Any, params: Any = None) -> Any:
@@ -101,12 +103,17 @@ class ShardedModel:
     variables = self.variables()
     params = variables["params"] if params is None else params
     return state.replace(
-        step=self.everywhere(), skipped=self.everywhere(), params=params,
+        step=self.replicated(), skipped=self.replicated(), params=params,
         router=variables.get("router", {}), moments=type(state.moments)(params, params),
         ema=params if state.ema is not None else None)
 
+  @property
+  def batch_devices(self) -> int:
+    """How many parts a batch is divided into."""
+    return math.prod(self.mesh.shape[axis] for axis in _tuple(self.rules.batch))
+
   def batch(self) -> NamedSharding:
-    """Of a [B, T] batch."""
+    """The sharding of a [B, T] batch."""
     return NamedSharding(self.mesh, PartitionSpec(self.rules.batch, self.rules.length))
 
   def transformer(self, **fields) -> model.Transformer:
@@ -137,10 +144,12 @@ class ShardedModel:
     return run
 
   def dispatch(self) -> Callable:
-    """Every device runs the experts on its own tokens; their weights are gathered there."""
-    axes = self.rules.batch
-    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    tokens, everywhere = PartitionSpec(axes or None), PartitionSpec()
+    """A `model.moe` dispatch: each device runs the experts on its own tokens.
+
+    The experts' weights are gathered on every device.
+    """
+    axes = _tuple(self.rules.batch)
+    tokens, replicated = PartitionSpec(axes or None), PartitionSpec()
 
     def dispatch(experts, weights, x_ND, gates_NK, experts_NK):
       def local(weights, *tokens):
@@ -149,25 +158,31 @@ class ShardedModel:
         return experts(varying, *tokens)
 
       return jax.shard_map(
-          local, mesh=self.mesh, in_specs=(everywhere, tokens, tokens, tokens),
+          local, mesh=self.mesh, in_specs=(replicated, tokens, tokens, tokens),
           out_specs=tokens)(weights, x_ND, gates_NK, experts_NK)
 
     return dispatch
 
 
-def settled[T](tree: T) -> T:
-  """A tree's arrays, committed to the one device that each is on.
+def _tuple(axes: Axes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
-  A jitted function is compiled again for arrays that are free to move; what it returns is not.
+
+def commit_to_device[T](tree: T) -> T:
+  """Commits a tree's arrays to the single device that each is on.
+
+  What a jitted function returns is committed; given arrays that are not, it compiles again.
   """
   return jax.tree.map(lambda x: jax.device_put(x, next(iter(x.devices()))), tree)
 
 
-def spread(cfg: model.ModelConfig, *, data: int, fsdp: int) -> ShardedModel | None:
-  """The model on a mesh of all devices, or None for one device, which needs no mesh.
+def make_sharded_model(cfg: model.ModelConfig, mesh: MeshConfig) -> ShardedModel | None:
+  """The model on a mesh of all devices, or None for a single device, which needs no mesh.
 
   Args:
     cfg: of the model.
-    data, fsdp: as in `make_mesh`, which says what is raised.
+    mesh: devices along each axis; `make_mesh` says what is raised.
   """
-  return None if (data, fsdp) == (1, 1) else ShardedModel(cfg, make_mesh(data=data, fsdp=fsdp))
+  if mesh.is_single_device:
+    return None
+  return ShardedModel(cfg, make_mesh(**dataclasses.asdict(mesh)))

@@ -77,7 +77,7 @@ def adamw(
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
   """The learning rate of every step from 0; the first is one warm-up step above zero."""
-  peak, warmup = cfg.learning_rate, max(1, round(cfg.warmup_share * steps))
+  peak, warmup = cfg.learning_rate, max(1, round(cfg.warmup_fraction * steps))
   ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
   if cfg.schedule == "constant":
     after, bounds = [optax.constant_schedule(peak)], [warmup]
@@ -106,8 +106,8 @@ class Schedule:
 
   def __getitem__(self, step: int) -> dict:
     train, balance = self.cfg.train, self.cfg.balance
-    early = step < train.mtp_share * train.steps
-    biased = step < balance.bias_share * train.steps
+    early = step < train.mtp_fraction * train.steps
+    biased = step < balance.bias_fraction * train.steps
     return {
         "learning_rate": np.float32(self._learning_rates[step]),
         "bias_rate": np.float32(balance.bias_rate if biased else 0.0),
@@ -121,7 +121,7 @@ class Schedule:
   def num_micro_batches(self, step: int) -> int:
     """How many micro-batches step `step` has: fewer than all while the batch ramps up."""
     train = self.cfg.train
-    ramp, full = train.batch_ramp_share * train.steps, train.num_micro_batches
+    ramp, full = train.batch_ramp_fraction * train.steps, train.num_micro_batches
     if step >= ramp:
       return full
     share = train.batch_ramp_start + (1 - train.batch_ramp_start) * step / ramp

@@ -1,7 +1,8 @@
-"""The compiled side of training: lanes of runs that differ in numbers only share one program.
+"""The compiled side of training, for one run or for several that train as a vmapped batch.
 
-A *lane* is one run: a seed, and with it any hyper-parameter that enters the step as data. Several
-lanes train at once along a leading array axis; one lane has no such axis.
+Runs of a vmapped batch share one program: they may differ in their seeds and in hyper-parameters
+that enter the step as data. Their arrays have a leading axis of runs; a single run has no such
+axis.
 """
 
 import dataclasses
@@ -18,22 +19,22 @@ import model
 from train.config import RunConfig
 from train.evaluate import Evaluation, Evaluator, count
 from train.losses import Batch, LanguageModelLoss
-from train.mesh import ShardedModel, spread
+from train.mesh import ShardedModel, make_sharded_model
 from train.optimizer import Schedule, decay_mask
-from train.step import TrainState, init_state, layers_apart, make_train_step
+from train.step import TrainState, init_state, make_train_step, unstack_layers
 
-_EVALUATION_TOKENS = 16384  # at a time, over all lanes
+_EVALUATION_TOKENS = 16384  # at a time, over all runs
 
-# Fields that enter the step as data, so that lanes may differ in them.
+# Fields that enter the step as data, so that runs of a vmapped batch may differ in them.
 DATA_FIELDS = {
-    "optimizer": ("learning_rate", "schedule", "warmup_share", "final_ratio"),
-    "balance": ("bias_rate", "bias_share", "sequence_weight", "batch_weight", "expert_weight"),
-    "train": ("seed", "mtp_weight", "mtp_late_weight", "mtp_share"),
+    "optimizer": ("learning_rate", "schedule", "warmup_fraction", "final_ratio"),
+    "balance": ("bias_rate", "bias_fraction", "sequence_weight", "batch_weight", "expert_weight"),
+    "train": ("seed", "mtp_weight", "mtp_late_weight", "mtp_fraction"),
 }
 
 
-def shared(cfg: RunConfig) -> RunConfig:
-  """The config with all that lanes may differ in set to a default: equal means one program."""
+def static_config(cfg: RunConfig) -> RunConfig:
+  """The config with defaults for all that enters as data: equal ones share a program."""
   return dataclasses.replace(cfg, **{
       section: without_data_fields(getattr(cfg, section), section) for section in DATA_FIELDS})
 
@@ -45,76 +46,76 @@ def without_data_fields[T](part: T, section: str) -> T:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(cfg: RunConfig, num_lanes: int) -> tuple[ShardedModel | None, Callable, Callable]:
-  """The mesh if there is one, and the jitted step and count: made once for all runs of a shape."""
-  mesh = _make_mesh(cfg, num_lanes)
+def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Callable, Callable]:
+  """The mesh if there is one, and the jitted step and count: made once for equal configs."""
+  mesh = _make_mesh(cfg, num_runs)
   net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
   jit = mesh.jit if mesh else jax.jit
   trained = net(remat=cfg.train.remat, unroll=cfg.train.unroll, attend=cfg.train.attend)
   step = make_train_step(
       LanguageModelLoss(trained), cfg.optimizer, decay_mask(cfg.model),
       cfg.train.num_micro_batches, prepare=functools.partial(model.quantize_weights, cfg.model),
-      by_layer=layers_apart(trained))
+      by_layer=unstack_layers(trained))
   counts = functools.partial(count, net(attend=cfg.train.attend))
-  if num_lanes > 1:
+  if num_runs > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}
     step = jax.vmap(step, in_axes=(0, 0, hyper))
     counts = jax.vmap(counts, in_axes=(0, None))
   return mesh, jit(step, donate_argnums=0), jit(counts)
 
 
-def _make_mesh(cfg: RunConfig, num_lanes: int) -> ShardedModel | None:
-  train = cfg.train
-  if num_lanes > 1 and (train.data, train.fsdp) != (1, 1):
-    raise ValueError("several seeds train along an array axis of one device: with "
-                     f"train.data={train.data} and train.fsdp={train.fsdp} run one at a time")
-  mesh = spread(cfg.model, data=train.data, fsdp=train.fsdp)
-  rows = train.batch_size // train.num_micro_batches
-  if mesh and rows % mesh.mesh.size:
-    raise ValueError(f"{rows} sequences at a time do not divide over {mesh.mesh.size} devices")
+def _make_mesh(cfg: RunConfig, num_runs: int) -> ShardedModel | None:
+  if num_runs > 1 and not cfg.mesh.is_single_device:
+    raise ValueError("several seeds train as a vmapped batch on one device: with "
+                     f"{cfg.mesh} run one seed at a time")
+  mesh = make_sharded_model(cfg.model, cfg.mesh)
+  rows = cfg.train.batch_size // cfg.train.num_micro_batches
+  if mesh and rows % mesh.batch_devices:
+    raise ValueError(f"{rows} sequences at a time do not divide over {mesh.batch_devices} devices: "
+                     "change train.batch_size or train.micro_batch_size")
   return mesh
 
 
 class Program:
-  """Everything compiled for some lanes.
+  """Everything compiled for a run, or for runs that train as a vmapped batch.
 
   Args:
-    lanes: their configs.
+    configs: of the runs.
     heldout: see `train.data`.
 
   Raises:
-    ValueError: if lanes need different programs, or do not fit the mesh.
+    ValueError: if the runs need different programs, or do not fit the mesh.
   """
 
-  def __init__(self, lanes: Sequence[RunConfig], heldout: Mapping[str, Any]):
-    self.cfg, self.num_lanes = lanes[0], len(lanes)
-    if any(shared(cfg) != shared(self.cfg) for cfg in lanes):
+  def __init__(self, configs: Sequence[RunConfig], heldout: Mapping[str, Any]):
+    self.cfg, self.num_runs = configs[0], len(configs)
+    if any(static_config(cfg) != static_config(self.cfg) for cfg in configs):
       allowed = [f"{part}.{name}" for part, names in DATA_FIELDS.items() for name in names]
       raise ValueError(f"runs that train together may differ in {', '.join(allowed)} only")
-    self._seeds = [cfg.train.seed for cfg in lanes]
-    self._schedules = [Schedule(cfg) for cfg in lanes]
-    self._mesh, self._step, count = _compiled(shared(self.cfg), self.num_lanes)
-    rows = max(1, _EVALUATION_TOKENS // (self.cfg.data.seq_len * self.num_lanes))
-    self.evaluate = Evaluator(count, heldout, batch_size=rows, several=self.num_lanes > 1,
+    self._seeds = [cfg.train.seed for cfg in configs]
+    self._schedules = [Schedule(cfg) for cfg in configs]
+    self._mesh, self._step, count = _compiled(static_config(self.cfg), self.num_runs)
+    rows = max(1, _EVALUATION_TOKENS // (self.cfg.data.seq_len * self.num_runs))
+    self.evaluate = Evaluator(count, heldout, batch_size=rows, several=self.num_runs > 1,
                               masked=self.cfg.data.sample_masking)
 
   def init(self, variables: dict | None = None) -> TrainState:
-    """The state before the first step: from each lane's seed, or all from the same variables."""
+    """The state before the first step: from every run's seed, or all from the same variables."""
     def one(seed):
       start = variables or model.init_on_host(self.cfg.model, seed)
       return init_state(start, self.cfg.optimizer)
 
-    if self.num_lanes == 1:
+    if self.num_runs == 1:
       return self._place(one(self._seeds[0]))
-    return jax.tree.map(lambda *lanes: jnp.stack(lanes), *map(one, self._seeds))
+    return jax.tree.map(lambda *runs: jnp.stack(runs), *map(one, self._seeds))
 
   def abstract_state(self) -> TrainState:
     """Shapes, formats and places of the state, for restoring one."""
     shapes = jax.eval_shape(lambda variables: init_state(variables, self.cfg.optimizer),
                             model.abstract_variables(self.cfg.model))
-    if self.num_lanes > 1:
+    if self.num_runs > 1:
       return jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct((self.num_lanes, *x.shape), x.dtype), shapes)
+          lambda x: jax.ShapeDtypeStruct((self.num_runs, *x.shape), x.dtype), shapes)
     if not self._mesh:
       return shapes
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
@@ -122,69 +123,130 @@ class Program:
 
   def step(self, state: TrainState, index: int, batch: Mapping[str, np.ndarray],
            ) -> tuple[TrainState, dict]:
-    """Trains on a batch of [lanes,] B sequences; the state passed in is used up.
+    """Trains on a batch of [runs,] B sequences; the state passed in is donated.
 
     Fewer than `batch_size` sequences, while the batch ramps up, must be whole micro-batches.
     """
+    return self._step(state, *self.step_arguments(index, batch))
+
+  def lower(self) -> jax.stages.Lowered:
+    """The training step lowered for abstract arguments: to be compiled ahead of time or measured.
+
+    Nothing is allocated. Call its `compile()` for the executable, which takes a state, the
+    micro-batches and the hyper-parameters (`step_arguments`).
+    """
+    return self._step.lower(self.abstract_state(), *self.abstract_step_arguments())
+
+  def compute_config(self) -> RunConfig:
+    """The run with parameters in the compute format, as `lower_gradients` takes them."""
+    numerics = self.cfg.model.numerics
+    return dataclasses.replace(self.cfg, model=dataclasses.replace(
+        self.cfg.model, numerics=dataclasses.replace(numerics, params=numerics.compute)))
+
+  def lower_gradients(self) -> jax.stages.Lowered:
+    """A forward and backward pass alone, lowered like `lower`: the gradients of the loss.
+
+    It takes variables of `compute_config`'s model in place of the state, and one micro-batch.
+    """
+    cfg = self.compute_config()
+    mesh = self._mesh and dataclasses.replace(self._mesh, cfg=cfg.model)
+    variables = model.abstract_variables(cfg.model)
+    if mesh:
+      variables = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=sharding), variables, mesh.variables())
+    net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
+    objective = LanguageModelLoss(
+        net(remat=cfg.train.remat, unroll=cfg.train.unroll, attend=cfg.train.attend))
+
+    def gradients(variables, batch, hyper):
+      micro = jax.tree.map(lambda x: x[0], batch)
+      denominators = objective.denominators(micro)
+
+      def loss(params):
+        sums, _ = objective.sums({**variables, "params": params}, micro)
+        return sum(hyper["weights"][name] * value / denominators[name]
+                   for name, value in sums.items())
+
+      return jax.grad(loss)(objective.model.by_layer(variables["params"]))
+
+    jit = mesh.jit if mesh else jax.jit
+    return jit(gradients).lower(variables, *self.abstract_step_arguments())
+
+  def abstract_step_arguments(self) -> tuple[Batch, dict]:
+    """Shapes, formats and shardings of the micro-batches and the hyper-parameters."""
+    train, length = self.cfg.train, self.cfg.data.seq_len
+    runs = (self.num_runs,) if self.num_runs > 1 else ()
+    lead = (*runs, train.num_micro_batches, train.batch_size // train.num_micro_batches)
+    array = lambda width, dtype: jax.ShapeDtypeStruct(
+        (*lead, width), dtype, sharding=self._micro_batch_sharding())
+    segments = array(length, np.int32) if self.cfg.data.sample_masking else None
+    hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), self._hyper(0))
+    return Batch(array(length + 1, np.int32), array(length, bool), segments), hyper
+
+  def step_arguments(self, index: int, batch: Mapping[str, np.ndarray]) -> tuple[Batch, dict]:
+    """What the compiled step takes besides the state: micro-batches, and hyper-parameters."""
+    return self._micro_batches(batch), self._hyper(index)
+
+  def _hyper(self, index: int) -> dict:
     hyper = [schedule[index] for schedule in self._schedules]
-    if self.num_lanes > 1:
-      hyper = jax.tree.map(lambda *values: np.stack(values), *hyper)
-    else:
-      hyper = hyper[0]
-    active = np.int32(self.num_micro_batches(index))
-    return self._step(state, self._micro_batches(batch), {**hyper, "num_micro_batches": active})
+    stacked = (jax.tree.map(lambda *values: np.stack(values), *hyper) if self.num_runs > 1
+               else hyper[0])
+    return {**stacked, "num_micro_batches": np.int32(self.num_micro_batches(index))}
 
   def num_micro_batches(self, index: int) -> int:
     return self._schedules[0].num_micro_batches(index)
 
   def batch_size(self, index: int) -> int:
-    """Sequences, per lane, that step `index` takes."""
+    """Sequences per run that step `index` takes."""
     train = self.cfg.train
     return train.batch_size // train.num_micro_batches * self.num_micro_batches(index)
 
   def hyper(self, index: int) -> list[dict]:
-    """Every lane's hyper-parameters at a step, for the record."""
+    """Every run's hyper-parameters at a step, for the record."""
     return [schedule[index] for schedule in self._schedules]
 
   def _micro_batches(self, batch: Mapping[str, np.ndarray]) -> Batch:
-    axis, train = int(self.num_lanes > 1), self.cfg.train
+    axis, train = int(self.num_runs > 1), self.cfg.train
     num_micro = train.num_micro_batches
 
     def split(x):
       missing = train.batch_size - x.shape[axis]
       x = np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
       x = x.reshape(*x.shape[:axis], num_micro, -1, *x.shape[axis + 1:])
-      if not self._mesh:
-        return x
-      spec = PartitionSpec(None, *self._mesh.batch().spec)
-      return jax.device_put(x, NamedSharding(self._mesh.mesh, spec))
+      sharding = self._micro_batch_sharding()
+      return jax.device_put(x, sharding) if sharding else x
 
     segments = batch["segments"] if self.cfg.data.sample_masking else None
     return Batch(split(batch["tokens"]), split(batch["loss_mask"]),
                  None if segments is None else split(segments))
 
+  def _micro_batch_sharding(self) -> NamedSharding | None:
+    if not self._mesh:
+      return None
+    return NamedSharding(self._mesh.mesh, PartitionSpec(None, *self._mesh.batch().spec))
+
   def _place(self, state: TrainState) -> TrainState:
     return jax.device_put(state, self._mesh.train_state(state)) if self._mesh else state
 
 
-def first_lane(variables: dict, num_lanes: int) -> dict:
-  """One run's variables, of those of runs that train together."""
-  return jax.tree.map(lambda x: x[0], variables) if num_lanes > 1 else variables
+def first_run(variables: dict, num_runs: int) -> dict:
+  """The variables of the first run of a vmapped batch; of a single run, they are as given."""
+  return jax.tree.map(lambda x: x[0], variables) if num_runs > 1 else variables
 
 
 def mean_evaluation(evaluation: Evaluation) -> dict:
-  """An evaluation as JSON, values of several lanes averaged, lanes kept beside under "per_seed"."""
-  lanes = np.ndim(evaluation.mean_loss) == 1
+  """An evaluation as JSON; of a vmapped batch means over runs, with each run's under "per_seed"."""
+  several = np.ndim(evaluation.mean_loss) == 1
 
   def mean(x):
-    return None if x is None else np.mean(x, axis=0).tolist() if lanes else np.asarray(x).tolist()
+    return None if x is None else np.mean(x, axis=0).tolist() if several else np.asarray(x).tolist()
 
   by_domain = lambda values: {domain: mean(value) for domain, value in values.items()}
   row = {"bits_per_byte": by_domain(evaluation.bits_per_byte), "loss": by_domain(evaluation.loss),
          "mean_bits_per_byte": mean(evaluation.mean_bits_per_byte),
          "mtp_acceptance": mean(evaluation.mtp_acceptance),
          "max_violation": mean(evaluation.max_violation), "loads": by_domain(evaluation.loads)}
-  if lanes:
+  if several:
     row["per_seed"] = {"mean_bits_per_byte": evaluation.mean_bits_per_byte.tolist(),
                        "mean_loss": evaluation.mean_loss.tolist(),
                        "max_violation": None if evaluation.max_violation is None

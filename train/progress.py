@@ -21,13 +21,13 @@ class Progress:
 
   Args:
     cfg: of the run.
-    num_lanes: runs that train together; rates are of all of them.
+    num_runs: runs that train as a vmapped batch; rates are of all of them.
     start: steps done before.
     show: whether to draw anything.
   """
 
-  def __init__(self, cfg: RunConfig, num_lanes: int, start: int, show: bool):
-    self._tokens_per_sequence = num_lanes * cfg.data.seq_len
+  def __init__(self, cfg: RunConfig, num_runs: int, start: int, show: bool):
+    self._tokens_per_sequence = num_runs * cfg.data.seq_len
     self._flops_per_token = cfg.flops_per_token
     self._peak = peak_flops(cfg.model.numerics.compute)
     self._last: float | None = None
@@ -41,7 +41,7 @@ class Progress:
 
     Args:
       now: when the step was begun, in seconds.
-      num_sequences: of the step, per lane.
+      num_sequences: of the step, per run.
     """
     last, self._last = self._last, now
     if last is None:

@@ -112,8 +112,13 @@ class RunFolder:
     """Lets others have the folder."""
     self._lock.close()
 
-  def check_config(self, as_dict: dict) -> None:
-    """Writes `config.json` the first time, and from then on insists on the same.
+  def check_config(
+      self, as_dict: dict, upgrade: Callable[[dict], dict] = lambda stored: stored) -> None:
+    """Writes `config.json` the first time, and from then on requires the same.
+
+    Args:
+      as_dict: what decides the run's numbers, as JSON.
+      upgrade: translates what an earlier version wrote.
 
     Raises:
       ValueError: naming every field that differs from the folder's, or if that is not JSON.
@@ -123,7 +128,7 @@ class RunFolder:
       write_json_atomic(path, as_dict)
       return
     try:
-      there = dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
+      there = dict(leaves(upgrade(json.loads(path.read_text(encoding="utf-8")))))
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}): give another --out") from error
     here = dict(leaves(json.loads(json.dumps(as_dict))))  # as it would be read back

@@ -60,20 +60,20 @@ class Tally:
     if len(examples) < _EXAMPLES:
       examples.append(f"{where}: {bad.reason}")
 
-  def check(self, path: str, max_bad_share: float) -> None:
+  def check(self, path: str, max_bad_fraction: float) -> None:
     """Raises ValueError, naming counts and examples, if the source at `path` is not usable."""
     num_bad = self.bad.total()
     total = self.good + num_bad
     if not total:
       raise ValueError(f"{path} holds no documents: every file is empty")
-    if self.good and num_bad <= max_bad_share * total:
+    if self.good and num_bad <= max_bad_fraction * total:
       return
     kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
     examples = "; ".join(example for few in self.examples.values() for example in few)
     raise ValueError(
         f"{path}: {num_bad} of {total} documents are unusable ({kinds}), more than "
-        f"data.max_bad_share={max_bad_share:g} allows. For example {examples}. Repair them, check "
-        "the source's text_field and prompt_field, or raise data.max_bad_share")
+        f"data.max_bad_fraction={max_bad_fraction:g} allows. For example {examples}. Repair them, "
+        "check the source's text_field and prompt_field, or raise data.max_bad_fraction")
 
 
 class _BadError(Exception):

@@ -47,7 +47,7 @@ class Objective(Protocol):
     """Of the whole batch, its micro-batches along the leading axis."""
 
   def sums(self, variables: dict, batch: Tree) -> tuple[dict[str, jax.Array], Any]:
-    """Terms of one micro-batch, and an Observed whose leaves are added up."""
+    """Terms of one micro-batch, and an AuxOutputs whose leaves are added up."""
 
 
 def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
@@ -61,7 +61,7 @@ def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
       moments=init_moments(params, cfg), ema=ema)
 
 
-def layers_apart(net: Transformer) -> Callable[[Tree], Tree]:
+def unstack_layers(net: Transformer) -> Callable[[Tree], Tree]:
   """`net.by_layer` on a GPU; elsewhere to join the gradients is one more pass over them."""
   return net.by_layer if jax.default_backend() == "gpu" else lambda params: params
 
@@ -78,7 +78,7 @@ def make_train_step(
   whose loss or gradient is not finite changes nothing, the balancing bias included. `prepare` makes
   of parameters, once a step, variables that the objective is given beside them as constants, such
   as `model.quantize_weights`. `by_layer` arranges parameters, linearly, as the objective is given
-  them and their gradients are measured; see `layers_apart`.
+  them and their gradients are measured; see `unstack_layers`.
   """
 
   def loss_and_grads(state, params, prepared, micro, weights, denominators):
@@ -108,7 +108,7 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     grads, = joined(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
-    scale = jnp.minimum(1.0, cfg.clip / jnp.maximum(grad_norm, 1e-30))
+    scale = jnp.minimum(1.0, cfg.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
     with jax.named_scope("optimizer"):
       params, moments = adamw(
           jax.tree.map(lambda g: g * scale, grads), state.moments, state.params,

@@ -62,7 +62,7 @@ class Store:
 _ARRAYS = ("offsets", "prompt_tokens_N", "bytes_N", "hashes_N", "domains_N", "languages_N")
 
 
-def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_share: float
+def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_fraction: float
                ) -> Store:
   """The tokens of `source`, from `cache` where they are there.
 
@@ -73,23 +73,23 @@ def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_ba
   key = _key(sources.fingerprint(source), tokenizer.content_hash)
   store = _cached(
       cache / f"tokens-{key}", _read_store,
-      lambda folder: _write_store(folder, source, tokenizer, max_bad_share))
-  store.tally.check(source.path, max_bad_share)
+      lambda folder: _write_store(folder, source, tokenizer, max_bad_fraction))
+  store.tally.check(source.path, max_bad_fraction)
   return store
 
 
-def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_share: float,
-             cache: pathlib.Path, max_bad_share: float) -> Tokenizer:
+def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_fraction: float,
+             cache: pathlib.Path, max_bad_fraction: float) -> Tokenizer:
   """A BPE trained on at most 4 MB of `all_sources`' training documents, from `cache` if there.
 
   Raises:
     ValueError: as `open_store`.
   """
   def train(folder: pathlib.Path) -> None:
-    texts = _training_sample(all_sources, heldout_share, max_bad_share)
+    texts = _training_sample(all_sources, heldout_fraction, max_bad_fraction)
     Tokenizer.train_bpe(texts, vocab_size).save(folder / "tokenizer.json")
 
-  key = _key(*map(sources.fingerprint, all_sources), vocab_size, heldout_share)
+  key = _key(*map(sources.fingerprint, all_sources), vocab_size, heldout_fraction)
   return _cached(cache / f"bpe-{key}", lambda folder: Tokenizer.load(folder / "tokenizer.json"),
                  train)
 
@@ -172,7 +172,7 @@ class _Names:
 
 
 def _write_store(folder: pathlib.Path, source: Source, tokenizer: Tokenizer,
-                 max_bad_share: float) -> None:
+                 max_bad_fraction: float) -> None:
   tally, domains, languages = sources.Tally(), _Names(), _Names()
   dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   offsets, columns = [0], []
@@ -185,7 +185,7 @@ def _write_store(folder: pathlib.Path, source: Source, tokenizer: Tokenizer,
         offsets.append(offsets[-1] + len(prompt) + len(text))
         columns.append((len(prompt), len(document.text.encode()), _hash(document),
                         domains(document.domain), languages(document.language)))
-  tally.check(source.path, max_bad_share)
+  tally.check(source.path, max_bad_fraction)
   dtypes = (np.int64, np.int64, np.int64, np.uint64, np.int32, np.int32)
   for name, column, kind in zip(_ARRAYS, (offsets, *zip(*columns, strict=True)), dtypes,
                                 strict=True):
@@ -225,7 +225,8 @@ def _read_store(folder: pathlib.Path) -> Store:
 
 
 def _training_sample(
-    all_sources: Sequence[Source], heldout_share: float, max_bad_share: float) -> Iterator[str]:
+    all_sources: Sequence[Source], heldout_fraction: float, max_bad_fraction: float,
+) -> Iterator[str]:
   """Training documents of every source, the same ones each time, about equally many bytes."""
   names, hashes, domains, sizes = _Names(), [], [], []
   for source in all_sources:
@@ -233,12 +234,12 @@ def _training_sample(
     columns = [(_hash(document), names(document.domain),
                 len((document.prompt + document.text).encode()))
                for document in sources.read(source, tally)]
-    tally.check(source.path, max_bad_share)
+    tally.check(source.path, max_bad_fraction)
     hash_N, domain_N, size_N = zip(*columns, strict=True)
     hashes.append(np.array(hash_N, np.uint64))
     domains.append(np.array(domain_N))
     sizes.append(np.array(size_N))
-  held = heldout_masks(hashes, domains, heldout_share)
+  held = heldout_masks(hashes, domains, heldout_fraction)
   limit = _SAMPLE_BYTES // len(all_sources)
   for source, hash_N, size_N, held_N in zip(all_sources, hashes, sizes, held, strict=True):
     order = np.argsort(hash_N)[::-1]  # the low hashes are held out

@@ -54,7 +54,7 @@ def run(
 
   def body(fields_TF, count_1, refs: Refs, cut_smem):
     def locate(index):
-      ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.snake)
+      ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.swizzle)
       tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
       num_k = jnp.where(tile.group < groups, pl.cdiv(k, BLOCK), 0).astype(jnp.int32)
       return Tile(tile.start, column, 0, num_k, refs.rhs_NK.at[tile.group],
@@ -77,14 +77,14 @@ def run(
       cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))[:rows]
 
 
-def refuse(
+def unsupported_reason(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None."""
   if rhs_GNK.shape[1] == 0 or rhs_GNK.shape[1] % _PIECE:
     return f"needs N to be a multiple of {_PIECE}, and it is {rhs_GNK.shape[1]}"
   if 0 in lhs_RK.shape or len(sizes_G) == 0:
     return f"needs rows and groups, and lhs is {lhs_RK.shape}, of {len(sizes_G)} groups"
-  return fp8_matmul.refuse_formats(lhs_RK, rhs_GNK, dtype)
+  return fp8_matmul.unsupported_formats(lhs_RK, rhs_GNK, dtype)
 
 
 def _store_owned(
@@ -118,4 +118,4 @@ def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
     pl.when(column + start < out_RN.shape[1])(functools.partial(store_piece, start))
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -23,14 +23,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu.hopper import (
-    MULTIPROCESSORS,
-    ROWS,
-    WARPGROUPS,
-    k_major,
-    multiply_anew,
-    pad_blocks,
-    pad_rows,
-    swizzle,
+  MULTIPROCESSORS,
+  ROWS,
+  WARPGROUPS,
+  k_major,
+  pad_blocks,
+  pad_rows,
+  swizzle,
+  wgmma_overwrite,
 )
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
@@ -53,7 +53,8 @@ class Tiling:
     block_n: columns of a tile, a multiple of 32, up to 192.
     depth: products that a warpgroup has in flight, 1 or 2.
     stages: blocks of K in shared memory.
-    snake: tiles side by side that are visited together, so that they share operands in L2.
+    swizzle: columns of tiles that are finished before the next ones begin, so that tiles that run
+      at the same time share operands in L2.
     cluster: multiprocessors side by side along N that fetch lhs once for all, 1, 2 or 4.
   """
 
@@ -61,13 +62,13 @@ class Tiling:
   block_n: int = 128
   depth: int = 2
   stages: int = 5
-  snake: int = 8
+  swizzle: int = 8
   cluster: int = 1
 
   def __post_init__(self):
     if (self.block_m not in (128, 256) or self.block_n % 32 or self.block_n < 32
         or self.depth not in (1, 2) or self.cluster not in (1, 2, 4)
-        or self.stages <= self.depth or self.snake < 1):
+        or self.stages <= self.depth or self.swizzle < 1):
       raise ValueError(f"no kernel is cut as {self}; see Tiling for the ranges")
     if (self.waves + self.depth) * self.block_n > 384:
       raise ValueError(f"{self} leaves too few registers; narrow block_n, or set depth to 1")
@@ -150,7 +151,7 @@ def run(
 
   def body(refs: Refs):
     def locate(index):
-      mi, ni = plgpu.planar_snake(index, grid, 1, tiling.snake)
+      mi, ni = plgpu.planar_snake(index, grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, first_column(ni, tiling)
       return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales,
                   functools.partial(store, refs, refs.out, row, column, tiling))
@@ -164,23 +165,23 @@ def run(
                 math.prod(grid), interpret, vectors=vectors)[:lhs_MK.shape[0]]
 
 
-def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
+def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None."""
-  if reason := refuse_size("N", rhs_NK.shape[0]):
+  if reason := unsupported_size("N", rhs_NK.shape[0]):
     return reason
   if 0 in lhs_MK.shape:
     return f"needs numbers to multiply, and lhs is {lhs_MK.shape}"
-  return refuse_formats(lhs_MK, rhs_NK, dtype)
+  return unsupported_formats(lhs_MK, rhs_NK, dtype)
 
 
-def refuse_size(name: str, size: int) -> str | None:
+def unsupported_size(name: str, size: int) -> str | None:
   """Why rows of rhs, or columns of a result, cannot be copied in whole tiles, or None."""
   if size == 0 or size % _GRAIN:
     return f"needs {name} to be a multiple of {_GRAIN}, and it is {size}"
   return None
 
 
-def refuse_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
+def unsupported_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
   """Why operands or a result of these formats cannot be had, or None."""
   formats = lhs.values_MK.dtype, rhs.values_MK.dtype
   if formats != (jnp.float8_e4m3fn, jnp.float8_e4m3fn):
@@ -378,7 +379,7 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
       rhs_scales[i] = _block_scales(tile, ki + i, tiling)  # they may come while operands do
     if wave == 0:
       plgpu.barrier_wait(refs.full.at[slots[i]])
-    multiply_anew(accumulators[at % len(accumulators)],
+    wgmma_overwrite(accumulators[at % len(accumulators)],
                   refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)],
                   refs.rhs_smem.at[slots[i]].T)
 
@@ -449,4 +450,4 @@ def store_wave(
   plgpu.copy_smem_to_gmem(staged, out_MN.at[pl.ds(row, ROWS), pl.ds(column, staged.shape[1])])
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -16,11 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.fp8_grouped import aligned_sizes, aligned_starts
 from pallas_kernels.mosaic_gpu import fp8_matmul
 from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile, Tiling
 from pallas_kernels.mosaic_gpu.hopper import k_major
 from pallas_kernels.mosaic_gpu.tilings import tuned
+from pallas_kernels.ops.fp8_grouped import aligned_sizes, aligned_starts
 from pallas_kernels.quantized import BLOCK, Quantized
 
 
@@ -45,7 +45,7 @@ def run(
   def body(first_G, num_G, refs: Refs):
     def locate(index):
       group = lax.div(index, math.prod(grid))
-      mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.snake)
+      mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, fp8_matmul.first_column(ni, tiling)
       return Tile(row, column, first_G[group], num_G[group], refs.rhs_NK, refs.rhs_scales,
                   functools.partial(fp8_matmul.store, refs, refs.out.at[group], row, column,
@@ -62,15 +62,15 @@ def run(
       vectors=True, before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))
 
 
-def refuse(
+def unsupported_reason(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None."""
   for name, size in (("K", lhs_KS.shape[0]), ("N", rhs_NS.shape[0]), ("S", lhs_KS.shape[1])):
-    if reason := fp8_matmul.refuse_size(name, size):
+    if reason := fp8_matmul.unsupported_size(name, size):
       return reason
   if len(sizes_G) == 0:
     return "needs groups, and there are none"
-  return fp8_matmul.refuse_formats(lhs_KS, rhs_NS, dtype)
+  return fp8_matmul.unsupported_formats(lhs_KS, rhs_NS, dtype)
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -48,19 +48,20 @@ class Tiling:
   Attributes:
     rows, columns: of a tile of the result.
     stages: of the ring, each 64 of what is contracted.
-    band: tiles of columns that are done before the next row of tiles, for reuse in L2.
+    swizzle: columns of tiles that are finished before the next ones begin, so that tiles that run
+      at the same time share operands in L2.
   """
 
   rows: int = 128
   columns: int = 256
   stages: int = 4
-  band: int = 8
+  swizzle: int = 8
 
   def __post_init__(self):
     if self.rows % (WARPGROUPS * ROWS) or self.columns % BLOCK_K or self.columns > 256:
       raise ValueError(f"a tile's rows must be a multiple of 128 and its columns of 64, at most "
                        f"256, and they are {self.rows} and {self.columns}")
-    if min(self.rows, self.columns, self.band) < 1 or self.stages < 2:
+    if min(self.rows, self.columns, self.swizzle) < 1 or self.stages < 2:
       raise ValueError(f"{self} must be positive, and stages at least 2")
 
   def pieces(self, others: int) -> int:
@@ -167,7 +168,7 @@ def launch(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane))(*operands)
 
 
-def refuse(
+def unsupported_reason(
     lhs_RK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None) -> str | None:
   """Why this kernel, or those of its gradients, cannot multiply these; see `Kernel`."""
@@ -227,7 +228,7 @@ def run(
   return out_RN[:rows]
 
 
-KERNEL = Kernel(run, refuse)
+KERNEL = Kernel(run, unsupported_reason)
 
 
 def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs):
@@ -253,7 +254,7 @@ def _kernel(
     @plgpu.nd_loop((count_1[0] * num_columns,), collective_axes="sm", init_carry=jnp.int32(0))
     def total(loop, carry):
       row, column = plgpu.planar_snake(
-          loop.index[0], (count_1[0], num_columns), 1, tiling.band)
+          loop.index[0], (count_1[0], num_columns), 1, tiling.swizzle)
       tile = schedule.read(fields_TF, row)
       blocks = jnp.where(tile.group < rhs.shape[0], num_blocks, 0).astype(jnp.int32)
       visit(tile, column * tiling.columns, blocks, carry)

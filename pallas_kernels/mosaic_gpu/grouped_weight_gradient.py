@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_gpu.tilings import tuned
 BLOCK_R = 64  # contracted at once, and what one layout of registers spans
 
 
-def refuse(
+def unsupported_reason(
     lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *,
     dtype: jnp.dtype | None = None) -> str | None:
   """Why this kernel cannot multiply these; see `Kernel`."""
@@ -71,7 +71,7 @@ def run(
   return _call(_groups(sizes_G, rows), lhs_RK, rhs_RN, out, tiling, programs or MULTIPROCESSORS)
 
 
-KERNEL = Kernel(run, refuse)
+KERNEL = Kernel(run, unsupported_reason)
 
 
 def _groups(sizes_G: jax.Array, num_rows: int) -> jax.Array:
@@ -104,7 +104,7 @@ def _kernel(
     def turn(index, before):
       place = jnp.where(index % 2 == 0, program, programs - 1 - program)
       group, tile = divmod(index * programs + place, grid[0] * grid[1])
-      row, column = plgpu.planar_snake(tile, grid, 1, tiling.band)
+      row, column = plgpu.planar_snake(tile, grid, 1, tiling.swizzle)
       group = [groups_GF[group, field] for field in range(3)]
       blocks = _num_blocks(*group[1:])
       visit(group, row * tiling.rows, column * tiling.columns, blocks, before)

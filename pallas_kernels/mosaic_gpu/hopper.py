@@ -67,7 +67,7 @@ def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -
   plgpu.commit_smem_to_gmem_group()
 
 
-def multiply_anew(accumulator: jax.Ref, lhs_MK: jax.Ref, rhs_KN: jax.Ref) -> None:
+def wgmma_overwrite(accumulator: jax.Ref, lhs_MK: jax.Ref, rhs_KN: jax.Ref) -> None:
   """Begins a product in an accumulator that was read, or is new: zeros, if interpreted."""
   _let_read()
   plgpu.wgmma(accumulator, lhs_MK, rhs_KN)

@@ -105,7 +105,7 @@ def run(
                    scales.reshape(*x_MK.shape[:-2], *counts), tile)
 
 
-def refuse(
+def unsupported_reason(
     x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
     smallest_amax: float) -> str | None:
   """Why `run` cannot take this, or None if it can."""
@@ -116,19 +116,19 @@ def refuse(
             f"matrices, and it is {x_MK.shape[-2]}")
   if FORMATS[format].dtype.itemsize > 1 and not power_of_two:
     return f"has {format} with powers of two for scales only"  # else `divide` could round wrongly
-  return refuse_numbers(x_MK, smallest_amax)
+  return unsupported_numbers(x_MK, smallest_amax)
 
 
-def refuse_any(
+def unsupported_any(
     x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float) -> str | None:
   """What kernels of formats of one byte alone cannot take, or None."""
   del power_of_two
   if FORMATS[format].dtype.itemsize > 1:
     return f"has no {format}"
-  return refuse_numbers(x_MK, smallest_amax)
+  return unsupported_numbers(x_MK, smallest_amax)
 
 
-def refuse_numbers(x_MK: jax.Array, smallest_amax: float) -> str | None:
+def unsupported_numbers(x_MK: jax.Array, smallest_amax: float) -> str | None:
   """What none of the kernels here can take, or None."""
   if x_MK.shape[-1] % BLOCK:
     return f"needs the last axis to be a multiple of 128, and it is {x_MK.shape[-1]}"
@@ -139,7 +139,7 @@ def refuse_numbers(x_MK: jax.Array, smallest_amax: float) -> str | None:
   return None
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)
 
 
 @dataclasses.dataclass(frozen=True)

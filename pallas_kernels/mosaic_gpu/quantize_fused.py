@@ -16,16 +16,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
 from pallas_kernels.mosaic_gpu.quantize import (
-    COMPILER_PARAMS,
-    Quantizer,
-    Tiling,
-    refuse_any,
-    row_layout,
-    sigmoid,
-    steps,
-    store_in_column,
-    swizzled,
-    this_block,
+  COMPILER_PARAMS,
+  Quantizer,
+  Tiling,
+  row_layout,
+  sigmoid,
+  steps,
+  store_in_column,
+  swizzled,
+  this_block,
+  unsupported_any,
 )
 from pallas_kernels.mosaic_gpu.requantize import write_transposed
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
@@ -161,16 +161,16 @@ def run_both(
       straight.scales_mk.mT if blocks else scales_t[0].T, tile)
 
 
-def refuse_both(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:
+def unsupported_both(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:
   """Why `run_both` cannot take this, or None if it can."""
   if tile not in ((1, BLOCK), (BLOCK, BLOCK)):
     return f"needs tiles of 1x128 or 128x128, and they are {tile[0]}x{tile[1]}"
   if x_MK.ndim != 2 and (tile[0] == 1 or x_MK.shape[-2] % BLOCK):
     return ("needs a single matrix, or tiles of 128x128 and M to be a multiple of 128, and the "
             f"shape is {x_MK.shape}")
-  return refuse_any(x_MK, **options)
+  return unsupported_any(x_MK, **options)
 
 
-SWIGLU_KERNEL = implementations.Kernel(run_swiglu, refuse_any)
-WITH_INPUTS_KERNEL = implementations.Kernel(run_swiglu_with_inputs, refuse_any)
-BOTH_KERNEL = implementations.Kernel(run_both, refuse_both)
+SWIGLU_KERNEL = implementations.Kernel(run_swiglu, unsupported_any)
+WITH_INPUTS_KERNEL = implementations.Kernel(run_swiglu_with_inputs, unsupported_any)
+BOTH_KERNEL = implementations.Kernel(run_both, unsupported_both)

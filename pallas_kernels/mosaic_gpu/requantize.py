@@ -15,13 +15,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu.hopper import k_major, pad_rows, swizzle
 from pallas_kernels.mosaic_gpu.quantize import (
-    COMPILER_PARAMS,
-    Quantizer,
-    column_layout,
-    refuse_any,
-    steps,
-    swizzled,
-    this_block,
+  COMPILER_PARAMS,
+  Quantizer,
+  column_layout,
+  steps,
+  swizzled,
+  this_block,
+  unsupported_any,
 )
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
@@ -70,7 +70,7 @@ def run(
   return Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK))
 
 
-def refuse(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:
+def unsupported_reason(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:
   """Why `run` cannot take this, or None if it can."""
   had = x_MK.tile if isinstance(x_MK, Quantized) else None
   if tile != "1x128" or had not in (None, (1, BLOCK)):
@@ -79,7 +79,7 @@ def refuse(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:
   if len(x_MK.shape) != 2:
     return f"needs a single matrix, and the shape is {x_MK.shape}"
   values_MK = x_MK.values_MK if isinstance(x_MK, Quantized) else x_MK
-  return refuse_any(values_MK, **options)
+  return unsupported_any(values_MK, **options)
 
 
 def _width(dtype) -> int:
@@ -137,4 +137,4 @@ def write_transposed(
     values_smem.at[columns].T[...] = quantizer.values(x_MK, scale, axes, transposed)
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

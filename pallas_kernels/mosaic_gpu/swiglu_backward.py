@@ -25,15 +25,15 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu.hopper import ROWS, WARPGROUPS, k_major, pad_rows
 from pallas_kernels.mosaic_gpu.quantize import (
-    COMPILER_PARAMS,
-    Quantizer,
-    refuse_any,
-    row_layout,
-    sigmoid,
-    steps,
-    store_in_column,
-    swizzled,
-    this_block,
+  COMPILER_PARAMS,
+  Quantizer,
+  row_layout,
+  sigmoid,
+  steps,
+  store_in_column,
+  swizzled,
+  this_block,
+  unsupported_any,
 )
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
@@ -331,7 +331,7 @@ def _quotient(x: ir.Value, inverse: ir.Value, rest: ir.Value) -> ir.Value:
   return llvm.intr_fma(x, inverse, arith.mulf(x, rest))
 
 
-def refuse(
+def unsupported_reason(
     gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
     power_of_two: bool, smallest_amax: float, smallest_gradient_amax: float) -> str | None:
   """Why `run` cannot take this, or None if it can."""
@@ -343,8 +343,8 @@ def refuse(
     return f"needs bfloat16, and gate and up are {gate_up.dtype}"
   if dhidden_MF.dtype != jnp.bfloat16:
     return f"needs bfloat16, and dhidden is {dhidden_MF.dtype}"
-  return refuse_any(dhidden_MF, format=format, power_of_two=power_of_two,
+  return unsupported_any(dhidden_MF, format=format, power_of_two=power_of_two,
                     smallest_amax=min(smallest_amax, smallest_gradient_amax))
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -145,7 +145,8 @@ def _compute(smem, gate_S: jax.Array, layout, interpreted: bool) -> jax.Array:
   return sum_S
 
 
-def refuse(gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array) -> str | None:
+def unsupported_reason(
+    gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array) -> str | None:
   """Why `run` cannot take this, or None if it can."""
   del gates_M
   for name, x in (("gate and up", gate_up_M2F), ("dhidden", dhidden_MF)):
@@ -157,4 +158,4 @@ def refuse(gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array) ->
   return None
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -1,4 +1,6 @@
-"""The tilings that were measured best, by operation and shape: see `experiments.tune_kernels`.
+"""The tilings that were measured fastest, by operation and shape.
+
+They come from `--experiment=tune_kernels`.
 
 Nothing is tuned when it runs: a shape that is not in the table gets its kernel's default.
 """

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from pallas_kernels import implementations
 from pallas_kernels.mosaic_tpu import fp8_matmul
 from pallas_kernels.mosaic_tpu.fp8_matmul import Tiling
-from pallas_kernels.mosaic_tpu.tiles import pad, refuse_rows, whole
+from pallas_kernels.mosaic_tpu.tiles import pad, unsupported_rows, whole
 from pallas_kernels.quantized import BLOCK, Quantized
 
 
@@ -76,13 +76,13 @@ def run(
       interpret=interpret)(*visits, lhs, rhs, lhs_RK.scales_mk, fp8_matmul.column_scales(rhs_GNK))
 
 
-def refuse(
+def unsupported_reason(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None if it can."""
   if 0 in (*lhs_RK.shape, *rhs_GNK.shape):
     return f"needs numbers, and the shapes are {lhs_RK.shape} and {rhs_GNK.shape}"
-  return (refuse_rows(lhs_RK.shape[0], Tiling().rows)
-          or fp8_matmul.refuse_formats(lhs_RK, rhs_GNK, dtype))
+  return (unsupported_rows(lhs_RK.shape[0], Tiling().rows)
+          or fp8_matmul.unsupported_formats(lhs_RK, rhs_GNK, dtype))
 
 
 def _visits(sizes_G: jax.Array, rows: int, tile: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -93,4 +93,4 @@ def _visits(sizes_G: jax.Array, rows: int, tile: int) -> tuple[tuple[jax.Array, 
       visit_empty_groups=False)
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -87,14 +87,14 @@ def run(
       interpret=interpret)(lhs, rhs, lhs_MK.scales_mk, column_scales(rhs_NK))
 
 
-def refuse(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
+def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None if it can."""
   if 0 in (*lhs_MK.shape, *rhs_NK.shape):
     return f"needs numbers, and the shapes are {lhs_MK.shape} and {rhs_NK.shape}"
-  return refuse_formats(lhs_MK, rhs_NK, dtype)
+  return unsupported_formats(lhs_MK, rhs_NK, dtype)
 
 
-def refuse_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
+def unsupported_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
   """Why operands or a result of these formats cannot be had, or None."""
   formats = lhs.values_MK.dtype, rhs.values_MK.dtype
   if not set(formats) <= set(map(jnp.dtype, _FP8)):
@@ -151,4 +151,4 @@ def cost(m: int, n: int, k: int, *, weights: int, dtype: jnp.dtype) -> pl.CostEs
       bytes_accessed=m * k + weights + m * n * jnp.dtype(dtype).itemsize)
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

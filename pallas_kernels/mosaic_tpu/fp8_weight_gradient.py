@@ -77,13 +77,13 @@ def run(
                            fp8_matmul.column_scales(rhs_NS))
 
 
-def refuse(
+def unsupported_reason(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Why `run` cannot multiply these, or None if it can."""
   if 0 in (*lhs_KS.shape, *rhs_NS.shape, *sizes_G.shape) or lhs_KS.shape[1] % BLOCK:
     return ("needs numbers, and rows in multiples of 128, and the shapes are "
             f"{lhs_KS.shape}, {rhs_NS.shape} and {sizes_G.shape}")
-  return fp8_matmul.refuse_formats(lhs_KS, rhs_NS, dtype)
+  return fp8_matmul.unsupported_formats(lhs_KS, rhs_NS, dtype)
 
 
 def _visits(sizes_G: jax.Array, blocks: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
@@ -100,4 +100,4 @@ def _visits(sizes_G: jax.Array, blocks: int) -> tuple[tuple[jax.Array, ...], jax
           visits_G.sum().astype(jnp.int32))
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

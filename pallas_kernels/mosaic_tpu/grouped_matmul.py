@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from pallas_kernels.grouped_matmul import differentiable
 from pallas_kernels.implementations import Kernel
-from pallas_kernels.mosaic_tpu.tiles import KINDS, ROWS, pad, refuse_rows, whole
+from pallas_kernels.mosaic_tpu.tiles import KINDS, ROWS, pad, unsupported_rows, whole
+from pallas_kernels.ops.grouped_matmul import differentiable
 from pallas_kernels.quantized import BLOCK
 
 
@@ -75,7 +75,7 @@ def run_weight_gradient(
               interpret=interpret)
 
 
-def refuse(
+def unsupported_reason(
     lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None) -> str | None:
   """Why `run` cannot multiply these, or None if it can."""
@@ -83,7 +83,7 @@ def refuse(
   return _why_not(lhs_RK, rhs_GKN, sizes_G, None)
 
 
-def refuse_weight_gradient(
+def unsupported_weight_gradient(
     lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *,
     dtype: jnp.dtype | None = None) -> str | None:
   """Why `run_weight_gradient` cannot multiply these, or None if it can."""
@@ -97,7 +97,7 @@ def _why_not(lhs, rhs, sizes_G, dtype) -> str | None:
     return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
   if 0 in (*lhs.shape, *rhs.shape, *sizes_G.shape):
     return f"needs numbers, and the shapes are {lhs.shape}, {rhs.shape} and {sizes_G.shape}"
-  return refuse_rows(len(lhs), Tiling().rows)
+  return unsupported_rows(len(lhs), Tiling().rows)
 
 
 def _multiply(lhs_RK, rhs_GKN, sizes_G, *, transpose_rhs, tiling, interpret):
@@ -121,5 +121,5 @@ def _zero_behind(x_RN, end, tile):
 
 
 _differentiable = differentiable(_multiply, run_weight_gradient)
-KERNEL = Kernel(run, refuse)
-WEIGHT_GRADIENT_KERNEL = Kernel(run_weight_gradient, refuse_weight_gradient)
+KERNEL = Kernel(run, unsupported_reason)
+WEIGHT_GRADIENT_KERNEL = Kernel(run_weight_gradient, unsupported_weight_gradient)

@@ -77,7 +77,7 @@ def run(
   return Quantized(values, scales.reshape(*x_MK.shape[:-2], -1, columns // BLOCK), tile)
 
 
-def refuse(
+def unsupported_reason(
     x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
     smallest_amax: float) -> str | None:
   """Why `run` cannot take this, or None if it can."""
@@ -117,4 +117,4 @@ def _scale(amax, *, format, power_of_two, smallest_amax):
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-KERNEL = implementations.Kernel(run, refuse)
+KERNEL = implementations.Kernel(run, unsupported_reason)

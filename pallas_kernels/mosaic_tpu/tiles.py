@@ -26,7 +26,7 @@ def divisor(size: int, most: int) -> int:
   return max(part for part in range(BLOCK, max(most, BLOCK) + 1, BLOCK) if size % part == 0)
 
 
-def refuse_rows(rows: int, tile: int) -> str | None:
+def unsupported_rows(rows: int, tile: int) -> str | None:
   """Why megablox cannot list the visits of so many rows' tiles, or None if it can."""
   if rows > _MOST_TILES * tile:
     return f"needs at most {_MOST_TILES * tile} rows, and there are {rows}"

@@ -122,14 +122,14 @@ class Programs(Generated[Function]):
 
   def work(self, drawn: Function, write: Writer, detailed: bool) -> str:
     """A line a piece; in detail, with the words that it stands for."""
-    def choose(what: str, right: _Piece, pieces: tuple[_Piece, ...]) -> _Piece:
+    def sample_token(what: str, right: _Piece, pieces: tuple[_Piece, ...]) -> _Piece:
       wrong = write.rng.choice([piece for piece in pieces if piece is not right])
       said = f"{right.words}: " if detailed else ""
       return write.step(right, wrong, lambda piece: f"{what} {said}{piece.source.format('...')}")
 
-    keep = tuple(choose("if", piece, _KEEP) for piece in drawn.keep)
-    return Function(keep, choose("take", drawn.change, _CHANGE),
-                    choose("return", drawn.give, _RETURN)).source()
+    keep = tuple(sample_token("if", piece, _KEEP) for piece in drawn.keep)
+    return Function(keep, sample_token("take", drawn.change, _CHANGE),
+                    sample_token("return", drawn.give, _RETURN)).source()
 
   def guess(self, drawn: Function, rng: random.Random) -> str:
     """A program with every piece wrong."""

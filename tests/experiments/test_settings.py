@@ -187,7 +187,8 @@ def test_an_unknown_name_is_told_the_nearest_and_what_is_allowed(assignment, nea
     ("model.mtp=MTPConfig(depth=__import__('os'))", "model.mtp.depth=\"__import__('os')\" must be "
      "int: a whole number such as 12, 1_000 or 1e6"),
     ("optimizer.schedule=cosin", "optimizer.schedule='cosin' must be cosine | v3 | constant"),
-    ("optimizer.clip=0", "optimizer: OptimizerConfig.clip=0.0 must be positive"),
+    ("optimizer.max_grad_norm=0",
+     "optimizer: OptimizerConfig.max_grad_norm=0.0 must be positive"),
 ])
 def test_a_wrong_assignment_is_told_what_would_be_right(assignment, message):
   assert errors(assignment) == [message]
@@ -200,7 +201,8 @@ def test_an_unknown_model_is_told_the_known_ones():
 
 def test_all_errors_are_listed_and_a_section_with_one_is_not_asked_about_the_others():
   found = errors("train.steps=5", "train.steps=6", "train.seed=x", "train.batch_size=0",
-                 "optimizer.clip=0", "data.sq_len=3", "nonsense", "model.mtp=MTPConfig(depth=0)")
+                 "optimizer.max_grad_norm=0", "data.sq_len=3", "nonsense",
+                 "model.mtp=MTPConfig(depth=0)")
   assert [message.split(" ")[0] for message in found] == [
       "train.steps", "'nonsense'", "model.mtp:", "data.sq_len", "optimizer:", "train.seed='x'"]
 

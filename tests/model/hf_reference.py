@@ -11,7 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import model
-from model import hf, hf_layout
+from model.hf import layout as hf_layout
+from model.hf import saving
 
 HERE = pathlib.Path(__file__).parent
 if str(HERE) not in sys.path:
@@ -90,7 +91,7 @@ def distance(case: str, cfg: model.ModelConfig, variables: dict) -> tuple[float,
   if mtp_logits:
     apart = max(apart, relative(mtp_logits[0][:, :-1], want[f"{case}/mtp_logits"]))
   layout = {tensor.name: tensor for tensor in hf_layout.layout(cfg).tensors}
-  by_name = {name: relative(hf._gather(layout[name], {"params": grads}), theirs)
+  by_name = {name: relative(saving._gather(layout[name], {"params": grads}), theirs)
              for name, theirs in gradients(case).items()}
   return apart, by_name
 

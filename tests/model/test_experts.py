@@ -17,7 +17,7 @@ from pallas_kernels import implementations
 TOKENS, WIDTH, NUM_EXPERTS, CHOSEN, EXPERT_WIDTH = 96, 12, 8, 3, 10
 WAYS = {"grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"],
         # One slot an expert: nearly all overflows, in blocks that its rows do not fill.
-        "overflow": functools.partial(slot_experts, slack=0.0, block=16)}
+        "overflow": functools.partial(slot_experts, capacity_factor=0.0, block=16)}
 
 
 def distinct(seed: int, pool: int) -> np.ndarray:
@@ -125,6 +125,6 @@ def test_where_gate_and_up_are_kept_no_grouped_product_is_computed_again(remat, 
     ("small", "bf16", "grouped"), ("nano", "bf16", "slots"),  # its experts are 32 wide
     ("small", "fp32", "slots"), ("nano", "fp8", "grouped")])
 def test_on_hopper_experts_are_grouped_where_a_kernel_takes_them(monkeypatch, name, numerics, way):
-  monkeypatch.setattr(implementations, "here", lambda: "mosaic_gpu")
+  monkeypatch.setattr(implementations, "local_backend", lambda: "mosaic_gpu")
   cfg = dataclasses.replace(model.get_config(name), numerics=NUMERICS[numerics])
   assert fastest_experts(cfg) == way

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import model
-from model import hf, hf_files
+from model.hf import files as hf_files
+from model.hf import loading
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
@@ -133,7 +134,7 @@ def closed(monkeypatch):
     raise AssertionError("the damage passed: weights were allocated or read")
 
   monkeypatch.setattr(hf_files.Stored, "read", refuse)
-  monkeypatch.setattr(hf, "_Target", refuse)
+  monkeypatch.setattr(loading, "_Target", refuse)
 
 
 def problems_of(folder) -> list[str]:

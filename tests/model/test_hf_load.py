@@ -17,7 +17,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import model
-from model import hf, hf_layout
+from model import hf
+from model.hf import config as hf_config
+from model.hf import layout as hf_layout
+from model.hf import loading, saving
 
 HERE = pathlib.Path(__file__).parent
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
@@ -62,7 +65,7 @@ def test_saving_and_loading_give_the_same_config_and_variables(name, tmp_path):
 @pytest.mark.parametrize(("case", "staged"), [("v3", True), ("llama_mqa", False)])
 def test_what_is_saved_is_what_was_loaded_tensor_by_tensor(case, staged, tmp_path, monkeypatch):
   if not staged:
-    monkeypatch.setattr(hf, "_CHUNK_BYTES", 0)
+    monkeypatch.setattr(loading, "_CHUNK_BYTES", 0)
   good = hf_reference.write_folder(case, tmp_path / "good")
   cfg, variables = hf.load(good)
   hf.save(tmp_path / "again", cfg, variables)
@@ -74,7 +77,7 @@ def test_what_is_saved_is_what_was_loaded_tensor_by_tensor(case, staged, tmp_pat
 
 def test_saving_again_replaces_and_leaves_nothing_over(tmp_path, monkeypatch):
   cfg, variables = tiny.GQA, tiny.variables(tiny.GQA)
-  monkeypatch.setattr(hf, "_SHARD_BYTES", 4000)
+  monkeypatch.setattr(saving, "_SHARD_BYTES", 4000)
   hf.save(tmp_path, cfg, variables)
   index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
   assert len(set(index["weight_map"].values())) > 2
@@ -166,7 +169,7 @@ def test_fp8_blocks_are_dequantised_to_the_bit_ragged_edges_included(tmp_path, m
   assert_equal(exact, hf.load(wide)[1])
   # In the format that FP8 stands for by default, and on the device, in chunks that cut blocks and
   # heads: the same.
-  monkeypatch.setattr(hf, "_CHUNK_BYTES", 40_000)
+  monkeypatch.setattr(loading, "_CHUNK_BYTES", 40_000)
   cfg, narrow = hf.load(fp8)
   assert cfg.numerics.params == "bfloat16"
   assert_equal(narrow["params"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact["params"]))
@@ -204,7 +207,7 @@ def test_peak_memory_is_the_target_the_largest_tensor_and_200_mb(tmp_path):
 
 def test_the_folder_that_transformers_wrote_is_the_one_we_expect():
   for case in hf_cases.CASES:
-    cfg = hf.hf_config.parse(hf_cases.CASES[case], problems := [])
+    cfg = hf_config.parse(hf_cases.CASES[case], problems := [])
     assert not problems
     expected = {tensor.name: tensor.shape for tensor in hf_layout.layout(cfg).tensors}
     assert hf_reference.shapes(case) == expected

@@ -41,7 +41,7 @@ def test_mtp_depth_k_reads_k_tokens_ahead_and_no_more():
     assert float(jnp.abs(other[:, 7 - k] - one[:, 7 - k]).max()) > 1e-3
 
 
-def test_mtp_shares_the_trunks_embedding_and_head():
+def test_mtp_fractions_the_trunks_embedding_and_head():
   cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(depth=1))
   v = tiny.variables(cfg)
 
@@ -158,7 +158,7 @@ def _rematerialised(jaxpr, looped=False) -> set:
 
 
 @pytest.mark.parametrize("unroll", [1, 99])
-def test_layers_apart_give_what_their_stack_does(unroll):
+def test_unstack_layers_give_what_their_stack_does(unroll):
   v, net = tiny.variables(tiny.V3), model.Transformer(tiny.V3, unroll=unroll)
   apart, joined = jax.vjp(net.by_layer, v["params"])
   assert (jax.tree.structure(apart) == jax.tree.structure(v["params"])) == (unroll == 1)

@@ -21,7 +21,8 @@ from rl.rollout import Prompts, Rollout, rollout
 from rl.step import abstract_rl_state, experience, init_rl_state, make_update
 from tests.rl import small, test_rollout
 from tests.train import small as train_small
-from train.mesh import make_mesh, spread
+from train.config import MeshConfig
+from train.mesh import make_mesh, make_sharded_model
 
 MESH = {"data": 2, "fsdp": 4}
 MOE = dataclasses.replace(train_small.MOE, mtp=None, d_model=32, max_seq_len=32)
@@ -65,7 +66,8 @@ def config(micro: int = 8, **mesh) -> RLConfig:
       sampling=SamplingConfig(num_prompts=8, num_generations=4, max_completion_length=20),
       objective=ObjectiveConfig(name="grpo", minibatches=2, micro_batch_size=micro, bias_rate=0.01,
                                 sequence_balance=0.5, routing="observed"),
-      optimizer=train_small.OPTIMIZER, loop=dataclasses.replace(small.LOOP, **mesh))
+      optimizer=train_small.OPTIMIZER, loop=small.LOOP,
+      mesh=MeshConfig(**mesh))
 
 
 def seen():
@@ -85,7 +87,7 @@ def arguments(network: model.ModelConfig, cfg: RLConfig, given) -> tuple:
   rates = np.full(cfg.objective.updates, 1e-2, np.float32)
   hyper = {"learning_rate": rates, "value_learning_rate": rates, "spec": cfg.objective.spec(LENGTH),
            "temperature": np.float32(0.7), "gae_lambda": np.float32(1)}
-  mesh = spread(network, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+  mesh = make_sharded_model(network, cfg.mesh)
   return init_rl_state(tiny.variables(network), cfg, mesh), given, hyper, jax.random.key(0)
 
 
@@ -100,7 +102,7 @@ def flops(**mesh) -> float:
 
 def updated(cfg: RLConfig):
   """The state and the metrics after an update, and whether the state is where it was."""
-  mesh = spread(MOE, data=cfg.loop.data, fsdp=cfg.loop.fsdp)
+  mesh = make_sharded_model(MOE, cfg.mesh)
   state, metrics = make_update(MOE, cfg)(*arguments(MOE, cfg, seen()))
   as_told = lambda x, a: a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)
   told = abstract_rl_state(tiny.variables(MOE), cfg, mesh)
@@ -132,7 +134,7 @@ def update() -> dict:
 
 def loop(task: str, folder: pathlib.Path) -> dict:
   """Two steps of PPO on eight devices: at once, one by one, and the second on one device."""
-  eight, one = (small.config(task, objective={"name": "ppo"}, loop={"steps": 2, **mesh})
+  eight, one = (small.config(task, objective={"name": "ppo"}, loop={"steps": 2}, mesh=mesh)
                 for mesh in (MESH, {}))
   whole = small.run(eight, folder / "whole")
   stopped = small.run(eight, folder / "parts", max_seconds=1e-9).status

@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from rl.config import LoopConfig, ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
 from rl.loop import train
 from tests.train import small as train_small
+from train.config import MeshConfig
 from train.run_folder import RunFolder
 from train.tokenizer import EOS, Tokenizer
 
@@ -75,14 +76,14 @@ def write_task(folder: pathlib.Path, bad: int = 0) -> str:
 
 def config(task: str, *, optimizer: dict | None = None, sampling: dict | None = None,
            rewards: dict | None = None, objective: dict | None = None,
-           loop: dict | None = None) -> RLConfig:
+           loop: dict | None = None, mesh: dict | None = None) -> RLConfig:
   """A run that differs from the others in these fields."""
   changed = lambda base, fields: dataclasses.replace(base, **(fields or {}))
   return RLConfig(
       task=task, template="short", optimizer=changed(OPTIMIZER, optimizer),
       sampling=changed(SAMPLING, sampling), rewards=changed(REWARDS, rewards),
       objective=ObjectiveConfig(**{"minibatches": 2} | (objective or {})),
-      loop=changed(LOOP, loop))
+      loop=changed(LOOP, loop), mesh=MeshConfig(**(mesh or {})))
 
 
 def run(cfg: RLConfig, path: pathlib.Path, **kwargs):

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-import rl.start
 from rl import loop, rewards
 from rl.config import ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
-from rl.documents import write_documents
+from rl.documents import DocumentsConfig, write_documents
+from rl.loading import TOKENIZER, as_dict, load_model
 from rl.loop import train
 from rl.sampler import Sampler
 from rl.step import init_rl_state
-from rl.tasks import Noise, get_task
+from rl.tasks import get_task
 from tests.rl import small
 from tests.train import small as train_small
 from train.checkpoint import read_newest
@@ -293,37 +293,37 @@ def test_a_runs_folder_can_be_loaded(tmp_path, task):
   cfg = small.config(task, loop={"steps": 3, "checkpoint_every": 1})
   path = tmp_path / "run"
   folder = RunFolder(path)
-  folder.check_config(rl.start.as_dict(cfg, small.MODEL))
+  folder.check_config(as_dict(cfg, small.MODEL))
   folder.close()
-  small.tokenizer().save(path / rl.start.TOKENIZER)
+  small.tokenizer().save(path / TOKENIZER)
   with pytest.raises(ValueError, match="has no checkpoint yet"):
-    rl.start.load(str(path))
+    load_model(str(path))
   result = small.run(cfg, path)
-  found = rl.start.load(str(path))
+  found = load_model(str(path))
   assert found.cfg == small.MODEL
   assert found.tokenizer().content_hash == small.tokenizer().content_hash
   train_small.assert_same_bits(found.variables, result.state.train.variables)
   with pytest.raises(ValueError, match="is not a folder"):
-    rl.start.load(str(tmp_path / "nothing"))
+    load_model(str(tmp_path / "nothing"))
 
 
 def test_a_runs_folder_can_be_loaded_when_its_task_is_gone(tmp_path):
   spec = small.write_task(tmp_path)
   cfg, folder = small.config(spec, loop={"steps": 1}), RunFolder(tmp_path / "run")
-  folder.check_config(rl.start.as_dict(cfg, small.MODEL))
+  folder.check_config(as_dict(cfg, small.MODEL))
   folder.close()
   result = small.run(cfg, tmp_path / "run")
   (tmp_path / "task.jsonl").unlink()
   get_task.cache_clear()  # as in a process that has not seen the file
   with pytest.raises(ValueError, match="there is no such file"):
     get_task(spec)
-  found = rl.start.load(str(tmp_path / "run"))
+  found = load_model(str(tmp_path / "run"))
   train_small.assert_same_bits(found.variables, result.state.train.variables)
 
 
 def test_documents_are_the_tasks_own_written_once(tmp_path):
   write = lambda name, seed=0: write_documents(
-      tmp_path / name, "arithmetic:terms=2,digits=1", "short", Noise(), 20, seed)
+      tmp_path / name, "arithmetic:terms=2,digits=1", "short", DocumentsConfig(20), seed)
   source = write("a.jsonl")
   assert (source.domain, source.prompt_field) == ("arithmetic", "prompt")
   text = (tmp_path / "a.jsonl").read_text()
@@ -335,4 +335,5 @@ def test_documents_are_the_tasks_own_written_once(tmp_path):
   write("b.jsonl"), write("c.jsonl", seed=1)
   assert (tmp_path / "b.jsonl").read_text() == text != (tmp_path / "c.jsonl").read_text()
   with pytest.raises(ValueError, match="has no worked solutions"):
-    write_documents(tmp_path / "d.jsonl", small.write_task(tmp_path), "short", Noise(), 1, 0)
+    write_documents(tmp_path / "d.jsonl", small.write_task(tmp_path), "short",
+                    DocumentsConfig(1), 0)

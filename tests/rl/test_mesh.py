@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from rl.config import LoopConfig
 from tests.rl import small
+from train.config import MeshConfig
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -88,12 +88,12 @@ def test_a_run_goes_on_on_another_number_of_devices(results):
 def test_what_does_not_divide_over_the_devices_is_refused(results):
   assert results["rollouts"]["refusal"].startswith("12 sequences do not divide over 8 devices")
   assert results["update"]["refusal"].startswith(
-      "4 sequences at a time do not divide over the devices of loop.data=2 and loop.fsdp=4")
+      "4 sequences at a time do not divide over the devices of MeshConfig(data=2, fsdp=4, ")
   assert "does not fit 8 device(s)" in results["update"]["misfit"]
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp"])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "tensor"])
 def test_axes_are_positive_or_all_that_is_left(axis):
-  assert getattr(LoopConfig(**{axis: -1}), axis) == -1
-  with pytest.raises(ValueError, match=f"LoopConfig.{axis}=0 must be positive, or -1"):
-    LoopConfig(**{axis: 0})
+  assert getattr(MeshConfig(**{axis: -1}), axis) == -1
+  with pytest.raises(ValueError, match=f"MeshConfig.{axis}=0 must be positive, or -1"):
+    MeshConfig(**{axis: 0})

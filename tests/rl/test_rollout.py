@@ -160,7 +160,7 @@ def test_log_probabilities_are_the_trainers_at_the_same_temperature(temperature)
   seen = laid_out(prompts(), out)
 
   def gap(at):
-    logp_ST, _ = trainer_logprobs(tiny.variables(MLA), seen.tokens, seen.inside, at)
+    logp_ST, _ = trainer_logprobs(tiny.variables(MLA), seen.tokens, seen.token_mask, at)
     return np.abs(np.where(seen.mask, logp_ST - seen.logp_sampler, 0)).max()
 
   assert seen.mask.sum() == out.lengths_S.sum()

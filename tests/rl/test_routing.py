@@ -43,7 +43,7 @@ forward = jax.jit(sequence_logprobs, static_argnums=0)
 
 def logprobs(variables, seen, experts=None):
   logp, router = forward(
-      model.Transformer(CFG), variables, seen.tokens, seen.inside, TEMPERATURE, experts)
+      model.Transformer(CFG), variables, seen.tokens, seen.token_mask, TEMPERATURE, experts)
   return np.where(seen.mask, logp, 0), router["moe_layers"].experts_BTK
 
 
@@ -51,7 +51,7 @@ def test_what_was_kept_is_what_the_trainers_routers_choose(variables, seen):
   logp, experts_LSTK = logprobs(variables, seen)
   kept_LSTK = np.moveaxis(seen.experts, 2, 0)
   np.testing.assert_array_equal(
-      np.asarray(experts_LSTK)[:, seen.inside], kept_LSTK[:, seen.inside])
+      np.asarray(experts_LSTK)[:, seen.token_mask], kept_LSTK[:, seen.token_mask])
   np.testing.assert_allclose(logp, seen.logp_sampler, atol=1e-4)
 
 

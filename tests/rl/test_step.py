@@ -36,7 +36,7 @@ TEMPERATURE = 0.7
 # Gradients are sums of some hundred products of float32, in an order that the split decides.
 ROUNDING = 2e-5
 # No gradient is clipped, so that moments are gradients.
-OPTIMIZER = dataclasses.replace(train_small.OPTIMIZER, clip=1e9, weight_decay=0.0)
+OPTIMIZER = dataclasses.replace(train_small.OPTIMIZER, max_grad_norm=1e9, weight_decay=0.0)
 
 
 def config(**objective) -> RLConfig:
@@ -55,8 +55,8 @@ def rollout_of(seed=0):
 
 
 @jax.jit
-def logprobs(variables, tokens, inside, temperature):
-  return sequence_logprobs(model.Transformer(DENSE), variables, tokens, inside, temperature)[0]
+def logprobs(variables, tokens, token_mask, temperature):
+  return sequence_logprobs(model.Transformer(DENSE), variables, tokens, token_mask, temperature)[0]
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def seen(advantage_S=None, learned_S=None, multiple=PAD, temperature=TEMPERATURE
       learned_S, multiple=multiple)
   made = lay(np.zeros((SEQUENCES, NEW)))
   logp_ST = np.asarray(logprobs(
-      tiny.variables(DENSE), made.tokens, made.inside, temperature))
+      tiny.variables(DENSE), made.tokens, made.token_mask, temperature))
   return dataclasses.replace(made, logp_sampler=np.where(made.mask, logp_ST, 0))
 
 
@@ -111,7 +111,7 @@ def test_experience_masks_the_completion_and_its_stop_token_even_where_that_is_t
       np.array([True, True, False]), multiple=6)
   np.testing.assert_array_equal(made.tokens, [
       [5, 6, 7, 1, stop, 0, 0], [8, 2, 3, 4, 0, 0, 0], [9, 1, 2, 3, 4, 0, 0]])
-  np.testing.assert_array_equal(made.inside, [
+  np.testing.assert_array_equal(made.token_mask, [
       [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
   np.testing.assert_array_equal(made.mask, [
       [0, 0, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
@@ -167,7 +167,7 @@ def test_the_gradient_is_that_of_the_mean_log_probability_at_the_sampling_temper
   given = seen()
 
   def loss(params, temperature):
-    logp_ST = logprobs({"params": params}, given.tokens, given.inside, temperature)
+    logp_ST = logprobs({"params": params}, given.tokens, given.token_mask, temperature)
     mean_S = jnp.where(given.mask, logp_ST, 0).sum(1) / given.mask.sum(1)
     return -(given.advantage * mean_S).mean()
 
@@ -239,7 +239,7 @@ def test_favoured_completions_become_likelier():
   state = start()
   for _ in range(10):
     state, _ = update(given, state, beta=0.0)
-  after_ST = logprobs(state.train.variables, given.tokens, given.inside, TEMPERATURE)
+  after_ST = logprobs(state.train.variables, given.tokens, given.token_mask, TEMPERATURE)
   gain_S = np.where(given.mask, after_ST - given.logp_sampler, 0).sum(1)
   assert (gain_S[::2] > 0.1).all() and (gain_S[1::2] < -0.1).all()
 

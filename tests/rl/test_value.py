@@ -49,12 +49,12 @@ def test_with_lambda_0_an_advantage_is_an_error_of_one_step():
 def test_a_new_value_model_knows_nothing_and_does_not_see_what_comes():
   state = init_value(small.variables(), small.OPTIMIZER)
   tokens = np.array(tiny.tokens(small.MODEL, 2, 9))
-  inside, net = np.ones((2, 8), bool), model.Transformer(small.MODEL)
-  assert (np.asarray(predict(net, state.variables, tokens, inside)[0]) == 0).all()
+  token_mask, net = np.ones((2, 8), bool), model.Transformer(small.MODEL)
+  assert (np.asarray(predict(net, state.variables, tokens, token_mask)[0]) == 0).all()
   head = jax.tree.map(jnp.ones_like, state.params["head"])
   variables = {**state.variables, "params": {**state.params, "head": head}}
-  first, _ = predict(net, variables, tokens, inside)
+  first, _ = predict(net, variables, tokens, token_mask)
   tokens[:, 5:] = 1
-  second, _ = predict(net, variables, tokens, inside)
+  second, _ = predict(net, variables, tokens, token_mask)
   np.testing.assert_allclose(first[:, :5], second[:, :5], atol=1e-5)
   assert np.abs(np.asarray(first - second))[:, 5:].max() > 1e-2

@@ -19,7 +19,7 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 import model
-from model.own_tokens import on_own_tokens
+from model.token_shards import map_token_shards
 from pallas_kernels import Weight, fp8_linear, implementations, quantize_weight
 from train.config import OptimizerConfig
 from train.losses import Batch, LanguageModelLoss
@@ -90,7 +90,7 @@ def layer(ahead: bool, implementation: str, w_DN, x_BTD):
     y = fp8_linear(x_BTD.reshape(-1, x_BTD.shape[-1]), w, implementation=implementation)
     return y.reshape(*x_BTD.shape[:-1], -1)
 
-  return on_own_tokens(local, w, x_BTD)
+  return map_token_shards(local, w, x_BTD)
 
 
 def gradients(ahead: bool, implementation: str):
@@ -111,7 +111,7 @@ def seam(ahead: bool) -> dict:
   ours, want = (MESH.jit(gradients(ahead, "xla"))(*placed),
                 jax.jit(gradients(ahead, "xla"))(w_DN, x_BTD))
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed]
-  with (unittest.mock.patch.object(implementations, "here", lambda: "mosaic_gpu"),
+  with (unittest.mock.patch.object(implementations, "local_backend", lambda: "mosaic_gpu"),
         jax.set_mesh(MESH.mesh), nn.logical_axis_rules(MESH.rules.pairs())):
     text = jax.jit(gradients(ahead, "mosaic_gpu")).trace(*shapes).lower(
         lowering_platforms=("cuda",)).as_text()

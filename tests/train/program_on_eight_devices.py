@@ -11,16 +11,22 @@ import jax
 import numpy as np
 
 from tests.train import small
-from train.config import DataConfig, RunConfig, TrainConfig
+from train.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from train.program import Program
 
 ROWS = small.rows(16)
 JOINED = np.ones_like(ROWS["loss_mask"], np.int32)
 APART = JOINED + (np.arange(small.LENGTH, dtype=np.int32) > 6)  # two documents in every row
+MODEL = dataclasses.replace(  # every width divides over the axes below
+    small.MOE, d_model=32, ffn_dim=32, vocab_size=small.MOE.vocab_size // 2 * 2,
+    attention=dataclasses.replace(small.MOE.attention, num_heads=4, num_kv_heads=2),
+    moe=dataclasses.replace(small.MOE.moe, expert_dim=8))
 ONE = RunConfig(
-    dataclasses.replace(small.MOE, d_model=32), data=DataConfig(sample_masking=True),
+    MODEL, data=DataConfig(sample_masking=True),
     optimizer=small.OPTIMIZER, train=TrainConfig(steps=2, batch_size=16, micro_batch_size=8))
-EIGHT = dataclasses.replace(ONE, train=dataclasses.replace(ONE.train, data=2, fsdp=4))
+EIGHT = dataclasses.replace(ONE, mesh=MeshConfig(data=2, fsdp=4))
+# Experts' weights and heads divided, sequences whole: every axis that a mesh may have.
+MIXED = dataclasses.replace(ONE, mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
 
 
 def refusal(**train) -> str:
@@ -50,7 +56,7 @@ def run(cfg):
 
 def main() -> None:
   assert jax.device_count() == 8
-  one, eight = run(ONE), run(EIGHT)
+  one, eight, mixed = run(ONE), run(EIGHT), run(MIXED)
   state, want = eight["state"], one["state"]
   print(json.dumps({
       "start": small.apart(eight["start"], one["start"]),
@@ -61,7 +67,11 @@ def main() -> None:
       "moved": small.apart(want.params, one["start"]),
       "whole": one["w_down"], "shard": eight["w_down"], "as_told": eight["as_told"],
       "loss": eight["loss"], "joined_loss": eight["joined_loss"],
-      "refusal": refusal(micro_batch_size=4)}))
+      "refusal": refusal(micro_batch_size=4),
+      "mixed": {"params": small.apart(mixed["state"].params, want.params),
+                "router": small.apart(mixed["state"].router, want.router),
+                "metrics": small.apart(mixed["metrics"], one["metrics"]),
+                "shard": mixed["w_down"], "as_told": mixed["as_told"]}}))
 
 
 if __name__ == "__main__":

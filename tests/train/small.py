@@ -22,7 +22,7 @@ DENSE = dataclasses.replace(
 # An update is lr * m / (sqrt(v) + eps): with eps far above the gradients' rounding noise, it is a
 # smooth function of them, and runs that round differently can be compared.
 OPTIMIZER = OptimizerConfig(
-    learning_rate=1e-2, schedule="constant", warmup_share=0, eps=1e-2, moments="float32")
+    learning_rate=1e-2, schedule="constant", warmup_fraction=0, eps=1e-2, moments="float32")
 
 LENGTH = 12
 RAGGED = (12, 11, 1, 0, 3, 2, 12, 7)  # tokens that each row learns: by pairs 23, 1, 5, 19

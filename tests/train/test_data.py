@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 def config(folder, *names, **fields):
   sources = tuple(Source(str(folder / f"{name}.jsonl")) for name in names)
   fields = {"sources": sources, "tokenizer": "bytes", "seq_len": SEQ_LEN, "fim_rate": 0.0,
-            "heldout_share": 0.2, "cache_dir": str(folder / "cache")} | fields
+            "heldout_fraction": 0.2, "cache_dir": str(folder / "cache")} | fields
   return DataConfig(**fields)
 
 
@@ -256,7 +256,7 @@ def test_held_out_bytes_are_limited_to_whole_documents(folder):
   some = data.load(config(folder, "one", heldout_bytes=100)).heldout["one"]
   assert 0 < some.num_bytes <= 100 < full.num_bytes
   assert data.load(config(folder, "one", heldout_bytes=1)).heldout["one"].num_documents == 1
-  assert data.load(config(folder, "one", heldout_share=0)).heldout == {}
+  assert data.load(config(folder, "one", heldout_fraction=0)).heldout == {}
 
 
 def test_rows_carry_their_own_domain(folder, tmp_path):

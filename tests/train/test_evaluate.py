@@ -32,9 +32,9 @@ HELDOUT = {"prose": held_out(5, seed=1, num_bytes=70), "code": held_out(3, seed=
 
 
 @functools.cache
-def counts(cfg=small.MOE, lanes=False):
+def counts(cfg=small.MOE, several=False):
   one = functools.partial(count, Transformer(cfg))
-  return jax.jit(jax.vmap(one, in_axes=(0, None)) if lanes else one)
+  return jax.jit(jax.vmap(one, in_axes=(0, None)) if several else one)
 
 
 @functools.cache
@@ -110,10 +110,10 @@ def test_results_do_not_depend_on_the_batch_size():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=ROUNDING), got, want)
 
 
-def test_two_lanes_are_two_evaluations():
+def test_two_runs_are_two_evaluations():
   other = jax.tree.map(lambda x: x * 1.1, VARIABLES)
-  both = jax.tree.map(lambda *lanes: jnp.stack(lanes), VARIABLES, other)
-  result = Evaluator(counts(lanes=True), HELDOUT, batch_size=2, several=True)(both)
+  both = jax.tree.map(lambda *runs: jnp.stack(runs), VARIABLES, other)
+  result = Evaluator(counts(several=True), HELDOUT, batch_size=2, several=True)(both)
   alone = [evaluation(), Evaluator(counts(), HELDOUT, batch_size=2)(other)]
   for name in ("mtp_acceptance", "max_violation", "mean_loss", "mean_bits_per_byte"):
     want = [getattr(one, name) for one in alone]

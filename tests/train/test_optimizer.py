@@ -114,7 +114,7 @@ def rates(steps, **optimizer):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_warm_up_is_linear_from_above_zero_to_the_peak_at_its_end(name):
-  lr = rates(1000, schedule=name, learning_rate=0.02, warmup_share=0.05)
+  lr = rates(1000, schedule=name, learning_rate=0.02, warmup_fraction=0.05)
   np.testing.assert_allclose(lr[:50], 0.02 * np.arange(1, 51) / 50, rtol=0, atol=0.02 * 2**-23)
   assert lr[49] == lr.max() == np.float32(0.02)
 
@@ -123,18 +123,18 @@ def test_warm_up_is_linear_from_above_zero_to_the_peak_at_its_end(name):
 @pytest.mark.parametrize("steps", [1, 2, 3, 40])
 @pytest.mark.parametrize("share", [0, 0.05, 0.5])
 def test_every_schedule_of_every_length_is_positive_and_at_most_the_peak(name, steps, share):
-  lr = rates(steps, schedule=name, learning_rate=0.02, warmup_share=share)
+  lr = rates(steps, schedule=name, learning_rate=0.02, warmup_fraction=share)
   assert (lr > 0).all() and (lr <= np.float32(0.02)).all()
   assert lr[max(1, round(share * steps)) - 1] == np.float32(0.02)
 
 
 def test_the_constant_schedule_stays_at_the_peak():
-  assert set(rates(100, schedule="constant", learning_rate=0.02, warmup_share=0)) == {
+  assert set(rates(100, schedule="constant", learning_rate=0.02, warmup_fraction=0)) == {
       np.float32(0.02)}
 
 
 def test_cosine_ends_at_its_final_ratio_on_the_last_step():
-  lr = rates(1001, schedule="cosine", learning_rate=0.02, warmup_share=0.1, final_ratio=0.25)
+  lr = rates(1001, schedule="cosine", learning_rate=0.02, warmup_fraction=0.1, final_ratio=0.25)
   np.testing.assert_allclose(lr[-1], 0.25 * 0.02, rtol=1e-6)
   np.testing.assert_allclose(lr[550], (1 + 0.25) / 2 * 0.02, rtol=1e-6)  # halfway from 100 to 1000
   assert (np.diff(lr[100:]) <= 0).all()
@@ -142,7 +142,7 @@ def test_cosine_ends_at_its_final_ratio_on_the_last_step():
 
 def test_v3_schedule_has_v3s_breakpoints():
   peak = 2.2e-4  # one step for every 10^9 of 14.8 T tokens
-  lr = rates(14800, schedule="v3", learning_rate=peak, warmup_share=0.01)
+  lr = rates(14800, schedule="v3", learning_rate=peak, warmup_fraction=0.01)
   np.testing.assert_allclose(lr[148:10001], peak, rtol=1e-6)
   np.testing.assert_allclose(lr[12150], 0.55 * peak, rtol=1e-5)  # halfway between 1 and 0.1
   assert lr[10001] < lr[10000] and (np.diff(lr[148:]) <= 0).all()
@@ -152,7 +152,7 @@ def test_v3_schedule_has_v3s_breakpoints():
 
 
 def test_batch_ramps_from_its_start_to_all_micro_batches():
-  train = {"batch_size": 20, "micro_batch_size": 2, "batch_ramp_share": 0.5,
+  train = {"batch_size": 20, "micro_batch_size": 2, "batch_ramp_fraction": 0.5,
            "batch_ramp_start": 0.2}
   ramp = schedule(100, train)
   counts = [ramp.num_micro_batches(i) for i in range(100)]
@@ -161,7 +161,7 @@ def test_batch_ramps_from_its_start_to_all_micro_batches():
 
 
 def test_a_ramp_from_next_to_nothing_has_one_micro_batch():
-  ramp = schedule(10, {"batch_size": 4, "micro_batch_size": 1, "batch_ramp_share": 1.0,
+  ramp = schedule(10, {"batch_size": 4, "micro_batch_size": 1, "batch_ramp_fraction": 1.0,
                        "batch_ramp_start": 0.01})
   assert ramp.num_micro_batches(0) == 1
 
@@ -173,8 +173,8 @@ def test_without_a_ramp_every_step_has_all_micro_batches():
 
 def test_gamma_and_lambda_switch_at_their_shares():
   values = schedule(
-      10, {"mtp_weight": 0.3, "mtp_late_weight": 0.1, "mtp_share": 0.4},
-      {"bias_rate": 1e-3, "bias_share": 0.7, "sequence_weight": 1e-4, "batch_weight": 0.02,
+      10, {"mtp_weight": 0.3, "mtp_late_weight": 0.1, "mtp_fraction": 0.4},
+      {"bias_rate": 1e-3, "bias_fraction": 0.7, "sequence_weight": 1e-4, "batch_weight": 0.02,
        "expert_weight": 0.03})
   steps = [values[i] for i in range(10)]
   f32 = np.float32

@@ -1,4 +1,4 @@
-"""Lanes and meshes change how fast runs are, not what they learn."""
+"""Vmapped batches of runs and meshes change how fast runs are, not what they learn."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ import pytest
 import tiny
 
 from tests.train import small
-from train.config import BalanceConfig, RunConfig, TrainConfig
+from train.config import BalanceConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from train.data import HeldOut
-from train.program import Program, shared
+from train.program import Program, static_config
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -26,19 +26,20 @@ ROOT = HERE.parent.parent
 STEPS = (0, 4, 9)  # with half of the batch, all of it, and after the bias has stopped
 
 FIRST = RunConfig(
-    dataclasses.replace(small.MOE, mtp=None), optimizer=small.OPTIMIZER,
-    balance=BalanceConfig(bias_rate=0.01, bias_share=0.9),
-    train=TrainConfig(steps=10, batch_size=8, micro_batch_size=2, batch_ramp_share=0.4,
+    dataclasses.replace(small.MOE, mtp=None), data=DataConfig(seq_len=small.LENGTH),
+    optimizer=small.OPTIMIZER,
+    balance=BalanceConfig(bias_rate=0.01, bias_fraction=0.9),
+    train=TrainConfig(steps=10, batch_size=8, micro_batch_size=2, batch_ramp_fraction=0.4,
                       batch_ramp_start=0.5))
 SECOND = dataclasses.replace(
     FIRST, optimizer=dataclasses.replace(FIRST.optimizer, learning_rate=3e-3, schedule="cosine"),
     balance=BalanceConfig(bias_rate=0.02, sequence_weight=0.5),
     train=dataclasses.replace(FIRST.train, seed=1))
-LANES = (FIRST, SECOND)
+BOTH = (FIRST, SECOND)
 
 
-def lane_rows(program, step, lane):
-  return small.rows(program.batch_size(step), seed=100 * lane + step)
+def rows_of(program, step, run):
+  return small.rows(program.batch_size(step), seed=100 * run + step)
 
 
 @contextlib.contextmanager
@@ -56,13 +57,13 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def alone():
-  """Each lane's program, start, and states and metrics after every step."""
+  """Each run's own program, start, and states and metrics after every step."""
   results = []
-  for lane, cfg in enumerate(LANES):
+  for run, cfg in enumerate(BOTH):
     program = Program([cfg], {})
     start, state, history = jax.device_get(program.init()), program.init(), []
     for step in STEPS:
-      state, metrics = program.step(state, step, lane_rows(program, step, lane))
+      state, metrics = program.step(state, step, rows_of(program, step, run))
       history.append(jax.device_get((state, metrics)))
     results.append((program, start, history))
   return results
@@ -70,12 +71,12 @@ def alone():
 
 @pytest.fixture(scope="module")
 def together():
-  """The program of all lanes, their start, what they learn, and what each step compiled."""
-  program, history, compiles = Program(LANES, {}), [], []
+  """The program of both runs, their start, what they learn, and what each step compiled."""
+  program, history, compiles = Program(BOTH, {}), [], []
   start, state = jax.device_get(program.init()), program.init()
   for step in STEPS:
     batch = jax.tree.map(
-        lambda *lanes: np.stack(lanes), *(lane_rows(program, step, lane) for lane in (0, 1)))
+        lambda *runs: np.stack(runs), *(rows_of(program, step, run) for run in (0, 1)))
     with compiled() as names:
       state, metrics = program.step(state, step, batch)
     history.append(jax.device_get((state, metrics)))
@@ -83,36 +84,36 @@ def together():
   return program, start, history, compiles
 
 
-@pytest.mark.parametrize("lane", [0, 1])
-def test_lanes_learn_what_they_learn_alone(alone, together, lane):
-  _, start, history = alone[lane]
-  _, lanes_start, lanes_history, _ = together
-  pick = lambda tree: jax.tree.map(lambda x: x[lane], tree)
-  small.assert_same_bits(pick(lanes_start), start)
-  for i, ((state, metrics), (lanes_state, lanes_metrics)) in enumerate(
-      zip(history, lanes_history, strict=True), 1):
+@pytest.mark.parametrize("run", [0, 1])
+def test_runs_of_a_vmapped_batch_learn_what_they_learn_alone(alone, together, run):
+  _, start, history = alone[run]
+  _, batch_start, batch_history, _ = together
+  pick = lambda tree: jax.tree.map(lambda x: x[run], tree)
+  small.assert_same_bits(pick(batch_start), start)
+  for i, ((state, metrics), (batch_state, batch_metrics)) in enumerate(
+      zip(history, batch_history, strict=True), 1):
     # Float32 sums of some hundred products, in another order at every step.
-    assert small.apart(pick(lanes_state.params), state.params) < i * 2e-5
-    assert small.apart(pick(lanes_state.moments), state.moments) < i * 2e-5
-    assert small.apart(pick(lanes_metrics), metrics) < i * 2e-5
-    small.assert_same_bits(pick(lanes_state.router), state.router)
+    assert small.apart(pick(batch_state.params), state.params) < i * 2e-5
+    assert small.apart(pick(batch_state.moments), state.moments) < i * 2e-5
+    assert small.apart(pick(batch_metrics), metrics) < i * 2e-5
+    small.assert_same_bits(pick(batch_state.router), state.router)
   assert small.apart(history[-1][0].params, start.params) > 5e-3
 
 
-def test_lanes_differ_in_what_their_configs_say(together):
+def test_runs_of_a_vmapped_batch_differ_in_what_their_configs_set(together):
   program, start, history, _ = together
   assert small.apart(*(jax.tree.map(lambda x, i=i: x[i], start.params["moe_layers"])
                        for i in (0, 1))) > 0.1
   biases = [np.abs(jax.tree.leaves(state.router)[0]).max(-1).ravel() for state, _ in history]
   np.testing.assert_allclose(biases[0], [0.01, 0.02], rtol=1e-6)
   hyper = program.hyper(9)
-  assert [lane["bias_rate"] for lane in hyper] == [0, np.float32(0.02)]
-  assert [lane["weights"]["sequence_balance"] for lane in hyper] == [np.float32(1e-4), 0.5]
-  np.testing.assert_allclose([lane["learning_rate"] for lane in hyper], [1e-2, 3e-4], rtol=1e-5)
+  assert [run["bias_rate"] for run in hyper] == [0, np.float32(0.02)]
+  assert [run["weights"]["sequence_balance"] for run in hyper] == [np.float32(1e-4), 0.5]
+  np.testing.assert_allclose([run["learning_rate"] for run in hyper], [1e-2, 3e-4], rtol=1e-5)
 
 
-def test_lanes_share_one_program_for_all_steps(together):
-  assert shared(FIRST) == shared(SECOND)
+def test_a_vmapped_batch_is_one_program_for_all_steps(together):
+  assert static_config(FIRST) == static_config(SECOND)
   first, *later = together[-1]
   assert first and not any(later)
 
@@ -131,11 +132,11 @@ def test_a_ramping_batch_learns_from_its_own_sequences_only(alone):
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-5)
 
 
-def test_lanes_may_start_from_the_same_variables():
+def test_runs_of_a_vmapped_batch_may_start_from_the_same_variables():
   cfg = FIRST.model
-  state = Program(LANES, {}).init(tiny.variables(cfg))
-  for lane in (0, 1):
-    small.assert_same_bits(jax.tree.map(lambda x, i=lane: x[i], state.variables),
+  state = Program(BOTH, {}).init(tiny.variables(cfg))
+  for run in (0, 1):
+    small.assert_same_bits(jax.tree.map(lambda x, i=run: x[i], state.variables),
                            tiny.variables(cfg))
 
 
@@ -145,10 +146,28 @@ def test_abstract_state_has_the_states_shapes_and_formats(alone, together):
     assert shapes(program.abstract_state()) == shapes(start)
 
 
+def test_what_is_lowered_for_abstract_arguments_is_the_step_that_runs(alone, together):
+  """Ahead of time, for one run and for a vmapped batch: the same results, and nothing compiled."""
+  for program, start, cfgs in ((*alone[0][:2], (FIRST,)), (*together[:2], BOTH)):
+    rows = [rows_of(program, 4, run) for run in range(len(cfgs))]
+    batch = jax.tree.map(lambda *runs: np.stack(runs), *rows) if len(cfgs) > 1 else rows[0]
+    step = program.lower().compile()
+    with compiled() as names:
+      made = step(jax.device_put(start), *program.step_arguments(4, batch))
+    assert not names
+    small.assert_same_bits(made, program.step(jax.device_put(start), 4, batch))
+
+
+def test_gradients_lowered_alone_have_the_shapes_of_the_parameters(alone):
+  program = alone[0][0]
+  made = jax.tree.leaves(program.lower_gradients().out_info)
+  assert sum(x.size for x in made) == FIRST.model.param_count()
+
+
 @pytest.mark.parametrize(("part", "change"), [
     (None, {"model": small.DENSE}), ("train", {"steps": 20}), ("train", {"batch_size": 16}),
     ("optimizer", {"weight_decay": 0.0}), ("data", {"sample_masking": True})])
-def test_lanes_that_need_different_programs_are_refused_by_what_is_allowed(part, change):
+def test_runs_that_need_different_programs_cannot_train_as_a_vmapped_batch(part, change):
   if part:
     change = {part: dataclasses.replace(getattr(FIRST, part), **change)}
   with pytest.raises(ValueError, match=r"optimizer\.learning_rate.*train\.seed"):
@@ -164,9 +183,9 @@ def test_evaluations_attend_as_steps_do():
     Program([cfg], {"web": heldout}).evaluate(tiny.variables(cfg.model))
 
 
-def test_lanes_on_a_mesh_are_refused():
-  cfg = dataclasses.replace(FIRST, train=dataclasses.replace(FIRST.train, data=2))
-  with pytest.raises(ValueError, match=r"train\.data=2.*one at a time"):
+def test_a_vmapped_batch_on_a_mesh_is_an_error():
+  cfg = dataclasses.replace(FIRST, mesh=MeshConfig(data=2))
+  with pytest.raises(ValueError, match=r"MeshConfig\(data=2.*one seed at a time"):
     Program([cfg, cfg], {})
 
 
@@ -188,6 +207,13 @@ def test_a_step_on_eight_devices_equals_one_devices(eight_devices):
   assert eight_devices["moved"] > 1e-2
 
 
+def test_a_step_with_experts_and_heads_divided_equals_one_devices(eight_devices):
+  mixed, whole = eight_devices["mixed"], eight_devices["whole"]
+  assert max(mixed["params"], mixed["metrics"]) < 1e-5 and mixed["router"] == 0
+  layers, experts, hidden, width = whole
+  assert mixed["as_told"] and mixed["shard"] == [layers, experts // 2, hidden // 2, width // 2]
+
+
 def test_sample_masking_keeps_documents_apart(eight_devices):
   assert abs(eight_devices["loss"] / eight_devices["joined_loss"] - 1) > 1e-4
 
@@ -197,5 +223,6 @@ def test_the_state_stays_where_abstract_state_says(eight_devices):
   assert eight_devices["shard"] == [*eight_devices["whole"][:-1], eight_devices["whole"][-1] // 4]
 
 
-def test_micro_batches_that_do_not_divide_over_the_mesh_are_refused(eight_devices):
-  assert eight_devices["refusal"] == "4 sequences at a time do not divide over 8 devices"
+def test_micro_batches_that_do_not_divide_over_the_mesh_are_an_error(eight_devices):
+  assert eight_devices["refusal"].startswith(
+      "4 sequences at a time do not divide over 8 devices")

@@ -47,13 +47,13 @@ def documents(path, **fields):
   return list(read(Source(str(path), **fields)))
 
 
-def refused(path, match, max_bad_share=0.01, **fields):
+def refused(path, match, max_bad_fraction=0.01, **fields):
   """Reads as training does; returns the message."""
   source = Source(str(path), **fields)
   with pytest.raises(ValueError, match=match) as error:
     tally = Tally()
     list(read(source, tally))
-    tally.check(source.path, max_bad_share)
+    tally.check(source.path, max_bad_fraction)
   assert str(path) in str(error.value)
   return str(error.value)
 
@@ -127,9 +127,9 @@ def test_a_bad_line_is_counted_named_and_passed_over(line, kind, tmp_path):
   assert [one.text for one in read(Source(str(path)), tally)] == TEXTS[:2]
   assert tally.good == 2 and tally.bad == {kind: 1}
   assert tally.examples[kind][0].startswith(f"{path}:2: ")
-  tally.check(str(path), max_bad_share=0.34)
-  message = refused(path, "1 of 3 documents are unusable", max_bad_share=0.33)
-  assert kind in message and f"{path}:2: " in message and "max_bad_share" in message
+  tally.check(str(path), max_bad_fraction=0.34)
+  message = refused(path, "1 of 3 documents are unusable", max_bad_fraction=0.33)
+  assert kind in message and f"{path}:2: " in message and "max_bad_fraction" in message
 
 
 def test_bad_rows_of_parquet_are_single_rows(tmp_path):
@@ -146,7 +146,7 @@ def test_invalid_text_files_and_records_are_bad_documents(tmp_path):
   (tmp_path / "bad.txt").write_bytes(b"a\xffb")
   assert "bad.txt:1: invalid UTF-8" in refused(tmp_path / "bad.txt", "1 of 1 documents")
   write_records(tmp_path / "bad.arrayrecord", [b"\xff", b'{"body": 1}'])
-  refused(tmp_path / "bad.arrayrecord", "2 of 2 documents", max_bad_share=1.0)
+  refused(tmp_path / "bad.arrayrecord", "2 of 2 documents", max_bad_fraction=1.0)
 
 
 def test_only_a_few_examples_are_kept(tmp_path):

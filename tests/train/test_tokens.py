@@ -24,8 +24,8 @@ def source(tmp_path):
   return Source(str(path), prompt_field="prompt")
 
 
-def open_bytes(source, cache, tokenizer=BYTES, max_bad_share=0.01):
-  return open_store(source, tokenizer, cache, max_bad_share)
+def open_bytes(source, cache, tokenizer=BYTES, max_bad_fraction=0.01):
+  return open_store(source, tokenizer, cache, max_bad_fraction)
 
 
 def assert_equal(one, other):
@@ -122,7 +122,7 @@ def test_bad_rows_are_remembered_with_the_store(source, tmp_path):
     open_bytes(source, cache)
   assert not folders(cache)
   for _ in range(2):
-    assert open_bytes(source, cache, max_bad_share=0.1).tally.bad == {"broken JSON": 1}
+    assert open_bytes(source, cache, max_bad_fraction=0.1).tally.bad == {"broken JSON": 1}
   with pytest.raises(ValueError, match="1 of 41 documents are unusable"):
     open_bytes(source, cache)
 

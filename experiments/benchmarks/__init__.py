@@ -1,0 +1,1 @@
+"""Benchmarks: contenders that alternate on one machine, ours beside other libraries'."""

@@ -1,0 +1,179 @@
+"""Time the low-precision operations against torch's and XLA's, alternating in one process.
+
+--scale=smoke runs small shapes by XLA, to check that everything works; --scale=gpu is for a Hopper
+GPU, with torch's products as peers where torch is installed. A target is met if the 95 % interval
+of the median speed-up, over pairs of rounds in counterbalanced order, lies above it. The ceilings
+are measured in the same process: the rate of a copy, and XLA's own products of 8192^3.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import settings
+from experiments.benchmarks.kernels.cases import SHAPES, Case, cases
+from experiments.benchmarks.timing import CallTimer, alternate, describe, paired_rounds, speedup
+from experiments.options import Options
+from experiments.reports import provenance
+from experiments.reports.markdown import table
+from model.checks import require
+from pallas_kernels import implementations
+from pallas_kernels.quantized import error
+from train.config_io import to_dict
+
+_CEILING = {"smoke": 256, "gpu": 8192}
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+  """How to measure.
+
+  Attributes:
+    rounds: in which every contender is timed once; fewer than 12 give no interval.
+    seconds: that a contender runs for in a round, about.
+    only: part of the name of the operations to time; empty for all.
+    peers: whether to time torch's.
+  """
+
+  rounds: int = 20
+  seconds: float = 0.01
+  only: str = ""
+  peers: bool = True
+
+  def __post_init__(self):
+    require(self.rounds > 0 and self.rounds % 2 == 0,
+            f"rounds={self.rounds} must be even: rounds are paired in counterbalanced order")
+    require(self.seconds >= 0, f"seconds={self.seconds} must not be negative")
+
+
+CONFIG = BenchConfig()
+
+
+def main(options: Options) -> None:
+  options.require_supported("seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(CONFIG, options.settings)
+  scale = options.scale_of(SHAPES)
+  kernels = implementations.local_backend()
+  require(scale == "smoke" or kernels is not None,
+          f"--scale={scale} times kernels, and {jax.devices()[0].device_kind} has none")
+  ceilings = _ceilings(_CEILING[scale], cfg)
+  print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items()))
+  rows = []
+  for case in cases(scale, kernels):
+    if cfg.only in case.operation:
+      rows += _measure(case, cfg, ceilings)
+      if options.out:  # after each, as there are many
+        provenance.record(
+            options.out, {"config": to_dict(cfg), "ceilings": ceilings, "rows": rows})
+  require(rows, f"only={cfg.only} is in no operation's name")
+  print(table(_HEADER, map(_line, rows)))
+
+
+def _ceilings(width: int, cfg: BenchConfig) -> dict[str, float]:
+  """GB/s of a copy, TFLOP/s of XLA's products: medians."""
+  x = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
+  small = x.astype(jnp.float8_e4m3fn)
+  product = lambda a: jnp.einsum("mk,nk->mn", a, a, preferred_element_type=jnp.bfloat16)
+  runs = {"copy GB/s": (jax.jit(lambda a: -a), x, 2 * x.nbytes / 1e9),
+          "bf16 TFLOP/s": (jax.jit(product), x, 2 * width**3 / 1e12),
+          "FP8 TFLOP/s": (jax.jit(product), small, 2 * width**3 / 1e12)}
+  found = {}
+  for name, (run, operand, work) in runs.items():
+    timed = CallTimer(functools.partial(run, operand), jax.block_until_ready, cfg.seconds)
+    found[name] = work / float(np.median([timed() for _ in range(cfg.rounds)]))
+  return found
+
+
+def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[dict]:
+  operands, timed, absent = case.operands(), {}, {}
+  for name, run in case.contenders.items():
+    try:
+      timed[name] = CallTimer(functools.partial(jax.jit(run), *operands), jax.block_until_ready,
+                          cfg.seconds)
+    except jax.errors.JaxRuntimeError as why:
+      if name == "ours":
+        raise
+      absent[name] = _does_not_fit(why)
+  off = _error(case, operands, timed["ours"].result)
+  if cfg.peers and case.peers:
+    peers, without = _peers(case, operands, cfg)
+    timed, absent = timed | peers, absent | without
+  seconds = alternate(timed, cfg.rounds)
+  return [_row(case, name, seconds, ceilings, off if name == "ours" else {"error": None})
+          for name in timed] + [
+      {"operation": case.operation, "shape": case.shape, "side": name, "absent": why}
+      for name, why in absent.items()]
+
+
+def _does_not_fit(why: jax.errors.JaxRuntimeError) -> str:
+  """The reason, in a line, if memory is too small; any other error is raised again."""
+  reason = str(why).partition("\n")[0]
+  if "RESOURCE_EXHAUSTED" not in reason:
+    raise why
+  return reason
+
+
+def _peers(case: Case, operands: tuple,
+           cfg: BenchConfig) -> tuple[dict[str, CallTimer], dict[str, str]]:
+  """Peers that run here, and why the others do not."""
+  found, absent = {}, {}
+  try:
+    torch = importlib.import_module("experiments.benchmarks.peers.torch_kernels")
+    tensors = torch.tensors(operands)
+  except (ImportError, RuntimeError) as why:
+    return {}, dict.fromkeys(case.peers, str(why).partition("\n")[0])
+  for name, function in case.peers.items():
+    try:
+      run = functools.partial(getattr(torch, function), *tensors)
+      found[name] = CallTimer(run, torch.wait, cfg.seconds)
+    except (RuntimeError, AttributeError, ValueError) as why:
+      absent[name] = str(why).partition("\n")[0]
+  return found, absent
+
+
+def _error(case: Case, operands: tuple, ours) -> dict:
+  """The largest relative Frobenius error of the results, or why there is none."""
+  if case.reference is None:
+    return {"error": None}
+  try:
+    exact = jax.block_until_ready(jax.jit(case.reference)(*operands))
+  except jax.errors.JaxRuntimeError as why:
+    return {"error": None, "reference_absent": _does_not_fit(why)}
+  return {"error": max(
+      error(np.asarray(a, np.float32), np.asarray(b, np.float32))
+      for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True))}
+
+
+def _row(case: Case, name: str, seconds: dict[str, list[float]], ceilings: dict[str, float],
+         off: dict) -> dict:
+  median = float(np.median(seconds[name]))
+  rate = case.work / median / (1e12 if case.unit == "TFLOP/s" else 1e9)
+  ceiling = ceilings["copy GB/s" if case.unit == "GB/s" else
+                     "FP8 TFLOP/s" if case.operation.startswith("fp8") else "bf16 TFLOP/s"]
+  row = {"operation": case.operation, "shape": case.shape, "side": name, "seconds": median,
+         "by_round": seconds[name], "rate": rate, "unit": case.unit,
+         "share_of_ceiling": rate / ceiling, **off}
+  if name == "ours":
+    return row
+  row["ours_over_it"] = speedup(paired_rounds(seconds["ours"]), paired_rounds(seconds[name]))
+  targets = case.targets if implementations.local_backend() else ()  # kernels' targets
+  goals = [target.ratio for target in targets if target.contender == name]
+  return row | ({"target": goals[0], "met": row["ours_over_it"][1] >= goals[0]} if goals else {})
+
+
+_HEADER = ("operation", "shape", "contender", "ms", "rate", "unit", "of ceiling", "error",
+           "speed-up of ours", "target")
+
+
+def _line(row: dict) -> tuple:
+  if "absent" in row:
+    return (row["operation"], row["shape"], row["side"], None, None, row["absent"], *[None] * 4)
+  of = row.get("ours_over_it")
+  target = f"{row['target']} {'met' if row['met'] else 'missed'}" if "target" in row else None
+  return (row["operation"], row["shape"], row["side"], 1e3 * row["seconds"], row["rate"],
+          row["unit"], row["share_of_ceiling"], row["error"],
+          of and describe(*of), target)

@@ -1,0 +1,191 @@
+"""Measure candidate tilings of Hopper's kernels, and write the table that they choose from.
+
+For every operation and shape the candidates alternate. The table, `tilings.json`, is written
+where --out says, beside the measurements, with what was not measured as it is in
+`pallas_kernels/mosaic_gpu`; commit it there.
+
+Shape letters:  M, R rows  N, K widths  G groups
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as ops
+from experiments import settings
+from experiments.benchmarks.kernels.cases import group_sizes, normal
+from experiments.benchmarks.timing import CallTimer, alternate
+from experiments.options import Options
+from experiments.reports import provenance
+from experiments.reports.markdown import table
+from model.checks import require
+from pallas_kernels import implementations
+from pallas_kernels.mosaic_gpu import tilings
+from pallas_kernels.mosaic_gpu.tilings import key
+from train.config_io import to_dict
+from train.run_folder import write_json_atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+  """How to measure.
+
+  Attributes:
+    rounds: in which every candidate is timed once.
+    seconds: that a candidate runs for in a round, about.
+    only: how the names of the operations to tune begin; empty for all.
+  """
+
+  rounds: int = 10
+  seconds: float = 0.006
+  only: str = ""
+
+  def __post_init__(self):
+    require(self.rounds > 0, f"rounds={self.rounds} must be positive")
+    require(self.seconds >= 0, f"seconds={self.seconds} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """An operation on one shape.
+
+  Attributes:
+    key: of the table.
+    flops: of one call.
+    run: takes the operands, and `tiling`.
+    operands: makes them.
+    candidates: the first is the kernel's default.
+  """
+
+  key: str
+  flops: float
+  run: Callable
+  operands: Callable[[], tuple]
+  candidates: tuple
+
+
+# Dense products of M, N, K with a scale for each block of the weight: DeepGEMM's.
+_BLOCKS = ((8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384))
+# Rows, groups, K and N of experts: V2-Lite's (gate, both gate and up, down, and the gradient of
+# both), V3's gate on one of eight nodes, and `base`'s.
+_EXPERTS = ((65536, 64, 2048, 1408), (98304, 64, 2048, 2816), (98304, 64, 1408, 2048),
+            (98304, 64, 2816, 2048), (65536, 32, 7168, 2048),
+            (98304, 64, 1024, 1024), (98304, 64, 512, 1024), (98304, 64, 1024, 512))
+
+
+CONFIG = TuneConfig()
+
+
+def main(options: Options) -> None:
+  options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(CONFIG, options.settings)
+  require(implementations.local_backend() == "mosaic_gpu",
+          f"tune_kernels times kernels for {implementations.BACKENDS['mosaic_gpu']}, and this is "
+          f"{jax.devices()[0].device_kind}")
+  chosen = [job for job in jobs() if job.key.startswith(cfg.only)]
+  require(chosen, f"no operation's name begins with only={cfg.only}")
+  rows = []
+  for job in chosen:
+    rows += _measure(job, cfg)
+    if options.out:  # after each, as there are many
+      provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
+      write_json_atomic(options.out / "tilings.json",
+                        dict(sorted((tilings.table() | best(rows)).items())))
+  print(table(("operation", "tiling", "µs", "TFLOP/s", "of the default's time"), map(_line, rows)))
+
+
+def jobs() -> Iterator[Job]:
+  """Everything that is tuned; kernels are imported here, as only a GPU needs them."""
+  from pallas_kernels.mosaic_gpu import (
+      fp8_grouped,
+      fp8_matmul,
+      fp8_weight_gradient,
+      grouped_matmul,
+      grouped_weight_gradient,
+  )
+
+  dense, bf16, f32 = fp8_matmul.Tiling, jnp.bfloat16, jnp.float32
+  of_blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4),
+               dense(block_m=256, depth=1, stages=3))
+  of_vectors = (
+      dense(block_m=256, depth=1, stages=3), dense(depth=1, stages=4), dense(depth=1, stages=3),
+      dense(depth=1, stages=4, cluster=2), dense(block_m=256, block_n=96, stages=3))
+  for m, n, k in _BLOCKS:
+    yield Job(key("fp8_matmul 128x128", bf16, m, n, k), 2 * m * n * k,
+              functools.partial(fp8_matmul.run, dtype=bf16),
+              lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k, tile="128x128")), of_blocks)
+  for rows, groups, k, n in _EXPERTS:
+    make, flops = functools.partial(_grouped, rows, groups, k, n), 2 * rows * k * n
+    for name, dtype, run, kind, candidates in (
+        ("fp8_grouped_matmul", bf16, fp8_grouped.run, "fp8", of_blocks),
+        ("fp8_grouped_weight_gradient", f32, fp8_weight_gradient.run, "fp8 gradient", of_vectors),
+        ("grouped_matmul", bf16, grouped_matmul.run, "plain", _fitting(grouped_matmul, n)),
+        ("grouped_matmul transposed", bf16,
+         functools.partial(grouped_matmul.run, transpose_rhs=True), "transposed",
+         _fitting(grouped_matmul, n)),
+        ("grouped_weight_gradient", f32, grouped_weight_gradient.run, "gradient",
+         _fitting(grouped_weight_gradient, n, rows=k))):
+      yield Job(key(name, dtype, groups, k, n), flops, functools.partial(run, dtype=dtype),
+                functools.partial(make, kind), candidates)
+
+
+def _fitting(kernel, columns: int, rows: int = 256) -> tuple:
+  default = kernel.default_tiling(columns)
+  tiling = type(default)
+  every = (default, tiling(128, 128, 6), tiling(256, 128), tiling(128, 256))
+  return tuple(dict.fromkeys(
+      each for each in every if columns % each.columns == 0 and rows % each.rows == 0))
+
+
+def _quantised(rows: int, columns: int, tile: str = "1x128"):
+  return ops.quantize(normal(rows, columns, seed=rows), tile)
+
+
+def _grouped(rows, groups, k, n, kind: str) -> tuple:
+  sizes_G = group_sizes(rows, groups, "even")
+  if kind in ("gradient", "fp8 gradient"):
+    pair = normal(rows, k), normal(rows, n, seed=1)
+    if kind == "fp8 gradient":
+      pair = tuple(ops.quantize_groups(x, sizes_G) for x in pair)
+    return *pair, sizes_G
+  x_RK = normal(rows, k)
+  if kind == "fp8":
+    return ops.quantize(x_RK), ops.quantize(normal(groups, n, k, seed=1), "128x128"), sizes_G
+  shape = (groups, n, k) if kind == "transposed" else (groups, k, n)
+  return x_RK, normal(*shape, seed=1), sizes_G
+
+
+def _measure(job: Job, cfg: TuneConfig) -> list[dict]:
+  operands = job.operands()
+
+  def compiled(tiling):
+    return jax.jit(functools.partial(job.run, tiling=tiling)).lower(*operands).compile()
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    programs = dict(zip(job.candidates, pool.map(compiled, job.candidates), strict=True))
+  timed = {tiling: CallTimer(functools.partial(program, *operands), jax.block_until_ready,
+                             cfg.seconds) for tiling, program in programs.items()}
+  seconds = alternate(timed, cfg.rounds)
+  default = seconds[job.candidates[0]]
+  return [{"key": job.key, "tiling": dataclasses.asdict(tiling),
+           "seconds": statistics.median(found), "rate": job.flops / statistics.median(found),
+           "of_default": statistics.median(a / b for a, b in zip(found, default, strict=True))}
+          for tiling, found in seconds.items()]
+
+
+def best(rows: list[dict]) -> dict[str, dict[str, int]]:
+  """Of each key the tiling with the smallest median of its time over the default's."""
+  found = {}
+  for row in sorted(rows, key=lambda row: row["of_default"], reverse=True):
+    found[row["key"]] = row["tiling"]
+  return found
+
+
+def _line(row: dict) -> tuple:
+  tiling = " ".join(f"{name}={value}" for name, value in row["tiling"].items())
+  return row["key"], tiling, 1e6 * row["seconds"], row["rate"] / 1e12, row["of_default"]

@@ -1,0 +1,226 @@
+"""Time GRPO against TRL: the same model, problems, lengths, reward and learning rate.
+
+The contenders alternate on the device. First each takes a few steps from the initial weights, again
+and again until all run at a steady pace, and then as often as is timed: tokens/s of every phase.
+Then each trains to the goal, or for as long as it may, with evaluations on held-out problems that
+its clock does not count. Results are written after every part, so that a run that is cut off leaves
+what it has.
+
+Shape letters:  P held-out problems  Q their distinct questions
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import settings
+from experiments.benchmarks.rl import sums
+from experiments.benchmarks.rl.contenders import Bench, OwnTrainer, PeerTrainer, Trainer
+from experiments.benchmarks.rl.report import write_bench_report
+from experiments.benchmarks.timing import attempt
+from experiments.options import Options
+from experiments.reports import provenance
+from rl.pass_rates import interval
+from train.config_io import to_dict
+
+_STEADY = 0.1  # by which a contender's last two rounds may differ, relative to the faster
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+  """The benchmark's settings.
+
+  Attributes:
+    bench: what is trained, and how it is timed.
+  """
+
+  bench: Bench = dataclasses.field(default_factory=Bench)
+
+
+CONFIG = BenchConfig()
+
+
+def main(options: Options) -> None:
+  options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  bench = settings.apply(CONFIG, options.settings).bench
+  if not bench.model:
+    raise ValueError("say which model to train: --set bench.model=DIR, a Hugging Face folder")
+  if bench.peer:
+    # Read when the device is first used: the contenders share its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  folder = options.folder("bench_rl")
+  folder.mkdir(parents=True, exist_ok=True)
+  result: dict[str, Any] = {"bench": to_dict(bench), "failed": {}}
+
+  def save() -> None:
+    # Overwrites what was there: this folder's results are of one run.
+    provenance.record(folder, result)
+    write_bench_report(folder)
+
+  ours = OwnTrainer(bench)
+  result["params"] = ours.cfg.param_count()
+  result["heldout_questions"] = len(set(ours.questions))
+  peers: list[PeerTrainer] = []
+  with tempfile.TemporaryDirectory() as work:
+    config = pathlib.Path(work) / "peer.json"
+    config.write_text(json.dumps(ours.for_peers()), encoding="utf-8")
+    try:
+      ways = bench.peer_generation if bench.peer == "trl" else ("generate",)
+      peers += [PeerTrainer(bench, way, config) for way in ways if bench.peer]
+      contenders = [ours, *_warm(ours, peers, result)]
+      warm_up(bench, contenders, result)
+      _time(bench, contenders, result)
+      save()
+      if bench.minutes:
+        _train_all(bench, contenders, ours.questions, result, save)
+    finally:
+      for peer in peers:
+        peer.quit()
+  print((folder / "report.md").read_text(encoding="utf-8"))
+
+
+def _warm(ours: OwnTrainer, peers: Sequence[PeerTrainer],
+          result: dict[str, Any]) -> list[PeerTrainer]:
+  """Compiles ours while the peers warm up; returns those that can run."""
+  ours.warm_up()
+  alive = list(peers)
+  attempt(alive, lambda peer: peer.ready(ours.cfg.param_count()), result["failed"])
+  for peer in alive:
+    result["versions_of_peer"] = peer.versions
+  return alive
+
+
+def warm_up(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> None:
+  """Runs rounds that are not timed until every contender's pace is steady.
+
+  Args:
+    bench: says how many rounds at most.
+    contenders: a peer that fails is removed.
+    result: gets "warm_up": by contender "by_round", tokens/s of whole steps, and "steady".
+  """
+  rounds = collections.defaultdict(list)
+  for _ in range(bench.warm_up_rounds):
+    _round(bench, contenders, rounds, result)
+    rates = {contender.name: [_rate(steps) for steps in rounds[contender.name]]
+             for contender in contenders}
+    result["warm_up"] = {name: {"by_round": by_round, "steady": steady(by_round)}
+                         for name, by_round in rates.items()}
+    if all(found["steady"] for found in result["warm_up"].values()):
+      return
+
+
+def steady(rates: Sequence[float]) -> bool:
+  """Whether the last two rounds' tokens/s agree within a tenth of the faster."""
+  last = rates[-2:]
+  return len(last) == 2 and max(last) - min(last) <= _STEADY * max(last)
+
+
+def _round(bench: Bench, contenders: list[Trainer], rounds: dict[str, list],
+           result: dict[str, Any]) -> None:
+  """A turn for each; those that fail are removed from `contenders`."""
+  def turn(contender: Trainer) -> None:
+    contender.reset()
+    rounds[contender.name].append(contender.steps(bench.steps_timed))
+
+  attempt(contenders, turn, result["failed"])
+
+
+def _rate(steps: Sequence[dict[str, float]]) -> float:
+  return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+
+
+def _time(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> None:
+  """Alternates, and compares medians."""
+  rounds = collections.defaultdict(list)
+  for _ in range(bench.repeats):
+    _round(bench, contenders, rounds, result)
+  result["sides"] = {
+      contender.name: summary(rounds[contender.name]) | {"masters": contender.masters}
+      for contender in contenders}
+  rates = {name: found["tokens_per_second"] for name, found in result["sides"].items()}
+  # The strongest first.
+  rivals = sorted(set(rates) - {"ours"}, key=lambda name: rates[name]["step"], reverse=True)
+  result["ratios"] = {name: {phase: rates["ours"][phase] / rate
+                             for phase, rate in rates[name].items()} for name in rivals}
+
+
+def summary(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
+  """A contender's medians over rounds.
+
+  Args:
+    rounds: of each its steps, as `Trainer.steps` gives them.
+
+  Returns:
+    By phase and for the whole step "seconds" (a step's) and "tokens_per_second"; "tokens" of a
+    step, "mean_reward", and "by_round", tokens/s of whole steps.
+  """
+  total = lambda steps, name: sum(step[name] for step in steps)
+  median = lambda values: float(np.median(list(values)))
+  names = dict(zip((*sums.PHASES, "step"), (*sums.PHASES, "seconds"), strict=True))
+  return {
+      "seconds": {phase: median(total(steps, name) / len(steps) for steps in rounds)
+                  for phase, name in names.items()},
+      "tokens_per_second": {phase: median(total(steps, "tokens") / total(steps, name)
+                                          for steps in rounds) for phase, name in names.items()},
+      "tokens": median(total(steps, "tokens") / len(steps) for steps in rounds),
+      "mean_reward": median(total(steps, "mean_reward") / len(steps) for steps in rounds),
+      "by_round": [_rate(steps) for steps in rounds]}
+
+
+def _train_all(bench: Bench, contenders: list[Trainer], questions: Sequence[str],
+               result: dict[str, Any], save: Callable[[], None]) -> None:
+  """Trains ours, and then the fastest peer of those that can learn at this rate."""
+  speed = lambda contender: result["sides"][contender.name]["tokens_per_second"]["step"]
+  ours, *rivals = contenders
+  # Small steps vanish in weights of bfloat16.
+  able = [peer for peer in rivals if peer.masters == "float32"]
+  chosen = max(able, key=speed, default=None)
+  for peer in rivals:
+    if peer is not chosen:
+      peer.quit()
+  result["training"] = {}
+  for contender in (ours, chosen) if chosen else (ours,):
+    run = result["training"].setdefault(contender.name, {"evaluations": [], "steps": []})
+    attempt([contender], lambda contender, run=run: train(bench, contender, questions, run, save),
+            result["failed"])
+    save()
+
+
+def by_question(rates_P: Sequence[float], questions_P: Sequence[str]) -> np.ndarray:
+  """The mean rate of each distinct question, float [Q]: equal ones are not independent."""
+  _, of_P = np.unique(questions_P, return_inverse=True)
+  return np.bincount(of_P, weights=rates_P) / np.bincount(of_P)
+
+
+def train(bench: Bench, contender: Trainer, questions: Sequence[str], run: dict[str, Any],
+          save: Callable[[], None]) -> None:
+  """Trains from the initial weights to the goal, or for `bench.minutes` of the contender's clock.
+
+  Args:
+    bench: says how long.
+    contender: who.
+    questions: of the held-out problems; pass@1 and its interval are over the distinct ones.
+    run: "steps" and "evaluations" are appended to its lists, each with the clock's "time" in
+      seconds; "seconds_to_goal" is set if the goal is reached.
+    save: called after every evaluation.
+  """
+  contender.reset()
+  clock = 0.0
+  while True:
+    rate = interval(by_question(contender.evaluate(), questions))
+    run["evaluations"].append({"time": clock, "step": len(run["steps"]), "pass@1": list(rate)})
+    if rate.estimate >= bench.goal:
+      run["seconds_to_goal"] = clock
+    save()
+    if "seconds_to_goal" in run or clock >= 60 * bench.minutes:
+      return
+    for step in contender.steps(bench.eval_every):
+      clock += step["seconds"]
+      run["steps"].append(step | {"time": clock})

@@ -1,0 +1,182 @@
+"""Compare the cost of RL objectives: seconds per step by phase, and peak bytes.
+
+All learn from the same rollouts of the same random model, every completion as long as allowed,
+alternating in one process. A rollout is the same work for all, so it is timed once a round; a step
+is rollout and update. Rewards are left out: their cost is the task's, whatever the objective. Bytes
+are the compiled update's own account. A GPU's high-water mark is not quoted: it is the process',
+not an objective's.
+
+Shape letters:  S sequences
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import settings
+from experiments.options import Options
+from experiments.reports import provenance
+from model import ModelConfig, Transformer, get_config, init_on_host
+from model.checks import require
+from rl.config import RLConfig, SamplingConfig
+from rl.rollout import pad_prompts, rollout, sequence_keys
+from rl.step import Experience, experience, init_rl_state, make_update
+from train.config_io import to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """How to measure.
+
+  Attributes:
+    objectives: names as in `rl.config.ObjectiveConfig`; the others are compared with the first.
+    rounds: alternations; medians over them are quoted.
+  """
+
+  objectives: tuple[str, ...] = ("grpo_r1", "ppo", "rft")
+  rounds: int = 7
+
+  def __post_init__(self):
+    require(self.rounds > 0, f"Bench.rounds={self.rounds} must be positive")
+    require(0 < len(self.objectives) == len(set(self.objectives)),
+            f"Bench.objectives={','.join(self.objectives)!r} must name some, each once")
+
+
+# Without MTP, which RL does not train; the shape of R1-Zero's rollouts at cpu scale.
+_NANO = dataclasses.replace(get_config("nano"), mtp=None)
+_RL = RLConfig(sampling=SamplingConfig(
+    num_prompts=16, num_generations=16, max_prompt_length=16, max_completion_length=32))
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+  """What is measured, and how.
+
+  Attributes:
+    bench: how to measure.
+    model: the architecture.
+    rl: the run, whose objective's name is replaced by each of `bench.objectives`.
+  """
+
+  bench: Bench = Bench()
+  model: ModelConfig = _NANO
+  rl: RLConfig = _RL
+
+  def __post_init__(self):
+    require(self.rl.mesh.is_single_device,
+            "bench_rl_cost measures one device: leave rl.mesh at 1 device")
+    routing = self.rl.objective.routing
+    require(routing == "free",
+            f"bench_rl_cost keeps no routing: leave rl.objective.routing={routing!r} at 'free'")
+    for name in self.bench.objectives:
+      self.of(name)
+
+  def of(self, name: str) -> RLConfig:
+    """The run with one of the objectives."""
+    return dataclasses.replace(
+        self.rl, objective=dataclasses.replace(self.rl.objective, name=name))
+
+
+CONFIG = BenchConfig()
+
+
+def main(options: Options) -> None:
+  options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(CONFIG, options.settings, named={"model": get_config})
+  if options.out:
+    options.out.mkdir(parents=True, exist_ok=True)
+  variables = init_on_host(cfg.model, cfg.rl.loop.seed)
+  seen = _roll_out(cfg, variables, 0)
+  updates = {name: _Update(cfg, name, variables, seen) for name in cfg.bench.objectives}
+  rollout_seconds = []
+  for index in range(1, cfg.bench.rounds + 1):
+    started = time.perf_counter()
+    seen = _roll_out(cfg, variables, index)
+    rollout_seconds.append(time.perf_counter() - started)
+    for update in updates.values():
+      update.seconds.append(update.go(seen))
+  rollout_median = float(np.median(rollout_seconds))
+  costs = {name: update.cost(rollout_median) for name, update in updates.items()}
+  first = costs[cfg.bench.objectives[0]]
+  compared = ("step_seconds", "update_seconds", "peak_bytes")
+  ratios = {name: {of: cost[of] / first[of] for of in compared} for name, cost in costs.items()}
+  _report(cfg, costs, ratios, rollout_median)
+  if options.out:
+    provenance.record(options.out, {
+        "shape": to_dict(cfg), "params": cfg.model.param_count(), "tokens": int(seen.mask.sum()),
+        "ratios": ratios, "objectives": costs, "rollout_seconds": rollout_median,
+        "rollout_seconds_by_round": rollout_seconds})
+
+
+def _roll_out(cfg: BenchConfig, variables: dict, step: int) -> Experience:
+  """Completions of random prompts, laid out to be learned from; half of them were right."""
+  sampling = cfg.rl.sampling
+  prompt_S, sample_S = np.divmod(np.arange(sampling.num_sequences), sampling.num_generations)
+  prompts = np.random.default_rng(step).integers(
+      0, cfg.model.vocab_size, (sampling.num_prompts, sampling.max_prompt_length))[prompt_S]
+  keys_S = sequence_keys(cfg.rl.loop.seed, step, jnp.asarray(prompt_S), jnp.asarray(sample_S))
+  out = jax.device_get(rollout(
+      Transformer(cfg.model), variables,
+      pad_prompts(list(prompts), sampling.max_prompt_length, keys_S),
+      max_new_tokens=sampling.max_completion_length, stop_token=None,
+      temperature=sampling.temperature, slots=sampling.slots))
+  right_S = sample_S % 2 == 0
+  return experience(list(prompts), out.tokens_SN, out.lengths_S, out.logprobs_SN,
+                    np.where(right_S, 1.0, -1.0), np.ones_like(right_S))
+
+
+class _Update:
+  """One objective's update, compiled, warmed up and timed."""
+
+  def __init__(self, cfg: BenchConfig, name: str, variables: dict, seen: Experience):
+    run = cfg.of(name)
+    rates = np.full(run.objective.updates, run.optimizer.learning_rate, np.float32)
+    self._hyper = {
+        "learning_rate": rates, "value_learning_rate": rates,
+        "spec": run.objective.spec(run.sampling.max_completion_length),
+        "temperature": np.float32(run.sampling.temperature),
+        "gae_lambda": np.float32(run.objective.gae_lambda)}
+    self._key, self.seconds = jax.random.key(0), []
+    self._state = init_rl_state(variables, run)
+    self._state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+    self._update = make_update(cfg.model, run).lower(
+        self._state, seen, self._hyper, self._key).compile()
+    self.go(seen)
+
+  def go(self, seen: Experience) -> float:
+    """Seconds of one update."""
+    started = time.perf_counter()
+    self._state, metrics = self._update(self._state, seen, self._hyper, self._key)
+    jax.block_until_ready((self._state, metrics))
+    return time.perf_counter() - started
+
+  def cost(self, rollout_seconds: float) -> dict:
+    """Medians, and bytes while it runs; outputs that take an argument's place count once."""
+    used, median = self._update.memory_analysis(), float(np.median(self.seconds))
+    return {
+        "step_seconds": rollout_seconds + median, "update_seconds": median,
+        "update_seconds_by_round": self.seconds,
+        "peak_bytes": (used.argument_size_in_bytes + used.temp_size_in_bytes
+                       + used.output_size_in_bytes - used.alias_size_in_bytes),
+        "state_bytes": self._state_bytes, "temporary_bytes": used.temp_size_in_bytes}
+
+
+def _report(cfg: BenchConfig, costs: dict, ratios: dict, rollout_seconds: float) -> None:
+  first, *others = costs
+  for name in others:
+    ratio = ratios[name]
+    print(f"{name} over {first}: {ratio['step_seconds']:.2f} times a step's seconds, "
+          f"{ratio['update_seconds']:.2f} an update's, {ratio['peak_bytes']:.2f} its peak bytes")
+  sampling = cfg.rl.sampling
+  print(f"{cfg.model.param_count():,} parameters; {sampling.num_sequences} completions of "
+        f"{sampling.max_completion_length} tokens, prompts of {sampling.max_prompt_length}; "
+        f"{cfg.rl.objective.updates} optimizer step(s) a rollout")
+  print(f"{'':16}{'step s':>9}{'rollout s':>11}{'update s':>10}{'peak MB':>9}{'state MB':>10}"
+        f"{'temporary MB':>14}")
+  for name, cost in costs.items():
+    print(f"{name:16}{cost['step_seconds']:9.3f}{rollout_seconds:11.3f}"
+          f"{cost['update_seconds']:10.3f}{cost['peak_bytes'] / 1e6:9,.1f}"
+          f"{cost['state_bytes'] / 1e6:10,.1f}{cost['temporary_bytes'] / 1e6:14,.1f}")

@@ -1,0 +1,79 @@
+"""Time a training step of several seeds, trained as a vmapped batch, against that of one."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from experiments import settings
+from experiments.benchmarks.timing import alternate
+from experiments.options import Options
+from experiments.reports import provenance
+from model import ModelConfig, get_config
+from train.config import DataConfig, RunConfig, TrainConfig
+from train.program import Program
+from train.stages import with_seeds
+
+_ROUNDS, _STEPS = 7, 10
+_NANO, _DATA = get_config("nano"), DataConfig(seq_len=256)
+_TRAIN = TrainConfig(steps=1000, batch_size=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedsConfig(RunConfig):
+  """A run, and how many seeds are compared with one.
+
+  Attributes:
+    seeds: that train as a vmapped batch.
+  """
+
+  model: ModelConfig = _NANO
+  data: DataConfig = _DATA
+  train: TrainConfig = _TRAIN
+  seeds: int = 8
+
+
+CONFIG = SeedsConfig()
+
+
+def main(options: Options) -> None:
+  options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(CONFIG, options.settings, named={"model": get_config})
+  run = cfg.without_extras()
+  steppers = {count: _Stepper(run, count) for count in (1, cfg.seeds)}
+  by_round = alternate({count: stepper.seconds for count, stepper in steppers.items()}, _ROUNDS)
+  median = {count: float(np.median(seconds)) for count, seconds in by_round.items()}
+  tokens = run.train.batch_size * run.data.seq_len
+  ratio = median[cfg.seeds] / median[1]
+  print(f"a step of {cfg.seeds} seeds takes {ratio:.2f} times as long as one of a single seed")
+  for count, seconds in median.items():
+    print(f"{count} seeds: {1e3 * seconds:.2f} ms a step, {count * tokens / seconds:,.0f} tokens/s")
+  if options.out:
+    provenance.record(options.out, {
+        "ratio": ratio, "batch": run.train.batch_size, "seq_len": run.data.seq_len,
+        "seconds_a_step": by_round})
+
+
+class _Stepper:
+  """Runs of one program on random tokens."""
+
+  def __init__(self, cfg: RunConfig, count: int):
+    self._program = Program(with_seeds(cfg, list(range(count))), {})
+    self._state, self._index = self._program.init(), 0
+    lead = (count,) if count > 1 else ()
+    shape = (*lead, cfg.train.batch_size, cfg.data.seq_len)
+    rng = np.random.default_rng(0)
+    self._batch = {
+        "tokens": rng.integers(0, cfg.model.vocab_size, (*shape[:-1], shape[-1] + 1), np.int32),
+        "loss_mask": np.ones(shape, bool)}
+    self.seconds()  # compiles
+
+  def seconds(self) -> float:
+    """Of a step, the mean over a few."""
+    started = time.perf_counter()
+    for _ in range(_STEPS):
+      self._state, metrics = self._program.step(self._state, self._index, self._batch)
+      self._index += 1
+    jax.block_until_ready(metrics)
+    return (time.perf_counter() - started) / _STEPS

@@ -1,0 +1,200 @@
+"""Time training against transformers: same shape, formats, device and batch, alternating.
+
+The peer is transformers' DeepSeek-V3 on torch, run by an interpreter that has them
+(`bench.python`), in its fastest known variants; ours is quoted against the fastest of those. At
+scale `gpu` both contenders share the GPU, with and without the optimizer; at `v2_lite`, ours in FP8
+is timed against ours in bfloat16 on layers of V2-Lite's widths; at `cpu`, the throughput of the
+input pipeline alone and the cost of a checkpoint are measured, too. `--profile` shows where the
+time of a step goes.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import settings
+from experiments.benchmarks.timing import alternate, attempt, describe, speedup
+from experiments.benchmarks.training.contenders import (
+  Bench,
+  BenchConfig,
+  OwnTrainer,
+  PeerTrainer,
+  Trainer,
+)
+from experiments.options import Options
+from experiments.reports import markdown, provenance
+from model import NUMERICS, get_config
+from model.checks import require
+from train.checkpoint import Checkpoints
+from train.config import OptimizerConfig, RunConfig
+from train.config_io import to_dict
+from train.data import load
+from train.hardware import peak_flops
+
+_STEPS_TO_CHECKPOINT, _CHECKPOINT_EVERY = 6, 100
+_KERNELS_LISTED = 40
+_MOST_ON_A_CPU = 200_000_000  # parameters
+_GPU_FLAGS = "--device=cuda --dtype=bfloat16 --experts=grouped_mm --adamw=fused"
+
+
+def _scales() -> dict[str, BenchConfig]:
+  # Without MTP, which the peer does not train. Its optimizer keeps moments in float32.
+  return {
+      "cpu": BenchConfig(
+          bench=Bench(variants=(  # the fastest of a dozen, without and with a compiler
+              "--experts=eager --adamw=fused", "--experts=grouped_mm --adamw=fused",
+              "--experts=grouped_mm --adamw=plain",
+              "--experts=grouped_mm --adamw=fused --compile")),
+          model=dataclasses.replace(get_config("micro"), mtp=None), seq_len=256, batch_size=8,
+          optimizer=OptimizerConfig()),
+      "gpu": BenchConfig(
+          bench=Bench(numerics=("bf16",), phases=("forward_backward", "train"), steps=5, warm_up=5,
+                      peer_timeout=90.0,
+                      variants=(f"{_GPU_FLAGS} --attention=sdpa",
+                                f"{_GPU_FLAGS} --attention=cudnn --compile")),
+          model=get_config("base"), seq_len=2048, batch_size=8,
+          optimizer=OptimizerConfig(moments="float32")),
+      "v2_lite": BenchConfig(
+          bench=Bench(numerics=("fp8", "bf16"), phases=("forward_backward", "train"), steps=5,
+                      warm_up=5),
+          model=dataclasses.replace(get_config("deepseek_v2_lite"), num_layers=4,
+                                    num_dense_layers=0, vocab_size=32768),
+          seq_len=2048, batch_size=8, optimizer=OptimizerConfig())}
+
+
+SCALES = _scales()
+
+
+def main(options: Options) -> None:
+  options.require_supported("seeds", "a", "b", "arms", "max_minutes")
+  scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(SCALES)
+  cfg = settings.apply(SCALES[scale], options.settings, named={"model": get_config})
+  if cfg.bench.peer:
+    # Read when the device is first used: the contenders share its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  params = cfg.model.param_count()
+  require(jax.default_backend() != "cpu" or params < _MOST_ON_A_CPU,
+          f"--scale={scale} trains {params:,} parameters, which takes hours on a CPU: use "
+          "--scale=cpu, or a smaller model by --set model=micro")
+  result: dict[str, Any] = {"shape": to_dict(cfg), "params": params,
+                            "absent": {}, "phases": {}}
+  peers = [PeerTrainer(cfg, flags) for flags in cfg.bench.variants if cfg.bench.peer]
+  try:
+    ours = [OwnTrainer(cfg, numerics) for numerics in cfg.bench.numerics]
+    contenders: list[Trainer] = [*ours, *peers]
+    for phase in cfg.bench.phases:
+      timed = result["phases"][phase] = _measure(
+          cfg, phase, contenders, result["absent"], options)
+      _report(cfg, phase, timed)
+      if options.out:  # after each, as the next may not fit
+        provenance.record(options.out, result)
+  finally:
+    for peer in peers:
+      peer.quit()
+  if scale == "cpu":
+    result |= _surroundings(cfg, ours[0])
+    if options.out:
+      provenance.record(options.out, result)
+
+
+def _measure(cfg: BenchConfig, phase: str, contenders: list[Trainer], excluded: dict[str, str],
+             options: Options) -> dict:
+  """Times all contenders that can run the phase, alternating."""
+  attempt(contenders, lambda contender: contender.start(phase), excluded)
+  steps = cfg.bench.steps
+  seconds = alternate(
+      {contender.name: lambda contender=contender: contender.seconds(steps) / steps
+       for contender in contenders}, cfg.bench.rounds)
+  if options.profile:
+    _write_profiles(phase, [own for own in contenders if isinstance(own, OwnTrainer)], options)
+  first = contenders[0].name
+  return {
+      "sides": {contender.name: _rates(cfg, seconds[contender.name]) | contender.finish()
+                for contender in contenders},
+      "faster_by": {name: speedup(seconds[first], took)
+                    for name, took in seconds.items() if name != first}}
+
+
+def _rates(cfg: BenchConfig, seconds: list[float]) -> dict:
+  rate = cfg.tokens / float(np.median(seconds))
+  flops = rate * cfg.model.flops_per_token(cfg.seq_len)
+  compute = NUMERICS[cfg.bench.numerics[0]].compute
+  return {"tokens_per_second": rate, "by_round": [cfg.tokens / took for took in seconds],
+          "flops_per_second": flops,
+          "share_of_peak": flops * jax.device_count() / peak_flops(compute)}  # of one device
+
+
+def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
+  found = timed["sides"]
+  first, *others = found
+  print(f"\n{phase.replace('_', ' + ')}, {cfg.batch_size} x {cfg.seq_len} tokens")
+  for name in sorted(others, key=lambda name: -found[name]["tokens_per_second"]):
+    print(f"{first} over {name}: {describe(*timed['faster_by'][name])}")
+  width = max(map(len, found))
+  print(f"{'':{width}}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'peak MB':>9}{'start s':>9}")
+  for name, row in found.items():
+    print(f"{name:{width}}{row['tokens_per_second']:10,.0f}{row['flops_per_second'] / 1e12:9.2f}"
+          f"{row['share_of_peak']:9.1%}{row['peak_mb']:9,.0f}{row['start_seconds']:9.1f}")
+
+
+def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> None:
+  """Where a step's time goes, printed, and written beside the results."""
+  for side in ours:
+    parts = side.trace()
+    total = sum(share.seconds for share in parts["kinds"])
+    text = f"# Where the time goes: {side.name}, {phase}\n"
+    for title, shares in (("kind of work", parts["kinds"]),
+                          ("kernel", parts["kernels"][:_KERNELS_LISTED])):
+      rows = [(share.name, 1e3 * share.seconds, share.seconds / total, share.count)
+              for share in shares]
+      text += "\n" + markdown.table((title, "ms a step", "share", "times"), rows) + "\n"
+    print(text)
+    if options.out:
+      options.out.mkdir(parents=True, exist_ok=True)
+      name = f"{phase}-{side.name}".replace(" ", "-")
+      (options.out / f"profile-{name}.md").write_text(text, encoding="utf-8")
+
+
+def _surroundings(cfg: BenchConfig, ours: OwnTrainer) -> dict:
+  """What the input pipeline gives, and what a checkpoint costs."""
+  run = cfg.run(cfg.bench.numerics[0])
+  pipeline = _pipeline(run)
+  print(f"input pipeline alone: {pipeline:,.0f} tokens/s")
+  ours.start("train")
+  save = _checkpoint_cost(ours)
+  ours.finish()
+  print(f"a checkpoint costs {save['seconds']:.2f} s, {save['share']:.1%} of the "
+        f"{save['interval']} steps between two")
+  return {"input_pipeline_tokens_per_second": pipeline, "checkpoint": save}
+
+
+def _checkpoint_cost(ours: OwnTrainer) -> dict:
+  """Seconds that a save adds to the steps around it, and their share of all between two."""
+  with tempfile.TemporaryDirectory() as folder:
+    checkpoints, extra = Checkpoints(folder, keep=1), []
+    for index in range(3):
+      plain = ours.seconds(_STEPS_TO_CHECKPOINT)
+      started = time.perf_counter()
+      checkpoints.save(index, ours.state, {})
+      ours.seconds(_STEPS_TO_CHECKPOINT)
+      extra.append(time.perf_counter() - started - plain)
+      checkpoints.wait()
+    checkpoints.close()
+  seconds = float(np.median(extra))
+  return {"seconds": seconds, "interval": _CHECKPOINT_EVERY,
+          "share": seconds / (_CHECKPOINT_EVERY * plain / _STEPS_TO_CHECKPOINT)}
+
+
+def _pipeline(cfg: RunConfig) -> float:
+  """Tokens/s of documents to batches, nothing trained."""
+  data, count = load(cfg.data), 300
+  batches = data.batches([0], 0, [cfg.train.batch_size] * count)
+  next(batches)
+  started = time.perf_counter()
+  rest = sum(batch["loss_mask"].size for batch in batches)
+  return rest / (time.perf_counter() - started)

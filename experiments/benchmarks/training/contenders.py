@@ -1,0 +1,269 @@
+"""The contenders of `bench_train`: this project's training, and a peer's in a process of its own.
+
+Each does one phase at a time: "forward_backward", the gradients of the loss with the parameters in
+the compute format, or "train", whole steps with float32 master weights.
+"""
+
+import dataclasses
+import json
+import pathlib
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import model
+from experiments.benchmarks.timing import Contender, PeerProcess, Unavailable
+from experiments.benchmarks.training import profiles
+from model import NUMERICS, MLAConfig, ModelConfig
+from model.checks import require, require_positive
+from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.program import Program
+from train.step import init_state
+
+PHASES = ("forward_backward", "train")
+_PEER = pathlib.Path(__file__).parent.parent / "peers" / "transformers_train.py"
+_STEPS_TRACED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """How to measure.
+
+  Attributes:
+    peer: what to compare with; None for ours alone.
+    python: an interpreter that has torch and transformers; None for this one.
+    variants: of the peer, each a combination of its flags.
+    peer_timeout: seconds, from the start, that a peer may take to get ready; it is excluded if it
+      takes longer.
+    numerics: ours, names of policies; the others and the peer are compared with the first.
+    phases: what is timed: forward_backward, train.
+    rounds: alternations; medians over them are quoted.
+    steps: of a round.
+    warm_up: steps of every contender before any is timed: by then memory has stopped growing.
+  """
+
+  peer: Literal["transformers"] | None = None
+  python: str | None = None
+  variants: tuple[str, ...] = ()
+  peer_timeout: float = 600.0
+  numerics: tuple[str, ...] = ("fp32",)
+  phases: tuple[str, ...] = ("train",)
+  rounds: int = 7
+  steps: int = 3
+  warm_up: int = 12
+
+  def __post_init__(self):
+    require_positive(self, "rounds", "steps", "warm_up", "peer_timeout")
+    for name, known in (("phases", PHASES), ("numerics", NUMERICS)):
+      requested = getattr(self, name)
+      require(bool(requested) and set(requested) <= set(known),
+              f"Bench.{name}={','.join(requested)} must be some of {', '.join(known)}")
+    require(not self.peer or not self.python or bool(shutil.which(self.python)),
+            f"bench.python={self.python} is no program: give an interpreter that has torch and "
+            "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+  """What is trained, and how it is timed.
+
+  Attributes:
+    bench: how to measure.
+    model: the architecture; its numerics are the policies of `bench.numerics`.
+    seq_len: tokens of a sequence.
+    batch_size: sequences of a step.
+    optimizer: as in `train.config.RunConfig`.
+    remat: as in `train.config.TrainConfig`.
+    attend: likewise.
+    unroll: likewise; None for all layers.
+  """
+
+  bench: Bench
+  model: ModelConfig
+  seq_len: int
+  batch_size: int
+  optimizer: OptimizerConfig
+  remat: Literal["none", "v3", "dots", "full"] = "none"
+  attend: Literal["xla", "cudnn"] | None = None
+  unroll: int | None = None
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of a step."""
+    return self.batch_size * self.seq_len
+
+  def run(self, numerics: str) -> RunConfig:
+    """The training run with one of the numerics policies."""
+    return RunConfig(
+        model=dataclasses.replace(self.model, numerics=NUMERICS[numerics]),
+        data=DataConfig(seq_len=self.seq_len), optimizer=self.optimizer,
+        train=TrainConfig(steps=10_000, batch_size=self.batch_size, remat=self.remat,
+                          attend=self.attend, unroll=self.unroll or self.model.num_layers))
+
+
+class Trainer(Contender, Protocol):
+  """A contender that trains, phase by phase."""
+
+  def start(self, phase: str) -> None:
+    """Gets ready for a phase, and warm."""
+
+  def seconds(self, steps: int) -> float:
+    """Seconds that so many steps take."""
+
+  def finish(self) -> dict[str, Any]:
+    """What else to report about the phase; its memory is freed."""
+
+
+class OwnTrainer:
+  """This project's training, on new random tokens every step."""
+
+  def __init__(self, cfg: BenchConfig, numerics: str):
+    self.name = "ours" if len(cfg.bench.numerics) == 1 else f"ours {numerics}"
+    self._cfg, self._run = cfg, cfg.run(numerics)
+    self._rng, self._program = np.random.default_rng(0), Program([self._run], {})
+
+  def start(self, phase: str) -> None:
+    started = time.perf_counter()
+    self._index, self._trains, network = 0, phase == "train", self._run.model
+    if self._trains:
+      self.state = init_state(random_variables(network), self._run.optimizer)
+      self._compiled = self._program.lower().compile()
+    else:
+      self.state = random_variables(self._program.compute_config().model)
+      self._compiled = self._program.lower_gradients().compile()
+    self.seconds(1)
+    self._start_seconds = time.perf_counter() - started
+    self.seconds(self._cfg.bench.warm_up)
+
+  def _batch(self) -> dict[str, np.ndarray]:
+    rows, length = self._cfg.batch_size, self._cfg.seq_len
+    tokens = self._rng.integers(0, self._run.model.vocab_size, (rows, length + 1), np.int32)
+    return {"tokens": tokens, "loss_mask": np.ones((rows, length), bool)}
+
+  def seconds(self, steps: int) -> float:
+    started = time.perf_counter()
+    made = None
+    for _ in range(steps):
+      del made  # so that gradients are in memory once, not twice
+      made = self._compiled(
+          self.state, *self._program.step_arguments(self._index, self._batch()))
+      if self._trains:
+        self.state, made = made
+      self._index += 1
+    jax.block_until_ready((self.state, made))
+    return time.perf_counter() - started
+
+  def trace(self) -> dict[str, list[profiles.Share]]:
+    """Seconds of a step by kind of work and by kernel, from a few more steps."""
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        self.seconds(_STEPS_TRACED)
+      found = profiles.kernels(pathlib.Path(folder))
+    came_from = profiles.origins(self._compiled.as_text())
+    per_step = lambda shares: [profiles.Share(share.name, share.seconds / _STEPS_TRACED,
+                                              share.count // _STEPS_TRACED) for share in shares]
+    return {"kinds": per_step(profiles.by_kind(found, came_from)),
+            "kernels": per_step(profiles.by_kernel(found, came_from))}
+
+  def finish(self) -> dict[str, Any]:
+    used = self._compiled.memory_analysis()
+    del self.state
+    program_mb = (used.argument_size_in_bytes + used.temp_size_in_bytes
+                  + used.output_size_in_bytes - used.alias_size_in_bytes) / 2**20
+    alone = len(self._cfg.bench.numerics) == 1  # else the process' peak is also the others'
+    return {"start_seconds": self._start_seconds, "program_mb": program_mb,
+            "peak_mb": _peak_mb() if alone else program_mb}
+
+  def quit(self) -> None:
+    pass
+
+
+def random_variables(cfg: ModelConfig) -> dict:
+  """What `model.init` gives, drawn on the device and without tracing the network."""
+  shapes = model.abstract_variables(cfg)
+
+  @jax.jit
+  def draw(key):
+    def one(path, shape, key):
+      if path[0].key != "params":
+        return jnp.zeros(shape.shape, shape.dtype)
+      if path[-1].key == "scale":
+        return jnp.ones(shape.shape, shape.dtype)
+      return cfg.init_std * jax.random.normal(key, shape.shape, shape.dtype)
+
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
+    return jax.tree_util.tree_map_with_path(one, shapes, keys)
+
+  return draw(jax.random.key(0, impl="rbg"))  # which compiles fast
+
+
+def _peak_mb() -> float:
+  """The most that this process has used at a time: of the first device's memory, or of a CPU's."""
+  stats = jax.devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"] / 2**20
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class PeerTrainer:
+  """A peer's training in its own process; it gets ready while the others do."""
+
+  def __init__(self, cfg: BenchConfig, flags: str):
+    self.name = f"{cfg.bench.peer} {flags}"
+    self._cfg, self._started = cfg, time.perf_counter()
+    config = {"shape": _transformers_shape(cfg.model), "batch": cfg.batch_size,
+              "seq": cfg.seq_len, "steps": 1}
+    self._process = PeerProcess(
+        [cfg.bench.python or sys.executable, str(_PEER), json.dumps(config), *flags.split()],
+        cfg.bench.peer_timeout)
+    self._ready = False
+
+  def start(self, phase: str) -> None:
+    if not self._ready:
+      ready = self._process.answer(
+          self._started + self._cfg.bench.peer_timeout - time.perf_counter())
+      if ready["params"] != self._cfg.model.param_count():
+        raise Unavailable(f"the peer has {ready['params']:,} parameters, and ours "
+                          f"{self._cfg.model.param_count():,}")
+      self._variant, self._ready = ready["variant"], True
+      self._start_seconds = time.perf_counter() - self._started
+    self._phase = phase
+    self.seconds(self._cfg.bench.warm_up)
+
+  def seconds(self, steps: int) -> float:
+    self._last = self._process.ask(f"{self._phase} {steps}")
+    return self._last["seconds"]
+
+  def finish(self) -> dict[str, Any]:
+    return {"start_seconds": self._start_seconds, "peak_mb": self._last["peak_mb"],
+            **self._variant}
+
+  def quit(self) -> None:
+    self._process.quit()
+
+
+def _transformers_shape(network: ModelConfig) -> dict[str, Any]:
+  """The fields of transformers' DeepseekV3Config."""
+  require(isinstance(network.attention, MLAConfig) and network.moe is not None,
+          "the peer has MLA and experts: give such a model, or leave bench.peer out")
+  attention, moe = network.attention, network.moe
+  return {
+      "vocab_size": network.vocab_size, "hidden_size": network.d_model,
+      "num_hidden_layers": network.num_layers, "intermediate_size": network.ffn_dim,
+      "first_k_dense_replace": network.num_dense_layers,
+      "num_attention_heads": attention.num_heads, "num_key_value_heads": attention.num_heads,
+      "q_lora_rank": attention.q_lora_rank, "kv_lora_rank": attention.kv_lora_rank,
+      "qk_nope_head_dim": attention.qk_nope_head_dim,
+      "qk_rope_head_dim": attention.qk_rope_head_dim, "v_head_dim": attention.v_head_dim,
+      "n_routed_experts": moe.num_experts, "num_experts_per_tok": moe.experts_per_token,
+      "moe_intermediate_size": moe.expert_dim, "n_shared_experts": moe.num_shared_experts,
+      "n_group": moe.num_groups, "topk_group": moe.groups_per_token,
+      "max_position_embeddings": network.max_seq_len}

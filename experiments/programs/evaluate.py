@@ -1,0 +1,96 @@
+"""How often a checkpoint solves a task: pass@1, pass@k, cons@k, form and length, with intervals."""
+
+import dataclasses
+
+import model
+from experiments import settings
+from experiments.options import Options
+from experiments.programs.generate import require_sampling
+from experiments.reports import provenance
+from rl.config import LoopConfig, RLConfig, SamplingConfig
+from rl.evaluate import evaluate
+from rl.loading import load_model
+from rl.sampler import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """What to ask of which model. Temperature and top-p are R1's (section 3).
+
+  Attributes:
+    checkpoint: a folder of pretrain or r1_zero, or a Hugging Face folder.
+    task: see `rl.tasks.get_task`.
+    template: see `rl.templates.get_template`.
+    split: of the task: heldout, harder, train.
+    problems: how many.
+    samples: completions of each.
+    ks: pass@k is given for these, besides 1.
+    temperature: 0 for the likeliest tokens.
+    top_p: nucleus mass.
+    max_prompt_length, max_completion_length: in tokens.
+    slots: completions sampled together.
+    seed: of the sampling.
+    tokenizer: a tokenizer.json, where the folder has none.
+  """
+
+  checkpoint: str = ""
+  task: str = "arithmetic"
+  template: str = "short"
+  split: str = "heldout"
+  problems: int = 200
+  samples: int = 16
+  ks: tuple[int, ...] = (4, 16)
+  temperature: float = 0.6
+  top_p: float = 0.95
+  max_prompt_length: int = 64
+  max_completion_length: int = 128
+  slots: int = 256
+  seed: int = 0
+  tokenizer: str | None = None
+
+  def __post_init__(self):
+    if self.problems < 2 or self.samples < 1 or self.slots < 1:
+      raise ValueError("problems must be at least 2, samples and slots at least 1")
+    require_sampling(self.temperature, self.top_p)
+    if self.ks and not 1 <= min(self.ks) <= max(self.ks) <= self.samples:
+      raise ValueError(f"ks={self.ks} must lie in 1..samples={self.samples}")
+
+
+CONFIG = EvaluateConfig()
+
+
+def main(options: Options) -> None:
+  options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
+  cfg = settings.apply(CONFIG, options.settings)
+  if not cfg.checkpoint:
+    raise ValueError("say what to evaluate: --set checkpoint=DIR")
+  if options.out:
+    options.out.mkdir(parents=True, exist_ok=True)
+  # A program samples pairs; no more of them than there are completions to judge.
+  pairs = min(cfg.slots, -(-cfg.problems * cfg.samples // 2))
+  run = RLConfig(
+      task=cfg.task, template=cfg.template, loop=LoopConfig(seed=cfg.seed),
+      sampling=SamplingConfig(
+          num_prompts=pairs, num_generations=2, max_prompt_length=cfg.max_prompt_length,
+          max_completion_length=cfg.max_completion_length, slots=cfg.slots))
+  start = load_model(cfg.checkpoint)
+  tokenizer = start.tokenizer(cfg.tokenizer)
+  found, drawn = evaluate(
+      Sampler(model.Transformer(start.cfg), run, tokenizer), start.variables, split=cfg.split,
+      problems=cfg.problems, samples=cfg.samples, ks=cfg.ks, temperature=cfg.temperature,
+      top_p=cfg.top_p)
+  print(f"{drawn.prompts[0]}{drawn.completions[0]}\n")
+  for line in lines(found):
+    print(line)
+  if options.out:
+    result = {"config": dataclasses.asdict(cfg), **found}
+    print(f"results: {provenance.record(options.out, result)}")
+
+
+def lines(found: dict) -> list[str]:
+  """An evaluation, a line for each figure."""
+  figures = {name: value for name, value in found.items() if isinstance(value, list)}
+  return [f"{name:16}{value:9.3f}  [{low:.3f}, {high:.3f}]"
+          for name, (value, low, high) in figures.items()] + [
+              f"{found['problems']} problems ({found['questions']} different), {found['samples']} "
+              f"samples of each, {found['unjudged']} not judged; intervals of 95 %"]

@@ -1,0 +1,220 @@
+"""Train a model on text, resume it, evaluate it and report on it.
+
+Supervised fine-tuning is the same program with `init` and a prompt field. Scales, timed on two CPU
+cores or one H200: see SCALES.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+import model
+from experiments import settings
+from experiments.options import Options
+from experiments.programs import baselines
+from experiments.programs.generate import write_continuation
+from experiments.reports import provenance
+from experiments.reports.run_report import write_run_report
+from rl.loading import load_model
+from train import cost
+from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.config_io import to_dict
+from train.data import Data, load
+from train.loading import TOKENIZER, LoadedModel, export
+from train.loop import Result, TrainingError
+from train.loop import train as run_training
+from train.program import first_run
+from train.run_folder import RunFolder, write_json_atomic
+from train.stages import fit_vocabulary, start_from, upgrade_run, with_seeds
+from train.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+  """A run, and what to do with the trained model.
+
+  Attributes:
+    export: write a Hugging Face folder there.
+    prompt: the beginning of the text shown at the end.
+    sample_tokens: its length; 0 for none.
+    baselines: compare with gzip -9 and an n-gram model on the same bytes.
+  """
+
+  export: str | None = None
+  prompt: str = "In the beginning"
+  sample_tokens: int = 80
+  baselines: bool = True
+
+
+def _smoke() -> PretrainConfig:
+  """40 steps of a three-layer model: under a minute on two cores."""
+  nano = model.get_config("nano")
+  small = dataclasses.replace(
+      nano, d_model=64, num_layers=2, ffn_dim=128, moe=dataclasses.replace(
+          nano.moe, num_experts=8, experts_per_token=2, num_groups=2, groups_per_token=1))
+  return PretrainConfig(
+      model=small, data=DataConfig(tokenizer="bytes", seq_len=128, heldout_bytes=30_000),
+      train=TrainConfig(steps=40, batch_size=8, checkpoint_every=20), baselines=False)
+
+
+SCALES = {
+    "smoke": _smoke(),
+    # `nano` for four minutes on two cores, one of them for evaluating on 1 MB twice.
+    "cpu": PretrainConfig(
+        model=model.get_config("nano"), data=DataConfig(heldout_bytes=460_000),
+        optimizer=OptimizerConfig(learning_rate=5e-3),
+        balance=BalanceConfig(bias_rate=0.01),  # gamma x steps is what carries over from V3
+        train=TrainConfig(steps=370, batch_size=8, unroll=3)),
+    # `small` in bfloat16 for about ten minutes on one H200.
+    "gpu": PretrainConfig(
+        model=dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"]),
+        data=DataConfig(bpe_vocab_size=16384, seq_len=1024),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(steps=2000, batch_size=64, micro_batch_size=16, eval_every=500)),
+}
+
+
+def main(options: Options) -> None:
+  options.require_supported("a", "b", "arms")
+  scale = options.scale_of(SCALES)
+  cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
+  overridden = settings.assigned(options.settings)
+  options.num_seeds()  # checked before anything is read
+  start = load_model(cfg.init) if cfg.init else None
+  if start:
+    cfg = _with_start(cfg, start, overridden)
+  with contextlib.closing(RunFolder(options.folder(f"pretrain-{scale}"))) as out:
+    _run(cfg, start, out, options, keep_vocabulary="model.vocab_size" in overridden)
+
+
+def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options: Options, *,
+         keep_vocabulary: bool) -> None:
+  data = load(cfg.data)
+  cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or start is not None)
+  run_cfg = cfg.without_extras()
+  seeds = [cfg.train.seed + i for i in range(options.num_seeds())]
+  out.check_config({"config": to_dict(run_cfg), "seeds": seeds}, upgrade_run)
+  data.tokenizer.save(out.path / TOKENIZER)
+  if _is_finished(out.path):
+    print(f"{out.path} is finished, nothing is left to train; its report is "
+          f"{out.path / 'report.md'}")
+    if cfg.export:
+      _export(cfg, load_model(out.path).variables, data)
+    return
+  _announce(cfg, data, out.path)
+  try:
+    result = run_training(
+        with_seeds(run_cfg, seeds), data, out, variables=start and start.variables,
+        max_seconds=options.max_minutes and 60 * options.max_minutes, profile=options.profile,
+        on_evaluation=_print_evaluation)
+  except TrainingError:
+    _record(out.path, cfg, data, {"status": "failed", "cost": cost.total(out.path)})
+    raise
+  for message in result.messages:
+    print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
+  if result.status == "stopped":
+    print(f"stopped after step {result.steps}, which is saved; rerun the same command to resume")
+    return
+  _finish(cfg, data, out.path, result)
+
+
+def _is_finished(path: pathlib.Path) -> bool:
+  results = path / "results.json"
+  return results.exists() and json.loads(results.read_text())["status"] == "finished"
+
+
+def _with_start(cfg: PretrainConfig, start: LoadedModel, overridden: set[str]) -> PretrainConfig:
+  """`init` decides the architecture, and the tokenizer if it has one and none is set."""
+  changed = sorted(name for name in overridden if name.split(".")[0] == "model")
+  if changed:
+    raise ValueError(f"init={cfg.init} decides the model; {', '.join(changed)} cannot be set too")
+  return start_from(cfg, start, keep_tokenizer="data.tokenizer" in overridden)
+
+
+def _announce(cfg: PretrainConfig, data: Data, path: pathlib.Path) -> None:
+  network = cfg.model
+  tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len
+  print(f"{network.param_count(mtp=True):,} parameters, {network.active_param_count():,} active; "
+        f"{cfg.train.steps:,} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens "
+        f"({tokens:,}); {path}")
+  for domain, rows in data.heldout.items():
+    print(f"  {domain}: {rows.num_bytes:,} bytes held out")
+
+
+def _print_evaluation(step: int, evaluation) -> None:
+  parts = [f"{domain} {np.mean(bits):.3f}" for domain, bits in evaluation.bits_per_byte.items()]
+  text = f"step {step}: bits per byte {np.mean(evaluation.mean_bits_per_byte):.3f} ("
+  text += ", ".join(parts) + ")"
+  if evaluation.mtp_acceptance is not None:
+    text += f", MTP acceptance {np.mean(evaluation.mtp_acceptance):.0%}"
+  if evaluation.max_violation is not None:
+    text += f", MaxVio {np.mean(evaluation.max_violation):.2f}"
+  print(text, flush=True)
+
+
+def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result) -> None:
+  record = {"status": result.status, "evaluations": result.evaluations, "cost": result.cost,
+            "skipped_steps": int(np.max(result.state.skipped))}
+  if cfg.baselines:
+    record["baselines"] = _baselines(cfg, data)
+    _compare(result.evaluations[-1]["bits_per_byte"], record["baselines"])
+  variables = first_run(result.state.variables, len(result.seeds))
+  if cfg.sample_tokens:
+    print(f"\n{cfg.prompt}", end="", flush=True)
+    text = write_continuation(cfg.model, variables, data.tokenizer, cfg.prompt,
+                              max_new_tokens=cfg.sample_tokens, temperature=0.8, seed=0)
+    record["samples"] = [{"prompt": cfg.prompt, "text": text}]
+    print("\n")
+  if cfg.export:
+    _export(cfg, variables, data)
+  first, last = result.rows[0], result.rows[-1]
+  if "max_violation" in last:
+    print(f"MaxVio of a batch: {first['max_violation']:.2f} at the first step, "
+          f"{last['max_violation']:.2f} at the last")
+  run = _record(path, cfg, data, record)
+  print(f"report: {write_run_report(path, run, result.rows)}")
+
+
+def _export(cfg: PretrainConfig, variables: dict, data: Data) -> None:
+  export(cfg.export, cfg.model, variables, data.tokenizer)
+  print(f"exported to {cfg.export}")
+
+
+def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:
+  """Writes results.json; returns what it holds."""
+  run = {"provenance": provenance.describe(), "config": to_dict(cfg), "data": data.summary(),
+         **more}
+  return write_json_atomic(path / "results.json", run)
+
+
+def _baselines(cfg: PretrainConfig, data: Data) -> dict[str, dict[str, float]]:
+  """gzip -9 and an n-gram model on the held-out bytes; the latter learned what the model read."""
+  rows = data.train(cfg.train.seed)
+  count = cfg.train.steps * cfg.train.batch_size
+  ngram = baselines.NGram()
+  ngram.fit(_text(data.tokenizer, [rows[i]["tokens"][1:] for i in range(count)]))
+  heldout = {domain: _text(data.tokenizer, [held.tokens[:, 1:][held.loss_mask]])
+             for domain, held in data.heldout.items()}
+  return {
+      "gzip -9": {domain: baselines.gzip_bits_per_byte(text) for domain, text in heldout.items()},
+      f"{ngram.order}-gram": {
+          domain: ngram.bits_per_byte(text) for domain, text in heldout.items()}}
+
+
+def _text(tokenizer: Tokenizer, tokens: list[np.ndarray]) -> bytes:
+  """The bytes that tokens stand for, those of document ends and filling in the middle left out."""
+  flat = np.concatenate([np.ravel(part) for part in tokens])
+  special = (tokenizer.eos, tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end)
+  return tokenizer.decode_bytes(flat[~np.isin(flat, [i for i in special if i is not None])])
+
+
+def _compare(ours: dict[str, float], others: dict[str, dict[str, float]]) -> None:
+  table = {"this model": ours, **others}
+  print(f"\n{'bits per byte':16}" + "".join(f"{domain:>12}" for domain in ours) + f"{'mean':>10}")
+  for name, bits in table.items():
+    print(f"{name:16}" + "".join(f"{bits[domain]:12.3f}" for domain in ours)
+          + f"{np.mean([bits[domain] for domain in ours]):10.3f}")

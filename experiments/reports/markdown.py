@@ -1,0 +1,100 @@
+"""Reports as Markdown: numbers, tables, figures, and where a result came from.
+
+A number that could not be measured is null in results, and a dash here.
+"""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Iterable
+
+from train.run_folder import leaves
+
+
+def number(value, digits: int = 4) -> str:
+  """A cell: floats to significant digits, integers with separators, a dash for none."""
+  if value is None or (isinstance(value, float) and math.isnan(value)):
+    return "–"
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return str(value)
+  if isinstance(value, int):
+    return f"{value:,}"
+  if math.isinf(value):
+    return "∞" if value > 0 else "−∞"
+  text = f"{value:,.0f}" if 10**digits <= abs(value) < 1e9 else f"{value:.{digits}g}"
+  return text.replace("-", "−", 1) if value < 0 else text
+
+
+def duration(seconds: float) -> str:
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes, hours = round(seconds / 60), seconds / 3600
+  return f"{seconds / 60:.1f} min" if minutes < 60 else f"{hours:.1f} h"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
+  """A Markdown table; columns of nothing but numbers align right."""
+  cell = lambda value: number(value).replace("|", "\\|").replace("\n", " ")
+  header, rows = list(map(cell, header)), [list(map(cell, row)) for row in rows]
+  rule = ["---:" if all(text[:1] in "0123456789−–∞" for text in column) else "---"
+          for column in zip(*rows, strict=True)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rows])
+
+
+def flat(value) -> Iterable[tuple[str, str]]:
+  """Leaves of nested dicts and lists by dotted path, as they are: no rounding."""
+  return ((path, "none" if leaf is None else str(leaf)) for path, leaf in leaves(value))
+
+
+def collapsed(summary: str, body: str) -> str:
+  return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
+
+
+def fenced(text: str) -> str:
+  """A code block that no run of backticks in the text can end."""
+  longest = max((len(list(run)) for char, run in itertools.groupby(text) if char == "`"), default=0)
+  fence = "`" * max(3, longest + 1)
+  return f"{fence}text\n{text}\n{fence}"
+
+
+def document(path: pathlib.Path, title: str, sections: Iterable[tuple[str, str]]) -> pathlib.Path:
+  """Writes the sections that have a body; those without a heading follow the one before."""
+  parts = [f"# {title}"]
+  for heading, body in sections:
+    if body:
+      parts += [f"## {heading}", body] if heading else [body]
+  path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+  return path
+
+
+def figure(folder: pathlib.Path, name: str, caption: str, draw, *data) -> str:
+  """Draws `name`.png beside the report, if there is data, and refers to it."""
+  if not all(data):
+    return ""
+  draw(*data, folder / f"{name}.png")
+  return f"![{caption}]({name}.png)"
+
+
+def origin(provenance: dict) -> str:
+  """The command, and what it ran on."""
+  if not provenance:
+    return ""
+  commit = _values(provenance.get("commit") or "unknown")
+  dirty = " with uncommitted changes" if provenance.get("dirty") else ""
+  facts = [("commit", commit + dirty)]
+  if provenance.get("sources"):
+    facts.append(("hash of the sources", _values(provenance["sources"])))
+  facts += [(name, _values(provenance[name])) for name in ("device", "cpu", "cores")
+            if provenance.get(name)]
+  versions = provenance.get("versions", {})
+  several = versions.get("several", [versions])
+  names = dict.fromkeys(name for each in several for name in each)
+  facts += [(name, ", ".join(dict.fromkeys(str(each.get(name, "absent")) for each in several)))
+            for name in names]
+  lines = "\n".join(f"- {name}: {value}" for name, value in facts)
+  return f"```bash\n{provenance.get('command', 'unknown')}\n```\n\n{lines}"
+
+
+def _values(value) -> str:
+  """A fact, or all values that parts of a result have of it."""
+  return ", ".join(map(str, value["several"])) if isinstance(value, dict) else str(value)

@@ -1,0 +1,195 @@
+"""The report of a study: verdicts, intervals, arms and cost, from what `results.json` holds.
+
+Whatever is absent is left out. A number that could not be measured is null in the results and a
+dash in the report.
+"""
+
+import functools
+import math
+import pathlib
+import statistics
+
+from experiments.reports import plots
+from experiments.reports.markdown import (
+  document,
+  duration,
+  fenced,
+  figure,
+  flat,
+  number,
+  origin,
+  table,
+)
+from experiments.reports.run_report import cost_table
+from experiments.stats import Paired
+
+FINISHED = "finished"  # the status of a run that counts
+
+
+def _paired(fields: dict) -> Paired:
+  """What JSON made null was not finite."""
+  unbounded = {"std": math.nan, "stderr": math.nan, "low": -math.inf, "high": math.inf,
+               "detectable": math.inf}
+  known = {key: value for key, value in fields.items() if value is not None}
+  return Paired(**unbounded | known)
+
+
+def _claim_text(claim: dict) -> str:
+  if claim["kind"] == "equivalent":
+    return f"within ±{number(claim['margin'])}"
+  if claim["kind"] == "threshold":
+    return f"{'above' if claim['sign'] > 0 else 'below'} {number(claim['threshold'])}"
+  bound = claim["sign"] * claim.get("margin", 0.0)
+  return f"{'above' if claim['sign'] > 0 else 'below'} {number(bound or 0)}"
+
+
+def _verdicts(comparisons: list[dict]) -> str:
+  lines = []
+  for c in comparisons:
+    pair = _paired(c["paired"])
+    arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
+    lines.append([
+        c["name"], c["metric"], arms, _claim_text(c["claim"]), c.get("paper"),
+        number(pair.mean, 3), f"{number(pair.low, 3)} to {number(pair.high, 3)}",
+        f"{pair.same_sign} of {pair.n} {'>' if pair.sign > 0 else '<'} 0"
+        if c["claim"]["kind"] == "sign" else pair.n,
+        number(pair.detectable, 3), f"**{c['verdict']}**"])
+  found = table(("claim", "metric", "arms", "claimed", "paper", "mean", "95 % interval",
+                "seeds", "minimum detectable effect", "verdict"), lines) if lines else ""
+  reasons = [f"- not judged, **{c['name']}**: {c['not_judged']}." for c in comparisons
+             if "not_judged" in c]
+  return "\n\n".join(filter(None, [found, "\n".join(reasons)]))
+
+
+def _forest_lines(comparisons: list[dict]) -> list[plots.Comparison]:
+  lines = []
+  for c in comparisons:
+    claim, threshold = c["claim"], c["claim"].get("threshold")
+    lines.append(plots.Comparison(
+        c["name"], _paired(c["paired"]),
+        f"{c['metric']}: difference" if threshold is None else c["metric"], claim.get("paper"),
+        claim.get("margin"), c["verdict"], threshold or 0.0))
+  return lines
+
+
+def _spread(values: list[float]) -> str | None:
+  """Mean ± standard deviation over seeds, to the deviation's second digit."""
+  values = [value for value in values if value is not None and math.isfinite(value)]
+  if len(values) < 2:
+    return number(values[0]) if values else None
+  mean, std = statistics.fmean(values), statistics.stdev(values)
+  decimals = max(0, 1 - math.floor(math.log10(std))) if std else 4
+  return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}".replace("-", "−")
+
+
+def _arms(arms: list, runs: list[dict]) -> str:
+  """Every arm's metrics at every learning rate, over the seeds that finished."""
+  groups: dict[tuple, list[dict]] = {}
+  names = [arm["name"] if isinstance(arm, dict) else arm for arm in arms]
+  for run in sorted(runs, key=lambda run: names.index(run["arm"]) if run["arm"] in names else 1e9):
+    if run["status"] == FINISHED:
+      groups.setdefault((run["arm"], run.get("learning_rate")), []).append(run)
+  metrics = list(dict.fromkeys(m for run in runs for m in run.get("metrics", {})))
+  lines = [[arm, rate, ", ".join(str(run["seed"]) for run in group),
+            *(_spread([run["metrics"].get(metric) for run in group]) for metric in metrics)]
+           for (arm, rate), group in groups.items()]
+  meanings = [f"- **{arm['name']}**: " + ", ".join(f"{key} {value}" for key, value in flat(
+      {key: value for key, value in arm.items() if key != "name"}))
+              for arm in arms if isinstance(arm, dict) and len(arm) > 1]
+  results = table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
+  note = "Mean ± standard deviation over the seeds that finished." if lines else ""
+  return "\n\n".join(filter(None, [results, note, "\n".join(meanings)]))
+
+
+def _sensitivity(noise: dict, detectable: dict) -> str:
+  names = list(dict.fromkeys([*noise, *detectable]))
+  return table(("", "seed standard deviation", "minimum detectable effect (80 % power)"),
+                [(name, noise.get(name), detectable.get(name)) for name in names]) if names else ""
+
+
+def _failures(runs: list[dict]) -> str:
+  failed = [run for run in runs if run["status"] != FINISHED]
+  if not runs:
+    return ""
+  if not failed:
+    return f"None: all {len(runs)} finished."
+  return f"{len(failed)} of {len(runs)}, left out of every number above.\n\n" + table(
+      ("arm", "learning rate", "seed", "status"),
+      [(run["arm"], run.get("learning_rate"), str(run["seed"]), run["status"]) for run in failed])
+
+
+def _study_summary(study: dict) -> str:
+  verdicts = [c["verdict"] for c in study.get("comparisons", [])]
+  counts = [f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts)]
+  source = f" ({study['source']})" if study.get("source") else ""
+  of = f"Of {len(verdicts)} comparisons: {', '.join(counts)}." if verdicts else ""
+  return f"> {study.get('claim', 'No claim stated')}{source}\n\n{of}".strip()
+
+
+def _panels(folder: pathlib.Path, drawn: dict) -> str:
+  """A figure of `plots.panels`."""
+  draw = functools.partial(plots.panels, doublings=drawn.get("doublings"))
+  return figure(folder, drawn["name"], drawn["caption"], draw, drawn["curves"])
+
+
+def _table(shown: dict) -> str:
+  """A table of the study's own, with its note."""
+  note = f"\n\n{shown['note']}" if shown.get("note") else ""
+  return table(shown["header"], shown["rows"]) + note
+
+
+def _bases(bases: list[dict]) -> str:
+  """The models that RL started from; the metrics are theirs, before it."""
+  metrics = list(dict.fromkeys(name for base in bases for name in base["metrics"]))
+  time = lambda base: base["cost"] and duration(base["cost"]["device_seconds"])
+  return table(("base", "arms", "device time", *metrics), [
+      [base["name"], ", ".join(base["arms"]), time(base),
+       *(base["metrics"].get(name) for name in metrics)] for base in bases]) if bases else ""
+
+
+def _samples(samples: list[dict]) -> str:
+  """Completions of the same problems before and after, by run."""
+  return "\n\n".join(f"**{of_run['title']}**\n\n" + "\n\n".join(
+      f"step {row['step']}, reference answer {row['answer']}:\n"
+      f"{fenced(row['prompt'] + row['completion'])}" for row in of_run["rows"])
+      for of_run in samples)
+
+
+def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
+  """Writes report.md and its figures for a study.
+
+  Args:
+    folder: where to; it exists.
+    study: "name", "claim", "source"; "arms": names, or dicts with "name" and what it changes;
+      "runs": [{"arm", "learning_rate", "seed", "metrics": {name: x}, "status", "cost"}], of which
+      those whose status is `FINISHED` count; "comparisons": [{"name", "metric", "arm", "baseline",
+      "paired": fields of `stats.Paired`, "claim": fields of `stats.Claim`, "verdict", "paper":
+      what the paper reports, in words, "not_judged": why, where it was not}]; "noise" and
+      "detectable": {metric: x}; "curves": {name: rows for `plots.loss_curves`}; "panels": [{"name",
+      "caption", "curves": of `plots.panels`, "doublings": likewise}]; "tables": [{"caption",
+      "header", "rows", "note"}]; "samples": [{"title", "rows": [{"step", "prompt",
+      "completion", "answer"}]}]; "bases": [{"name", "arms", "metrics", "cost"}]; "total_cost";
+      "provenance". All but the name may be absent.
+
+  Returns:
+    The path of report.md.
+  """
+  folder = pathlib.Path(folder)
+  comparisons, runs = study.get("comparisons", []), study.get("runs", [])
+  return document(folder / "report.md", f"Study {study['name']}", [
+      ("", _study_summary(study)),
+      ("Verdicts", _verdicts(comparisons)),
+      ("", figure(folder, "forest", "Every comparison with its interval", plots.forest,
+                   _forest_lines(comparisons))),
+      ("Loss", figure(folder, "loss", "Training loss by arm", plots.loss_curves,
+                       study.get("curves", {}))),
+      *((shown["caption"], _table(shown)) for shown in study.get("tables", [])),
+      *((drawn["caption"], _panels(folder, drawn)) for drawn in study.get("panels", [])),
+      ("Completions", _samples(study.get("samples", []))),
+      ("Bases", _bases(study.get("bases", []))),
+      ("Arms", _arms(study.get("arms", []), runs)),
+      ("Noise", _sensitivity(study.get("noise", {}), study.get("detectable", {}))),
+      ("Failed runs", _failures(runs)),
+      ("Cost of all runs", cost_table(study.get("total_cost", {}))),
+      ("How to run it again", origin(study.get("provenance", {}))),
+  ])

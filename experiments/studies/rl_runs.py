@@ -1,0 +1,252 @@
+"""Runs of a study that do RL from a base.
+
+A base is pretrained when the first run needs it. Unless the study keeps its own, it is in the
+user's cache, where all arms, studies and later commands that start from the same base find it:
+after changing how bases are made, delete `bases` there. A command waits for what another one is
+making. Runs go one at a time, each in its folder.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import model
+from experiments.studies import rl_tables
+from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
+from experiments.studies.rl_metrics import gains, metrics_of_rows
+from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
+from model.checks import require, require_positive
+from rl import loop
+from rl.config import RLConfig
+from rl.documents import DocumentsConfig
+from rl.loading import load_model
+from rl.sampler import Sampler
+from rl.stages import BaseConfig, pretrain_base, run_rl
+from train import cost
+from train.config import RunConfig
+from train.config_io import to_dict
+from train.loading import LoadedModel
+from train.run_folder import MetricsFile, RunFolder, write_json_atomic
+
+_POLL_SECONDS = 1.0
+_SAMPLES_SHOWN = 4  # of a run's completions, before and after
+
+
+@dataclasses.dataclass(frozen=True)
+class RLStudyConfig:
+  """A base, RL on it, and how both are evaluated.
+
+  Attributes:
+    base: how the base is pretrained; its sources are the generated documents.
+    documents: what the base reads.
+    rl: the RL run.
+    evaluation: before and after RL.
+    init: a model to start RL from instead: a run folder or a Hugging Face folder; then nothing is
+      pretrained.
+    bases: a run of seed n starts from base n modulo this, so that fewer bases than seeds cost less,
+      and say less about other bases; None for a base for every seed.
+    bases_in: "cache", the user's, shared with other studies; or "out", the study's own folder.
+    value_rate_ratio: PPO's value model learns at this times the policy's learning rate.
+  """
+
+  base: RunConfig
+  documents: DocumentsConfig = dataclasses.field(default_factory=DocumentsConfig)
+  rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+  init: str | None = None
+  bases: int | None = 3
+  bases_in: Literal["cache", "out"] = "cache"
+  value_rate_ratio: float = 1.0
+
+  def __post_init__(self):
+    require_positive(self, "value_rate_ratio")
+    require(self.bases is None or self.bases > 0,
+            f"RLStudyConfig.bases={self.bases} must be positive, or none")
+
+
+class RLRuns:
+  """`experiments.studies.runs.Runs` of `rl.loop.train`; learning rates are chosen by pass@1."""
+
+  score: ClassVar = Score("pass@1", 1)
+  named: ClassVar = {"base.model": model.get_config}
+
+  def __init__(self, base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
+               overridden: Collection[str], folder: pathlib.Path):
+    self._scale, self._configs, self._folder = base, configs, folder
+    self._keep_vocabulary = "base.model.vocab_size" in overridden
+    self._starts: dict[pathlib.Path, LoadedModel] = {}
+    if base.init:
+      _require_effect(base, configs, overridden)
+
+  def identity(self) -> dict[str, Any]:
+    """The scale's config, most of which other files than the study's declare."""
+    return {"config": to_dict(_without_cache(self._scale))}
+
+  def prepare(self) -> None:
+    pass
+
+  def program(self, task: Task) -> Task:
+    return task
+
+  def train(self, tasks: Sequence[Task], folder: RunFolder,
+            max_seconds: float | None) -> list[dict[str, Any]] | None:
+    (task,), began = tasks, time.monotonic()
+    cfg = self.config(task)
+    start = self._start(task, max_seconds)
+    if start is None:
+      return None
+    result = run_rl(cfg.rl, start, folder, max_seconds=remaining_seconds(max_seconds, began))
+    if result.status == "stopped":
+      return None
+    evaluator = Evaluator(
+        cfg.evaluation, Sampler(model.Transformer(start.cfg), cfg.rl, start.tokenizer()))
+    base = self.base_folder(task)
+    before = self._evaluate_base(evaluator, start.variables, base, cfg)
+    after = evaluator(result.state.train.variables)
+    _print_outcome(task, before["heldout"], after["heldout"])
+    spent = cost.total(base) if (base / "cost").is_dir() else None
+    return [{
+        "metrics": after["metrics"] | gains(before["metrics"], after["metrics"])
+                   | {f"base_{name}": before["metrics"][name] for name in ("length_pays", "pass@k")}
+                   | metrics_of_rows(result.rows),
+        "curves": _curves(result), "before": before, "after": after,
+        "samples": _samples(folder.path), "params": start.cfg.param_count(),
+        "base": {"name": base.name, "cost": spent}}]
+
+  def config(self, task: Task) -> RLStudyConfig:
+    """Of one run."""
+    cfg = self._configs[task.arm]
+    objective, optimizer = cfg.rl.objective, cfg.rl.optimizer
+    if task.learning_rate is not None:
+      optimizer = dataclasses.replace(optimizer, learning_rate=task.learning_rate)
+    if objective.name == "ppo" and objective.value_learning_rate is None:
+      objective = dataclasses.replace(
+          objective, value_learning_rate=cfg.value_rate_ratio * optimizer.learning_rate)
+    return dataclasses.replace(cfg, rl=dataclasses.replace(
+        cfg.rl, objective=objective, optimizer=optimizer,
+        loop=dataclasses.replace(cfg.rl.loop, seed=task.seed)))
+
+  def base(self, task: Task) -> BaseConfig:
+    """The base that a run starts from."""
+    cfg = self._configs[task.arm]
+    return BaseConfig(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template,
+                      task.seed % cfg.bases if cfg.bases else task.seed, self._keep_vocabulary)
+
+  def base_folder(self, task: Task) -> pathlib.Path:
+    """Where that base is: in the cache under a digest of what decides it, or in the study's folder.
+    """
+    cfg, base = self._configs[task.arm], self.base(task)
+    if cfg.init:
+      return self._folder / f"init-seed{base.seed}"
+    if cfg.bases_in == "out":
+      name = "base" if cfg.documents == self._scale.documents else f"base-{task.arm}"
+      return self._folder / f"{name}-seed{base.seed}"
+    decides = to_dict(dataclasses.replace(base, run=_without_cache(cfg).base, seed=0))
+    return cfg.base.data.cache_folder / "bases" / f"{_digest(decides)}-seed{base.seed}"
+
+  def _start(self, task: Task, max_seconds: float | None) -> LoadedModel | None:
+    """The model to start from, kept for the runs to come; None if time ran out while making it."""
+    cfg, path, began = self._configs[task.arm], self.base_folder(task), time.monotonic()
+    if path in self._starts:
+      return self._starts[path]
+    if cfg.init:
+      folder = cfg.init
+    else:
+      held = _hold(path / "making", max_seconds)
+      if held is None:
+        return None
+      with contextlib.closing(held):
+        folder = pretrain_base(self.base(task), out=path,
+                               max_seconds=remaining_seconds(max_seconds, began))
+      if folder is None:
+        return None
+    self._starts[path] = load_model(folder)
+    return self._starts[path]
+
+  def _evaluate_base(self, evaluator: Evaluator, variables: dict, folder: pathlib.Path,
+                     cfg: RLStudyConfig) -> dict:
+    """The base's figures, kept beside it for the runs that ask for the same."""
+    key = {"init": cfg.init, "task": cfg.rl.task, "template": cfg.rl.template,
+           "evaluation": to_dict(cfg.evaluation), "sampling": to_dict(cfg.rl.sampling),
+           "seed": cfg.rl.loop.seed}
+    path = folder / f"evaluation-{_digest(key)}.json"
+    if not path.exists():
+      with contextlib.closing(_hold(path.with_suffix(""))):
+        if not path.exists():
+          write_json_atomic(path, {"of": key, "found": evaluator.base(variables)})
+    return json.loads(path.read_text())["found"]
+
+  def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Curves over steps and over K, tables of every run, completions, and the bases."""
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    return {"panels": rl_tables.panels(runs), "tables": rl_tables.tables(runs),
+            "samples": rl_tables.samples(runs), "bases": rl_tables.bases(runs)}
+
+
+def _require_effect(base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
+                    overridden: Collection[str]) -> None:
+  """Raises ValueError for settings and arms of a base where a given model takes its place."""
+  without = [name for name in sorted(overridden) if name.split(".")[0] in ("base", "documents")
+             and name != "base.data.cache_dir"]
+  without += [f"--arms={arm}" for arm, cfg in configs.items() if cfg.documents != base.documents]
+  if without:
+    raise ValueError(f"{', '.join(without)} would change a base, but init={base.init} is the model "
+                     "to start from: leave one of them out")
+
+
+def _print_outcome(task: Task, before: dict, after: dict) -> None:
+  print(f"{task.arm}, seed {task.seed}:")
+  for name, estimate in before.items():
+    if isinstance(estimate, list) and name in after:
+      shown = ["{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for found in (before, after)]
+      print(f"  {rl_tables.LABELS.get(name, name):16} {shown[0]}  ->  {shown[1]}")
+
+
+def _curves(result: loop.RLResult) -> dict[str, list[list[float]]]:
+  column = lambda name: binned_curve(result.rows, lambda row: row.get(name))
+  estimate = lambda name: binned_curve(result.evaluations, lambda row: row[name][0])
+  return {"reward": column("reward"), "length": column("completions/mean_length"),
+          "kl": column("kl"), "entropy": column("entropy"), "grad_norm": column("grad_norm"),
+          "format_reward": column("rewards/format/mean"),
+          "pass@1": estimate("pass@1"), "lenient_pass@1": estimate("lenient_pass@1")}
+
+
+def _samples(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Completions of the same problems at the first and at the last evaluation."""
+  rows = MetricsFile(folder / "completions.jsonl").read()
+  steps = sorted({row["step"] for row in rows})
+  return [row for step in dict.fromkeys((*steps[:1], *steps[-1:]))
+          for row in [row for row in rows if row["step"] == step][:_SAMPLES_SHOWN]]
+
+
+def _hold(folder: pathlib.Path, max_seconds: float | None = None) -> RunFolder | None:
+  """Holds a folder as soon as no other process does; None if time runs out before."""
+  began, said = time.monotonic(), False
+  while True:
+    try:
+      return RunFolder(folder)
+    except ValueError as error:
+      if not isinstance(error.__cause__, BlockingIOError):
+        raise
+    if max_seconds and time.monotonic() - began > max_seconds:
+      return None
+    if not said:
+      print(f"waiting for what another process makes in {folder}", file=sys.stderr, flush=True)
+    said = True
+    time.sleep(_POLL_SECONDS)
+
+
+def _digest(plain: Any) -> str:
+  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without_cache(cfg: RLStudyConfig) -> RLStudyConfig:
+  """Without the place of the cache, which decides nothing."""
+  data = dataclasses.replace(cfg.base.data, cache_dir=None)
+  return dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, data=data))

@@ -1,0 +1,165 @@
+"""What the report of an RL study shows, as plain data: panels of curves, tables, completions.
+
+Everything is computed from runs as `RLRuns.train` gives them, by arm and in the order of seeds.
+Runs of earlier versions lack some entries, and are then left out of what needs them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.reports.markdown import number
+
+ByArm = Mapping[str, Sequence[Mapping[str, Any]]]
+
+# The names of estimates as reports print them; files keep the shorter ones.
+LABELS = {"lenient_pass@1": "pass@1, lenient match", "lenient_cons": "maj@k, lenient match",
+          "format": "format accuracy", "length": "length (tokens)", "clipped": "truncated"}
+_CURVES = {"reward": "reward (mean of a rollout)", "pass@1": "held-out pass@1",
+           "length": "length (tokens)", "kl": "KL to the reference (nats per token)",
+           "lenient_pass@1": "held-out pass@1, lenient match", "format_reward": "format accuracy",
+           "entropy": "entropy (nats per token)", "grad_norm": "gradient norm"}
+_BASE_METRICS = ("pass@1", "cons@k", "pass@k", "format", "length", "length_pays")
+_OUTCOME = ("pass@1", "pass@k", "maj@k", "lenient_pass@1", "format", "length", "clipped")
+_REFLECTION = {"kept": "accuracy, kept", "cut": "accuracy, cut out", "difference": "difference",
+               "again": "reflects again", "without": "accuracy of those that do not"}
+
+
+def panels(runs: ByArm) -> list[dict[str, Any]]:
+  """Curves over steps and over K, means over seeds."""
+  curves = {label: {arm: _mean([run["curves"][key] for run in by_seed])
+                    for arm, by_seed in runs.items()
+                    if all(run["curves"].get(key) for run in by_seed)}
+            for key, label in _CURVES.items()}
+  return [
+      {"name": "curves", "caption": "Training curves, means over seeds",
+       "curves": {label: by_arm for label, by_arm in curves.items() if by_arm}},
+      {"name": "by_k", "caption": "Best and majority of K samples, before and after RL",
+       "doublings": "K (samples of a problem)", "curves": _by_k(runs)}]
+
+
+def tables(runs: ByArm) -> list[dict[str, Any]]:
+  """Every run before and after RL with intervals, the base at other temperatures, reflections."""
+  found = [_outcomes(runs, "heldout", "Before and after RL"),
+           _outcomes(runs, "harder", "Harder problems, before and after RL"),
+           _base_sampling(runs), _reflection_rates(runs), _reflection_effects(runs)]
+  return [table for table in found if table["rows"]]
+
+
+def samples(runs: ByArm) -> list[dict[str, Any]]:
+  """Completions of the first seed of every arm: [{"title", "rows"}]."""
+  return [{"title": _name(arm, by_seed[0]), "rows": by_seed[0]["samples"]}
+          for arm, by_seed in runs.items() if by_seed[0].get("samples")]
+
+
+def bases(runs: ByArm) -> list[dict[str, Any]]:
+  """The models that RL started from, with the arms that did."""
+  found: dict[str, dict] = {}
+  for arm, by_seed in runs.items():
+    for run in by_seed:
+      base = found.setdefault(run["base"]["name"], {
+          **run["base"], "arms": [],
+          "metrics": {name: run["before"]["metrics"][name] for name in _BASE_METRICS
+                      if name in run["before"]["metrics"]}})
+      if arm not in base["arms"]:
+        base["arms"].append(arm)
+  return list(found.values())
+
+
+def _name(arm: str, run: Mapping[str, Any]) -> str:
+  return f"{arm}, seed {run['seed']}"
+
+
+def _mean(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:
+  """Curves of runs that differ in their seed alone as one: its abscissae, and its values."""
+  points = np.array([curve[:min(map(len, curves))] for curve in curves], float)
+  return points[0, :, 0].tolist(), points[..., 1].mean(0).tolist()
+
+
+def _by_k(runs: ByArm) -> dict[str, dict]:
+  """Panels of pass@K and maj@K; arms that started from the same bases share their base's curve."""
+  arm_of_bases: dict[tuple, str] = {}
+  for arm, by_seed in runs.items():
+    arm_of_bases.setdefault(tuple(run["base"]["name"] for run in by_seed), arm)
+  drawn = {}
+  for key, label in {"pass@K": "pass@K", "cons@K": "maj@K (cons@K in R1)"}.items():
+    before = {"base" if len(arm_of_bases) == 1 else f"base of {arm}":
+              _mean([run["before"][key] for run in runs[arm]]) for arm in arm_of_bases.values()}
+    drawn[label] = before | {arm: _mean([run["after"][key] for run in by_seed])
+                             for arm, by_seed in runs.items()}
+  return {label: curves for label, curves in drawn.items() if curves}
+
+
+def _cell(estimate: Sequence[float] | None) -> str:
+  """An estimate with its interval."""
+  if estimate is None or estimate[0] is None:
+    return "–"
+  return f"{number(estimate[0], 3)} [{estimate[1]:.3g}, {estimate[2]:.3g}]"
+
+
+def _models(runs: ByArm) -> dict[str, Mapping[str, Any]]:
+  """Figures of every base, once, and of every run after RL, by name."""
+  before = {run["base"]["name"]: run["before"] for by_seed in runs.values() for run in by_seed}
+  return before | {_name(arm, run): run["after"] for arm, by_seed in runs.items()
+                   for run in by_seed}
+
+
+def _estimates(found: Mapping[str, Any]) -> dict[str, Any]:
+  """Estimates by name, with "pass@k" and "maj@k" for those of all samples."""
+  samples = found["samples"]
+  return dict(found) | {"pass@k": found.get(f"pass@{samples}"),
+                        "maj@k": found.get(f"cons@{samples}")}
+
+
+def _outcomes(runs: ByArm, split: str, caption: str) -> dict[str, Any]:
+  found = {name: of_model[split] for name, of_model in _models(runs).items() if split in of_model}
+  if not found:
+    return {"caption": caption, "header": [], "rows": []}
+  first = next(iter(found.values()))
+  k = first["samples"]
+  labels = {"pass@k": f"pass@{k}", "maj@k": f"maj@{k} (cons@{k} in R1)"} | LABELS
+  return {
+      "caption": caption, "header": ["model", *(labels.get(name, name) for name in _OUTCOME)],
+      "rows": [[name, *(_cell(_estimates(estimates).get(column)) for column in _OUTCOME)]
+               for name, estimates in found.items()],
+      "note": f"{first['problems']} problems, of which {first['questions']} ask different "
+              "questions; 95 % bootstrap intervals over questions. Lenient match finds answers "
+              "outside their block, too."}
+
+
+def _base_sampling(runs: ByArm) -> dict[str, Any]:
+  columns = ("pass@1", "lenient_pass@1", "format")
+  found = {run["base"]["name"]: run["before"].get("temperatures", {})
+           for by_seed in runs.values() for run in by_seed}
+  name = lambda temperature: ("greedy" if float(temperature) == 0
+                              else f"temperature {temperature}")
+  return {
+      "caption": "Baseline under other sampling settings",
+      "header": ["base", "sampling", *(LABELS.get(column, column) for column in columns)],
+      "rows": [[base, name(temperature), *(_cell(estimates.get(column)) for column in columns)]
+               for base, at in found.items() for temperature, estimates in at.items()]}
+
+
+def _reflection_rates(runs: ByArm) -> dict[str, Any]:
+  rate = lambda run, when: run[when]["heldout"]["reflection"]
+  return {
+      "caption": "Completions that take a step back",
+      "header": ["run", "fraction in the base", "fraction after RL"],
+      "rows": [[_name(arm, run), _cell(rate(run, "before")), _cell(rate(run, "after"))]
+               for arm, by_seed in runs.items() for run in by_seed
+               if "heldout" in run["before"] and "heldout" in run["after"]
+               and "reflection" in run["after"]]}
+
+
+def _reflection_effects(runs: ByArm) -> dict[str, Any]:
+  effects = {name: found["reflection"] for name, found in _models(runs).items()
+             if found.get("reflection")}
+  return {
+      "caption": "What cutting reflections out does to accuracy",
+      "header": ["model", "completions", "questions", *_REFLECTION.values()],
+      "rows": [[name, effect["completions"], effect["questions"],
+                *(_cell(effect[part]) for part in _REFLECTION)]
+               for name, effect in effects.items()],
+      "note": "Completions that take a step back, continued from after that place and from before "
+              "it; 95 % bootstrap intervals over questions."}

@@ -1,0 +1,104 @@
+"""Runs of a study that train on text."""
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from experiments.studies.runs import Score, Task, binned_curve
+from experiments.studies.specialisation import expert_domain_information
+from train.config import RunConfig
+from train.data import Data, load
+from train.loop import Result, train
+from train.program import static_config
+from train.run_folder import RunFolder
+from train.stages import fit_vocabulary
+
+_SHUFFLES = 20
+
+
+class TextRuns:
+  """`experiments.studies.runs.Runs` of `train.loop.train`, vmapped where one program can."""
+
+  score: ClassVar = Score("validation_loss", -1)
+  named: ClassVar = {}
+
+  def __init__(self, base: RunConfig, configs: Mapping[str, RunConfig],
+               overridden: Collection[str], folder: pathlib.Path):
+    del folder  # nothing is shared but the data
+    self.base, self.configs = base, configs
+    self.keep_vocabulary = "model.vocab_size" in overridden
+
+  def identity(self) -> dict[str, Any]:
+    return {}
+
+  def prepare(self) -> None:
+    self.data: Data = load(self.base.data)
+
+  def program(self, task: Task) -> RunConfig:
+    return static_config(self._config(task))
+
+  def train(self, tasks: Sequence[Task], folder: RunFolder,
+            max_seconds: float | None) -> list[dict[str, Any]] | None:
+    result = train([self._config(task) for task in tasks], self.data, folder,
+                   max_seconds=max_seconds)
+    if result.status == "stopped":
+      return None
+    runs = range(len(tasks)) if len(tasks) > 1 else [None]
+    return [{"metrics": measure(result, run), "flops": _flops(self._config(task)),
+             **_curves(result, run)} for task, run in zip(tasks, runs, strict=True)]
+
+  def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    return {"curves": {arm: [{"step": step, "loss": loss} for step, loss in by_seed[0]["curve"]]
+                       for arm, by_seed in runs.items() if by_seed}}
+
+  def _config(self, task: Task) -> RunConfig:
+    cfg = fit_vocabulary(self.configs[task.arm], self.data, keep=self.keep_vocabulary)
+    optimizer = cfg.optimizer
+    if task.learning_rate is not None:
+      optimizer = dataclasses.replace(optimizer, learning_rate=task.learning_rate)
+    return dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, seed=task.seed), optimizer=optimizer)
+
+
+def measure(result: Result, run: int | None) -> dict[str, float]:
+  """A finished run's metrics, on held-out text.
+
+  "validation_loss" in nats per token and "bits_per_byte", means over domains; "max_violation" over
+  all held-out tokens, the mean over layers; "specialisation", the mutual information of expert and
+  domain in nats, the mean over layers, less what shuffled domains give.
+
+  Args:
+    result: of the run, or of several that trained as a vmapped batch.
+    run: which of them; None if there is only one.
+  """
+  evaluation = result.evaluation
+  pick = lambda x: np.asarray(x) if run is None else np.asarray(x)[run]
+  metrics = {"validation_loss": float(pick(evaluation.mean_loss)),
+             "bits_per_byte": float(pick(evaluation.mean_bits_per_byte))}
+  if evaluation.max_violation is not None:
+    metrics["max_violation"] = float(pick(evaluation.max_violation))
+  loads = {domain: pick(rows) for domain, rows in evaluation.row_loads.items()}
+  layers = next(iter(loads.values())).shape[1]
+  if layers and len(loads) > 1:
+    rows_RLE = np.concatenate(list(loads.values()))
+    domain_R = np.repeat(list(loads), [len(rows) for rows in loads.values()])
+    metrics["specialisation"] = float(np.mean([
+        expert_domain_information(rows_RLE[:, layer], domain_R, _SHUFFLES, layer).corrected
+        for layer in range(layers)]))
+  return metrics
+
+
+def _flops(cfg: RunConfig) -> float:
+  """Of the training itself, without what interruptions repeated."""
+  return cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len * cfg.flops_per_token
+
+
+def _curves(result: Result, run: int | None) -> dict:
+  """Training loss, averaged over bins of steps, and the mean loss of every evaluation."""
+  loss = lambda row: row["loss"] if run is None else row["per_seed"]["loss"][run]
+  held = [[e["step"], float(np.mean(list(e["loss"].values()))) if run is None
+           else e["per_seed"]["mean_loss"][run]] for e in result.evaluations]
+  return {"curve": binned_curve(result.rows, loss), "validation_curve": held}

@@ -1,0 +1,1 @@
+"""Decoding: the cache of latents, and loops that sample text."""

@@ -1,0 +1,189 @@
+"""Sampling text: a prompt goes into the cache at once, then one token a step.
+
+Shape letters:  B rows  T prompt tokens  N new tokens  V vocabulary
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model.decoding.cache import Cache, init_cache
+from model.transformer import Output, Transformer
+
+
+class Generated(NamedTuple):
+  """What was sampled."""
+
+  tokens_BN: jax.Array    # int32; the stop token is included, what follows it repeats it
+  lengths_B: jax.Array    # int32, new tokens up to and including the stop token
+  logprobs_BN: jax.Array  # float32, of each token under the distribution it was sampled from
+
+
+def prefill(
+    model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
+) -> tuple[jax.Array, Output]:
+  """Processes right-padded prompts at once, into an empty cache.
+
+  Returns:
+    Logits [B, V] of the token after each prompt, and the model's output, whose cache is cut to the
+    prompts' lengths.
+  """
+  output = model.apply(variables, prompts_BT, cache=cache, logits=False)
+  last_B1D = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+  logits_BV = model.apply(variables, last_B1D, method="unembed")[:, 0]
+  return logits_BV, output.replace(cache=output.cache.with_lengths(lengths_B))
+
+
+def decode_step(
+    model: Transformer, variables: dict, tokens_B: jax.Array, cache: Cache,
+) -> tuple[jax.Array, Cache]:
+  """Appends one token to every row: its successor's logits [B, V], and the cache."""
+  output = model.apply(variables, tokens_B[:, None], cache=cache)
+  return output.logits_BTV[:, 0], output.cache
+
+
+def sampling_logits(
+    logits_BV: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
+  """Logits divided by the temperature, with all but the nucleus at -inf.
+
+  The nucleus is the smallest set of most likely tokens whose probabilities reach `top_p`.
+  """
+  logits_BV = logits_BV.astype(jnp.float32) / temperature
+  sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+  mass_before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
+  inside_BV = mass_before_BV < top_p
+  threshold_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+  return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def sample_token(
+    logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float,
+    top_p: jax.Array | float, greedy: bool, nucleus: bool = True) -> tuple[jax.Array, jax.Array]:
+  """Samples, or takes the likeliest; with the log-probability of what was taken.
+
+  Args:
+    logits_BV: of the next token.
+    keys_B: one for each row.
+    temperature: above 0; not looked at if `greedy`.
+    top_p: not looked at unless `nucleus`, which costs a sort.
+    greedy: take the likeliest.
+    nucleus: sample from the likeliest only; see `sampling_logits`.
+  """
+  if not greedy:
+    logits_BV = (sampling_logits(logits_BV, temperature, top_p) if nucleus
+                 else logits_BV.astype(jnp.float32) / temperature)
+    tokens_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+  else:
+    tokens_B = logits_BV.argmax(-1).astype(jnp.int32)
+  logprobs_BV = jax.nn.log_softmax(logits_BV)
+  return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
+
+
+def generate(
+    model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
+    max_new_tokens: int, key: jax.Array | None = None, temperature: float = 1.0,
+    top_p: float = 1.0, stop_token: int | None = None) -> Generated:
+  """Samples continuations of right-padded prompts.
+
+  A row's randomness is `fold_in(fold_in(key, row), step)`: it depends on neither the other rows nor
+  the devices.
+
+  Args:
+    model: the network; its MTP modules are not used.
+    variables: its variables.
+    prompts_BT: int32 token ids; what follows a prompt's length is ignored.
+    lengths_B: int32 in 1..T.
+    max_new_tokens: tokens after which a row ends without a stop token.
+    key: a jax.random key; needed unless temperature is 0.
+    temperature: 0 takes the likeliest token.
+    top_p: nucleus mass in (0, 1].
+    stop_token: ends its row.
+
+  Raises:
+    ValueError: for impossible arguments.
+  """
+  _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p)
+  key = jax.random.key(0) if key is None else key
+  return _generate(
+      model, variables, prompts_BT, jnp.asarray(lengths_B, jnp.int32), key, temperature, top_p,
+      -1 if stop_token is None else stop_token, max_new_tokens, temperature == 0)
+
+
+def _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p) -> None:
+  if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+    raise ValueError("generate needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
+                     f"{temperature}, {top_p} and {max_new_tokens}")
+  if temperature > 0 and key is None:
+    raise ValueError("sampling at a temperature above 0 needs a key")
+  if prompts_BT.ndim != 2 or prompts_BT.shape[1] < 1 or lengths_B.shape != prompts_BT.shape[:1]:
+    raise ValueError(f"generate takes prompts [B, T >= 1] and lengths [B], not {prompts_BT.shape} "
+                     f"and {lengths_B.shape}")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
+def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stop_token,
+              max_new_tokens, greedy):
+  batch, num_tokens = prompts_BT.shape
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+  cache = init_cache(model.cfg, batch, num_tokens + max_new_tokens)
+  logits_BV, output = prefill(model, variables, prompts_BT, lengths_B, cache)
+
+  def not_done(state):
+    step, *_, done_B = state
+    return (step < max_new_tokens) & ~done_B.all()
+
+  def advance(state):
+    step, logits_BV, cache, tokens_BN, logprobs_BN, done_B = state
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    chosen_B, logprob_B = sample_token(logits_BV, keys, temperature, top_p, greedy)
+    chosen_B = jnp.where(done_B, stop_token, chosen_B)
+    tokens_BN = tokens_BN.at[:, step].set(chosen_B)
+    logprobs_BN = logprobs_BN.at[:, step].set(jnp.where(done_B, 0.0, logprob_B))
+    logits_BV, cache = decode_step(model, variables, chosen_B, cache)
+    return step + 1, logits_BV, cache, tokens_BN, logprobs_BN, done_B | (chosen_B == stop_token)
+
+  state = (jnp.int32(0), logits_BV, output.cache,
+           jnp.full((batch, max_new_tokens), stop_token, jnp.int32),
+           jnp.zeros((batch, max_new_tokens)), jnp.zeros(batch, bool))
+  *_, tokens_BN, logprobs_BN, _ = jax.lax.while_loop(not_done, advance, state)
+  stops_BN = tokens_BN == stop_token
+  lengths_B = jnp.where(stops_BN.any(1), stops_BN.argmax(1) + 1, max_new_tokens)
+  return Generated(tokens_BN, lengths_B.astype(jnp.int32), logprobs_BN)
+
+
+def stream(
+    model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
+    key: jax.Array | None = None, temperature: float = 1.0, top_p: float = 1.0,
+    stop_token: int | None = None) -> Iterator[int]:
+  """`generate` for one prompt, a token at a time, as soon as it is known; the same tokens.
+
+  Args and errors are `generate`'s; the prompt is not padded.
+  """
+  _check(prompt_T[None], jnp.array([len(prompt_T)]), max_new_tokens, key, temperature, top_p)
+  row_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)
+  cache = init_cache(model.cfg, 1, len(prompt_T) + max_new_tokens)
+  logits_BV, cache = _prefill(model, variables, prompt_T[None], jnp.array([len(prompt_T)]), cache)
+  for step in range(max_new_tokens):
+    keys_B = jax.random.fold_in(row_key, step)[None]
+    chosen_B, logits_BV, cache = _advance(
+        model, variables, logits_BV, cache, keys_B, temperature, top_p, temperature == 0)
+    token = int(chosen_B[0])
+    yield token
+    if token == stop_token:
+      return
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _prefill(model, variables, prompts_BT, lengths_B, cache):
+  logits_BV, output = prefill(model, variables, prompts_BT, lengths_B, cache)
+  return logits_BV, output.cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames="cache")
+def _advance(model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy):
+  chosen_B, _ = sample_token(logits_BV, keys_B, temperature, top_p, greedy)
+  logits_BV, cache = decode_step(model, variables, chosen_B, cache)
+  return chosen_B, logits_BV, cache

@@ -1,0 +1,5 @@
+"""Weights in and out: Hugging Face folders of DeepSeek-V3, DeepSeek-V2, Llama and Qwen2."""
+
+from model.hf.config import CheckpointError
+from model.hf.loading import load
+from model.hf.saving import save

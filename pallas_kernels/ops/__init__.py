@@ -1,0 +1,1 @@
+"""One public function per operation, which chooses its implementation."""

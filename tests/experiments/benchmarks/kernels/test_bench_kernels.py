@@ -1,0 +1,90 @@
+"""bench_kernels: its shapes, its rows, and a whole small run."""
+
+import importlib
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks.kernels import bench_kernels
+from experiments.benchmarks.kernels import cases as kernel_cases
+from experiments.benchmarks.timing import alternate
+from experiments.options import Options
+from pallas_kernels import dequantize, quantize
+
+
+@pytest.mark.parametrize("skew", ["even", "skewed"])
+@pytest.mark.parametrize(("rows", "groups"), [(300, 4), (65536, 64), (10, 32)])
+def test_groups_share_all_rows(rows, groups, skew):
+  sizes = np.asarray(kernel_cases.group_sizes(rows, groups, skew))
+  assert sizes.sum() == rows and sizes.min() >= 0 and len(sizes) == groups
+  if skew == "even":
+    assert sizes.max() - sizes.min() <= 1
+  else:
+    assert sizes[0] > 1.5 * rows / groups
+
+
+def test_a_small_run_times_every_contender_and_notes_which_peers_are_absent(tmp_path, capsys):
+  options = Options("bench_kernels", scale="smoke", out=tmp_path,
+                    settings=("rounds=4", "seconds=0", "only=fp8_matmul"))
+  bench_kernels.main(options)
+  result = json.loads((tmp_path / "results.json").read_text())
+  rows = {row["side"]: row for row in result["rows"]}
+  assert rows["ours"]["rate"] == pytest.approx(2 * 128 * 256 * 384 / rows["ours"]["seconds"] / 1e12)
+  assert rows["ours"]["error"] < 2**-8  # the result is rounded to bfloat16
+  assert len(rows["XLA bf16"]["ours_over_it"]) == 3
+  assert "absent" in rows["torch _scaled_mm"]
+  assert "fp8_matmul" in capsys.readouterr().out
+
+
+def test_an_order_that_favours_what_runs_first_moves_no_ratio_and_widens_no_interval():
+  calls = itertools.count()
+  slowing = lambda seconds: lambda: seconds * 1.1 ** next(calls)  # as a machine that gets hot
+  seconds = alternate(
+      {"ours": slowing(1.0), "other": slowing(2.0), "last": slowing(3.0)}, 12)
+  case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", tuple, {})
+  for name, ratio in (("other", 2), ("last", 3)):
+    row = bench_kernels._row(case, name, seconds, {"bf16 TFLOP/s": 1.0}, {})
+    assert row["ours_over_it"] == pytest.approx((ratio, ratio, ratio))
+
+
+def test_a_contender_or_reference_that_does_not_fit_is_absent_and_other_errors_are_raised():
+  def measure(message):
+    def fail(x):
+      raise jax.errors.JaxRuntimeError(message)
+
+    case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", lambda: (jnp.ones(2),),
+                             {"ours": lambda x: x, "other": fail}, reference=fail)
+    cfg = bench_kernels.BenchConfig(rounds=2, seconds=0)
+    return bench_kernels._measure(case, cfg, {"bf16 TFLOP/s": 1.0})
+
+  reason = "RESOURCE_EXHAUSTED: no memory"
+  rows = measure(f"{reason}\nmuch more")
+  assert [row.get("absent") for row in rows] == [None, reason]
+  assert (rows[0]["error"], rows[0]["reference_absent"]) == (None, reason)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="illegal address"):
+    measure("INTERNAL: illegal address")
+
+
+def test_kernels_are_not_timed_where_there_are_none():
+  with pytest.raises(ValueError, match="has none"):
+    bench_kernels.main(Options("bench_kernels", scale="gpu"))
+
+
+def test_an_operation_that_does_not_exist_is_refused():
+  with pytest.raises(ValueError, match="only=int4 is in no operation's name"):
+    bench_kernels.main(Options("bench_kernels", settings=("rounds=4", "seconds=0", "only=int4")))
+
+
+def test_torch_sees_the_numbers_that_we_do():
+  pytest.importorskip("torch", exc_type=ImportError)
+  torch_kernels = importlib.import_module("experiments.benchmarks.peers.torch_kernels")
+  x = quantize(jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32))
+  (values, scales), plain = torch_kernels.tensors((x, jnp.arange(3.0)))
+  np.testing.assert_array_equal(
+      values.float().numpy().reshape(4, 2, 128) * scales.numpy()[..., None],
+      np.asarray(dequantize(x)).reshape(4, 2, 128))
+  np.testing.assert_array_equal(plain.numpy(), [0, 1, 2])

@@ -1,0 +1,72 @@
+"""tune_kernels: what it would measure, the table it makes, and the one that is committed."""
+
+import json
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks.kernels import tune_kernels
+from experiments.options import Options
+from pallas_kernels import implementations
+from pallas_kernels.mosaic_gpu import fp8_matmul, grouped_matmul, tilings
+
+HOPPER = types.SimpleNamespace(
+    local_backend=lambda: "mosaic_gpu", BACKENDS=implementations.BACKENDS)
+
+
+def test_no_job_is_there_twice_and_its_first_candidate_is_what_the_kernel_would_take():
+  jobs = list(tune_kernels.jobs())
+  assert len({job.key for job in jobs}) == len(jobs)
+  for job in jobs:
+    assert len(set(job.candidates)) == len(job.candidates) > 1
+    vectors = "1x128" in job.key or "fp8_grouped_weight_gradient" in job.key
+    if job.key.startswith("fp8"):
+      default = fp8_matmul.default_tiling("float32" if vectors else "bfloat16", vectors)
+    else:
+      default = grouped_matmul.default_tiling(int(job.key.rpartition(" ")[2]))
+    assert job.candidates[0] == default
+
+
+def test_a_run_leaves_alone_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(tune_kernels, "implementations", HOPPER)
+  slow, quick = fp8_matmul.Tiling(), fp8_matmul.Tiling(depth=1)
+  monkeypatch.setattr(tune_kernels, "jobs", lambda: [tune_kernels.Job(
+      "new", 1.0, lambda x, tiling: x + tiling.depth, lambda: (jnp.ones(2),), (slow, quick))])
+  tune_kernels.main(Options("tune_kernels", out=tmp_path, settings=("rounds=1", "seconds=0")))
+  table = json.loads((tmp_path / "tilings.json").read_text())
+  assert fp8_matmul.Tiling(**table.pop("new")) in (slow, quick)
+  assert table == tilings.table()
+
+
+def test_an_operation_that_does_not_exist_is_refused(monkeypatch):
+  monkeypatch.setattr(tune_kernels, "implementations", HOPPER)
+  with pytest.raises(ValueError, match="begins with only=int4"):
+    tune_kernels.main(Options("tune_kernels", settings=("only=int4",)))
+
+
+def test_the_table_has_what_took_the_least_of_the_defaults_time():
+  row = lambda key, block_n, of_default: {
+      "key": key, "tiling": {"block_n": block_n}, "of_default": of_default}
+  rows = [row("b", 1, 1.0), row("a", 2, 0.9), row("a", 1, 1.0), row("a", 3, 1.1), row("b", 2, 1.2)]
+  assert tune_kernels.best(rows) == {"a": {"block_n": 2}, "b": {"block_n": 1}}
+
+
+def test_every_committed_tiling_is_one_that_is_measured():
+  jobs = {job.key: job for job in tune_kernels.jobs()}
+  for name, fields in tilings.table().items():
+    assert type(jobs[name].candidates[0])(**fields) in jobs[name].candidates
+
+
+def test_a_shape_gets_its_own_tiling_and_any_other_the_default(monkeypatch):
+  default = fp8_matmul.Tiling()
+  monkeypatch.setattr(tilings, "table", lambda: {
+      "fp8_matmul 128x128 bfloat16 128 x 256 x 384": {"depth": 1, "stages": 4}})
+  found = lambda *sizes: tilings.tuned(default, "fp8_matmul 128x128", "bfloat16", *sizes)
+  assert found(128, 256, 384) == fp8_matmul.Tiling(depth=1, stages=4)
+  assert found(128, 256, 512) is default
+
+
+def test_tuning_without_a_gpu_is_refused():
+  with pytest.raises(ValueError, match="Hopper"):
+    tune_kernels.main(Options("tune_kernels"))

@@ -1,0 +1,43 @@
+"""Errors of sums of FP8 products: of a known product, and of what runs without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks.numerics import fp8_accumulation
+from experiments.options import Options
+from pallas_kernels import implementations
+
+
+def test_errors_are_those_of_a_known_product():
+  exact = np.array([[1.0, 2.0], [4.0, 5.0]])  # of standard deviation sqrt(2.5)
+  ours = exact + np.array([[0.0, 0.2], [0.0, 0.0]])
+  found = fp8_accumulation.errors(ours, exact, "positive")
+  assert found["relative"] == pytest.approx(0.1)
+  assert found["of_deviation"] == pytest.approx(0.2 / np.sqrt(2.5))
+  assert found["frobenius"] == pytest.approx(0.2 / np.sqrt(46))
+  assert "relative" not in fp8_accumulation.errors(ours, exact, "normal")
+
+
+def test_promotion_helps_at_every_width_and_the_report_says_so(tmp_path, capsys):
+  options = Options(experiment="fp8_accumulation", out=tmp_path,
+                    settings=("widths=512,1024", "rows=64"))
+  fp8_accumulation.main(options)
+  assert capsys.readouterr().out.count("emulated, promoted") == 4
+  assert (tmp_path / "errors.png").stat().st_size > 0
+  report = (tmp_path / "report.md").read_text()
+  assert "| positive | 1,024 | emulated, promoted |" in report
+
+
+@pytest.mark.skipif(implementations.local_backend() != "mosaic_gpu",
+                    reason="runs on an NVIDIA GPU of capability 9.0")
+def test_every_way_on_the_gpu_is_the_product_within_a_percent():
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((128, 512)), jnp.float32)
+  operands = x.astype(jnp.float8_e4m3fn), x[::-1].astype(jnp.float8_e4m3fn)
+  exact = np.asarray(operands[0], np.float64) @ np.asarray(operands[1], np.float64).T
+  ways = fp8_accumulation.ways(*operands)
+  assert {"raw_matmul", "fp8_matmul, promoted"} < ways.keys()
+  for way in ways.values():
+    assert isinstance(out := way(*operands), jax.Array)
+    assert fp8_accumulation.errors(np.asarray(out), exact, "normal")["frobenius"] < 0.01

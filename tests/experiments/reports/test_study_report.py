@@ -1,0 +1,41 @@
+"""What the report of a study of RL shows besides that of any study: panels, and bases."""
+
+import matplotlib.image
+
+from experiments.reports import plots, study_report
+
+COST = {"device_seconds": 100.0, "flops": 5e12, "tokens": 40000, "joules": None}
+OVER_STEPS = {"held-out pass@1": {"new": [[0, 5], [0.25, 0.5]], "old": [[0, 5], [0.25, None]]}}
+OVER_K = {"pass@K": {"base": [[1, 2, 4, 8, 16, 32, 64], [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]]}}
+
+
+def test_a_study_of_rl_shows_its_panels_and_bases(tmp_path):
+  path = study_report.write_study_report(tmp_path, {
+      "name": "invented", "panels": [
+          {"name": "curves", "caption": "Over steps", "curves": OVER_STEPS},
+          {"name": "by_k", "caption": "Over K", "doublings": "K (samples)", "curves": OVER_K}],
+      "bases": [{"name": "f00d-seed0", "arms": ["new", "old"], "cost": COST,
+                 "metrics": {"pass@1": 0.25, "length_pays": -3.0, "cons@k": None}}]})
+  text = path.read_text()
+  assert "| f00d-seed0 | new, old | 1.7 min | 0.25 | −3 | – |" in text
+  assert "## Loss" not in text
+  for name in ("curves", "by_k"):
+    assert f"]({name}.png)" in text
+    assert (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] < 0.95).mean() > 0.005
+
+
+def test_axes_say_what_they_are_of(tmp_path, monkeypatch):
+  drawn = {}
+  monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path: figure}))
+  plots.panels(OVER_STEPS, "steps")
+  plots.panels(OVER_K, "k", doublings="K (samples)")
+  steps, k = (drawn[name].axes[0] for name in ("steps", "k"))
+  assert (steps.get_xlabel(), steps.get_ylabel()) == ("step", "held-out pass@1")
+  assert (k.get_xlabel(), k.get_ylabel(), k.get_xscale()) == ("K (samples)", "pass@K", "log")
+
+
+def test_a_study_whose_runs_are_not_finished_has_neither(tmp_path):
+  empty = {"name": "curves", "caption": "Over steps", "curves": {}}
+  path = study_report.write_study_report(
+      tmp_path, {"name": "invented", "panels": [empty], "bases": []})
+  assert path.read_text() == "# Study invented\n\n> No claim stated\n"

@@ -1,0 +1,397 @@
+"""Studies from invented runs: which learning rate wins, what is paired, what verdict follows."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import pytest
+
+import model
+from experiments import settings
+from experiments.options import Options
+from experiments.programs.ab import flops_to_loss
+from experiments.stats import Claim
+from experiments.studies import runner as studies_runner
+from experiments.studies.comparing import compare
+from experiments.studies.runner import Runner, execute
+from experiments.studies.runs import Task
+from experiments.studies.study import Arm, Comparison, Scale, Study
+from experiments.studies.text_runs import TextRuns
+from experiments.studies.v3 import load_balancing
+from train.config import DataConfig, RunConfig, Source
+
+RATES = (1e-3, 2e-3, 4e-3)
+RESULTS = pathlib.Path(settings.__file__).parent / "results"
+CFG = RunConfig(model=model.get_config("nano"))
+LOWER = Claim("sign", sign=-1)
+WIDE = ("optimizer.beta1=0.8",)  # a setting for an arm; no run here is trained
+
+
+def question(arm, baseline, metric="validation_loss", claim=LOWER, **fields) -> Comparison:
+  return Comparison(f"{arm} and {baseline}", metric, arm, baseline, claim, **fields)
+
+
+def a_study(*comparisons, arms=("plain", "new"), cfg=CFG, sweep_seeds=1) -> Study:
+  scale = Scale(cfg, RATES, seeds=2, minutes=1, hardware="none", sweep_seeds=sweep_seeds)
+  return Study("invented", "new is better", "nowhere", tuple(Arm(name, WIDE) for name in arms),
+               arms[0], comparisons or (question("new", "plain"),), {"tiny": scale})
+
+
+def runner(folder, invented=None, **options):
+  return Runner(invented or a_study(), "tiny",
+                Options(experiment="invented", out=folder, **options))
+
+
+def a_run(arm, rate, seed, loss, status="finished", **metrics) -> dict:
+  """What a part says of a run; one that failed has no metrics."""
+  cost = {"device_seconds": 2.0, "flops": 1e9, "tokens": 10, "joules": None}
+  run = {"arm": arm, "learning_rate": rate, "seed": seed, "status": status, "cost": cost}
+  if status != "finished":
+    return run | {"metrics": {}}
+  return run | {"metrics": {"validation_loss": loss, **metrics}, "flops": 1e9,
+                "curve": [[1, loss + 1], [2, loss]], "validation_curve": [[0, 9.0], [2, loss]]}
+
+
+def a_sweep(arm, losses, first_seed=1000) -> list[dict]:
+  """One run at every rate; a loss of None is a run that failed."""
+  return [a_run(arm, rate, first_seed, loss, "finished" if loss else "failed: not finite")
+          for rate, loss in zip(RATES, losses, strict=True)]
+
+
+def write_part(folder, name, runs, device="1 x cpu") -> None:
+  parts = folder / "parts"
+  parts.mkdir(parents=True, exist_ok=True)
+  where = {"commit": "c0ffee", "dirty": False, "versions": {"jax": "0.12"}, "device": device,
+           "cpu": "Some CPU", "cores": 2}
+  (parts / f"{name}.json").write_text(json.dumps({"provenance": where, "runs": runs}))
+
+
+# One comparison.
+
+def seeds(values, metric="validation_loss", **others) -> dict[int, dict]:
+  return {seed: {metric: value, **others} for seed, value in values.items()}
+
+
+def test_arms_are_paired_by_the_seeds_that_both_have():
+  compared = {"new": seeds({3: 1.0, 1: 2.0, 7: 100.0}), "plain": seeds({1: 2.5, 2: 50.0, 3: 2.5})}
+  outcome = compare(question("new", "plain"), compared)
+  assert (outcome["paired"]["n"], outcome["paired"]["same_sign"]) == (2, 2)
+  assert outcome["paired"]["mean"] == pytest.approx((1.0 - 2.5 + 2.0 - 2.5) / 2)
+  assert outcome["paired"]["std"] == pytest.approx(1 / math.sqrt(2))  # not of unpaired values
+
+
+def test_a_group_is_judged_by_its_arm_that_matches_the_baseline_best():
+  balance = {"loss_1": 0.9, "loss_2": 0.34, "loss_3": 0.1, "other": 0.3}
+  compared = {name: seeds({0: 2.0 + i, 1: 2.1 + i}, max_violation=violation)
+              for i, (name, violation) in enumerate(balance.items())}
+  compared["free"] = seeds({0: 1.0, 1: 1.0}, max_violation=0.3)
+  compared["loss_none"] = {}
+  outcome = compare(question("loss_*", "free"), compared)
+  assert outcome["arm"] == "loss_2"
+  assert outcome["paired"]["mean"] == pytest.approx(2.05)
+  by_loss = question("loss_*", "free", matched="validation_loss")
+  assert compare(by_loss, compared)["arm"] == "loss_1"
+
+
+@pytest.mark.parametrize(("arm", "compared"), [
+    ("new", {"new": {}, "plain": seeds({0: 1.0})}),
+    ("new", {"new": seeds({0: 1.0}), "plain": {}}),
+    ("new", {"new": seeds({0: 1.0}), "plain": seeds({1: 1.0})}),
+    ("group_*", {"group_1": {}, "plain": seeds({0: 1.0}, max_violation=1.0)}),
+    ("group_*", {"group_1": seeds({0: 1.0}, max_violation=1.0), "plain": {}}),
+])
+def test_without_common_seeds_there_is_no_outcome(arm, compared):
+  assert compare(question(arm, "plain"), compared) is None
+
+
+def test_without_a_baseline_the_arms_own_values_are_judged():
+  compared = {"new": seeds({0: 0.2, 1: 0.21, 2: 0.22}, "max_violation"), "plain": {}}
+  own = lambda **claim: compare(
+      question("new", None, "max_violation", Claim("threshold", **claim)), compared)
+  assert own(sign=-1, threshold=0.3)["verdict"] == "reproduced"
+  assert own(sign=1, threshold=0.3)["verdict"] == "contradicted"
+  assert own(sign=-1, threshold=0.21)["verdict"] == "unresolved"
+  assert own(sign=-1, threshold=0.3)["paired"]["mean"] == pytest.approx(0.21)
+  assert own(sign=-1, threshold=0.3)["baseline"] is None
+
+
+def test_of_groups_the_arms_that_swept_best_are_compared():
+  compared = {name: seeds({0: value, 1: value + 0.1}) for name, value in {
+      "new_1": 1.0, "new_2": 2.0, "old_1": 3.0, "old_2": 4.0}.items()}
+  swept = {"new_1": -0.5, "new_2": -0.4, "old_1": -9.0, "old_2": -9.5}
+  outcome = compare(question("new_*", "old_*", matched="sweep"), compared, swept)
+  assert (outcome["arm"], outcome["baseline"]) == ("new_2", "old_1")
+  assert outcome["paired"]["mean"] == pytest.approx(2.0 - 3.0)
+  assert compare(question("new_*", "old_*", matched="sweep"), compared, {"new_1": 0.0}) is None
+
+
+def test_a_comparison_at_one_rate_is_not_judged_where_the_best_rates_differ():
+  compared = {"new": seeds({0: 1.0, 1: 1.1}), "plain": seeds({0: 2.0, 1: 2.1})}
+  outcome = lambda asked, **rates: compare(
+      question("new", "plain", at_one_rate=asked), compared, None, rates)
+  assert outcome(True, new=1e-3, plain=1e-3)["verdict"] == "reproduced"
+  differing = outcome(True, new=1e-3, plain=2e-3)
+  assert differing["verdict"] == "unresolved"
+  assert "new swept best at 0.001 and plain at 0.002" in differing["not_judged"]
+  anyway = outcome(False, new=1e-3, plain=2e-3)
+  assert anyway["verdict"] == "reproduced" and "not_judged" not in anyway
+
+
+def test_that_nothing_rises_is_not_judged_where_there_was_no_room():
+  none = Claim("threshold", sign=-1, threshold=0.02)
+  ask = lambda before: compare(
+      question("new", None, "gain", none, room=("before", 0.98)),
+      {"new": {seed: {"gain": 0.0 + 0.001 * seed, "before": before} for seed in range(3)}})
+  assert ask(0.9)["verdict"] == "reproduced" and "not_judged" not in ask(0.9)
+  assert ask(0.99)["verdict"] == "unresolved"
+  assert ask(0.99)["not_judged"] == "no room: before is 0.99, not below 0.98"
+
+
+# Learning rates.
+
+def test_a_sweep_of_fewer_than_three_learning_rates_is_refused():
+  with pytest.raises(ValueError, match="at least three learning rates"):
+    Scale(CFG, RATES[:2], seeds=2, minutes=1, hardware="none")
+
+
+def best(folder, runs, sweep_seeds=1) -> dict[str, float]:
+  known = {Task(run["arm"], run["learning_rate"], run["seed"]): run for run in runs}
+  invented = a_study(sweep_seeds=sweep_seeds)
+  return runner(folder, invented).best_learning_rates(known)
+
+
+def test_every_arm_gets_the_rate_with_its_lowest_validation_loss(tmp_path):
+  runs = a_sweep("plain", (3.0, 2.0, 2.5)) + a_sweep("new", (1.0, 2.0, 3.0))
+  runs.append(a_run("plain", RATES[2], 0, 0.1))  # a seed that is compared chooses nothing
+  assert best(tmp_path, runs) == {"plain": RATES[1], "new": RATES[0]}
+
+
+def test_with_one_rate_all_arms_take_the_baselines_and_only_it_is_swept(tmp_path):
+  invented = dataclasses.replace(a_study(), one_rate=True)
+  assert "3 learning rates + 2 arms x 2 seeds" in invented.cost("tiny")
+  asked = []
+  losses = dict(zip(RATES, (3.0, 2.0, 2.5), strict=True))
+
+  class Invented(TextRuns):
+
+    def prepare(self):
+      pass
+
+    def program(self, task):
+      return task
+
+    def train(self, tasks, folder, max_seconds):
+      asked.extend(tasks)
+      return [{"metrics": {"validation_loss": losses[task.learning_rate]}} for task in tasks]
+
+  assert runner(tmp_path, dataclasses.replace(invented, kind=Invented), arms=("new",)).run()
+  assert asked == [Task("plain", rate, 1000) for rate in RATES] + [
+      Task("new", RATES[1], seed) for seed in range(2)]
+
+
+def test_an_unfinished_sweep_chooses_no_rate(tmp_path):
+  assert best(tmp_path, a_sweep("plain", (3.0, 2.0, 2.5))[:2]) == {}
+
+
+def test_a_run_that_failed_loses(tmp_path):
+  assert best(tmp_path, a_sweep("plain", (None, 2.0, 2.5))) == {"plain": RATES[1]}
+
+
+def test_a_run_whose_loss_is_not_finite_loses(tmp_path):
+  assert best(tmp_path, a_sweep("plain", (math.nan, 2.0, 2.5))) == {"plain": RATES[1]}
+
+
+def test_sweeps_of_several_seeds_are_judged_by_their_mean(tmp_path):
+  runs = a_sweep("plain", (1.0, 2.0, 3.0)) + a_sweep("plain", (5.0, 2.0, 3.0), first_seed=1001)
+  assert best(tmp_path / "whole", runs, sweep_seeds=2) == {"plain": RATES[1]}
+  assert best(tmp_path / "half", runs[:3], sweep_seeds=2) == {}
+
+
+# Several invocations.
+
+def fill(folder) -> None:
+  """What four invocations left: sweeps, and seeds of which some failed or had another rate."""
+  write_part(folder, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
+  write_part(folder, "2", a_sweep("new", (2.9, None, 3.0)))
+  write_part(folder, "3", [a_run("plain", RATES[1], seed, 2.0 + 0.1 * seed, max_violation=0.5)
+                           for seed in range(4)])
+  new = [a_run("new", RATES[0], 0, 1.9, max_violation=0.1),
+         a_run("new", RATES[0], 1, 1.99, max_violation=0.9),
+         a_run("new", RATES[0], 2, 2.11, max_violation=0.3),
+         a_run("new", RATES[0], 3, 0, "failed: not finite"),
+         a_run("new", RATES[2], 4, 100.0, max_violation=100.0)]
+  write_part(folder, "4", new, device="1 x gpu")
+
+
+COMPARISONS = (
+    question("new", "plain"), question("new", "plain", claim=Claim("sign", sign=1)),
+    question("new", "plain", claim=Claim("equivalent", margin=0.2)),
+    question("new", "plain", "max_violation"),
+    question("new", None, claim=Claim("threshold", sign=-1, threshold=3.0)))
+
+
+def test_the_parts_of_several_invocations_merge_into_one_verdict(tmp_path, capsys):
+  fill(tmp_path)
+  judged = runner(tmp_path, a_study(
+      *COMPARISONS, question("absent", "plain"), arms=("plain", "new", "absent"))).judge()
+  assert [c["verdict"] for c in judged["comparisons"]] == [
+      "reproduced", "contradicted", "reproduced", "unresolved", "reproduced"]
+  pair = judged["comparisons"][0]["paired"]
+  assert pair["n"] == 3 and pair["mean"] == pytest.approx(-0.1)
+  assert judged["noise"]["validation_loss"] == pytest.approx(math.sqrt(0.05 / 3))
+  assert [arm["best learning rate"] for arm in judged["arms"]] == [
+      "0.002", "0.001 (an end of the sweep)", "sweep not finished"]
+  assert judged["total_cost"] == {
+      "device_seconds": 30.0, "flops": 15e9, "tokens": 150, "joules": None}
+  where = judged["provenance"]
+  assert (where["commit"], where["device"]) == ("c0ffee", {"several": ["1 x cpu", "1 x gpu"]})
+  assert set(judged["curves"]) == {"plain", "new"}
+  assert json.loads((tmp_path / "results.json").read_text()) == judged
+  text = (tmp_path / "report.md").read_text()
+  assert "3 reproduced, 1 contradicted, 1 unresolved" in text
+  assert "2 of 15" in text and "failed: not finite" in text
+  assert "on 3 seeds" in capsys.readouterr().out
+
+
+def test_results_of_earlier_versions_still_merge_to_the_same(tmp_path):
+  """The committed study, of which nothing but its parts is read."""
+  folder = tmp_path / "study"
+  shutil.copytree(RESULTS / "load_balancing-cpu", folder)
+  was = json.loads((folder / "results.json").read_text())
+  made = Runner(load_balancing.STUDY, "cpu", Options("load_balancing", out=folder))
+  made.judge()
+  made.out.close()
+  now = json.loads((folder / "results.json").read_text())
+  reworded = {"provenance", "source_hash", "arms"}
+  assert all(now[name] == was[name] for name in was.keys() - reworded)
+
+
+def test_where_nothing_is_missing_nothing_is_trained(tmp_path):
+  text = tmp_path / "text.jsonl"
+  text.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+  data = DataConfig(sources=(Source(str(text)),), tokenizer="bytes", seq_len=16,
+                    cache_dir=str(tmp_path / "cache"))
+  folder = tmp_path / "study"
+  fill(folder)
+  options = Options(experiment="invented", out=folder, seeds="0:3")
+  invented = a_study(cfg=RunConfig(model=CFG.model, data=data))
+  judged = execute(invented, "tiny", options)
+  assert len(judged["runs"]) == 15
+  assert not (folder / "runs").exists()
+  assert len(list((folder / "parts").iterdir())) == 4
+
+
+def test_a_loss_that_is_not_finite_does_not_keep_other_seeds_from_being_judged(tmp_path):
+  fill(tmp_path)
+  write_part(tmp_path, "5", [a_run("new", RATES[0], 3, math.inf, max_violation=0.1)])
+  judged = runner(tmp_path, a_study(*COMPARISONS)).judge()
+  assert judged["comparisons"][0]["paired"]["n"] == 3
+
+
+def test_a_report_says_why_a_comparison_was_not_judged(tmp_path, capsys):
+  fill(tmp_path)
+  judged = runner(tmp_path, a_study(question("new", "plain", at_one_rate=True))).judge()
+  assert judged["comparisons"][0]["verdict"] == "unresolved"
+  why = "new swept best at 0.001 and plain at 0.002"
+  assert why in (tmp_path / "report.md").read_text() and why in capsys.readouterr().out
+
+
+def one_seed(folder) -> None:
+  write_part(folder, "1", a_sweep("plain", (3.0, 2.0, 2.5)) + a_sweep("new", (3.0, 2.0, 2.5)))
+  write_part(folder, "2", [a_run("plain", RATES[1], 0, 2.0), a_run("new", RATES[1], 0, 1.0)])
+
+
+def test_a_single_seed_decides_nothing(tmp_path):
+  one_seed(tmp_path)
+  judged = runner(tmp_path).judge()
+  assert [c["verdict"] for c in judged["comparisons"]] == ["unresolved"]
+
+
+def test_results_are_strict_json_even_where_an_interval_is_infinite(tmp_path):
+  one_seed(tmp_path)
+  runner(tmp_path).judge()
+
+  def refuse(name):
+    raise AssertionError(f"{name} is not JSON")
+
+  json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+
+
+def test_before_anything_is_compared_the_report_says_so(tmp_path):
+  judged = runner(tmp_path).judge()
+  assert judged["comparisons"] == [] and judged["noise"] == {}
+  assert "sweep not finished" in (tmp_path / "report.md").read_text()
+
+
+# What is fixed before.
+
+def test_a_folder_belongs_to_one_definition_of_the_study(tmp_path):
+  runner(tmp_path).out.close()
+  other = a_study(question("new", "plain", claim=Claim("sign", sign=1)))
+  with pytest.raises(ValueError, match=r"definition\.claims\.0"):
+    runner(tmp_path, other)
+
+
+def test_a_definition_is_what_decides_the_outcome_and_not_the_wording():
+  same = a_study(dataclasses.replace(question("new", "plain"), name="other words", paper="more"))
+  assert same.definition("tiny") == a_study().definition("tiny")
+  for changed in (a_study(question("new", "plain", "other_metric")),
+                  a_study(question("new", "plain", claim=Claim("sign", sign=-1, margin=0.1))),
+                  a_study(arms=("plain", "new", "newer"))):
+    assert changed.definition("tiny") != a_study().definition("tiny")
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(tmp_path):
+  """It recorded arms, by names of settings of its time, and a hash of sources."""
+  arms = {"plain": ["optimizer.clip=2"], "new": ["balance.bias_share=1"]}
+  (tmp_path / "config.json").write_text(json.dumps({
+      "study": "invented", "scale": "tiny", "settings": ["data.heldout_share=0.1"], "arms": arms,
+      "source_hash": "abc"}))
+  invented = dataclasses.replace(a_study(), arms=(
+      Arm("plain", ("optimizer.max_grad_norm=2",)), Arm("new", ("balance.bias_fraction=1",))))
+  runner(tmp_path, invented, settings=("data.heldout_fraction=0.1",)).out.close()
+  with pytest.raises(ValueError, match=r"definition\.arms\.new\.0"):
+    runner(tmp_path, a_study(), settings=("data.heldout_fraction=0.1",))
+
+
+def test_unknown_arms_and_scales_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="nope does not exist; invented has plain, new"):
+    runner(tmp_path, arms=("nope",))
+  with pytest.raises(ValueError, match="--scale=big does not exist for invented; there are tiny"):
+    studies_runner.main(a_study(), Options(experiment="invented", out=tmp_path, scale="big"))
+
+
+@pytest.mark.parametrize("scale", load_balancing.STUDY.scales)
+def test_load_balancings_arms_all_differ_and_can_be_built(scale):
+  base = load_balancing.STUDY.scales[scale].config
+  configs = [settings.apply(base, arm.settings) for arm in load_balancing.STUDY.arms]
+  assert len(set(configs)) == len(configs)
+  assert len({cfg.model.active_param_count() for cfg in configs}) == 1
+
+
+def test_load_balancing_compares_arms_that_exist_in_metrics_that_exist():
+  names = [arm.name for arm in load_balancing.STUDY.arms]
+  metrics = {"validation_loss", "bits_per_byte", "max_violation", "specialisation"}
+  assert load_balancing.STUDY.baseline in names and len(set(names)) == len(names)
+  for c in load_balancing.STUDY.comparisons:
+    assert {c.metric, c.matched} <= metrics
+    assert c.baseline is None or c.baseline in names
+    assert (c.baseline is None) == (c.claim.kind == "threshold")
+    matching = [name for name in names if name.startswith(c.arm[:-1])]
+    assert len(matching) > 1 if c.arm.endswith("*") else c.arm in names
+
+
+# FLOPs to a loss.
+
+@pytest.mark.parametrize(("target", "steps"), [
+    (3.0, 10), (3.5, 5), (2.5, 20), (2.0, 30), (1.9, None), (1.0, None)])
+def test_flops_to_a_loss_are_linear_between_evaluations(target, steps):
+  curve = [[0, 4.0], [10, 3.0], [30, 2.0], [40, 2.4]]
+  flops = flops_to_loss(curve, 4e6, target)
+  assert flops is None if steps is None else flops == pytest.approx(steps * 1e5)
+
+
+def test_the_first_time_that_a_loss_is_reached_counts():
+  assert flops_to_loss([[0, 4.0], [10, 2.0], [20, 5.0], [30, 1.0]], 3e6, 3.0) == pytest.approx(5e5)

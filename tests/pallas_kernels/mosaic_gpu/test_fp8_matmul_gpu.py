@@ -1,0 +1,195 @@
+"""The FP8 product on Hopper: it lowers, has no races, and errs no more than 14 bits of 128 do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import Quantized, dequantize, fp8_matmul, implementations, quantize
+from pallas_kernels.mosaic_gpu import fp8_matmul as kernel
+from pallas_kernels.mosaic_gpu import hopper as hopper_module
+from pallas_kernels.quantized import error, round_to
+
+hopper = pytest.mark.skipif(
+    implementations.local_backend() != "mosaic_gpu",
+    reason="runs on an NVIDIA GPU of capability 9.0")
+TILES = {"128x128": (128, 128), "1x128": (1, 128)}
+SHAPES = [(8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384)]
+# Sums of up to 384 products in float32, in another order.
+ROUNDING = 384 * 2.0**-24
+
+
+def normal(shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def outliers(shape, seed=0):
+  x = normal(shape, seed)
+  x.flat[np.random.default_rng(seed + 9).integers(0, x.size, max(8, x.size // 4096))] *= 1e3
+  return x
+
+
+def shaped(rows, columns, tile):
+  values = jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn)
+  scales = jax.ShapeDtypeStruct((-(-rows // tile[0]), columns // 128), jnp.float32)
+  return Quantized(values, scales, tile)
+
+
+def lower(m, n, k, tile="128x128", dtype=jnp.bfloat16, **tiling):
+  cut = kernel.Tiling(**tiling) if tiling else None
+  product = jax.jit(functools.partial(kernel.run, dtype=dtype, tiling=cut))
+  operands = shaped(m, k, (1, 128)), shaped(n, k, TILES[tile])
+  return product.trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+def interpreted(lhs, rhs, **tiling):
+  with jax.default_device(jax.devices("cpu")[0]):
+    return kernel.run(lhs, rhs, dtype=jnp.float32, tiling=kernel.Tiling(**tiling),
+                      interpret=plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore"))
+
+
+def fourteen_bits(lhs, rhs):
+  """The product as a tensor core sums it, promoted every 128 of K (arXiv:2505.09343, 3.1.1).
+
+  A core aligns 32 products and the sum so far to the largest of them, and cuts off what is below
+  its 13th fraction bit.
+  """
+  lhs_values, rhs_values = (np.asarray(x.values_MK, np.float64) for x in (lhs, rhs))
+  total = np.zeros((len(lhs_values), len(rhs_values)))
+  for first in range(0, lhs.shape[1], 128):
+    partial = np.zeros_like(total)
+    for k in range(first, first + 128, 32):
+      products = lhs_values[:, None, k:k + 32] * rhs_values[None, :, k:k + 32]
+      terms = np.concatenate([products, partial[..., None]], -1)
+      _, exponent = np.frexp(np.abs(terms).max(-1, keepdims=True))
+      step = np.ldexp(1.0, exponent - 1 - 13)
+      partial = (np.trunc(terms / step) * step).sum(-1)
+    scales = [np.repeat(np.asarray(x.scales_mk)[:, first // 128], x.tile[0])[:x.shape[0]]
+              for x in (lhs, rhs)]
+    total += partial * scales[0][:, None] * scales[1]
+  return total
+
+
+def exact(lhs, rhs):
+  return np.asarray(dequantize(lhs), np.float64) @ np.asarray(dequantize(rhs), np.float64).T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_production_shapes_lower(shape):
+  assert "fp8_matmul_mosaic_gpu" in lower(*shape).as_text()  # as profiles have it
+
+
+@pytest.mark.parametrize("tiling", [
+    {"tile": "1x128"}, {"dtype": jnp.float32}, {"cluster": 2}, {"m": 4099},
+    {"block_m": 256, "depth": 1, "stages": 3, "cluster": 4},
+    {"block_n": 192, "depth": 1, "stages": 4}])
+def test_every_form_lowers(tiling):
+  lower(**({"m": 4096, "n": 4096, "k": 7168} | tiling))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_no_product_adds_to_zeros(monkeypatch, depth):
+  found, overwrite = [], hopper_module.overwrite_last
+  monkeypatch.setattr(
+      hopper_module, "overwrite_last", lambda operations: found.append(overwrite(operations)))
+  lower(1024, 1024, 1024, depth=depth)
+  assert len(found) >= depth and all(found)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "tile", "tiling"), [
+    (131, 256, 384, "128x128", {"stages": 3}),
+    (24, 208, 336, "128x128", {"stages": 2, "depth": 1}),
+    (24, 208, 144, "1x128", {"stages": 2, "depth": 1}),
+    (136, 128, 256, "1x128", {"stages": 2, "depth": 1}),
+    (264, 192, 384, "1x128", {"stages": 3, "block_m": 256, "block_n": 96}),
+    (8, 384, 256, "128x128", {"stages": 2, "depth": 1, "block_n": 192}),
+    (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1})])
+def test_interpreted_kernel_has_no_races_and_is_the_product(monkeypatch, m, n, k, tile, tiling):
+  monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)  # so that each has several tiles
+  lhs, rhs = quantize(jnp.asarray(normal((m, k)))), quantize(jnp.asarray(normal((n, k), 1)), tile)
+  assert error(interpreted(lhs, rhs, **tiling), exact(lhs, rhs)) < ROUNDING
+
+
+def test_operands_that_do_not_fit_are_refused_with_the_reason():
+  unsupported_reason = functools.partial(kernel.unsupported_reason, dtype=jnp.bfloat16)
+  weights = shaped(256, 256, (128, 128))
+  assert unsupported_reason(shaped(3, 256, (1, 128)), weights) is None
+  assert "N to be a multiple of 16, and it is 130" in unsupported_reason(
+      shaped(3, 256, (1, 128)), shaped(130, 256, (128, 128)))
+  assert "(0, 256)" in unsupported_reason(shaped(0, 256, (1, 128)), weights)
+  assert "float16" in kernel.unsupported_reason(
+      shaped(3, 256, (1, 128)), weights, dtype=jnp.float16)
+  e5m2 = quantize(jnp.ones((4, 256)), format="e5m2")
+  assert "float8_e5m2" in unsupported_reason(e5m2, weights)
+  with pytest.raises(ValueError, match="block_n=100"):
+    kernel.Tiling(block_n=100)
+  with pytest.raises(ValueError, match="too few registers"):
+    kernel.Tiling(block_m=256, depth=2)
+
+
+@hopper
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("make", [normal, outliers])
+def test_error_is_what_14_bits_leave_of_blocks_of_128(make, tile):
+  lhs = quantize(jnp.asarray(make((200, 4096))))
+  rhs = quantize(jnp.asarray(make((384, 4096), 1)), tile)
+  ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
+  some = Quantized(lhs.values_MK[:24], lhs.scales_mk[:24], lhs.tile)
+  want = exact(lhs, rhs)
+  # A core may keep a bit more or less than the model has, and 24 rows are a sample.
+  assert error(ours, want) < 2 * error(fourteen_bits(some, rhs), want[:24])
+
+
+@hopper
+def test_promotion_beats_sums_that_stay_in_the_tensor_core():
+  lhs, rhs = (quantize(jnp.asarray(normal((256, 8192), seed)), "1x128") for seed in range(2))
+  ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
+  assert error(ours, exact(lhs, rhs)) < 2e-4  # what XLA's FP8 dot has at half the length
+
+
+@hopper
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("m", "n", "k"), [
+    (1, 384, 640), (7, 384, 640), (128, 384, 640), (131, 576, 640), (1000, 384, 576),
+    (131, 16, 16)])
+def test_every_row_is_there_and_bfloat16_is_rounded_float32(m, n, k, tile):
+  lhs = quantize(jnp.asarray(normal((m, k))))
+  rhs = quantize(jnp.asarray(normal((n, k), 1)), tile)
+  ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
+  assert ours.shape == (m, n)
+  assert error(ours, fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="xla")) < 3e-4
+  rounded = fp8_matmul(lhs, rhs, implementation="mosaic_gpu")
+  np.testing.assert_array_equal(np.asarray(rounded), np.asarray(ours.astype(jnp.bfloat16)))
+
+
+@hopper
+@pytest.mark.parametrize("tiling", [
+    {"depth": 1}, {"cluster": 2}, {"depth": 1, "cluster": 4}, {"snake": 3},
+    {"block_n": 192, "depth": 1, "stages": 4}, {"block_n": 96},
+    {"block_m": 256, "depth": 1, "stages": 3}, {"block_m": 256, "block_n": 96, "stages": 3},
+    {"block_m": 256, "depth": 1, "stages": 3, "cluster": 2}])
+@pytest.mark.parametrize("m", [136, 3000])
+def test_no_tiling_changes_a_bit(m, tiling):
+  lhs = quantize(jnp.asarray(normal((m, 1408))))
+  rhs = quantize(jnp.asarray(normal((1280, 1408), 1)), "128x128")
+  want = kernel.run(lhs, rhs, dtype=jnp.bfloat16)
+  ours = kernel.run(lhs, rhs, dtype=jnp.bfloat16, tiling=kernel.Tiling(**tiling))
+  np.testing.assert_array_equal(np.asarray(ours), np.asarray(want))
+
+
+@hopper
+def test_zeros_give_zeros_and_subnormal_numbers_are_not_flushed():
+  def values(scale, seed):
+    x = round_to(jnp.asarray(normal((128, 512), seed)) * scale, "e4m3")
+    return Quantized(x, jnp.ones((128, 4)), (1, 128))
+
+  smallest = 2.0**-8  # e4m3's normal numbers begin at 2**-6
+  lhs, rhs = values(smallest, 0), values(1.0, 1)
+  ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
+  assert error(ours, exact(lhs, rhs)) < 3e-4
+  for empty in (values(0.0, 0), quantize(jnp.full((128, 512), 1e-40))):
+    product = fp8_matmul(empty, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
+    assert not np.asarray(product).any()

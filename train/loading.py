@@ -1,0 +1,82 @@
+"""Loading a model from a run folder of training on text, or from a Hugging Face folder."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import model
+from train.checkpoint import read_newest
+from train.config import MeshConfig, RunConfig
+from train.config_io import from_dict
+from train.program import Program, first_run
+from train.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """A model in memory, and where its tokenizer is.
+
+  Attributes:
+    cfg: the architecture.
+    variables: collections "params" and, with experts, "router".
+    tokenizer_path: None if the folder has no tokenizer.
+  """
+
+  cfg: model.ModelConfig
+  variables: dict
+  tokenizer_path: str | None
+
+  def tokenizer(self, path: str | None = None) -> Tokenizer:
+    """The model's own tokenizer, or the one at `path`.
+
+    Raises:
+      ValueError: if there is neither.
+    """
+    path = path or self.tokenizer_path
+    if path is None:
+      raise ValueError(f"there is no {TOKENIZER} beside the checkpoint: copy it there")
+    return Tokenizer.load(path)
+
+
+def load_model(path: str | os.PathLike) -> LoadedModel:
+  """Loads a folder that training wrote (its newest checkpoint), or a Hugging Face folder.
+
+  Of several seeds that trained as a vmapped batch, the first.
+
+  Raises:
+    ValueError: if the folder is neither, or has no checkpoint.
+  """
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
+    raise ValueError(f"{folder} is not a folder: give one that --experiment=pretrain wrote, or a "
+                     "Hugging Face folder")
+  if (folder / "checkpoints").is_dir():
+    cfg, variables = _load_run(folder)
+  elif (folder / "config.json").exists():
+    cfg, variables = model.hf.load(folder)
+  else:
+    raise ValueError(f"{folder} has neither checkpoints/ nor config.json: give a folder that "
+                     "--experiment=pretrain wrote, or a Hugging Face folder")
+  tokenizer = folder / TOKENIZER
+  return LoadedModel(cfg, variables, str(tokenizer) if tokenizer.exists() else None)
+
+
+def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
+  plain = json.loads((folder / "config.json").read_text())
+  cfg = from_dict(RunConfig, plain["config"])
+  one_device = dataclasses.replace(cfg, mesh=MeshConfig())
+  program = Program([one_device] * len(plain["seeds"]), {})
+  restored = read_newest(folder / "checkpoints", program.abstract_state())
+  if restored is None:
+    raise ValueError(f"{folder} has no checkpoint yet")
+  return cfg.model, first_run(restored.arrays.variables, len(plain["seeds"]))
+
+
+def export(path: str | os.PathLike, cfg: model.ModelConfig, variables: dict,
+           tokenizer: Tokenizer) -> None:
+  """Writes a Hugging Face folder with its tokenizer."""
+  model.hf.save(path, cfg, variables)
+  tokenizer.save(pathlib.Path(path) / TOKENIZER)
