@@ -21,12 +21,12 @@ from model.config import ModelConfig
 from model.layers import gated, recomputed
 from model.numerics import Numerics
 from pallas_kernels import (
-  dispatch,
-  fp8_experts,
-  gather_rows,
-  grouped_matmul,
-  implementations,
-  moe_down_proj,
+    fp8_experts,
+    gather_rows,
+    grouped_matmul,
+    implementations,
+    layout_expert_rows,
+    moe_down_proj,
 )
 from pallas_kernels.ops.expert_rows import sort_by_expert
 
@@ -51,7 +51,7 @@ def dense_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
   """Every expert for every token: the oracle, E / K times the work."""
-  _refuse_recipe("dense", numerics)
+  _reject_recipe("dense", numerics)
   chosen_NKE = jax.nn.one_hot(experts_NK, weights.num_experts, dtype=gates_NK.dtype)
   gates_NE = jnp.einsum("nk,nke->ne", gates_NK, chosen_NKE, precision=lax.Precision.HIGHEST)
   hidden_NEF = gated(numerics.einsum("nd,edgf->negf", x_ND, weights.w_gate_up))
@@ -100,7 +100,7 @@ def grouped_experts(
   cast = lambda x: x.astype(numerics.compute_dtype)
   if numerics.recipe:
     return fp8_experts(cast(x_ND), gates_NK, weights.w_gate_up, weights.w_down,
-                       dispatch(experts_NK, weights.num_experts), numerics.recipe)
+                       layout_expert_rows(experts_NK, weights.num_experts), numerics.recipe)
 
   order_R, sizes_E = sort_by_expert(experts_NK, weights.num_experts)
   token_R = order_R // experts_NK.shape[1]
@@ -163,7 +163,7 @@ def slot_experts(
   Balanced routing costs `capacity_factor` times the useful work and no loop; any other routing is
   as exact, and slower in proportion to what overflows.
   """
-  _refuse_recipe("slots", numerics)
+  _reject_recipe("slots", numerics)
   num_experts, d_ff, d_model = weights.w_down.shape
   assignments = experts_NK.size
   capacity = -(-int(capacity_factor * assignments) // num_experts)
@@ -284,7 +284,7 @@ def fastest_experts(cfg: ModelConfig) -> str:
   return "grouped" if cfg.numerics.recipe or kernel else "slots"
 
 
-def _refuse_recipe(way: str, numerics: Numerics) -> None:
+def _reject_recipe(way: str, numerics: Numerics) -> None:
   if numerics.recipe:
     raise ValueError(f"experts={way!r} do not multiply in FP8, and numerics.recipe asks for it: "
                      "take experts='grouped', or numerics without a recipe")

@@ -6,7 +6,7 @@ machine or these operands are not for them. None is this machine's kernel, if th
 hardware and can take the operands, and else "xla".
 """
 
-from pallas_kernels.ops.expert_rows import Dispatch, dispatch
+from pallas_kernels.ops.expert_rows import ExpertRows, layout_expert_rows
 from pallas_kernels.ops.fp8_experts import fp8_experts
 from pallas_kernels.ops.fp8_grouped import (
     fp8_grouped_matmul,

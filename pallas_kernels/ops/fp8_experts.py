@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.ops.expert_rows import Dispatch
+from pallas_kernels.ops.expert_rows import ExpertRows
 from pallas_kernels.ops.fp8_grouped import (
   aligned_sizes,
   fp8_grouped_matmul,
@@ -46,7 +46,7 @@ class _Static(NamedTuple):
 
 def fp8_experts(
     x_ND: jax.Array, gates_NK: jax.Array, w_gate_up_ED2F: jax.Array | Weight,
-    w_down_EFD: jax.Array | Weight, dispatch: Dispatch, recipe: Recipe = V3, *,
+    w_down_EFD: jax.Array | Weight, rows: ExpertRows, recipe: Recipe = V3, *,
     implementation: str | None = None) -> jax.Array:
   """Each token's sum over its experts of down(swiglu(gate and up) * gate).
 
@@ -60,7 +60,7 @@ def fp8_experts(
     gates_NK: float32.
     w_gate_up_ED2F: master weights, [E, D, 2, F].
     w_down_EFD: master weights; if quantised for this recipe before, they are not again.
-    dispatch: which experts; see `pallas_kernels.dispatch`.
+    rows: the layout of assignments, of `layout_expert_rows`.
     recipe: see there.
     implementation: see `pallas_kernels`; of quantisation and products.
 
@@ -73,35 +73,35 @@ def fp8_experts(
   """
   num_experts, d_ff, d_model = w_down_EFD.shape
   if (w_gate_up_ED2F.shape != (num_experts, d_model, 2, d_ff)
-      or dispatch.sizes_E.shape != (num_experts,) or x_ND.shape != (len(gates_NK), d_model)
-      or gates_NK.shape != dispatch.place_NK.shape):
+      or rows.sizes_E.shape != (num_experts,) or x_ND.shape != (len(gates_NK), d_model)
+      or gates_NK.shape != rows.place_NK.shape):
     raise ValueError(
-        "fp8_experts takes x [N, D], gates [N, K], weights [E, D, 2, F] and [E, F, D] and a "
-        f"dispatch of [N, K] to [E], not {x_ND.shape}, {gates_NK.shape}, {w_gate_up_ED2F.shape}, "
-        f"{w_down_EFD.shape}, {dispatch.place_NK.shape} and {dispatch.sizes_E.shape}")
+        "fp8_experts takes x [N, D], gates [N, K], weights [E, D, 2, F] and [E, F, D] and "
+        f"rows of [N, K] to [E], not {x_ND.shape}, {gates_NK.shape}, {w_gate_up_ED2F.shape}, "
+        f"{w_down_EFD.shape}, {rows.place_NK.shape} and {rows.sizes_E.shape}")
   w_gate_up, gate_up = split_weight(w_gate_up_ED2F.reshape(num_experts, d_model, 2 * d_ff))
   w_down, down = split_weight(w_down_EFD)
-  return _experts(_Static(recipe, implementation), x_ND, gates_NK, w_gate_up, w_down, dispatch,
+  return _experts(_Static(recipe, implementation), x_ND, gates_NK, w_gate_up, w_down, rows,
                   (gate_up, down))
 
 
-def _send(x_ND, dispatch: Dispatch, form: Operand | None, operand) -> Quantized | jax.Array:
+def _send(x_ND, rows: ExpertRows, form: Operand | None, operand) -> Quantized | jax.Array:
   """Tokens' rows, one for each expert, as an operand."""
-  token_S = dispatch.assignment_S // dispatch.place_NK.shape[1]
+  token_S = rows.assignment_S // rows.place_NK.shape[1]
   take = functools.partial(gather_rows, index=token_S)
   if form and form.tile in ("1x128", "row"):  # which no two rows share
     return jax.tree.map(take, operand(x_ND, form))
   return operand(take(x_ND), form)
 
 
-def _sum_rows(y_SD: jax.Array, dispatch: Dispatch) -> jax.Array:
+def _sum_rows(y_SD: jax.Array, rows: ExpertRows) -> jax.Array:
   """Sums what a token's experts gave."""
-  return gather_rows(y_SD, dispatch.place_NK).sum(1, dtype=jnp.float32).astype(y_SD.dtype)
+  return gather_rows(y_SD, rows.place_NK).sum(1, dtype=jnp.float32).astype(y_SD.dtype)
 
 
-def _gates(gates_NK: jax.Array, dispatch: Dispatch) -> jax.Array:
+def _gates(gates_NK: jax.Array, rows: ExpertRows) -> jax.Array:
   """Of rows, [S]; nobody's is 0."""
-  return gather_rows(gates_NK.reshape(-1), dispatch.assignment_S).astype(jnp.float32)
+  return gather_rows(gates_NK.reshape(-1), rows.assignment_S).astype(jnp.float32)
 
 
 def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | None, operand,
@@ -163,16 +163,16 @@ def _weight_gradient(x_KS, dy_NS, sizes_E, dtype: jnp.dtype, implementation: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized):
-  return _experts_forward(static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized)[0]
+def _experts(static: _Static, x_ND, gates_NK, w_gate_up, w_down, rows, quantized):
+  return _experts_forward(static, x_ND, gates_NK, w_gate_up, w_down, rows, quantized)[0]
 
 
-def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatch, quantized):
+def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, rows, quantized):
   recipe, dtype = static.recipe, x_ND.dtype
   options = {"dtype": dtype, "implementation": static.implementation}
   operand = functools.partial(as_operand, **options)
-  send = functools.partial(_send, x_ND, dispatch, operand=operand)
-  product = functools.partial(_product, sizes_E=dispatch.sizes_E, **options)
+  send = functools.partial(_send, x_ND, rows, operand=operand)
+  product = functools.partial(_product, sizes_E=rows.sizes_E, **options)
   activation = lambda recipe: recipe.forward and recipe.forward.activation
   of_gate_up, gate_up_of_gradient = weight_operands(w_gate_up, quantized[0], recipe, **options)
   of_down, down_of_gradient = weight_operands(w_down, quantized[1], recipe, **options)
@@ -180,32 +180,32 @@ def _experts_forward(static: _Static, x_ND, gates_NK, w_gate_up, w_down, dispatc
   x = send(activation(recipe.dispatched))
   gate_up = product(x, of_gate_up)
   hidden, kept_gate_up = _hidden_and_kept(
-      gate_up, _gates(gates_NK, dispatch), activation(recipe), recipe.kept_swiglu, operand,
+      gate_up, _gates(gates_NK, rows), activation(recipe), recipe.kept_swiglu, operand,
       static.implementation)
   kept_gate_up = checkpoint_name(kept_gate_up, "ffn_gate_up")
   # Empty arrays say what formats the weights have.
   formats = jnp.zeros(0, w_gate_up.dtype), jnp.zeros(0, w_down.dtype)
-  return _sum_rows(product(hidden, of_down), dispatch), (
+  return _sum_rows(product(hidden, of_down), rows), (
       kept_operand(x, recipe.kept, recipe, send), gates_NK, kept_gate_up, gate_up_of_gradient,
-      down_of_gradient, dispatch, formats)
+      down_of_gradient, rows, formats)
 
 
 def _experts_backward(static: _Static, residuals, dy_ND):
   recipe, dtype = static.recipe, dy_ND.dtype
-  x, gates_NK, gate_up, w_gate_up, w_down, dispatch, (of_gate_up, of_down) = residuals
+  x, gates_NK, gate_up, w_gate_up, w_down, rows, (of_gate_up, of_down) = residuals
   options = {"dtype": dtype, "implementation": static.implementation}
   gradient = functools.partial(as_operand, smallest_amax=SMALLEST_GRADIENT_AMAX, **options)
   transposed = functools.partial(transposed_operand, **options)
-  product = functools.partial(_product, sizes_E=dispatch.sizes_E, **options)
+  product = functools.partial(_product, sizes_E=rows.sizes_E, **options)
   weight_gradient = functools.partial(
-      _weight_gradient, sizes_E=dispatch.sizes_E, implementation=static.implementation)
+      _weight_gradient, sizes_E=rows.sizes_E, implementation=static.implementation)
   of_input = recipe.dispatched.input_gradient and recipe.dispatched.input_gradient.gradient
   of_weight = recipe.dispatched.weight_gradient
 
-  dy = _send(dy_ND, dispatch, of_input, gradient)
+  dy = _send(dy_ND, rows, of_input, gradient)
   again = of_weight and recipe.dispatch_power_of_two and of_input == of_weight.gradient
-  sent = dy if again else _send(dy_ND, dispatch, None, gradient)
-  back = _hidden_backward(gate_up, _gates(gates_NK, dispatch), product(dy, w_down), recipe,
+  sent = dy if again else _send(dy_ND, rows, None, gradient)
+  back = _hidden_backward(gate_up, _gates(gates_NK, rows), product(dy, w_down), recipe,
                           static.implementation)
   dw_down = weight_gradient(
       back.hidden_t,
@@ -213,8 +213,8 @@ def _experts_backward(static: _Static, residuals, dy_ND):
       dtype=of_down.dtype)
   dw_gate_up = weight_gradient(
       transposed(x, of_weight and of_weight.activation), back.dgate_up_t, dtype=of_gate_up.dtype)
-  dx_ND = _sum_rows(product(back.dgate_up, w_gate_up), dispatch)
-  return dx_ND, gather_rows(back.dgates_M, dispatch.place_NK), dw_gate_up, dw_down, None, None
+  dx_ND = _sum_rows(product(back.dgate_up, w_gate_up), rows)
+  return dx_ND, gather_rows(back.dgates_M, rows.place_NK), dw_gate_up, dw_down, None, None
 
 
 _experts.defvjp(_experts_forward, _experts_backward)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pallas_kernels import RECIPES, dispatch, fp8_experts
+from pallas_kernels import RECIPES, fp8_experts, layout_expert_rows
 from pallas_kernels.ops.gather_rows import gather_rows
 from pallas_kernels.recipe import Recipe
 
@@ -20,7 +20,7 @@ E = 3
 @settings(deadline=None)  # one example in many compiles
 @given(arrays(np.int32, (140, 2), elements=st.integers(-1, E)))
 def test_every_assignment_has_a_row_among_those_of_its_expert(experts_NK):
-  to = dispatch(jnp.array(experts_NK), E)
+  to = layout_expert_rows(jnp.array(experts_NK), E)
   assignment_S, place_NK = np.array(to.assignment_S), np.array(to.place_NK)
   given_one = (experts_NK >= 0) & (experts_NK < E)
   assert (place_NK[~given_one] >= len(assignment_S)).all()
@@ -44,7 +44,7 @@ def test_a_token_gets_the_sum_of_what_its_experts_give_alone(recipe):
   w_gate_up, w_down = normal(E, 32, 2, 16), normal(E, 16, 32)
   experts_NK = jnp.asarray([[0, 2], [1, 0], [2, E], [-1, 1]] * 5)
   run = lambda experts, gates: fp8_experts(
-      x_ND, gates, w_gate_up, w_down, dispatch(experts, E), recipe)
+      x_ND, gates, w_gate_up, w_down, layout_expert_rows(experts, E), recipe)
   both = run(experts_NK, gates_NK)
   alone = sum(run(experts_NK[:, k:k + 1], gates_NK[:, k:k + 1]) for k in range(2))
   # A row's products do not depend on the others; only the sum's order does.

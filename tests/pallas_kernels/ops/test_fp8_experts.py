@@ -16,9 +16,9 @@ from pallas_kernels import (
   RECIPES,
   Recipe,
   dequantize,
-  dispatch,
   fp8_experts,
   fp8_linear,
+  layout_expert_rows,
   quantize,
   swiglu,
 )
@@ -61,7 +61,7 @@ def experts_of(sizes):
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _run(recipe, experts_R1, dtype):
-  y, vjp = jax.vjp(lambda *args: fp8_experts(*args, dispatch(experts_R1, E), recipe),
+  y, vjp = jax.vjp(lambda *args: fp8_experts(*args, layout_expert_rows(experts_R1, E), recipe),
                    X.astype(dtype), GATES[:, None], W_GATE_UP, W_DOWN)
   return y, *vjp(DY.astype(dtype))
 
@@ -144,8 +144,8 @@ def test_rows_of_nobody_and_experts_without_rows_get_zeros():
 
 def test_only_fp8_is_kept_for_the_backward_pass():
   _, vjp = jax.vjp(
-      lambda *args: fp8_experts(*args, dispatch(experts_of(SIZES), E)), X.astype(jnp.bfloat16),
-      GATES[:, None], W_GATE_UP, W_DOWN)
+      lambda *args: fp8_experts(*args, layout_expert_rows(experts_of(SIZES), E)),
+      X.astype(jnp.bfloat16), GATES[:, None], W_GATE_UP, W_DOWN)
   kept = {leaf.shape: leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.size >= R * F}
   rows = aligned_rows(R, E)
   assert kept.keys() == {(rows, D), (rows, 2 * F), (E, D, 2 * F), (E, F, D)}
@@ -159,8 +159,8 @@ def test_formats_are_those_of_the_inputs():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match=r"dispatch of \[N, K\] to \[E\], not"):
-    fp8_experts(X, GATES[:, None], W_GATE_UP, W_DOWN, dispatch(experts_of((100, 100)), 2))
+  with pytest.raises(ValueError, match=r"rows of \[N, K\] to \[E\], not"):
+    fp8_experts(X, GATES[:, None], W_GATE_UP, W_DOWN, layout_expert_rows(experts_of((100, 100)), 2))
 
 
 N, K = 40, 3
@@ -205,8 +205,8 @@ def of_tokens(layer):
   return dict(zip(NAMES, (y, *vjp(DY[:N])), strict=True))
 
 
-def by_dispatch(recipe):
-  return of_tokens(lambda *args: fp8_experts(*args, dispatch(EXPERTS, E), recipe))
+def by_kernel_layout(recipe):
+  return of_tokens(lambda *args: fp8_experts(*args, layout_expert_rows(EXPERTS, E), recipe))
 
 
 def assert_nobodys_are_zero(out):
@@ -215,14 +215,14 @@ def assert_nobodys_are_zero(out):
 
 
 def test_several_experts_for_a_token_are_the_dense_layer_without_fp8():
-  ours, want = by_dispatch(Recipe(None, None, None, kept_swiglu=None)), of_tokens(densely)
+  ours, want = by_kernel_layout(Recipe(None, None, None, kept_swiglu=None)), of_tokens(densely)
   for name in NAMES:
     assert error(ours[name], want[name]) < SUMS, name
   assert_nobodys_are_zero(ours)
 
 
 def test_several_experts_for_a_token_err_by_fp8s_roundings():
-  ours, want = by_dispatch(RECIPES["v3"]), of_tokens(densely)
+  ours, want = by_kernel_layout(RECIPES["v3"]), of_tokens(densely)
   for name in NAMES:
     assert 0.02 < error(ours[name], want[name]) < ROUNDINGS[name]**0.5 * LARGEST, name
   assert_nobodys_are_zero(ours)
