@@ -1,9 +1,16 @@
-"""The low-precision and attention core: one public function per operation, one file per backend.
+"""Kernels for FP8 training and mixture-of-experts layers: quantisation, products, SwiGLU, gathers.
 
-Every operation takes `implementation`: "xla" is the readable oracle, which works everywhere;
-"mosaic_gpu" (Hopper) and "mosaic_tpu" are kernels, and raise ValueError with the reason where this
-machine or these operands are not for them. None is this machine's kernel, if that has been run on
-hardware and can take the operands, and else "xla".
+Each operation has one public function, in `ops`, and one file per backend that has a kernel for it,
+in `mosaic_gpu` and `mosaic_tpu`. Operations with kernels take the keyword `implementation`:
+
+  "xla"         the readable oracle in plain JAX, which runs everywhere
+  "mosaic_gpu"  the kernel for NVIDIA Hopper
+  "mosaic_tpu"  the kernel for TPUs
+  None          this machine's kernel if kernels of its kind have been run on hardware and it
+                supports the operands and the program's partitioning; otherwise "xla"
+
+A kernel that is named but cannot run on this machine or on these operands raises ValueError with
+the reason.
 """
 
 from pallas_kernels.ops.expert_rows import ExpertRows, layout_expert_rows
@@ -39,7 +46,7 @@ from pallas_kernels.weight import Weight, WeightOperands, quantize_weight
 __all__ = [
     "FORMATS",
     "RECIPES",
-    "Dispatch",
+    "ExpertRows",
     "Quantized",
     "Recipe",
     "SwigluBackward",
@@ -47,7 +54,6 @@ __all__ = [
     "Weight",
     "WeightOperands",
     "dequantize",
-    "dispatch",
     "fp8_experts",
     "fp8_grouped_matmul",
     "fp8_grouped_weight_gradient",
@@ -56,6 +62,7 @@ __all__ = [
     "gather_rows",
     "grouped_matmul",
     "grouped_weight_gradient",
+    "layout_expert_rows",
     "moe_down_proj",
     "quantize",
     "quantize_both",

@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs: the one named, or the best that can here.
+"""Choice of an operation's implementation: the one named, or the best that can run here.
 
-Hopper's kernels are taken by default: they have run there, and agree with the oracle. No TPU's has
-run yet, so those are to be named.
+Hopper kernels are chosen by default, as they have been run on Hopper and agree with the oracle. No
+TPU kernel has been run on a TPU yet, so TPU kernels run only if they are named.
 """
 
 import functools
@@ -14,15 +14,16 @@ import jax
 
 BACKENDS = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0 (Hopper)",
             "mosaic_tpu": "a TPU"}
-_PROVEN = frozenset({"mosaic_gpu"})
+_PROVEN = frozenset({"mosaic_gpu"})  # backends whose kernels have been run on hardware
 
 
 class Kernel(NamedTuple):
-  """An implementation for one kind of hardware.
+  """An operation's implementation for one type of hardware.
 
   Attributes:
-    run: takes what the operation takes.
-    unsupported_reason: takes the same, and says why `run` cannot do it, or None if it can.
+    run: computes the operation; takes the operation's operands and options.
+    unsupported_reason: takes the operands and options of `run`; returns why `run` does not support
+      them, as a phrase that follows the kernel's name, or None if it does.
   """
 
   run: Callable
@@ -30,11 +31,16 @@ class Kernel(NamedTuple):
 
 
 def lazy(module: str, name: str = "KERNEL") -> Kernel:
-  """A kernel of `pallas_kernels.MODULE`, imported when it is first asked: Pallas takes long to.
+  """Returns the kernel `name` of `pallas_kernels.MODULE`, imported on first use.
 
-  A process traces it once for all that call it alike: a kernel's code holds where it was traced
-  from, so that it would be compiled again for every place that calls it. Options are static
-  arguments of a jitted function, so they must be hashable.
+  The import is delayed because importing Pallas takes long. The kernel is jitted, so that a process
+  traces it only once for all calls with the same shapes and options: a kernel's code contains the
+  source location from which it was traced, so without this it would be compiled again for every
+  call site. Options are static arguments of the jitted function, so they must be hashable.
+
+  Args:
+    module: path of the module below `pallas_kernels`, such as "mosaic_gpu.quantize".
+    name: name of the `Kernel` in that module.
   """
   @functools.cache
   def kernel() -> Kernel:
@@ -51,7 +57,10 @@ def lazy(module: str, name: str = "KERNEL") -> Kernel:
 
 
 def _varying_as(operands: Any, results: Any) -> Any:
-  """Results marked as different on each device of a `shard_map`, as Pallas leaves them unmarked."""
+  """Returns the results marked as varying over the `shard_map` axes over which operands vary.
+
+  Pallas leaves its results unmarked.
+  """
   varies = lambda x: jax.typeof(x).manual_axis_type.varying
   arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]
   axes = frozenset().union(*map(varies, arrays))
@@ -64,9 +73,10 @@ def _varying_as(operands: Any, results: Any) -> Any:
 
 
 def auto_partitioned() -> bool:
-  """Whether the compiler divides this program among devices, which it cannot do with a kernel.
+  """Whether the compiler partitions this program over the devices of a mesh.
 
-  It would run the whole of it on each. In a `shard_map`, each device has a program of its own.
+  The compiler cannot partition a kernel: every device would run all of it. Inside a `shard_map`
+  over all axes each device has its own program, so nothing is partitioned.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[axis] for axis in mesh.axis_names
@@ -74,7 +84,7 @@ def auto_partitioned() -> bool:
 
 
 def local_backend() -> str | None:
-  """The name of the kernels that this process' first device runs, None if there are none."""
+  """Returns the backend whose kernels this process' first device runs, or None if there is none."""
   device = jax.devices()[0]
   if device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0":
     return "mosaic_gpu"
@@ -84,19 +94,24 @@ def local_backend() -> str | None:
 def run(
     operation: str, implementation: str | None, xla: Callable, kernels: Mapping[str, Kernel],
     *operands: Any, **options: Any) -> Any:
-  """Runs an operation by the implementation named.
+  """Runs an operation with the named implementation.
 
   Args:
-    operation: its name, for errors.
-    implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for this device's kernel where that
-      has run before and can do it, on one device, and else "xla".
-    xla: the oracle; it takes everything that the operation takes.
-    kernels: by name.
-    *operands: of the operation: arrays.
-    **options: of the operation: nothing that depends on arrays.
+    operation: name of the operation, for error messages and profiles.
+    implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for this device's kernel where
+      kernels of its kind have been run on hardware, the kernel supports the operands and the
+      compiler does not partition the program; otherwise "xla".
+    xla: the oracle; it supports all operands and options of the operation.
+    kernels: the operation's kernels by backend name.
+    *operands: the operation's operands: arrays, or pytrees of arrays.
+    **options: the operation's options: hashable values that do not depend on arrays.
+
+  Returns:
+    The result of the chosen implementation.
 
   Raises:
-    ValueError: if the named implementation does not exist, not here, or not for these operands.
+    ValueError: if the named implementation does not exist, or cannot run on this device, on these
+      operands or in a program that the compiler partitions.
   """
   if implementation is None:
     runs_here = local_backend() in _PROVEN and not auto_partitioned()
@@ -111,16 +126,18 @@ def run(
 
 
 def _named(operation, implementation, kernels, *operands, **options) -> Callable:
+  """Returns the kernel of that name; raises ValueError with the reason if it cannot run here."""
   if implementation not in kernels:
-    there = ", ".join(("xla", *kernels))
-    raise ValueError(f"{operation} has no implementation {implementation!r}; there are: {there}")
+    available = ", ".join(("xla", *kernels))
+    raise ValueError(
+        f"{operation} has no implementation {implementation!r}; there are: {available}")
   if local_backend() != implementation:
     raise ValueError(f"{operation}: {implementation!r} needs {BACKENDS[implementation]}, and this "
-                     f"is {jax.devices()[0].device_kind}; 'xla' runs everywhere")
+                     f"device is {jax.devices()[0].device_kind}; use 'xla', which runs everywhere")
   if auto_partitioned():
     raise ValueError(f"{operation}: {implementation!r} runs on one device, and here the compiler "
-                     "divides the program over a mesh: call it in jax.shard_map, on each device's "
-                     "rows, or take 'xla'")
+                     "partitions the program over a mesh: call the operation inside jax.shard_map, "
+                     "on each device's rows, or use 'xla'")
   if reason := kernels[implementation].unsupported_reason(*operands, **options):
-    raise ValueError(f"{operation}: {implementation!r} {reason}; 'xla' takes it")
+    raise ValueError(f"{operation}: {implementation!r} {reason}; use 'xla', which supports it")
   return kernels[implementation].run

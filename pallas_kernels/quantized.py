@@ -1,9 +1,9 @@
-"""Arrays in few bits with a scale for each tile (arXiv:2412.19437, section 3.3.2).
+"""Low-precision arrays with one scale per tile (arXiv:2412.19437, section 3.3.2).
 
-Hardware multiplies FP8 along the last axis of both operands, so whatever is contracted comes last:
-an activation that a weight gradient contracts over tokens is quantised transposed.
+Hardware contracts FP8 over the last axis of both operands, so the contracted axis always comes
+last: an activation that a weight gradient contracts over tokens is quantised transposed.
 
-Shape letters:  M rows  K columns  m, k tiles of them
+Shape letters:  M rows  K columns  m, k tiles along them
 """
 
 import dataclasses
@@ -15,16 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-BLOCK = 128  # V3's tile width, and the interval of promotion
+BLOCK = 128  # V3's tile width, and its interval of promotion along K
 
 
 class Format(NamedTuple):
-  """A format of small floating-point numbers.
+  """A low-precision floating-point format.
 
   Attributes:
-    dtype: that values are kept in; for E5M6, which no array library has, one that holds them all.
-    largest: finite value.
-    mantissa_bits, smallest_exponent: of normal numbers.
+    dtype: dtype in which values are stored. No array library has E5M6, so its values are stored in
+      float16, which represents them all.
+    largest: largest finite value.
+    mantissa_bits: stored mantissa bits of a normal number.
+    smallest_exponent: exponent of the smallest normal number, 2**smallest_exponent.
   """
 
   dtype: jnp.dtype
@@ -43,12 +45,13 @@ FORMATS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-  """`values` times the scale of their tile.
+  """A quantised array: each element is its value times the scale of its tile.
 
   Attributes:
     values_MK: [..., M, K], in the format's dtype.
     scales_mk: float32 [..., ceil(M / tile[0]), ceil(K / tile[1])].
-    tile: rows and columns that share a scale; the last tiles may be smaller.
+    tile: rows and columns of the tiles that share a scale; the last tile along an axis may be
+      smaller.
   """
 
   values_MK: jax.Array
@@ -61,17 +64,17 @@ class Quantized:
 
   @property
   def mT(self) -> "Quantized":
-    """The last two axes exchanged, of values, scales and tile: nothing is rounded."""
+    """The transpose over the last two axes; values, scales and tile are exchanged, not rounded."""
     return Quantized(self.values_MK.mT, self.scales_mk.mT, self.tile[::-1])
 
 
 def num_tiles(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, int]:
-  """Tiles of the last two axes."""
+  """Returns the number of tiles along each of the last two axes."""
   return math.ceil(shape[-2] / tile[0]), math.ceil(shape[-1] / tile[1])
 
 
 def dequantize(x: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-  """The numbers that stand for: values times scales, multiplied in float32."""
+  """Returns values times scales, [..., M, K], multiplied in float32 and cast to `dtype`."""
   rows, columns = x.shape[-2:]
   scales = jnp.repeat(x.scales_mk, x.tile[0], -2)[..., :rows, :]
   scales = jnp.repeat(scales, x.tile[1], -1)[..., :columns]
@@ -79,31 +82,54 @@ def dequantize(x: Quantized, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 
 def round_to(x: jax.Array, name: str) -> jax.Array:
-  """Rounds to nearest, ties to even, and saturates; of the format's dtype."""
+  """Rounds to the format called `name`: to nearest, ties to even, saturating at its largest value.
+
+  Args:
+    x: float32, of any shape.
+    name: a key of `FORMATS`.
+
+  Returns:
+    The rounded values, in the format's dtype.
+  """
   form = FORMATS[name]
   x = jnp.clip(x, -form.largest, form.largest)
   return cast_to(x, form)
 
 
 def cast_to(x: jax.Array, form: Format) -> jax.Array:
-  """Rounds what is not beyond the format's largest, in operations that kernels have, too."""
+  """Rounds to nearest, ties to even, without saturating; returns the format's dtype.
+
+  Uses only operations that Pallas kernels support, too.
+
+  Args:
+    x: float32, with no magnitude above the format's largest value.
+    form: the format to round to.
+  """
   return (x if form.dtype.itemsize == 1 else _round_bits(x, form)).astype(form.dtype)
 
 
 def _round_bits(x: jax.Array, form: Format) -> jax.Array:
-  """Float32 rounded to nearest, ties to even, to what a format holds that no array library has."""
-  dropped = 23 - form.mantissa_bits  # of float32's mantissa
+  """Rounds float32 to nearest, ties to even, for a format that no array library has."""
+  dropped = 23 - form.mantissa_bits  # bits of float32's mantissa that the format lacks
   bits = lax.bitcast_convert_type(x, jnp.int32)
   odd = lax.shift_right_logical(bits, jnp.int32(dropped)) & 1
   bits = (bits + (2 ** (dropped - 1) - 1) + odd) & -(2**dropped)
-  steps = 2.0 ** (form.mantissa_bits - form.smallest_exponent)  # of denormals, in 1
+  steps = 2.0 ** (form.mantissa_bits - form.smallest_exponent)  # spacings of denormals in 1.0
   denormal = lax.round(x * steps, lax.RoundingMethod.TO_NEAREST_EVEN) * (1 / steps)
-  # False for NaN, whose bits could be carried beyond NaN.
+  # The comparison is False for NaN: rounding NaN's bits could carry into the sign.
   return jnp.where(jnp.abs(x) >= 2.0**form.smallest_exponent,
                    lax.bitcast_convert_type(bits, jnp.float32), denormal)
 
 
 def error(of: np.ndarray | jax.Array, exact: np.ndarray | jax.Array) -> float:
-  """Relative Frobenius norm of the difference, in float64."""
+  """Returns the relative error of an array: norm of the difference over the norm of `exact`.
+
+  Args:
+    of: the approximate array.
+    exact: the array that it approximates, of the same shape.
+
+  Returns:
+    The quotient of the two Frobenius norms, computed in float64.
+  """
   of, exact = np.asarray(of, np.float64), np.asarray(exact, np.float64)
   return float(np.linalg.norm(of - exact) / np.linalg.norm(exact))

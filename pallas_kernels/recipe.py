@@ -1,4 +1,7 @@
-"""What FP8 training rounds, and how: data, so that every study of it is a configuration."""
+"""Recipes of FP8 training: which operands are quantised, and how.
+
+Recipes are data, so that every FP8 study is a configuration (arXiv:2412.19437, section 3.3).
+"""
 
 import dataclasses
 from typing import Literal
@@ -11,12 +14,18 @@ _WEIGHT_TILES = ("128x128", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-  """How a matrix, whose last axis is contracted, is quantised; see `pallas_kernels.quantize`.
+  """How an operand of a matrix product is quantised; see `pallas_kernels.quantize`.
+
+  The operand is laid out with its contracted axis last.
 
   Attributes:
-    format: of its values.
-    tile: the elements that share a scale: 128 of a row, a block, a row, or the whole matrix.
-    power_of_two: whether scales are powers of two.
+    format: floating-point format of the values.
+    tile: the elements that share a scale: 128 consecutive elements of a row, a block of 128x128, a
+      whole row, or the whole matrix.
+    power_of_two: whether scales are rounded up to powers of two.
+
+  Raises:
+    ValueError: if the format or the tile is unknown.
   """
 
   format: Literal["e4m3", "e5m2", "e5m6"] = "e4m3"
@@ -35,11 +44,14 @@ _WEIGHT = Operand(tile="128x128")
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """The forward product, y = x w.
+  """Operands of the forward product, y = x w (Fprop).
 
   Attributes:
-    activation: x, by rows.
-    weight: w.
+    activation: how x is quantised; its rows are tokens.
+    weight: how w is quantised.
+
+  Raises:
+    ValueError: if the weight's tile is neither "128x128" nor "tensor".
   """
 
   activation: Operand = Operand()
@@ -51,11 +63,14 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class InputGradient:
-  """The backward product of the input, dx = dy w.T.
+  """Operands of the input gradient, dx = dy w.T (Dgrad).
 
   Attributes:
-    gradient: dy, by rows.
-    weight: w, transposed.
+    gradient: how the output gradient dy is quantised; its rows are tokens.
+    weight: how w.T is quantised.
+
+  Raises:
+    ValueError: if the weight's tile is neither "128x128" nor "tensor".
   """
 
   gradient: Operand = Operand()
@@ -67,11 +82,11 @@ class InputGradient:
 
 @dataclasses.dataclass(frozen=True)
 class WeightGradient:
-  """The backward product of the weight, dw = x.T dy, which contracts over tokens.
+  """Operands of the weight gradient, dw = x.T dy (Wgrad), which contracts over tokens.
 
   Attributes:
-    activation: x, transposed.
-    gradient: dy, transposed.
+    activation: how x.T is quantised: tiles of 1x128 hold 128 tokens of one channel.
+    gradient: how dy.T is quantised: tiles of 1x128 hold 128 tokens of one channel.
   """
 
   activation: Operand = Operand()
@@ -79,30 +94,32 @@ class WeightGradient:
 
 
 def _check_weight(product: Forward | InputGradient) -> None:
+  """Raises ValueError if the tiles of a weight cannot be transposed with it."""
   if product.weight.tile not in _WEIGHT_TILES:
     raise ValueError(
         f"{type(product).__name__}.weight.tile={product.weight.tile!r} must be one of "
-        f"{', '.join(_WEIGHT_TILES)}: the same scales have to serve the transposed weight")
+        f"{', '.join(_WEIGHT_TILES)}: its scales must also fit the transposed weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """The operands of a linear layer's three products, and what is kept for the backward ones.
+  """The operands of a linear layer's three products, and what is kept for the backward pass.
 
-  Defaults are V3's (arXiv:2412.19437, section 3.3).
+  The defaults are V3's (arXiv:2412.19437, section 3.3).
 
   Attributes:
-    forward: the forward product; None if it is not in FP8.
-    input_gradient: the backward product of the input; None if it is not in FP8.
-    weight_gradient: the backward product of the weight; None if it is not in FP8.
-    kept: how the input is kept for the weight gradient; None keeps what the forward product read.
-      Where the weight gradient is not in FP8, the input is kept unquantised.
-    kept_after_attention: the same for the layer after attention.
-    kept_swiglu: how the inputs of the routed experts' SwiGLU are kept, from which its output is
-      recomputed; None keeps them unquantised.
-    dispatch_power_of_two: what is dispatched to experts, inputs and gradients, has scales that are
-      powers of two (V3 section 3.3.3). Requantising it for the weight gradient then loses nothing,
-      and the gradient, too, is requantised from what was dispatched.
+    forward: operands of the forward product; None if it is not in FP8.
+    input_gradient: operands of the input gradient; None if it is not in FP8.
+    weight_gradient: operands of the weight gradient; None if it is not in FP8.
+    kept: how the input of a layer is kept for its weight gradient; None keeps the operand of the
+      forward product. Where the weight gradient is not in FP8, the input is kept unquantised.
+    kept_after_attention: how the input of the linear layer after attention is kept for its weight
+      gradient, with the meaning of `kept`; V3 uses E5M6 there (section 3.3.3).
+    kept_swiglu: how the inputs of the routed experts' SwiGLU are kept for the backward pass, which
+      recomputes its output from them (V3 section 3.3.3); None keeps them unquantised.
+    dispatch_power_of_two: whether the inputs and gradients that are dispatched to experts have
+      scales that are powers of two (V3 section 3.3.3). Requantising them for the weight gradient
+      then loses nothing, so the gradient's operand, too, is requantised from the dispatched array.
   """
 
   forward: Forward | None = Forward()
@@ -115,10 +132,10 @@ class Recipe:
 
   @classmethod
   def parse(cls, text: str) -> "Recipe":
-    """A recipe by its name in RECIPES.
+    """Returns the recipe called `text` in `RECIPES`.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is no recipe of that name.
     """
     if text not in RECIPES:
       raise ValueError(f"there is no recipe {text!r}; there are: {', '.join(RECIPES)}")
@@ -126,12 +143,12 @@ class Recipe:
 
   @property
   def dispatched(self) -> "Recipe":
-    """This recipe for inputs and gradients that have been sent to experts."""
+    """This recipe as it applies to inputs and gradients that are dispatched to experts."""
     if not self.dispatch_power_of_two:
       return self
-    whole = lambda operand: dataclasses.replace(operand, power_of_two=True)
+    with_power_of_two = lambda operand: dataclasses.replace(operand, power_of_two=True)
     change = lambda product, *names: product and dataclasses.replace(
-        product, **{name: whole(getattr(product, name)) for name in names})
+        product, **{name: with_power_of_two(getattr(product, name)) for name in names})
     return dataclasses.replace(
         self, forward=change(self.forward, "activation"),
         input_gradient=change(self.input_gradient, "gradient"),
@@ -139,6 +156,7 @@ class Recipe:
 
 
 def _all(operand: Operand, weight: Operand = _WEIGHT) -> Recipe:
+  """Returns a recipe that quantises all activations and gradients as `operand` says."""
   return Recipe(
       Forward(operand, weight), InputGradient(operand, weight), WeightGradient(operand, operand),
       kept_after_attention=dataclasses.replace(operand, format="e5m6", power_of_two=True),
@@ -146,17 +164,19 @@ def _all(operand: Operand, weight: Operand = _WEIGHT) -> Recipe:
 
 
 def _gradients(gradient: Operand) -> Recipe:
+  """Returns V3's recipe with output gradients quantised as `gradient` says."""
   return Recipe(
       input_gradient=InputGradient(gradient), weight_gradient=WeightGradient(gradient=gradient))
 
 
 RECIPES = {
-    # E4M3 everywhere, with scales for each tile: what V3 was trained with.
+    # E4M3 for every operand, with one scale per tile: the recipe that V3 was trained with.
     "v3": Recipe(),
-    # One scale for each matrix: what it was a departure from.
+    # One scale per matrix: the common practice that V3's recipe departs from.
     "per_tensor": _all(Operand(tile="tensor"), Operand(tile="tensor")),
-    # Hybrid formats: more range and a bit less of mantissa for gradients.
+    # Hybrid formats: gradients have more range and one bit less of mantissa.
     "e5m2_gradients": _gradients(Operand(format="e5m2")),
-    # Gradients in blocks as weights are, so that transposing needs no new tiles (V3 appendix B.2).
+    # Gradients in blocks of 128x128 as weights are, so that their transposes need no
+    # requantisation. V3 reports that a 16B model trained so diverges (appendix B.2).
     "block_gradients": _gradients(Operand(tile="128x128")),
 }

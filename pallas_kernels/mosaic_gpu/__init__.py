@@ -1,1 +1,4 @@
-"""Kernels for Hopper in Pallas' Mosaic GPU, one file per operation."""
+"""Kernels for Hopper GPUs, written in Pallas' Mosaic GPU, one file per operation.
+
+`fp8_matmul` explains the constructs and the protocol that the other kernels share with it.
+"""

@@ -1,7 +1,8 @@
-"""Grouped FP8 matrix product on Hopper, whatever the sizes of the groups; see `fp8_matmul`.
+"""Grouped FP8 matrix product on Hopper, for groups of any size; built from `fp8_matmul`.
 
-Tiles are of one group each. One that owns all of its rows is stored whole, and any other in runs of
-1, 2, 4, ... rows, so that no neighbour's are touched.
+Each tile belongs to one group. At the ends of a group a tile may also cover rows of its neighbours,
+which it computes and does not store: a tile that owns all of its rows is stored whole, and any
+other in runs of 1, 2, 4, ... rows.
 
 Shape letters:  R rows  G groups  K contracted width  N result width  k blocks of K  T tiles
                 F fields of a tile
@@ -16,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul, schedule
-from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Sums, Tile, Tiling
+from pallas_kernels.mosaic_gpu import fp8_matmul, fp8_tiling, schedule
+from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Sums, Tile
+from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     SWIZZLE,
@@ -30,30 +32,37 @@ from pallas_kernels.mosaic_gpu.hopper import (
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
-_PIECE = 64  # columns, the most that are stored at a time where a tile owns some of its rows
+# Most columns that are stored at a time where a tile owns some of its rows only: a 128-byte row of
+# bfloat16.
+_PIECE = 64
 
 
 def run(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype,
     tiling: Tiling | None = None, interpret: object = None) -> jax.Array:
-  """See `pallas_kernels.fp8_grouped_matmul`.
+  """Multiplies each group of rows by that group's matrix; see `pallas_kernels.fp8_grouped_matmul`.
 
   Args:
-    lhs_RK, rhs_GNK, sizes_G, dtype: as there.
+    lhs_RK: float8_e4m3fn values with 1x128 scales, the rows of group 0 first.
+    rhs_GNK: float8_e4m3fn values with 128x128 scales.
+    sizes_G: int32, rows per group.
+    dtype: dtype of the result, bfloat16 or float32.
     tiling, interpret: see `fp8_matmul.run`.
 
   Returns:
     [R, N].
   """
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
-  tiling = tiling or tuned(fp8_matmul.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
+  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
                            dtype, groups, k, n)
   values_RK = pad_blocks(pad_rows(lhs_RK.values_MK, tiling.block_m), BLOCK)
-  end = len(values_RK) - rows
+  extra = len(values_RK) - rows
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
   def body(fields_TF, count_1, refs: Refs, cut_smem):
     def locate(index):
+      # The number of tiles depends on the sizes, so it is read when the kernel runs. Rows of no
+      # group are tiles of group G: they have no block of K to sum, and store zeros.
       ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.swizzle)
       tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
       num_k = jnp.where(tile.group < groups, pl.cdiv(k, BLOCK), 0).astype(jnp.int32)
@@ -64,32 +73,32 @@ def run(
     fp8_matmul.multiply_tiles(refs, count_1[0] * num_columns, locate, tiling)
 
   operands = (values_RK, pad_blocks(rhs_GNK.values_MK, BLOCK),
-              jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, end))), rhs_GNK.scales_mk)
-  most = schedule.most_tiles(rows + end, groups, tiling.block_m) * num_columns
+              jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, extra))), rhs_GNK.scales_mk)
+  most = schedule.most_tiles(rows + extra, groups, tiling.block_m) * num_columns
   width = SWIZZLE // jnp.dtype(dtype).itemsize
   if tiling.block_n % width:
     raise ValueError(f"tiles of a grouped product in {jnp.dtype(dtype).name} need a multiple of "
                      f"{width} columns, and they have {tiling.block_n}")
   return fp8_matmul.launch(
-      "fp8_grouped_matmul", body, operands, jax.ShapeDtypeStruct((rows + end, n), dtype), tiling,
+      "fp8_grouped_matmul", body, operands, jax.ShapeDtypeStruct((rows + extra, n), dtype), tiling,
       most, interpret, vectors=False,
-      before=schedule.row_tiles(sizes_G, rows + end, tiling.block_m),
+      before=schedule.row_tiles(sizes_G, rows + extra, tiling.block_m),
       cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))[:rows]
 
 
 def unsupported_reason(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
-  """Why `run` cannot multiply these, or None."""
+  """Returns why `run` cannot multiply these operands, or None if it can."""
   if rhs_GNK.shape[1] == 0 or rhs_GNK.shape[1] % _PIECE:
     return f"needs N to be a multiple of {_PIECE}, and it is {rhs_GNK.shape[1]}"
   if 0 in lhs_RK.shape or len(sizes_G) == 0:
-    return f"needs rows and groups, and lhs is {lhs_RK.shape}, of {len(sizes_G)} groups"
-  return fp8_matmul.unsupported_formats(lhs_RK, rhs_GNK, dtype)
+    return f"needs rows and groups, and lhs has shape {lhs_RK.shape} in {len(sizes_G)} groups"
+  return fp8_tiling.unsupported_formats(lhs_RK, rhs_GNK, dtype)
 
 
 def _store_owned(
     refs: Refs, cut_smem, tile: schedule.Tile, column, tiling: Tiling, sums: Sums) -> None:
-  """Stores those of this warpgroup's rows that the tile owns."""
+  """Stores those rows of this warpgroup's part that the tile owns, wave by wave."""
   def store(row, chunks):
     first, count = owned(tile.first, tile.end, row)
     pl.when(count == ROWS)(lambda: fp8_matmul.store_wave(refs, refs.out, row, column, chunks))
@@ -101,7 +110,7 @@ def _store_owned(
 
 
 def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
-  """Stores `count` rows of a warpgroup's, which begin at `row`: those from `first`."""
+  """Stores `count` of the 64 rows in `chunks`, from row `first` on; row 0 goes to `row`."""
   cut = cut_smem.at[lax.axis_index("wg")]
   chunk, width = chunks[0].shape[1], cut.shape[1]
 
@@ -114,7 +123,8 @@ def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
     store_runs(cut, first, count, out_RN, row, pl.ds(column + start, width))
 
   for start in range(0, len(chunks) * chunk, width):
-    # Columns behind a row's last would be those of the next row: not so where tiles are whole.
+    # A copy of a single row is not clipped at the row's end, and would overwrite the next row. The
+    # swizzled copies of whole tiles are clipped.
     pl.when(column + start < out_RN.shape[1])(functools.partial(store_piece, start))
 
 

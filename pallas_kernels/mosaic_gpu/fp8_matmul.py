@@ -1,15 +1,26 @@
-"""FP8 matrix product on Hopper, and the kernel that all FP8 products there are made of.
+"""FP8 matrix product on Hopper, and the kernel that every FP8 product here is built from.
 
-A kernel stays on its multiprocessor and goes from tile to tile of the result. One warpgroup fetches
-operands into a ring in shared memory, running ahead into the next tile; two others multiply, 64
-rows each. A tensor core keeps 14 bits of a sum, so every 128 of K begins a new accumulator, which
-is scaled and added to a float32 sum: the promotion (arXiv:2412.19437, section 3.3.2). While one
-warpgroup promotes, the tensor core has the other's products, or with a depth of 2 its own.
+A tensor core keeps about 14 bits of a sum of FP8 products. So every 128 of K goes to an accumulator
+that starts from zero, and its result is multiplied by the scales and added to a float32 sum in
+registers: the promotion (arXiv:2412.19437, section 3.3.2).
 
-Shape letters:  M, N rows of the operands  K contracted width  k blocks of 128 of K  n blocks of N
+The kernel is persistent and warp-specialised: one block of three warpgroups per multiprocessor
+computes tile after tile of the result. The producer warpgroup loads both operands by TMA into a
+ring of stages in shared memory, and runs ahead into the next tile. Two consumer warpgroups multiply
+half of the tile's rows each. Two mbarriers per stage connect them: `full` completes when the TMA
+loads of a stage have landed, and `empty` when both consumers have released it. While one consumer
+promotes, the tensor cores work on a product of the other or, with a depth of 2, on its next one.
+
+Reading Pallas as CUDA: the code of a kernel is that of one warpgroup, which Pallas calls a thread.
+An array is spread over the registers of its 128 CUDA threads. A ref is a pointer with a shape, to
+global or shared memory, and `ref.at[...]` is address arithmetic that loads nothing. Python's own
+loops and branches run while the kernel is traced, so they unroll; `lax.fori_loop`, `pl.loop` and
+`pl.when` become loops and branches of the kernel.
+
+Shape letters:  M, N rows of the operands  K contracted width  k blocks of 128 of K
+                n blocks of 128 of N
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,6 +33,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
+from pallas_kernels.mosaic_gpu.fp8_tiling import (
+  Tiling,
+  default_tiling,
+  unsupported_columns,
+  unsupported_formats,
+)
 from pallas_kernels.mosaic_gpu.hopper import (
   MULTIPROCESSORS,
   ROWS,
@@ -35,66 +52,27 @@ from pallas_kernels.mosaic_gpu.hopper import (
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
-_GRAIN = 16  # bytes, or rows laid out in eights; what copies count in
-_IN_TURN = 4  # products after which none is in flight, as ptxas wants none where a loop goes back
-FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240  # a thread's; 65536 in all, handed out in eights
+# Products in one iteration of the loop over K with a depth of 2. ptxas wants no wgmma in flight
+# where a loop jumps back, so each iteration ends by draining the pipeline: once for four products.
+_PRODUCTS_PER_ITERATION = 4
+# Registers per thread after setmaxnreg, which counts in eights. One producer and two consumer
+# warpgroups use 128 * (24 + 2 * 240) = 64512 of the 65536 that a multiprocessor has.
+FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240
 
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """How a product is cut into tiles.
-
-  A thread's registers hold sums for the tile's 64 rows or twice that, and `depth` products beside
-  them: columns times the number of those is at most 384. A tile of 128x128 asks L2 for 64 bytes a
-  cycle, more than it gives, and twice the rows or a cluster of two for 48, both for 32.
-
-  Attributes:
-    block_m: rows of a tile, 128 or 256.
-    block_n: columns of a tile, a multiple of 32, up to 192.
-    depth: products that a warpgroup has in flight, 1 or 2.
-    stages: blocks of K in shared memory.
-    swizzle: columns of tiles that are finished before the next ones begin, so that tiles that run
-      at the same time share operands in L2.
-    cluster: multiprocessors side by side along N that fetch lhs once for all, 1, 2 or 4.
-  """
-
-  block_m: int = 128
-  block_n: int = 128
-  depth: int = 2
-  stages: int = 5
-  swizzle: int = 8
-  cluster: int = 1
-
-  def __post_init__(self):
-    if (self.block_m not in (128, 256) or self.block_n % 32 or self.block_n < 32
-        or self.depth not in (1, 2) or self.cluster not in (1, 2, 4)
-        or self.stages <= self.depth or self.swizzle < 1):
-      raise ValueError(f"no kernel is cut as {self}; see Tiling for the ranges")
-    if (self.waves + self.depth) * self.block_n > 384:
-      raise ValueError(f"{self} leaves too few registers; narrow block_n, or set depth to 1")
-
-  @property
-  def waves(self) -> int:
-    """Matrix instructions that a warpgroup needs for its rows."""
-    return self.block_m // (WARPGROUPS * ROWS)
-
-  def row(self, wave: int) -> jax.Array:
-    """Of the tile, where this warpgroup's wave begins."""
-    return (lax.axis_index("wg") * self.waves + wave) * ROWS
-
-
-Sums = tuple[tuple[jax.Array, ...], ...]  # of a tile, for each wave in chunks of columns
+# The float32 sums of a warpgroup's part of a tile: for each wave of 64 rows a tuple of chunks of
+# columns, such that all columns of a chunk have the same 128x128 scale.
+Sums = tuple[tuple[jax.Array, ...], ...]
 
 
 class Tile(NamedTuple):
-  """A tile of the result: its operands and where it goes.
+  """A tile of the result: its operands, and how to store it.
 
   Attributes:
-    lhs_row, rhs_row: the first.
-    first_k, num_k: blocks of K.
-    rhs_NK, rhs_scales: of the tile's group; scales are [k, N], one for every row, or [n, k], one
-      for every 128.
-    store: takes the tile's sums.
+    lhs_row, rhs_row: first row of each operand; those of rhs are the tile's columns.
+    first_k, num_k: first block of 128 of K to sum over, and the number of blocks.
+    rhs_NK, rhs_scales: rhs and its scales, those of the tile's group in a grouped product; scales
+      are [k, N] if each row has its own (1x128), or [n, k] if each 128 rows share one (128x128).
+    store: takes the sums of this warpgroup's part of the tile, and writes them to the result.
   """
 
   lhs_row: jax.Array
@@ -107,9 +85,16 @@ class Tile(NamedTuple):
 
 
 class Refs(NamedTuple):
-  """What a kernel works on; in shared memory the first axis is stages.
+  """The memory and barriers that a kernel works on.
 
-  Of rhs' scales only those of rows go through shared memory: others are read one at a time.
+  Attributes:
+    lhs_MK, rhs_NK, lhs_scales_kM, rhs_scales, out: operands and result in global memory.
+    lhs_smem, rhs_smem, lhs_scale_smem, rhs_scale_smem: the ring in shared memory; the first axis is
+      the stage. `rhs_scale_smem` is None for 128x128 scales: a tile needs one or two of those for
+      128 of K, and a TMA copy moves no less than 16 bytes, so they are read from global memory.
+    out_smem: staging buffer for the result, a wave of 64 rows for each consumer warpgroup.
+    full, empty: one mbarrier for each stage; see `_shared`.
+    interpreted: whether Pallas' interpreter runs the kernel, on a CPU.
   """
 
   lhs_MK: jax.Ref
@@ -130,12 +115,15 @@ class Refs(NamedTuple):
 def run(
     lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype,
     tiling: Tiling | None = None, interpret: object = None) -> jax.Array:
-  """See `pallas_kernels.fp8_matmul`.
+  """Returns lhs @ rhs.T; see `pallas_kernels.fp8_matmul`.
 
   Args:
-    lhs_MK, rhs_NK, dtype: as there.
-    tiling: None for the one measured best, or `default_tiling`.
-    interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
+    lhs_MK: float8_e4m3fn values with 1x128 scales.
+    rhs_NK: float8_e4m3fn values with 128x128 or 1x128 scales.
+    dtype: dtype of the result, bfloat16 or float32.
+    tiling: how the product is cut; None takes the tiling that was measured fastest for this shape,
+      or else `default_tiling`.
+    interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, without a GPU.
 
   Returns:
     [M, N].
@@ -151,6 +139,8 @@ def run(
 
   def body(refs: Refs):
     def locate(index):
+      # L2 rasterisation: along M within a band of `swizzle` columns of tiles, back along the next
+      # band, so that the tiles in flight on all multiprocessors share rows of both operands.
       mi, ni = plgpu.planar_snake(index, grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, first_column(ni, tiling)
       return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales,
@@ -158,6 +148,8 @@ def run(
 
     multiply_tiles(refs, math.prod(grid), locate, tiling)
 
+  # Scales of rows are transposed to [k, M], so that those that a tile needs for 128 of K are
+  # contiguous, which makes them a single TMA copy.
   operands = (values_MK, pad_blocks(rhs_NK.values_MK, BLOCK),
               k_major(lhs_MK.scales_mk, tiling.block_m),
               k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)
@@ -166,59 +158,20 @@ def run(
 
 
 def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
-  """Why `run` cannot multiply these, or None."""
-  if reason := unsupported_size("N", rhs_NK.shape[0]):
-    return reason
+  """Returns why `run` cannot multiply these operands, or None if it can."""
   if 0 in lhs_MK.shape:
-    return f"needs numbers to multiply, and lhs is {lhs_MK.shape}"
-  return unsupported_formats(lhs_MK, rhs_NK, dtype)
-
-
-def unsupported_size(name: str, size: int) -> str | None:
-  """Why rows of rhs, or columns of a result, cannot be copied in whole tiles, or None."""
-  if size == 0 or size % _GRAIN:
-    return f"needs {name} to be a multiple of {_GRAIN}, and it is {size}"
-  return None
-
-
-def unsupported_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
-  """Why operands or a result of these formats cannot be had, or None."""
-  formats = lhs.values_MK.dtype, rhs.values_MK.dtype
-  if formats != (jnp.float8_e4m3fn, jnp.float8_e4m3fn):
-    return f"needs both operands in float8_e4m3fn, and they are {formats[0]} and {formats[1]}"
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
-  return None
-
-
-def default_tiling(
-    dtype: jnp.dtype, vectors: bool, shape: tuple[int, int] | None = None) -> Tiling:
-  """The most stages that fit, without spilled registers.
-
-  Those are 5 for tiles of 128 rows, or 4 where results in float32 take twice the room, and 3 for
-  tiles of 256 rows whatever the result.
-
-  With scales of rows on both sides, tiles of 256 rows read them half as often, and take 1.8 times
-  as long as tiles of 128. Too few of them leave multiprocessors idle in the end.
-
-  Args:
-    dtype: of the result.
-    vectors: whether rhs has a scale for every row.
-    shape: of the result, where it is all that there is to compute.
-  """
-  stages = 5 if jnp.dtype(dtype).itemsize == 2 else 4
-  if not vectors:
-    return Tiling(stages=stages)
-  tall, short = Tiling(block_m=256, depth=1, stages=3), Tiling(depth=1, stages=stages)
-  if not shape:
-    return tall
-  rounds = lambda tiling: pl.cdiv(
-      pl.cdiv(shape[0], tiling.block_m) * pl.cdiv(shape[1], tiling.block_n), MULTIPROCESSORS)
-  return short if rounds(short) < 1.8 * rounds(tall) else tall
+    return f"needs an lhs that is not empty, and its shape is {lhs_MK.shape}"
+  return (unsupported_formats(lhs_MK, rhs_NK, dtype)
+          or unsupported_columns(rhs_NK.shape[0], dtype))
 
 
 def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
-  """Of this multiprocessor's tile among those that its cluster has side by side."""
+  """Returns the first column of this block's tile.
+
+  Args:
+    ni: index of the group of tiles, side by side along N, that the cluster computes at a time.
+    tiling: how the result is cut.
+  """
   return (ni * tiling.cluster + lax.axis_index("cluster")) * tiling.block_n
 
 
@@ -226,23 +179,29 @@ def launch(
     name: str, body: Callable[..., None], operands: tuple[jax.Array, ...],
     out: jax.ShapeDtypeStruct, tiling: Tiling, most_tiles: int, interpret: object, *,
     vectors: bool, before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
-  """Runs a kernel on every multiprocessor.
+  """Launches a kernel as persistent blocks, at most one for each multiprocessor.
 
   Args:
-    name: of the kernel, for profiles.
-    body: takes `before`, the refs, and `scratch`.
+    name: name of the kernel, for profiles.
+    body: the kernel; it takes the refs of `before`, a `Refs`, and those of `scratch` by name.
     operands: lhs, rhs and their scales; see `Refs`.
     out: shape and dtype of the result.
-    tiling: of the result.
-    most_tiles: of a cluster, of which there need not be more.
+    tiling: how the result is cut.
+    most_tiles: upper bound on the number of tiles, or of groups of tiles that a cluster computes at
+      a time; no more clusters are launched.
     interpret: see `run`.
-    vectors: whether rhs has a scale for every row.
-    before: more arrays.
-    **scratch: more of the shared memory.
+    vectors: whether rhs has a scale for each row.
+    before: further arrays that the kernel reads, passed ahead of `operands`.
+    **scratch: further shared memory.
   """
-  def kernel(*refs, extra, **own):
-    body(*refs[:-5], Refs(*refs[-5:], **own, interpreted=interpret is not None), **extra)
+  def kernel(*refs, extra, **shared):
+    body(*refs[:-5], Refs(*refs[-5:], **shared, interpreted=interpret is not None), **extra)
 
+  # A launch of grid * cluster blocks of 3 * 128 CUDA threads. The grid counts clusters, so
+  # lax.axis_index("sm") is the same in all blocks of a cluster, and axis_index("cluster") is a
+  # block's rank there. `num_threads` counts warpgroups, and axis_index("wg") tells them apart.
+  # With lane semantics Pallas lowers a wgmma to inline PTX at once, which `wgmma_overwrite` edits.
+  # With the default, warpgroup semantics, there would be no PTX yet: a later pass emits it.
   return plgpu.kernel(
       kernel, out_type=out, grid=(min(MULTIPROCESSORS // tiling.cluster, most_tiles),),
       grid_names=("sm",),
@@ -254,10 +213,17 @@ def launch(
 
 
 def _shared(dtype, tiling, vectors) -> dict[str, object]:
+  """Returns the shared memory and the mbarriers of a block, by their names in `Refs`."""
   stages, block_n = tiling.stages, tiling.block_n
+  # Bytes of the widest swizzle of which a row of the staging buffer is a multiple.
   row = min(128, math.gcd(block_n, 128) * dtype.itemsize)
+  # Barriers are mbarriers, one for each stage; `num_arrivals` counts warpgroups, not threads. Both
+  # consumers arrive at `empty`. With a cluster they arrive at that of every block in it: its TMA
+  # multicasts write to the stages of all blocks, so the consumers of all must have released them.
   barrier = plgpu.Barrier if tiling.cluster == 1 else functools.partial(
       plgpu.ClusterBarrier, collective_axes=("cluster",))
+  # Shared memory. A stage has 128 of K, which in FP8 are one row of the 128-byte swizzle, and lies
+  # there as TMA writes it and wgmma reads it.
   ring = functools.partial(plgpu.SMEM, dtype=jnp.float8_e4m3fn, transforms=swizzle(1))
   return {
       "lhs_smem": ring((stages, tiling.block_m, BLOCK)),
@@ -266,6 +232,7 @@ def _shared(dtype, tiling, vectors) -> dict[str, object]:
       "rhs_scale_smem": plgpu.SMEM((stages, block_n), jnp.float32) if vectors else None,
       "out_smem": plgpu.SMEM((WARPGROUPS, ROWS, block_n), dtype,
                              transforms=swizzle(dtype.itemsize, row)),
+      # Each TMA load into a stage counts as one arrival, and announces the bytes that must land.
       "full": plgpu.Barrier(num_arrivals=4 if vectors else 3, num_barriers=stages),
       "empty": barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
   }
@@ -274,32 +241,47 @@ def _shared(dtype, tiling, vectors) -> dict[str, object]:
 def multiply_tiles(
     refs: Refs, num_tiles: int | jax.Array, locate: Callable[[jax.Array], Tile],
     tiling: Tiling) -> None:
-  """Divides tiles among multiprocessors and roles among warpgroups; the body of a kernel."""
+  """Computes all tiles: the body of a kernel, with a role for each warpgroup.
+
+  Args:
+    refs: memory and barriers.
+    num_tiles: number of tiles, or of groups of tiles that a cluster computes at a time.
+    locate: returns the block's tile, given its index.
+    tiling: how the result is cut.
+  """
   wg = lax.axis_index("wg")
 
   @pl.when(wg == WARPGROUPS)
   def _():
+    # setmaxnreg: the producer, which only issues copies, gives registers up to the consumers.
     plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
     _fetch_tiles(refs, num_tiles, locate, tiling)
 
   @pl.when(wg < WARPGROUPS)
   def _():
     plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
-    own = pl.ds(wg * (tiling.block_m // WARPGROUPS), tiling.block_m // WARPGROUPS)
-    mine = refs._replace(lhs_smem=refs.lhs_smem.at[:, own],
-                         lhs_scale_smem=refs.lhs_scale_smem.at[:, own])
+    own_rows = pl.ds(wg * (tiling.block_m // WARPGROUPS), tiling.block_m // WARPGROUPS)
+    own_refs = refs._replace(lhs_smem=refs.lhs_smem.at[:, own_rows],
+                             lhs_scale_smem=refs.lhs_scale_smem.at[:, own_rows])
 
+    # A persistent, static scheduler: cluster i of the grid takes tiles i, i + grid, i + 2 * grid...
+    # The loop carries the ring's next stage from tile to tile, as the producer does not stop in
+    # between.
     @plgpu.nd_loop((num_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
     def _(loop, carry):
       tile = locate(loop.index[0])
-      slot, sums = _multiply_tile(mine, tile, carry, tiling)
+      slot, sums = _multiply_tile(own_refs, tile, carry, tiling)
       tile.store(sums)
       return slot
 
+    # TMA stores read shared memory, which is gone when the block exits.
     plgpu.wait_smem_to_gmem(0)
 
 
 def _fetch_tiles(refs, num_tiles, locate, tiling) -> None:
+  """The producer: fills stages for the same tiles, in the same order, as consumers empty them."""
+  # A wait takes no phase. Pallas keeps each barrier's parity bit in a local variable and flips it
+  # on every wait, so a warpgroup that waits for a barrier must wait for every one of its phases.
   def await_empty(step):
     plgpu.barrier_wait(refs.empty.at[lax.rem(step, tiling.stages)])
 
@@ -308,22 +290,29 @@ def _fetch_tiles(refs, num_tiles, locate, tiling) -> None:
     tile = locate(loop.index[0])
 
     def fetch(i, step):
+      # Stages are empty at first, and no consumer has arrived at their barriers.
       pl.when(step >= tiling.stages)(lambda: await_empty(step))
       _fetch(refs, tile, tile.first_k + i, lax.rem(step, tiling.stages), tiling)
       return step + 1
 
     return lax.fori_loop(0, tile.num_k, fetch, carry)
 
-  # Nobody may leave while another of its cluster still writes to its memory.
+  # A block must not exit while another block of its cluster may still multicast into its shared
+  # memory, or arrive at its barriers: so wait until the last fills of all stages are released.
   pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)(await_empty)
 
 
 def _fetch(refs, tile, ki, slot, tiling) -> None:
+  """Starts the TMA loads of one block of K into a stage."""
   def copy(source, smem, **options):
+    # One thread issues cp.async.bulk.tensor; what lies past the operand's end is filled with zeros.
+    # Before that the warpgroup arrives at the barrier and announces the bytes (arrive.expect_tx).
     plgpu.copy_gmem_to_smem(source, smem.at[slot], refs.full.at[slot], **options)
 
   rows, columns = pl.ds(tile.lhs_row, tiling.block_m), pl.ds(tile.rhs_row, tiling.block_n)
   block = pl.ds(ki * BLOCK, BLOCK)
+  # Multicast: every block of the cluster loads an equal part of lhs's rows into the shared memory
+  # of all, and waits at its own barrier for all of them.
   copy(refs.lhs_MK.at[rows, block], refs.lhs_smem,
        collective_axes="cluster" if tiling.cluster > 1 else None)
   copy(tile.rhs_NK.at[columns, block], refs.rhs_smem)
@@ -333,13 +322,21 @@ def _fetch(refs, tile, ki, slot, tiling) -> None:
 
 
 def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
-  """The slot of the next block, and the tile's sums."""
+  """Sums this warpgroup's part of a tile over K, from the stage `slot` on.
+
+  Returns:
+    The stage of the block after the tile's last, and the sums.
+  """
+  # Tiles begin at multiples of block_n, so as many columns as divide both it and 128 have one
+  # 128x128 scale. 1x128 scales differ for each column anyway.
   width = math.gcd(tiling.block_n, BLOCK) if refs.rhs_scale_smem is None else tiling.block_n
+  # Layout.WGMMA spreads an array over the threads' registers as wgmma does its result.
   zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
   sums = ((zeros,) * (tiling.block_n // width),) * tiling.waves
-  span = 1 if tiling.depth == 1 else _IN_TURN // tiling.waves
+  # Blocks of K in one iteration. With a depth of 1 every product is drained before the next anyway.
+  span = 1 if tiling.depth == 1 else _PRODUCTS_PER_ITERATION // tiling.waves
 
-  def several(num, first_k):
+  def add_blocks(num, first_k):
     def add(i, carry):
       slot, sums = carry
       slots = [slot]
@@ -349,91 +346,114 @@ def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
           refs, tile, first_k + i * num, slots[:num], sums, tiling)
     return add
 
-  carry = lax.fori_loop(0, tile.num_k // span, several(span, tile.first_k), (slot, sums))
+  carry = lax.fori_loop(0, tile.num_k // span, add_blocks(span, tile.first_k), (slot, sums))
   if span == 1 or (isinstance(tile.num_k, int) and tile.num_k % span == 0):
     return carry
-  odd = tile.num_k % span
-  return lax.fori_loop(0, odd, several(1, tile.first_k + tile.num_k - odd), carry)
+  left = tile.num_k % span
+  return lax.fori_loop(0, left, add_blocks(1, tile.first_k + tile.num_k - left), carry)
 
 
 def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
-  """Adds the products of the next blocks of K, which are in these slots."""
+  """Adds the products of consecutive blocks of K, from `ki` on, which are in stages `slots`."""
   jobs = [(i, wave) for i in range(len(slots)) for wave in range(tiling.waves)]
-  # The interpreter cannot overwrite an accumulator: each is for one product there.
+  # The interpreter ignores inline_mgpu, by which `wgmma_overwrite` has a product overwrite its
+  # accumulator. There a product adds to it, so each gets a new accumulator, which holds zeros.
   at_once = tiling.depth if refs.interpreted else len(jobs)
+  # The D registers of a wgmma, block_n / 2 of each thread. run_scoped allocates them while the
+  # function given to it runs.
   accumulator = plgpu.ACC((ROWS, tiling.block_n), jnp.float32)
   for first in range(0, len(jobs), at_once):
-    some = jobs[first:first + at_once]
-    sums = pl.run_scoped(functools.partial(_pipeline, refs, tile, ki, slots, sums, tiling, some),
-                         *[accumulator] * min(tiling.depth, len(some)))
+    group = jobs[first:first + at_once]
+    sums = pl.run_scoped(functools.partial(_pipeline, refs, tile, ki, slots, sums, tiling, group),
+                         *[accumulator] * min(tiling.depth, len(group)))
   return sums
 
 
 def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
-  """Multiplies, with as many products in flight as there are accumulators, which take turns."""
+  """Multiplies and promotes, with as many products in flight as there are accumulators.
+
+  Two accumulators take turns: while the product in one is promoted, the tensor cores write to the
+  other. `jobs` are the products, pairs of an index into `slots` and a wave.
+  """
   sums, rhs_scales = list(sums), {}
 
-  def begin(at):
-    i, wave = jobs[at]
+  def begin(job):
+    i, wave = jobs[job]
     if refs.rhs_scale_smem is None and i not in rhs_scales:
-      rhs_scales[i] = _block_scales(tile, ki + i, tiling)  # they may come while operands do
-    if wave == 0:
+      # Loaded before the wait, so that global memory's latency passes while operands arrive.
+      rhs_scales[i] = _block_scales(tile, ki + i, tiling)
+    if wave == 0:  # once for all waves: they read the same stage
       plgpu.barrier_wait(refs.full.at[slots[i]])
-    wgmma_overwrite(accumulators[at % len(accumulators)],
-                  refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)],
-                  refs.rhs_smem.at[slots[i]].T)
+    # Asynchronous: four wgmma.m64nNk32, the first of which overwrites the accumulator, and a
+    # commit_group. `.T` moves nothing: rhs is [N, K], the K-major order that FP8 wgmma requires.
+    wgmma_overwrite(accumulators[job % len(accumulators)],
+                    refs.lhs_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)],
+                    refs.rhs_smem.at[slots[i]].T)
 
-  for at in range(len(accumulators)):
-    begin(at)
-  for at, (i, wave) in enumerate(jobs):
-    # From shared memory while the tensor core works, and once for all waves.
+  for job in range(len(accumulators)):
+    begin(job)
+  for job, (i, wave) in enumerate(jobs):
+    # Scales are loaded from shared memory while the tensor cores work; rhs's once for all waves.
     if i not in rhs_scales:
       rhs_scales[i] = [_load(refs.rhs_scale_smem.at[slots[i]], 0)]
     row_scales = _load(refs.lhs_scale_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)], 1)
     if refs.interpreted:
-      # The detector of races asks for this between a read and the copy that follows. On hardware
-      # the read is done by when the barrier is arrived at.
+      # The race detector requires this between a read and the copy that overwrites it. On hardware
+      # a thread's reads are complete when it arrives at the barrier.
       plgpu.commit_smem()
-    behind = min(len(accumulators), len(jobs) - at) - 1
-    product = plgpu.wgmma_accumulator_load(accumulators[at % len(accumulators)], wait_n=behind)
+    # wgmma.wait_group: products finish in order, and those begun after this one may go on.
+    in_flight = min(len(accumulators), len(jobs) - job) - 1
+    product = plgpu.wgmma_accumulator_load(accumulators[job % len(accumulators)], wait_n=in_flight)
     if wave == tiling.waves - 1:
+      # The stage is not needed any more: operands are multiplied, and scales are in registers.
       plgpu.barrier_arrive(refs.empty.at[slots[i]])
     sums[wave] = _promote(sums[wave], product, row_scales, rhs_scales[i])
-    if at + len(accumulators) < len(jobs):
-      begin(at + len(accumulators))
+    if job + len(accumulators) < len(jobs):
+      begin(job + len(accumulators))
   return tuple(sums)
 
 
 def _load(scales, axis) -> jax.Array:
+  """Loads scales from shared memory, to each thread those of its elements of a wgmma's result.
+
+  A scale is common to all elements along `axis`: 1 for scales of rows, 0 for scales of columns.
+  `optimized=False` accepts that Pallas has no vectorised load for these layouts.
+  """
   return plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
 
 
 def _block_scales(tile, ki, tiling) -> list[jax.Array]:
-  """One for each chunk of columns."""
+  """Loads rhs's 128x128 scales for a block of K: one scalar for each chunk of columns."""
   last = tile.rhs_scales.shape[0] - 1  # a tile may reach past it
   return [tile.rhs_scales[jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last), ki]
           for column in range(0, tiling.block_n, math.gcd(tiling.block_n, BLOCK))]
 
 
 def _promote(sums, product, row_scales, rhs_scales) -> tuple[jax.Array, ...]:
-  """Adds a product to the sums, chunk by chunk; a chunk's scale is a number or one per column."""
+  """Adds a scaled product to the sums in full float32 precision, chunk by chunk of columns.
+
+  A chunk's scale in `rhs_scales` is a scalar, or a vector with one for each column.
+  """
   shape = sums[0].shape
 
-  def scale(of_rhs):
-    if of_rhs.ndim == 0:
-      return lax.broadcast_in_dim(row_scales * of_rhs, shape, [0])
+  def scale(rhs_scale):
+    if rhs_scale.ndim == 0:
+      return lax.broadcast_in_dim(row_scales * rhs_scale, shape, [0])
     return (lax.broadcast_in_dim(row_scales, shape, [0])
-            * lax.broadcast_in_dim(of_rhs, shape, [1]))
+            * lax.broadcast_in_dim(rhs_scale, shape, [1]))
 
   return tuple(
-      total + lax.slice(product, (0, i * shape[1]), (ROWS, (i + 1) * shape[1])) * scale(of_rhs)
-      for i, (total, of_rhs) in enumerate(zip(sums, rhs_scales, strict=True)))
+      total + lax.slice(product, (0, i * shape[1]), (ROWS, (i + 1) * shape[1])) * scale(rhs_scale)
+      for i, (total, rhs_scale) in enumerate(zip(sums, rhs_scales, strict=True)))
 
 
 def store(
     refs: Refs, out_MN: jax.Ref, row: jax.Array, column: jax.Array, tiling: Tiling,
     sums: Sums) -> None:
-  """Writes a tile, of which what reaches past the result is left out, without waiting for it."""
+  """Writes this warpgroup's part of the tile at `row` and `column`, without waiting for the copies.
+
+  TMA leaves out what reaches past the end of the result.
+  """
   for wave, chunks in enumerate(sums):
     store_wave(refs, out_MN, row + tiling.row(wave), column, chunks)
 
@@ -441,11 +461,13 @@ def store(
 def store_wave(
     refs: Refs, out_MN: jax.Ref, row: jax.Array, column: jax.Array,
     chunks: tuple[jax.Array, ...]) -> None:
-  """Writes a wave's sums once those before them have left shared memory."""
+  """Writes a wave's 64 rows of sums to the result, at `row` and `column`, through shared memory."""
   staged, width = refs.out_smem.at[lax.axis_index("wg")], chunks[0].shape[1]
+  # The TMA store before this one must have finished reading the staging buffer (wait_group.read).
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   for i, chunk in enumerate(chunks):
     staged[:, i * width:(i + 1) * width] = chunk.astype(staged.dtype)
+  # fence.proxy.async by every thread, then a barrier of the warpgroup: TMA sees the stores above.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(staged, out_MN.at[pl.ds(row, ROWS), pl.ds(column, staged.shape[1])])
 

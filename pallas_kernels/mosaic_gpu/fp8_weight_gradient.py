@@ -1,6 +1,7 @@
-"""Gradients of a grouped product's matrices on Hopper in FP8; see `fp8_matmul`.
+"""Gradients of a grouped product's matrices on Hopper in FP8; built from `fp8_matmul`.
 
-Every group begins at a multiple of 128 rows, so a block that is promoted never straddles groups.
+The product contracts over a group's rows. Every group begins at a multiple of 128 rows, so the 128
+rows between two promotions never belong to two groups.
 
 Shape letters:  S rows with every group at a multiple of 128  G groups  K, N widths
                 s blocks of 128 rows
@@ -16,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul
-from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile, Tiling
+from pallas_kernels.mosaic_gpu import fp8_matmul, fp8_tiling
+from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile
+from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import k_major
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.ops.fp8_grouped import aligned_sizes, aligned_starts
@@ -27,23 +29,27 @@ from pallas_kernels.quantized import BLOCK, Quantized
 def run(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype,
     tiling: Tiling | None = None, interpret: object = None) -> jax.Array:
-  """See `pallas_kernels.fp8_grouped_weight_gradient`.
+  """Returns each group's lhs @ rhs.T; see `pallas_kernels.fp8_grouped_weight_gradient`.
 
   Args:
-    lhs_KS, rhs_NS, sizes_G, dtype: as there.
+    lhs_KS, rhs_NS: float8_e4m3fn values with 1x128 scales; zeros between groups and after the last.
+    sizes_G: int32, rows per group.
+    dtype: dtype of the result, bfloat16 or float32.
     tiling, interpret: see `fp8_matmul.run`.
 
   Returns:
     [G, K, N].
   """
   (k, _), n, groups = lhs_KS.shape, rhs_NS.shape[0], len(sizes_G)
-  tiling = tiling or tuned(fp8_matmul.default_tiling(dtype, vectors=True),
+  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=True),
                            "fp8_grouped_weight_gradient", dtype, groups, k, n)
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(k, tiling.block_m), pl.cdiv(n, columns))
 
   def body(first_G, num_G, refs: Refs):
     def locate(index):
+      # All tiles of a group come before those of the next. An empty group has no block to sum, and
+      # stores zeros.
       group = lax.div(index, math.prod(grid))
       mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, fp8_matmul.first_column(ni, tiling)
@@ -64,13 +70,14 @@ def run(
 
 def unsupported_reason(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
-  """Why `run` cannot multiply these, or None."""
-  for name, size in (("K", lhs_KS.shape[0]), ("N", rhs_NS.shape[0]), ("S", lhs_KS.shape[1])):
-    if reason := fp8_matmul.unsupported_size(name, size):
+  """Returns why `run` cannot multiply these operands, or None if it can."""
+  for name, size in (("K", lhs_KS.shape[0]), ("S", lhs_KS.shape[1])):
+    if reason := fp8_tiling.unsupported_size(name, size):
       return reason
   if len(sizes_G) == 0:
-    return "needs groups, and there are none"
-  return fp8_matmul.unsupported_formats(lhs_KS, rhs_NS, dtype)
+    return "needs at least one group, and there are none"
+  return (fp8_tiling.unsupported_formats(lhs_KS, rhs_NS, dtype)
+          or fp8_tiling.unsupported_columns(rhs_NS.shape[0], dtype))
 
 
 KERNEL = implementations.Kernel(run, unsupported_reason)

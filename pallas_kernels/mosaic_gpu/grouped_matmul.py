@@ -1,12 +1,14 @@
-"""Grouped matrix product on Hopper: one persistent kernel, whatever the sizes of the groups.
+"""Grouped bfloat16 matrix product on Hopper: one persistent kernel for groups of any size.
 
-One warpgroup fetches blocks by TMA into a ring in shared memory, ahead of the tile at hand; two
-multiply, each half of a tile's rows. Groups end where they want: a tile that owns all of its rows
-is stored whole, and any other in runs of 1, 2, 4, ... rows, none of them a neighbour's.
+A producer warpgroup loads blocks by TMA into a ring in shared memory, and runs ahead of the tile
+that is being multiplied. Two consumer warpgroups multiply half of a tile's rows each. A group may
+end anywhere: a tile that owns all of its rows is stored whole, and any other in runs of 1, 2, 4,
+... rows, so that no other group's rows are written. `fp8_matmul` explains the constructs of Pallas
+that this kernel shares with it.
 
 Shape letters:  R rows  G groups  K contracted width  N result width  T tiles  F fields of a tile
-                W multiplying warpgroups  S stages  P pieces under way
-                M, C rows and columns of a piece, which is what is stored at once
+                W consumer warpgroups  S stages  P pieces in flight
+                M, C rows and columns of a piece, the unit in which results are stored
 """
 
 import dataclasses
@@ -36,9 +38,9 @@ from pallas_kernels.mosaic_gpu.hopper import (
 )
 from pallas_kernels.mosaic_gpu.tilings import tuned
 
-BLOCK_K = SWIZZLE // 2  # of bfloat16
-WIDTHS = 128  # K and N are multiples of it, as each is a gradient's rows
-SHARED = 226 * 1024  # bytes of shared memory, less some for barriers
+BLOCK_K = SWIZZLE // 2  # bfloat16 elements in a row of the widest swizzle
+WIDTHS = 128  # K and N must be multiples of it, as either may be the rows of a weight gradient
+SHARED = 226 * 1024  # bytes of shared memory of a block, less some for barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Tiling:
   """How the product is cut.
 
   Attributes:
-    rows, columns: of a tile of the result.
-    stages: of the ring, each 64 of what is contracted.
-    swizzle: columns of tiles that are finished before the next ones begin, so that tiles that run
-      at the same time share operands in L2.
+    rows: rows of a tile of the result, a multiple of 128.
+    columns: columns of a tile of the result, a multiple of 64, at most 256.
+    stages: length of the ring in shared memory; a stage has 64 of the contracted axis.
+    swizzle: order in which tiles are computed (L2 rasterisation): bands of this many columns of
+      tiles are finished one after another, so that tiles that run at the same time share operands
+      in L2.
   """
 
   rows: int = 128
@@ -62,23 +66,29 @@ class Tiling:
       raise ValueError(f"a tile's rows must be a multiple of 128 and its columns of 64, at most "
                        f"256, and they are {self.rows} and {self.columns}")
     if min(self.rows, self.columns, self.swizzle) < 1 or self.stages < 2:
-      raise ValueError(f"{self} must be positive, and stages at least 2")
+      raise ValueError(f"{self} must have positive sizes and at least 2 stages")
 
   def pieces(self, others: int) -> int:
-    """How many pieces a warpgroup may have under way, beside so many others in shared memory."""
+    """Returns how many pieces each warpgroup can stage in shared memory at a time, at most 4.
+
+    Args:
+      others: number of pieces that shared memory must hold besides.
+    """
     ring = self.stages * (self.rows + self.columns) * SWIZZLE
     left = (SHARED - ring) // (ROWS * SWIZZLE) - others
     return max(1, min(4, left // WARPGROUPS))
 
 
 class Ring(NamedTuple):
-  """Blocks of both operands in shared memory, some being fetched and others multiplied.
+  """A ring of blocks of both operands in shared memory, and its mbarriers.
 
-  Counts of blocks go on from tile to tile, so that fetching runs ahead of the tile at hand.
+  Blocks are counted through all of a program's tiles: `before` is the number of blocks in the tiles
+  before this one. So the producer need not stop between tiles, and runs ahead of the consumers.
 
   Attributes:
-    lhs_S, rhs_S: blocks, one of each a stage.
-    full_S, free_S: barriers: a stage's blocks are there; nobody needs them any more.
+    lhs_S, rhs_S: a block of each operand for each stage.
+    full_S: completed by the TMA loads of a stage.
+    free_S: completed when all consumer warpgroups have released a stage.
   """
 
   lhs_S: jax.Ref
@@ -87,25 +97,37 @@ class Ring(NamedTuple):
   free_S: jax.Ref
 
   def slot(self, block):
+    """Returns the stage of a block."""
     return lax.rem(block, self.lhs_S.shape[0])
 
   def fetch(self, blocks, before, source) -> None:
-    """Fetches what source(index) says of lhs and rhs, for every block of a tile."""
+    """Loads the blocks of a tile; source(index) returns the slices of lhs and rhs to load."""
     def block(index, _):
       slot, stages = self.slot(before + index), self.lhs_S.shape[0]
+      # Each stage is free before its first use.
       pl.when(before + index >= stages)(lambda: plgpu.barrier_wait(self.free_S.at[slot]))
       for operand, place in zip(source(index), (self.lhs_S, self.rhs_S), strict=True):
         plgpu.copy_gmem_to_smem(operand, place.at[slot], self.full_S.at[slot])
     lax.fori_loop(0, blocks, block, None)
 
   def multiply(self, blocks, before, shape: tuple[int, int], operands):
-    """Sums products of what operands(index, slot) gives, for every block of a tile; float32."""
+    """Sums the products of a tile's blocks in wgmma accumulators.
+
+    Args:
+      blocks: number of blocks of the tile.
+      before: number of blocks in the tiles before it.
+      shape: rows and columns of the result.
+      operands: takes a block's index and stage, and returns refs of lhs and rhs.
+
+    Returns:
+      float32 registers.
+    """
     def block(acc, index):
       slot = self.slot(before + index)
       plgpu.barrier_wait(self.full_S.at[slot])
       plgpu.wgmma(acc, *operands(index, slot))
       plgpu.wgmma_wait(1)
-      # This product is under way, and the one before it is done.
+      # This product is in flight, and the one before it is done, so its stage may be refilled.
       pl.when(index > 0)(lambda: self._release(before + index - 1))
 
     def accumulate(acc):
@@ -117,7 +139,7 @@ class Ring(NamedTuple):
     return result
 
   def skip(self, blocks, before) -> None:
-    """Lets the blocks of a tile pass."""
+    """Releases the blocks of a tile unread, as the producer waits for both consumers."""
     def block(index, _):
       plgpu.barrier_wait(self.full_S.at[self.slot(before + index)])
       self._release(before + index)
@@ -127,12 +149,17 @@ class Ring(NamedTuple):
     plgpu.barrier_arrive(self.free_S.at[self.slot(block)])
 
   def work(self, each_tile, fetch, multiply) -> None:
-    """Has one warpgroup do each_tile(fetch) and the others each_tile(multiply)."""
+    """Runs each_tile(fetch) in the producer warpgroup, and each_tile(multiply) in the others.
+
+    `each_tile` returns the number of blocks of all tiles.
+    """
     wg = lax.axis_index("wg")
 
     @pl.when(wg == WARPGROUPS)
     def _():
+      # setmaxnreg: 128 * (40 + 2 * 232) = 64512 registers, of the multiprocessor's 65536.
       plgpu.set_max_registers(40, action="decrease")
+      # `fetch` waits for a stage's release before it refills it, so the last releases are left.
       used = jnp.minimum(each_tile(fetch), self.lhs_S.shape[0])
       lax.fori_loop(0, used, lambda slot, _: plgpu.barrier_wait(self.free_S.at[slot]), None)
 
@@ -144,7 +171,7 @@ class Ring(NamedTuple):
 
 
 def ring_types(tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int, int]) -> list:
-  """The scratch that a `Ring` of bfloat16 needs, in its order."""
+  """Returns the scratch types of a `Ring` of bfloat16, in the order of its attributes."""
   blocks = [plgpu.SMEM((tiling.stages, *block), jnp.bfloat16, transforms=swizzle(2))
             for block in (lhs_block, rhs_block)]
   return [*blocks, plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
@@ -152,7 +179,7 @@ def ring_types(tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int,
 
 
 def piece_type(dtype: jnp.dtype, pieces: int) -> object:
-  """The scratch from which each warpgroup stores so many pieces at a time."""
+  """Returns the scratch type of `pieces` swizzled staging buffers for each consumer warpgroup."""
   shape = WARPGROUPS, pieces, ROWS, SWIZZLE // dtype.itemsize
   return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype.itemsize))
 
@@ -160,7 +187,16 @@ def piece_type(dtype: jnp.dtype, pieces: int) -> object:
 def launch(
     name: str, kernel: Callable, operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct,
     programs: int, scratch: list) -> jax.Array:
-  """Runs a kernel, so called in profiles, as so many programs of three warpgroups."""
+  """Launches a kernel of three warpgroups per block.
+
+  Args:
+    name: name of the kernel, for profiles.
+    kernel: takes the refs of operands, result and scratch.
+    operands: arrays in global memory.
+    out: shape and dtype of the result.
+    programs: number of thread blocks.
+    scratch: scratch types.
+  """
   return plgpu.kernel(
       kernel, out_type=out, grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1,
       thread_name="wg", kernel_name=name, scratch_types=scratch,
@@ -171,13 +207,19 @@ def launch(
 def unsupported_reason(
     lhs_RK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None) -> str | None:
-  """Why this kernel, or those of its gradients, cannot multiply these; see `Kernel`."""
-  del precision  # bfloat16's products are exact, and their sums are float32's
+  """Returns why this kernel, or those of its gradients, cannot multiply these; see `Kernel`."""
+  del precision  # products of bfloat16 are exact in float32, in which they are summed
   return why_not(lhs_RK, rhs, sizes_G, lhs_RK.shape[1], rhs.shape[1 if transpose_rhs else 2])
 
 
 def why_not(lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *widths: int) -> str | None:
-  """What the kernels of a product and of its gradients cannot do of this, None if they can."""
+  """Returns why the kernels of a product or of its gradients cannot take these, or None.
+
+  Args:
+    lhs, rhs: operands.
+    sizes_G: rows per group.
+    *widths: K and N.
+  """
   if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16:
     return f"needs bfloat16, not {lhs.dtype} and {rhs.dtype}"
   if not len(lhs) or not len(sizes_G):
@@ -189,7 +231,7 @@ def why_not(lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *widths: int) ->
 
 
 def default_tiling(columns: int) -> Tiling:
-  """The tile that was best most often among those that divide so many columns of a result."""
+  """Returns the tiling that was fastest most often, among those that divide `columns`."""
   return Tiling(128, 256) if columns % 256 == 0 else Tiling(128, 128, 6)
 
 
@@ -197,16 +239,19 @@ def run(
     lhs_RK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None, dtype: jnp.dtype | None = None,
     tiling: Tiling | None = None, programs: int | None = None) -> jax.Array:
-  """Multiplies each group of rows with its matrix; see `pallas_kernels.grouped_matmul`.
+  """Multiplies each group of rows by that group's matrix; see `pallas_kernels.grouped_matmul`.
 
   Args:
-    lhs_RK: bfloat16.
+    lhs_RK: bfloat16, the rows of group 0 first.
     rhs: bfloat16 [G, K, N], or [G, N, K] if `transpose_rhs`.
     sizes_G: int32, rows per group.
-    precision: not needed: products are exact and sums float32.
-    dtype: of the result, bfloat16 or float32; None is bfloat16.
-    tiling: None is the one measured best, or `default_tiling`.
-    programs: that share the tiles; None is one on each multiprocessor of an H200.
+    transpose_rhs: whether to multiply by the transpose of every matrix.
+    precision: ignored; products are exact and summed in float32.
+    dtype: dtype of the result, bfloat16 or float32; None means bfloat16.
+    tiling: how the product is cut; None takes the tiling that was measured fastest for this shape,
+      or else `default_tiling`.
+    programs: number of thread blocks among which tiles are divided; None means one for each
+      multiprocessor of an H200.
 
   Returns:
     [R, N].
@@ -250,7 +295,10 @@ def _kernel(
   wg = lax.axis_index("wg")
 
   def each_tile(visit):
-    """Calls visit(tile, column, blocks, blocks before) for this program's tiles; all blocks."""
+    """Calls visit(tile, first column, number of blocks, blocks before) for this program's tiles.
+
+    Returns the number of blocks of all of them. Tiles of rows in no group have none.
+    """
     @plgpu.nd_loop((count_1[0] * num_columns,), collective_axes="sm", init_carry=jnp.int32(0))
     def total(loop, carry):
       row, column = plgpu.planar_snake(
@@ -281,7 +329,8 @@ def _kernel(
       result = ring.multiply(blocks, before, (rows, tiling.columns), operands)
       store(result, start, column, tile, out_RN, whole_WPMC.at[wg], cut_WMC.at[wg])
 
-    # Where a group ends early in a tile, the tensor cores are left to the other warpgroup.
+    # Where this warpgroup's half of a tile has no row that the tile owns, it skips the product and
+    # leaves the tensor cores to the other warpgroup.
     owns = (tile.first < start + rows) & (start < tile.end)
     pl.when(owns)(product)
     pl.when(~owns)(lambda: ring.skip(blocks, before))
@@ -293,11 +342,12 @@ def store(value_MN, start, column, tile: schedule.Tile, out_RN, whole_PMC, cut_M
   """Stores those rows of a warpgroup's part of a tile that the tile owns.
 
   Args:
-    value_MN: float32 registers.
-    start, column: where its first row and column lie in `out_RN`.
-    tile: whose rows they are.
-    out_RN: in global memory.
-    whole_PMC, cut_MC: this warpgroup's shared memory, swizzled and not.
+    value_MN: the warpgroup's part of the tile, float32 in registers.
+    start, column: row and column of `out_RN` that its first row and column go to.
+    tile: the tile, which says which rows it owns.
+    out_RN: the result in global memory.
+    whole_PMC: this warpgroup's staging buffers for whole pieces, swizzled.
+    cut_MC: this warpgroup's staging buffer for pieces of which some rows are stored, not swizzled.
   """
   def copy_owned(value_MC, row, columns):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -311,20 +361,23 @@ def store(value_MN, start, column, tile: schedule.Tile, out_RN, whole_PMC, cut_M
 
 
 def store_whole(value_MN, start, column, out_RN, whole_PMC) -> None:
-  """Stores all of a warpgroup's part of a tile; arguments are those of `store`."""
+  """Stores all rows of a warpgroup's part of a tile; the arguments are those of `store`."""
   def copy(value_MC, row, columns):
     place = next(places)
+    # At most P - 1 copies remain in flight, so the buffer that is written next has been read.
     plgpu.wait_smem_to_gmem(whole_PMC.shape[0] - 1, wait_read_only=True)
     whole_PMC[place] = value_MC
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(whole_PMC.at[place], out_RN.at[pl.ds(row, ROWS), columns])
 
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, which had all this one's time
+  # The previous tile's copies have had the time of this tile's product to finish reading.
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   places = itertools.cycle(range(whole_PMC.shape[0]))
   _pieces(value_MN, start, column, out_RN, whole_PMC.shape[2], copy)
 
 
 def _pieces(value_MN, start, column, out_RN, width: int, copy) -> None:
+  """Calls copy(piece, its first row, its columns) for all pieces of 64 rows by `width` columns."""
   value_MN = value_MN.astype(out_RN.dtype)
   for row in range(0, value_MN.shape[0], ROWS):
     for at in range(0, value_MN.shape[1], width):

@@ -1,7 +1,7 @@
-"""What the kernels share: Hopper's sizes, its shared memory, and storing a few of a tile's rows.
+"""What Hopper's kernels share: sizes of the hardware, swizzles, padding, and partial stores.
 
-Shape letters:  R rows  N columns  M, C rows and columns of a piece in shared memory
-                k blocks of 128 columns, of a matrix of M rows
+Shape letters:  R rows  N columns  M rows of a matrix or of a piece in shared memory
+                C columns of a piece  K columns of a matrix  k blocks of 128 of them
 """
 
 import functools
@@ -14,53 +14,73 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-MULTIPROCESSORS = 132  # of an H100 or H200; on fewer a kernel is right, but some programs wait
-WARPGROUPS = 2  # that multiply, beside one that fetches; a third would leave each few registers
-ROWS = 64  # of a warpgroup's matrix instruction
-# Mosaic lays swizzled blocks out in 8 rows, and copies rows wrongly, and silently so, where a
-# block does not begin at a multiple of them.
+# Of an H100 or H200. With fewer, persistent kernels still compute correct results, but some of
+# their blocks wait until others have finished.
+MULTIPROCESSORS = 132
+# Consumer warpgroups of a block, which multiply; a producer warpgroup fetches for them. A third
+# consumer would leave each with few registers.
+WARPGROUPS = 2
+ROWS = 64  # M of wgmma, Hopper's matrix instruction for a warpgroup
+# Mosaic lays swizzled memory out in groups of 8 rows. A copy of such memory that does not begin at
+# a multiple of 8 rows moves wrong rows, without an error.
 ALIGNMENT = 8
-SWIZZLE = 128  # bytes, the widest
+SWIZZLE = 128  # bytes in a row of the widest swizzle
 
 
 def swizzle(itemsize: int, width: int = SWIZZLE) -> tuple[object, object]:
-  """How rows of `width` bytes lie in shared memory, so that lanes of a column share no bank."""
+  """Returns the transforms of shared memory that TMA and wgmma swizzle, in rows of `width` bytes.
+
+  The tiling stores a matrix as tiles of 8 rows by `width` bytes, each contiguous, and the swizzle
+  (CU_TENSOR_MAP_SWIZZLE_128B for the default width) permutes the 16-byte units of every row, so
+  that threads that read one column access different banks.
+
+  Args:
+    itemsize: bytes of an element.
+    width: bytes of a row: 32, 64 or 128.
+  """
   return plgpu.TilingTransform((ALIGNMENT, width // itemsize)), plgpu.SwizzleTransform(width)
 
 
 def aligned(rows: int, least: int = 0) -> int:
-  """As many rows or a few more: a multiple of 8, or `least`, which is one."""
+  """Returns `rows` rounded up to a multiple of 8, or `least`, also a multiple of 8, if larger."""
   return max(-(-rows // ALIGNMENT) * ALIGNMENT, least)
 
 
 def pad_rows(x_RN: jax.Array, least: int = 0) -> jax.Array:
-  """Adds rows of zeros, up to as many as `aligned` says."""
+  """Appends rows of zeros, up to the number of rows that `aligned` returns."""
   return jnp.pad(x_RN, ((0, aligned(len(x_RN), least) - len(x_RN)), (0, 0)))
 
 
 def pad_blocks(x_MK: jax.Array, block: int) -> jax.Array:
-  """Adds columns of zeros, up to whole blocks, of which copies cut nothing off along rows."""
+  """Appends columns of zeros up to a multiple of `block`.
+
+  Mosaic's swizzled copies do not clip rows: they refuse a matrix whose rows are longer than a row
+  of the swizzle and not a multiple of it.
+  """
   pad = [(0, 0)] * (x_MK.ndim - 1) + [(0, -x_MK.shape[-1] % block)]
   return jnp.pad(x_MK, pad) if pad[-1][1] else x_MK
 
 
 def k_major(scales_Mk: jax.Array, multiple: int) -> jax.Array:
-  """[k, M], with zeros for the rows of a tile that reaches past the last."""
+  """Returns scales as [k, M], with zeros up to a multiple of `multiple` along M."""
   return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % multiple)))
 
 
 def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -> None:
-  """Stores `count` rows of a piece, those from `first`, in runs of 1, 2, 4, ... rows.
+  """Stores `count` rows of a piece, from row `first` on, in runs of 1, 2, 4, ... rows.
+
+  A copy's shape is fixed when the kernel is compiled, and `count` is known only when it runs. So
+  there is a copy for each power of two, and the bits of `count` say which of them are issued.
 
   Args:
-    piece_MC: in shared memory, not swizzled; 64 rows.
-    first, count: of the piece's rows.
-    out_RN: in global memory.
-    row: where the piece's first row would go.
-    columns: where its columns go.
+    piece_MC: 64 rows in shared memory. They are not swizzled, so that a run may begin at any row.
+    first, count: the rows of the piece to store.
+    out_RN: the destination in global memory.
+    row: row of `out_RN` that corresponds to the piece's row 0.
+    columns: slice of the columns of `out_RN` that the piece's columns go to.
   """
   for bit in range(ROWS.bit_length()):
-    done = first + (count >> (bit + 1) << (bit + 1))  # behind the longer runs
+    done = first + (count >> (bit + 1) << (bit + 1))  # the longer runs come first
     pl.when((count >> bit) & 1 == 1)(functools.partial(
         plgpu.copy_smem_to_gmem, piece_MC.at[pl.ds(done, 1 << bit)],
         out_RN.at[pl.ds(row + done, 1 << bit), columns], commit_group=False))
@@ -68,35 +88,38 @@ def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -
 
 
 def wgmma_overwrite(accumulator: jax.Ref, lhs_MK: jax.Ref, rhs_KN: jax.Ref) -> None:
-  """Begins a product in an accumulator that was read, or is new: zeros, if interpreted."""
-  _let_read()
+  """Starts accumulator = lhs @ rhs, asynchronously; the accumulator may be new, or was read before.
+
+  The interpreter adds the product to the accumulator, so there it must be new, that is zero.
+  """
+  _fence_registers()
   plgpu.wgmma(accumulator, lhs_MK, rhs_KN)
   _overwrite_accumulator()
-  _issue_first()
+  _keep_issue_order()
 
 
 @plgpu.inline_mgpu()
-def _let_read(_) -> None:
-  """Has reads of accumulators end before products that follow write there."""
+def _fence_registers(_) -> None:
+  """Orders this warpgroup's reads of accumulators before the writes of the wgmmas that follow."""
   _assemble("wgmma.fence.sync.aligned;")
 
 
 @plgpu.inline_mgpu()
 def _overwrite_accumulator(_) -> None:
-  """Has the `wgmma` just issued overwrite its accumulator, not add to it.
+  """Makes the `plgpu.wgmma` just issued overwrite its accumulator instead of adding to it.
 
-  Nothing is written to those registers first: with a new accumulator for every 128 of K that took
-  an eighth of an FP8 product's time. `wgmma` itself has no such option.
+  The alternative, writing zeros to the registers first, took an eighth of an FP8 product's time, as
+  every 128 of K starts from zero. PTX has this option (scale-d), but `plgpu.wgmma` does not.
   """
   overwrite_last(ir.InsertionPoint.current.block.operations)
 
 
 @plgpu.inline_mgpu()
-def _issue_first(_) -> None:
-  """Has every `wgmma` so far issued before anything that follows, and costs nothing itself.
+def _keep_issue_order(_) -> None:
+  """Keeps ptxas from moving later code ahead of the wgmmas issued so far; it costs nothing itself.
 
-  Else ptxas moves loads and arithmetic from behind a product in among its instructions, where the
-  tensor core idles until loads have come.
+  Otherwise ptxas moves loads and arithmetic that follow a product in between its instructions, and
+  the tensor cores idle there until the loads have finished.
   """
   _assemble("bar.warp.sync 0xffffffff;")
 
@@ -106,7 +129,14 @@ def _assemble(instruction: str) -> None:
 
 
 def overwrite_last(operations: Sequence[ir.Operation]) -> bool:
-  """Makes the first instruction of the last matrix product overwrite; whether there is one."""
+  """Makes the first wgmma of the last matrix product overwrite its accumulator.
+
+  Args:
+    operations: the operations emitted so far, in order.
+
+  Returns:
+    Whether there is a matrix product among them.
+  """
   first, committed = None, False
   for operation in reversed(list(operations)):
     text = _assembly(operation)
@@ -115,11 +145,11 @@ def overwrite_last(operations: Sequence[ir.Operation]) -> bool:
         break
       committed = True
     if "wgmma.mma_async" in text:
-      first = operation  # of several instructions, each for a part of K
+      first = operation  # in the end the earliest of the product's wgmmas, each for a part of K
   if first is None:
     return False
   sums = first.attributes["constraints"].value.count("=")
-  adds = sums + 2  # behind sums and two operands' addresses
+  adds = sums + 2  # index of scale-d, which follows the sums and the descriptors of lhs and rhs
   zero = ir.IntegerAttr.get(first.operands[adds].type, 0)
   with ir.InsertionPoint(first), first.location:
     first.operands[adds] = llvm.ConstantOp(first.operands[adds].type, zero).result
@@ -132,6 +162,9 @@ def _assembly(operation: ir.Operation) -> str:
 
 
 def owned(first, end, row) -> tuple[jax.Array, jax.Array]:
-  """Of the 64 rows at `row`, the first that is in first..end, counted from it, and how many are."""
+  """Returns which of the 64 rows from `row` on are in first..end: the first one, and their number.
+
+  The first one is counted from `row`.
+  """
   start = jnp.clip(first - row, 0, ROWS)
   return start, jnp.clip(end - row, 0, ROWS) - start

@@ -1,8 +1,9 @@
-"""Quantisation on Hopper: memory-bound, so every number is read once and written once.
+"""Quantisation on Hopper. It is memory-bound, so every element is read once and written once.
 
-A block of 128 threads takes one piece that is 128 columns wide: the copy engine brings it to shared
-memory and takes the values away, and leaves out what lies behind the last row. Several blocks
-share a multiprocessor, so that some load while others compute.
+A thread block is one warpgroup and quantises one piece of the matrix, 128 columns wide. TMA loads
+the piece into shared memory and stores the quantised values from there, and clips both at the last
+row. Several blocks share a multiprocessor, so that some load while others compute. `fp8_matmul`
+explains the constructs of Pallas that are used here.
 
 Shape letters:  M rows  K columns  R rows of 128 columns  S rows in registers at a time
 """
@@ -24,11 +25,12 @@ from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, cast_to
 
-# The residual of a quotient of less could be denormal, and then it would be rounded.
+# With a smaller maximum the residual in `divide` could be subnormal, and would be rounded.
 LEAST_AMAX = 1e-20
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane,
-    # No thread reads what another wrote without `commit_smem` in between.
+    # Pallas need not put barriers around accesses to shared memory: no thread reads what another
+    # one wrote without a `commit_smem`, which is a barrier, in between.
     unsafe_no_auto_barriers=True)
 
 
@@ -37,8 +39,8 @@ class Tiling:
   """How the work is cut.
 
   Attributes:
-    rows: of 128 columns that a block of threads takes; tiles of 128 rows always take 128.
-    step: rows that are in registers at a time: a multiple of 16 that divides rows and 128.
+    rows: rows of 128 columns that a thread block quantises; always 128 if scales span 128 rows.
+    step: rows that are in registers at a time, a multiple of 16 that divides `rows` and 128.
   """
 
   rows: int = 64
@@ -53,15 +55,18 @@ class Tiling:
 def run(
     x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
     smallest_amax: float, tiling: Tiling | None = None, interpret: Any = None) -> Quantized:
-  """See `pallas_kernels.quantize`.
+  """Quantises a matrix; see `pallas_kernels.quantize`.
 
   Args:
-    tiling: how the work is cut.
-    interpret: `plgpu.InterpretGPUParams`, to run on a CPU.
+    x_MK: [..., M, K], float32 or bfloat16, finite.
+    tile: rows and columns that share a scale: 1x128, 128x1 or 128x128.
+    format, power_of_two, smallest_amax: see `pallas_kernels.quantize`.
+    tiling: how the work is cut; None means the default.
+    interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, on a CPU.
   """
   tiling = tiling or Tiling()
   rows, columns = math.prod(x_MK.shape[:-1]), x_MK.shape[-1]
-  if tile[0] == 1:  # Each 128 columns are on their own, so they may as well lie in one column.
+  if tile[0] == 1:  # Each 128 elements of a row are independent, so view each as a row of its own.
     rows, columns = rows * columns // BLOCK, BLOCK
   else:
     tiling = dataclasses.replace(tiling, rows=BLOCK)
@@ -108,20 +113,21 @@ def run(
 def unsupported_reason(
     x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
     smallest_amax: float) -> str | None:
-  """Why `run` cannot take this, or None if it can."""
+  """Returns why `run` cannot take these arguments, or None if it can."""
   if tile not in ((1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)):
     return f"needs tiles of 1x128, 128x1 or 128x128, and they are {tile[0]}x{tile[1]}"
   if x_MK.ndim > 2 and tile[0] > 1 and x_MK.shape[-2] % BLOCK:
     return ("needs M to be a multiple of 128 where tiles have 128 rows and there are several "
             f"matrices, and it is {x_MK.shape[-2]}")
   if FORMATS[format].dtype.itemsize > 1 and not power_of_two:
-    return f"has {format} with powers of two for scales only"  # else `divide` could round wrongly
+    # With other scales `divide` could round wrongly.
+    return f"has {format} with powers of two for scales only"
   return unsupported_numbers(x_MK, smallest_amax)
 
 
 def unsupported_any(
     x_MK: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float) -> str | None:
-  """What kernels of formats of one byte alone cannot take, or None."""
+  """Returns why kernels that support only formats of one byte cannot take this, or None."""
   del power_of_two
   if FORMATS[format].dtype.itemsize > 1:
     return f"has no {format}"
@@ -129,7 +135,7 @@ def unsupported_any(
 
 
 def unsupported_numbers(x_MK: jax.Array, smallest_amax: float) -> str | None:
-  """What none of the kernels here can take, or None."""
+  """Returns why none of the quantisation kernels can take this, or None."""
   if x_MK.shape[-1] % BLOCK:
     return f"needs the last axis to be a multiple of 128, and it is {x_MK.shape[-1]}"
   if x_MK.size == 0:
@@ -148,7 +154,8 @@ class Quantizer:
 
   Attributes:
     format, power_of_two, smallest_amax: see `pallas_kernels.quantize`.
-    divides: with the division of the machine; else by `divide`, which interpreters lack.
+    divides: whether to use the ordinary division, as the interpreter must. Otherwise `divide`,
+      which is inline code for the GPU.
   """
 
   format: str
@@ -157,42 +164,42 @@ class Quantizer:
   divides: bool
 
   def rows(self, x_smem, values_smem, step: int, write_scale: Callable) -> None:
-    """Tiles of 1x128; hands on the first row and the scales of every step."""
+    """Quantises with 1x128 scales; calls write_scale(first row, scales) for each step."""
     layout = row_layout(x_smem.dtype)
     for first, piece in steps(x_smem.shape[0], step):
       x_SK = plgpu.load(x_smem.at[piece], layout=layout)
       write_scale(first, self.row_values(x_SK, values_smem.at[piece], layout))
 
   def row_values(self, x_SK: jax.Array, values_smem, layout) -> jax.Array:
-    """Tiles of 1x128 of numbers in registers; returns scales."""
+    """Quantises rows in registers with 1x128 scales, and returns the scales."""
     scale_S = self.scale(jnp.abs(x_SK).max(1))
     values_smem[...] = self.values(x_SK, scale_S, (0,), layout)
     return scale_S
 
   def columns(self, x_smem, values_smem, scales_smem, step: int) -> jax.Array:
-    """Tiles of 128x1; returns scales."""
+    """Quantises with 128x1 scales, and returns the scales."""
     scale_K = self.column_scales(x_smem, scales_smem, step)
     layout = row_layout(x_smem.dtype)
-    spread_K = plgpu.load(scales_smem, layout=layout.reduce(0), optimized=False)
-    self._scaled(x_smem, values_smem, step, spread_K, (1,), layout)
+    broadcast_K = plgpu.load(scales_smem, layout=layout.reduce(0), optimized=False)
+    self._scaled(x_smem, values_smem, step, broadcast_K, (1,), layout)
     return scale_K
 
   def column_scales(self, x_smem, scales_smem, step: int) -> jax.Array:
-    """Scales of tiles of 128x1, also in shared memory for those lanes that need them."""
+    """Returns 128x1 scales, and stores them to shared memory, where other lanes load theirs."""
     scale_K = self.scale(self.largest(x_smem, step, column_layout(x_smem.dtype)).max(0))
     compat.store(scales_smem, scale_K)
     plgpu.commit_smem()
     return scale_K
 
   def block(self, x_smem, values_smem, step: int) -> jax.Array:
-    """One tile of 128x128; returns its scale."""
+    """Quantises with one 128x128 scale, and returns it."""
     layout = row_layout(x_smem.dtype)
     scale = self.scale(self.largest(x_smem, step, layout).max(1).max(0))
     self._scaled(x_smem, values_smem, step, scale, (), layout)
     return scale
 
   def largest(self, x_smem, step: int, layout) -> jax.Array:
-    """Magnitudes at each place of a step, the largest of all steps: [S, 128]."""
+    """Returns the elementwise maximum of the magnitudes in all steps: [S, 128]."""
     largest_SK = None
     for _, piece in steps(x_smem.shape[0], step):
       x_SK = jnp.abs(plgpu.load(x_smem.at[piece], layout=layout))
@@ -200,55 +207,69 @@ class Quantizer:
     return largest_SK
 
   def scale(self, amax: jax.Array) -> jax.Array:
-    """As `scales_of` in `pallas_kernels.quantize`, to the bit."""
+    """Returns scales for these maxima, bit for bit those of `scales_of` in `ops.quantize`."""
     scale = jnp.maximum(amax.astype(jnp.float32), self.smallest_amax)
     scale = scale / FORMATS[self.format].largest
     if not self.power_of_two:
       return scale
     bits = lax.bitcast_convert_type(scale, jnp.int32)
-    bits = (bits + 0x7FFFFF) & 0x7F800000  # carries to the exponent unless the mantissa is zero
+    bits = (bits + 0x7FFFFF) & 0x7F800000  # carries into the exponent unless the mantissa is zero
     return lax.bitcast_convert_type(bits, jnp.float32)
 
   def values(self, x: jax.Array, scale: jax.Array, axes: Sequence[int], layout) -> jax.Array:
-    """x divided by scales along these axes; no quotient rounds to beyond the format's largest."""
-    along = lambda y: plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, axes), layout)
+    """Returns x divided by scales that lie along these axes, rounded to the format.
+
+    No quotient is rounded to more than the format's largest value, so nothing need saturate.
+    """
+    broadcast = lambda y: plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, axes), layout)
     x = x.astype(jnp.float32)
     if self.power_of_two:
-      quotient = x * along(1 / scale)
+      quotient = x * broadcast(1 / scale)
     elif self.divides:
-      quotient = x / along(scale)
+      quotient = x / broadcast(scale)
     else:
-      quotient = divide(x, along(scale), along(1 / scale), layout)
+      quotient = divide(x, broadcast(scale), broadcast(1 / scale), layout)
     return cast_to(quotient, FORMATS[self.format])
 
   def _scaled(self, x_smem, values_smem, step: int, scale, axes, layout) -> None:
+    """Divides a piece by its scales, step by step."""
     for _, piece in steps(x_smem.shape[0], step):
       x_SK = plgpu.load(x_smem.at[piece], layout=layout)
       values_smem[piece] = self.values(x_SK, scale, axes, layout)
 
 
 def this_block(grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-  """Its row and column; CUDA counts far along one axis only."""
+  """Returns the row and column of this thread block in a grid that is launched as one axis.
+
+  CUDA allows more than 65535 blocks along the first axis only.
+  """
   block = lax.axis_index("block")
   return lax.div(block, grid[1]), lax.rem(block, grid[1])
 
 
 def steps(rows: int, step: int) -> list[tuple[int, Any]]:
-  """The first row and the slice of every step."""
+  """Returns the first row and the slice of every step of `step` rows."""
   return [(first, pl.ds(first, step)) for first in range(0, rows, step)]
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
-  """1 / (1 + exp(-x)), to a few units in the last place and without a division."""
+  """Returns 1 / (1 + exp(-x)) to within a few units in the last place, without a division."""
   return lax.square(lax.rsqrt(1 + jnp.exp(-x)))
 
 
 def divide(x: jax.Array, by: jax.Array, inverse: jax.Array, layout) -> jax.Array:
-  """x / by in three instructions, where the compiler's exact division takes about twelve.
+  """Returns x / by in three instructions, where the compiler's exact division takes about twelve.
 
-  The quotient by the inverse is off by at most 1.5 units in the last place. Its residual, from a
-  fused product, corrects that but for less than 2^-22 of a unit (Markstein, IBM Journal of Research
-  and Development 34, 1990), which changes no FP8 number: see test_quantize_gpu.py.
+  x * inverse is off by at most 1.5 units in the last place. A fused multiply-add computes its
+  residual, and a second one corrects the quotient by that, to within 2^-22 of a unit (Markstein,
+  IBM Journal of Research and Development 34, 1990). The remaining error changes no FP8 value: see
+  test_quantize_gpu.py.
+
+  Args:
+    x: dividends, float32.
+    by: divisors.
+    inverse: 1 / by, rounded to float32.
+    layout: register layout of all three.
   """
   @plgpu.inline_mgpu(
       arg_types=(layout, layout, layout),
@@ -266,7 +287,11 @@ def _corrected_quotient(x, by, inverse):
 
 
 def row_layout(dtype: jnp.dtype):
-  """16 bytes a lane, and few lanes a row, which reduce along it: [16 n, 64 n]."""
+  """Returns a register layout in which a lane holds 16 bytes of a row, for reductions along rows.
+
+  Few lanes share a row, so a reduction takes few shuffles, and none between warps. Shapes must be
+  multiples of 64 columns and, for bfloat16, 16 rows.
+  """
   width = 16 // dtype.itemsize
   tiles = ((2 * width, 64), (width // 2, 64), (width,))
   return plgpu.Layout.TILED(
@@ -274,7 +299,7 @@ def row_layout(dtype: jnp.dtype):
 
 
 def store_in_column(ref, row_S: jax.Array, layout) -> None:
-  """Writes what is reduced along rows of this layout to a column in memory: [S, 1]."""
+  """Stores a vector that was reduced along the rows of `layout` to a column of memory, [S, 1]."""
   (rows, _), (rows_of_warp, _), _ = layout.to_mgpu().tiling.tiles
   column = plgpu.Layout.TILED(
       plgpu.Tiling(((rows, 1), (rows_of_warp, 1))), warp_dims=(-4,),
@@ -283,9 +308,11 @@ def store_in_column(ref, row_S: jax.Array, layout) -> None:
 
 
 def column_layout(dtype: jnp.dtype):
-  """16 bytes a lane, and every column in one warp, which reduces along it: [8 n, 128 n].
+  """Returns a register layout in which one warp holds a whole column, for reductions along columns.
 
-  Eight lanes in turn take rows that are half a pattern of the swizzle apart, to meet in no bank.
+  A lane holds 16 bytes of a row. Lanes, eight at a time, take rows that are half the height of the
+  swizzle's pattern apart, so that they access different banks. Shapes must be multiples of 128
+  columns and, for bfloat16, 8 rows.
   """
   width = 16 // dtype.itemsize
   tiles = ((width, 128), (width, 32), (width // 2, width))
@@ -294,5 +321,5 @@ def column_layout(dtype: jnp.dtype):
 
 
 def swizzled(rows: int, dtype: jnp.dtype):
-  """Shared memory in an order in which lanes of one column do not meet in one bank."""
+  """Returns a type of shared memory, swizzled so that lanes of a column access different banks."""
   return plgpu.SMEM((rows, BLOCK), dtype, transforms=swizzle(dtype.itemsize))

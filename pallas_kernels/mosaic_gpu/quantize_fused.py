@@ -1,6 +1,8 @@
-"""Quantisation on Hopper after SwiGLU, and of a matrix and its transpose at once.
+"""Quantisation on Hopper fused with SwiGLU, and of a matrix and its transpose in one pass.
 
-Shape letters:  M rows  K columns  F hidden units  R rows of a block of threads  S rows of a step
+Thread blocks work as in `quantize`.
+
+Shape letters:  M rows  K columns  F hidden units  S rows of a step
 """
 
 import dataclasses
@@ -32,12 +34,20 @@ from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
 
 def run_swiglu(gate_up_M2F: jax.Array, **options: Any) -> Quantized:
-  """See `pallas_kernels.swiglu_quantize`, and `quantize.run` for tiling and interpret."""
+  """Quantises SwiGLU's output; see `pallas_kernels.swiglu_quantize`.
+
+  Args:
+    gate_up_M2F: [..., M, 2, F].
+    **options: those of `pallas_kernels.swiglu_quantize`, and `quantize.run`'s tiling and interpret.
+  """
   return _run_swiglu(gate_up_M2F, with_inputs=False, name="swiglu_quantize", **options)[0]
 
 
 def run_swiglu_with_inputs(gate_up_M2F: jax.Array, **options: Any) -> tuple[Quantized, Quantized]:
-  """See `pallas_kernels.swiglu_quantize_with_inputs`, and `run_swiglu`."""
+  """Quantises SwiGLU's output and inputs; see `pallas_kernels.swiglu_quantize_with_inputs`.
+
+  The arguments are those of `run_swiglu`.
+  """
   return _run_swiglu(
       gate_up_M2F, with_inputs=True, name="swiglu_quantize_with_inputs", **options)
 
@@ -63,7 +73,7 @@ def _run_swiglu(
       columns = pl.ds(half * width + j * BLOCK, BLOCK)
       plgpu.copy_gmem_to_smem(gate_up.at[rows, columns], smem, loaded)
     plgpu.barrier_wait(loaded)
-    # Hidden units go to the first result; inputs to the second, gate's and up's halves of it.
+    # Hidden units go to the first result, gate and up to the two halves of the second.
     places = ((outs[:2], j), *((outs[2:], half * grid[1] + j) for half in halves))
     for first, piece in steps(tiling.rows, tiling.step):
       gate_SF, up_SF = (plgpu.load(smem.at[piece], layout=layout)
@@ -104,7 +114,14 @@ def run_both(
     x_MK: jax.Array, tile: tuple[int, int], *, format: str, power_of_two: bool,
     smallest_amax: float, tiling: Tiling | None = None,
     interpret: Any = None) -> tuple[Quantized, Quantized]:
-  """See `pallas_kernels.quantize_both`, and `quantize.run` for tiling and interpret."""
+  """Quantises a matrix and its transpose; see `pallas_kernels.quantize_both`.
+
+  Args:
+    x_MK: [..., M, K], float32 or bfloat16, finite.
+    tile: rows and columns that share a scale, of the matrix and of its transpose: 1x128 or 128x128.
+    format, power_of_two, smallest_amax: see `pallas_kernels.quantize`.
+    tiling, interpret: see `quantize.run`.
+  """
   tiling = dataclasses.replace(tiling or Tiling(), rows=BLOCK)
   (*batch, rows, columns), small = x_MK.shape, FORMATS[format].dtype
   x = pad_rows(x_MK.reshape(-1, columns))
@@ -112,29 +129,31 @@ def run_both(
   grid = (per_matrix * math.prod(batch), columns // BLOCK)
   quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
 
-  blocks = tile[0] == BLOCK  # whose scales serve both ways
+  blocks = tile[0] == BLOCK  # one scale of a 128x128 block then serves both orientations
 
   def kernel(x, values, scales, values_t, *refs):
     *scales_t, x_smem, values_smem, values_t_smem, scales_t_smem, loaded = refs
     i, j = this_block(grid)
     place = (pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK))
     matrix, block_row = lax.div(i, per_matrix), lax.rem(i, per_matrix)
+    # The transposes lie below one another, each padded to a multiple of 128 columns.
     place_t = pl.ds(matrix * columns + j * BLOCK, BLOCK), pl.ds(block_row * BLOCK, BLOCK)
     plgpu.copy_gmem_to_smem(x.at[place], x_smem, loaded)
     plgpu.barrier_wait(loaded)
     if blocks:
-      of_columns = scales[i, j] = quantizer.block(x_smem, values_smem, tiling.step)
+      column_scales = scales[i, j] = quantizer.block(x_smem, values_smem, tiling.step)
     else:
       quantizer.rows(x_smem, values_smem, tiling.step, lambda first, scale_S: store_in_column(
           scales.at[pl.ds(i * BLOCK + first, tiling.step), pl.ds(j, 1)], scale_S,
           row_layout(x_smem.dtype)))
     plgpu.commit_smem()
+    # This copy runs while the transpose is computed.
     plgpu.copy_smem_to_gmem(values_smem, values.at[place])
     if not blocks:
       scale_K = quantizer.column_scales(x_smem, scales_t_smem, tiling.step)
       compat.store(scales_t[0].at[i, place[1]], scale_K)
-      of_columns = scales_t_smem
-    write_transposed(quantizer, x_smem, (), of_columns, values_t_smem)
+      column_scales = scales_t_smem
+    write_transposed(quantizer, x_smem, (), column_scales, values_t_smem)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_t_smem, values_t.at[place_t])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -162,7 +181,7 @@ def run_both(
 
 
 def unsupported_both(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:
-  """Why `run_both` cannot take this, or None if it can."""
+  """Returns why `run_both` cannot take these arguments, or None if it can."""
   if tile not in ((1, BLOCK), (BLOCK, BLOCK)):
     return f"needs tiles of 1x128 or 128x128, and they are {tile[0]}x{tile[1]}"
   if x_MK.ndim != 2 and (tile[0] == 1 or x_MK.shape[-2] % BLOCK):

@@ -1,7 +1,8 @@
-"""FP8 matrix product on Hopper whose sums never leave the tensor core: what promotion is for.
+"""FP8 matrix product on Hopper without promotion: sums never leave the tensor cores.
 
-Made to measure the error of a sum over all of K, not to be fast: a warpgroup has 64 rows and 128
-columns of the result, and waits for each block of K.
+It exists to measure the error of a sum over all of K in the tensor cores' precision, and is not
+meant to be fast: a block of one warpgroup computes 64 rows and 128 columns of the result, and waits
+for each 128 of K to be loaded and multiplied.
 
 Shape letters:  M, N rows of the operands  K contracted width
 """
@@ -17,18 +18,18 @@ from pallas_kernels.quantized import BLOCK
 
 
 def raw_matmul(lhs_MK: jax.Array, rhs_NK: jax.Array, *, interpret: object = None) -> jax.Array:
-  """lhs @ rhs.T, all of K summed in one accumulator of the tensor core.
+  """Returns lhs @ rhs.T, with all of K summed in one accumulator of the tensor cores.
 
   Args:
-    lhs_MK: float8_e4m3fn; M a multiple of 64.
-    rhs_NK: likewise; N and K multiples of 128.
-    interpret: `plgpu.InterpretGPUParams`, to run without a GPU.
+    lhs_MK: float8_e4m3fn; M must be a multiple of 64.
+    rhs_NK: float8_e4m3fn; N and K must be multiples of 128.
+    interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, without a GPU.
 
   Returns:
     float32 [M, N].
 
   Raises:
-    ValueError: on shapes that are no such multiples.
+    ValueError: if M, N or K is not such a multiple.
   """
   (m, k), n = lhs_MK.shape, rhs_NK.shape[0]
   if m % ROWS or n % BLOCK or k % BLOCK:
@@ -47,7 +48,7 @@ def raw_matmul(lhs_MK: jax.Array, rhs_NK: jax.Array, *, interpret: object = None
 
 
 def _multiply(lhs_MK, rhs_NK, out_MN, *, lhs_smem, rhs_smem, out_smem, full):
-  """A tile of the result."""
+  """Computes one tile of the result."""
   rows = pl.ds(lax.axis_index("m") * ROWS, ROWS)
   columns = pl.ds(lax.axis_index("n") * BLOCK, BLOCK)
 
@@ -59,7 +60,7 @@ def _multiply(lhs_MK, rhs_NK, out_MN, *, lhs_smem, rhs_smem, out_smem, full):
       plgpu.copy_gmem_to_smem(rhs_NK.at[columns, block], rhs_smem, full)
       plgpu.barrier_wait(full)
       plgpu.wgmma(accumulator, lhs_smem, rhs_smem.T)
-      plgpu.wgmma_wait(0)  # the next block goes where this one is
+      plgpu.wgmma_wait(0)  # the next block of K overwrites this one in shared memory
     return accumulator[...]
 
   out_smem[...] = pl.run_scoped(add_up, plgpu.ACC((ROWS, BLOCK), jnp.float32))

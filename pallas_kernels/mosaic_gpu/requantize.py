@@ -1,4 +1,7 @@
-"""Transposing on Hopper what is quantised along its rows, or not at all, in one pass over memory.
+"""Quantisation of a transpose on Hopper, in one pass over memory.
+
+The matrix may be quantised with 1x128 scales, and is then requantised, or not quantised at all. A
+thread block takes 128 rows and 128 columns, and otherwise works as in `quantize`.
 
 Shape letters:  M rows  K columns  S rows of a step
 """
@@ -25,14 +28,21 @@ from pallas_kernels.mosaic_gpu.quantize import (
 )
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
-STEP = 32  # rows of 128 numbers in registers at a time, to find the largest
+STEP = 32  # rows of 128 elements in registers at a time while the largest magnitude is sought
 
 
 def run(
     x_MK: jax.Array | Quantized, tile: str, *, format: str, power_of_two: bool,
     smallest_amax: float, interpret: Any = None) -> Quantized:
-  """See `pallas_kernels.quantize_transposed`, and `quantize.run` for interpret."""
-  del tile  # there is one
+  """Quantises the transpose of a matrix; see `pallas_kernels.quantize_transposed`.
+
+  Args:
+    x_MK: float32 or bfloat16, or quantised with 1x128 scales.
+    tile: "1x128".
+    format, power_of_two, smallest_amax: see `pallas_kernels.quantize`.
+    interpret: see `quantize.run`.
+  """
+  del tile  # `unsupported_reason` refuses all but one
   values_MK, scales = x_MK, ()
   if isinstance(x_MK, Quantized):
     values_MK, scales = x_MK.values_MK, (k_major(x_MK.scales_mk, BLOCK),)
@@ -71,11 +81,11 @@ def run(
 
 
 def unsupported_reason(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:
-  """Why `run` cannot take this, or None if it can."""
-  had = x_MK.tile if isinstance(x_MK, Quantized) else None
-  if tile != "1x128" or had not in (None, (1, BLOCK)):
-    was = f" of what has {had[0]}x{had[1]}" if had else ""
-    return f"needs tiles of 1x128, and they are {tile}{was}"
+  """Returns why `run` cannot take these arguments, or None if it can."""
+  given = x_MK.tile if isinstance(x_MK, Quantized) else None
+  if tile != "1x128" or given not in (None, (1, BLOCK)):
+    source = f", requantised from {given[0]}x{given[1]}" if given else ""
+    return f"needs tiles of 1x128, and they are {tile}{source}"
   if len(x_MK.shape) != 2:
     return f"needs a single matrix, and the shape is {x_MK.shape}"
   values_MK = x_MK.values_MK if isinstance(x_MK, Quantized) else x_MK
@@ -83,17 +93,17 @@ def unsupported_reason(x_MK: jax.Array | Quantized, tile: str, **options) -> str
 
 
 def _width(dtype) -> int:
-  """Columns that are in registers at a time: 32 or 64."""
+  """Returns the number of columns that are transposed in registers at a time: 32 or 64."""
   return min(64, 128 // dtype.itemsize)
 
 
 def _narrow(dtype):
-  """As `swizzled`, of so many columns that a part of them can be taken."""
+  """Returns the transforms of swizzled shared memory that can be sliced every `_width` columns."""
   return swizzle(dtype.itemsize, _width(dtype) * dtype.itemsize)
 
 
 def _dequantized(x_MK: jax.Array, row_scales, layout) -> jax.Array:
-  """The numbers that stand for, of some rows, in float32."""
+  """Returns some rows in float32, multiplied by their scales if there are any."""
   x_MK = x_MK.astype(jnp.float32)
   for scales in row_scales:
     scale_M = plgpu.load(scales, layout=layout.reduce(1), optimized=False)
@@ -102,7 +112,7 @@ def _dequantized(x_MK: jax.Array, row_scales, layout) -> jax.Array:
 
 
 def _largest(x_smem, row_scales) -> jax.Array:
-  """Magnitude in every column: [K]."""
+  """Returns the largest magnitude in every column: [K]."""
   layout, largest_SK = column_layout(x_smem.dtype), None
   for _, piece in steps(BLOCK, STEP):
     x_SK = plgpu.load(x_smem.at[piece], layout=layout, optimized=False)
@@ -113,14 +123,17 @@ def _largest(x_smem, row_scales) -> jax.Array:
 
 def write_transposed(
     quantizer: Quantizer, x_smem, row_scales, column_scales, values_smem) -> None:
-  """Writes values of tiles of 128x1, rows and columns exchanged two by two between lanes.
+  """Quantises a block of 128 x 128 by columns and writes its transpose.
+
+  Lanes exchange elements so that 2 x 2 squares are transposed between them: the conversion of
+  Layout.WGMMA to WGMMA_TRANSPOSED.
 
   Args:
     quantizer: divides by the scales.
-    x_smem: 128 x 128 numbers.
-    row_scales: of one scale for each row, if the numbers are quantised; else empty.
-    column_scales: one for each column in shared memory, or one for all.
-    values_smem: of the transpose.
+    x_smem: the block, in shared memory.
+    row_scales: a list with the scale of each row if the block is quantised; otherwise empty.
+    column_scales: a scale for each column, in shared memory, or one scalar for all.
+    values_smem: shared memory for the transpose.
   """
   transposed, width = plgpu.Layout.WGMMA_TRANSPOSED, _width(x_smem.dtype)
   for first in range(0, BLOCK, width):
@@ -132,7 +145,7 @@ def write_transposed(
     x_MK = plgpu.load(x_smem.at[:, columns], layout=plgpu.Layout.WGMMA,
                       optimized=x_smem.dtype.itemsize > 1)
     if x_MK.dtype.itemsize == 1:
-      x_MK = x_MK.astype(jnp.float16)  # exact, and lanes exchange 16 bits
+      x_MK = x_MK.astype(jnp.float16)  # exact for FP8, and lanes exchange 16-bit elements
     x_MK = _dequantized(plgpu.layout_cast(x_MK, transposed), row_scales, transposed)
     values_smem.at[columns].T[...] = quantizer.values(x_MK, scale, axes, transposed)
 

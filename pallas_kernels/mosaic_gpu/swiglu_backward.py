@@ -1,9 +1,10 @@
-"""SwiGLU's backward pass on Hopper, quantised both ways while it is on the chip.
+"""SwiGLU's backward pass on Hopper, whose results are quantised both ways while on the chip.
 
-Two warpgroups share a block of 128 rows of 128 hidden units. First each takes half of the rows,
-writes gradients along them, and leaves gradients and hidden units where their inputs lay. Then each
-takes half of the columns of those, which the copy to registers transposes. Blocks are small enough
-for two on a multiprocessor, one of which loads while the other computes.
+Two warpgroups share a thread block, of 128 rows of 128 hidden units. First each takes half of the
+rows, writes their gradients quantised along rows, and overwrites the inputs in shared memory with
+gradients and hidden units in bfloat16. Then each takes half of the columns of those, transposed by
+the load to registers, and writes them quantised along columns. Two blocks fit on a multiprocessor,
+so that one loads while the other computes. `fp8_matmul` explains the constructs of Pallas.
 
 Shape letters:  M rows  F hidden units  S rows of a step  K columns of a warpgroup
 """
@@ -38,30 +39,41 @@ from pallas_kernels.mosaic_gpu.quantize import (
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized
 
 STEP = 16  # rows in registers at a time
-# No reduction here is across warps; with memory for those no second block would fit.
+# No reduction here crosses warps. With the scratch memory for those, no second block would fit.
 _PARAMS = dataclasses.replace(COMPILER_PARAMS, reduction_scratch_bytes=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class BfloatQuantizer(Quantizer):
-  """A quantiser of rows of bfloat16 numbers, whose few bits make quotients cheap."""
+  """A quantiser for bfloat16, whose few bits make quotients cheap."""
 
   def values(self, x: jax.Array, scale: jax.Array, axes: Sequence[int], layout) -> jax.Array:
-    """As `Quantizer.values`, to the bit: see test_swiglu_backward.py."""
+    """Returns the same values as `Quantizer.values`, bit for bit: see test_swiglu_backward.py."""
     if self.divides:
       return super().values(x, scale, axes, layout)
-    along = lambda y: plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, axes), layout)
+    broadcast = lambda y: plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, axes), layout)
     x, inverse = widened(x, layout, interpreted=False), 1 / scale
     if self.power_of_two:
-      quotient = x * along(inverse)
+      quotient = x * broadcast(inverse)
     else:
-      rest = _fused(_rest_of_inverse, layout.reduce(1), scale, inverse)
-      quotient = _fused(_quotient, layout, x, along(inverse), along(rest))
+      residual = _fused(_inverse_residual, layout.reduce(1), scale, inverse)
+      quotient = _fused(_quotient, layout, x, broadcast(inverse), broadcast(residual))
     return quotient.astype(FORMATS[self.format].dtype)
 
 
 class _Refs(NamedTuple):
-  """Results, as `_results` says, and shared memory: inputs or what comes of them in `tiles`."""
+  """The memory and barriers that a thread block works on.
+
+  Attributes:
+    values, scales: gradients of gate and up, quantised along rows.
+    values_t, scales_t: their transpose, quantised along its rows.
+    hidden_t, hidden_scales_t: the transpose of the hidden units, quantised along its rows.
+    dgates: parts of the gates' gradient, one for each 128 hidden units.
+    tiles: shared memory for gate, up and dhidden, later for dgate, dup and the hidden units.
+    values_smem: staging buffer for quantised values, which TMA stores.
+    loaded: an mbarrier for each warpgroup, completed by the loads of its inputs.
+    written: an mbarrier at which both warpgroups arrive when `tiles` hold results.
+  """
 
   values: Any
   scales: Any
@@ -77,12 +89,12 @@ class _Refs(NamedTuple):
 
 
 class _Place(NamedTuple):
-  """Where a warpgroup works.
+  """The rows and columns that a warpgroup works on.
 
   Attributes:
-    block_row, block_column: in blocks of 128.
-    wg: which warpgroup it is.
-    width: F.
+    block_row, block_column: position of the thread block, in blocks of 128.
+    wg: index of the warpgroup.
+    width: F, the number of hidden units.
   """
 
   block_row: jax.Array
@@ -92,13 +104,15 @@ class _Place(NamedTuple):
 
   @property
   def rows(self):
+    """The warpgroup's 64 rows."""
     return self.step(0, ROWS)
 
   def step(self, first: int, count: int = STEP):
+    """Returns `count` of the warpgroup's rows, from its row `first` on."""
     return pl.ds(self.block_row * BLOCK + self.wg * ROWS + first, count)
 
   def columns(self, half: int):
-    """Of gate or up; those of gate are the hidden units' too."""
+    """Returns the block's columns of gate (half 0, also those of hidden units) or up (half 1)."""
     return pl.ds(half * self.width + self.block_column * BLOCK, BLOCK)
 
 
@@ -106,15 +120,28 @@ def run(
     gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
     power_of_two: bool, smallest_amax: float, smallest_gradient_amax: float,
     interpret: Any = None) -> tuple[Quantized, Quantized, Quantized, jax.Array]:
-  """See `pallas_kernels.swiglu_backward_quantize`, and `quantize.run` for interpret."""
+  """Returns quantised gradients and hidden units; see `pallas_kernels.swiglu_backward_quantize`.
+
+  Args:
+    gate_up: [M, 2 F], gate first: bfloat16, or quantised with 1x128 scales.
+    gates_M: the factor of each row.
+    dhidden_MF: bfloat16, gradient of the hidden units.
+    format, power_of_two, smallest_amax, smallest_gradient_amax: see
+      `pallas_kernels.swiglu_backward_quantize`.
+    interpret: see `quantize.run`.
+
+  Returns:
+    The gradient of gate and up, its transpose, the transpose of the hidden units, and the gradient
+    of the gates.
+  """
   (rows, width), small = dhidden_MF.shape, FORMATS[format].dtype
   grid, interpreted = (pl.cdiv(rows, BLOCK), width // BLOCK), interpret is not None
-  below = grid[0] * BLOCK - rows
-  of_hidden, of_gradient = (
+  padding = grid[0] * BLOCK - rows
+  hidden_quantizer, gradient_quantizer = (
       BfloatQuantizer(format, power_of_two, smallest, interpreted)
       for smallest in (smallest_amax, smallest_gradient_amax))
   if isinstance(gate_up, Quantized):
-    inputs = jnp.pad(gate_up.values_MK, ((0, below), (0, 0))), k_major(gate_up.scales_mk, BLOCK)
+    inputs = jnp.pad(gate_up.values_MK, ((0, padding), (0, 0))), k_major(gate_up.scales_mk, BLOCK)
   else:
     inputs = pad_rows(gate_up),
 
@@ -123,10 +150,11 @@ def run(
     refs = _Refs(*results[:7], results[7:10], *results[10:])
     place = _Place(*this_block(grid), lax.axis_index("wg"), width)
     fetch, load = _inputs(gate_up, dhidden, gates, refs, place, interpreted)
-    _along_rows(of_gradient, fetch, load, refs, place)
+    _along_rows(gradient_quantizer, fetch, load, refs, place)
+    # A column has rows of both warpgroups, so both must have written theirs.
     plgpu.barrier_arrive(refs.written)
     plgpu.barrier_wait(refs.written)
-    _along_columns(of_gradient, of_hidden, refs, place)
+    _along_columns(gradient_quantizer, hidden_quantizer, refs, place)
 
   tile = swizzled(BLOCK, dhidden_MF.dtype)
   values, scales, values_t, scales_t, hidden_t, hidden_scales_t, dgates = plgpu.kernel(
@@ -137,14 +165,14 @@ def run(
           plgpu.Barrier(num_arrivals=3 if len(inputs) == 1 else 1, num_barriers=WARPGROUPS),
           plgpu.Barrier(num_arrivals=WARPGROUPS)),
       compiler_params=_PARAMS, interpret=interpret, kernel_name="swiglu_backward",
-  )(jnp.pad(gates_M.astype(jnp.float32), (0, below)), pad_rows(dhidden_MF), *inputs)
+  )(jnp.pad(gates_M.astype(jnp.float32), (0, padding)), pad_rows(dhidden_MF), *inputs)
   transposed = lambda values, scales: Quantized(values[:, :rows], scales.T, (1, BLOCK))
   return (Quantized(values[:rows], scales[:rows], (1, BLOCK)), transposed(values_t, scales_t),
           transposed(hidden_t, hidden_scales_t), dgates[:rows].sum(1))
 
 
 def _results(grid: tuple[int, int], small: jnp.dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Values and scales of gradients, of their transpose, of hidden units'; the gates' gradients."""
+  """Returns the types of the results, in the order of the first attributes of `_Refs`."""
   rows, columns = (count * BLOCK for count in grid)
   shapes = (((rows, 2 * columns), small), ((rows, 2 * grid[1]), jnp.float32),
             ((2 * columns, rows), small), ((grid[0], 2 * columns), jnp.float32),
@@ -156,11 +184,13 @@ def _results(grid: tuple[int, int], small: jnp.dtype) -> tuple[jax.ShapeDtypeStr
 def _inputs(
     gate_up, dhidden, gates, refs: _Refs, place: _Place, interpreted: bool
 ) -> tuple[Callable, Callable]:
-  """Copies a warpgroup's rows to shared memory, which has no room for what is quantised.
+  """Starts the loads of a warpgroup's rows to shared memory.
+
+  Shared memory has no room for quantised inputs, so these are loaded to registers, step by step.
 
   Returns:
-    What fetches the rest of a step, given the first of its rows, to registers, ahead of time; and
-    what gives gate, up, dhidden and gates of a step in float32.
+    Two functions of a step's first row: `fetch` loads the gates and quantised inputs of the step to
+    registers, ahead of time; `load` returns gate, up, dhidden and gates of the step in float32.
   """
   layout = _rows_layout()
   copies = [(dhidden, place.columns(0), refs.tiles[2])]
@@ -173,7 +203,7 @@ def _inputs(
   fetched = {}
 
   def fetch(first: int) -> None:
-    """Gates and quantised inputs of a step, before they are needed."""
+    """Loads gates and quantised inputs of a step, before they are needed."""
     if first == ROWS:
       return
     fetched[first] = vector(gates.at[place.step(first)])
@@ -188,7 +218,7 @@ def _inputs(
   def numbers(k: int, first: int) -> jax.Array:
     if (k, first) in fetched:
       x_SF, scale_S = fetched[k, first]
-      x_SF = x_SF.astype(jnp.float16).astype(jnp.float32)  # exact, and the way there is
+      x_SF = x_SF.astype(jnp.float16).astype(jnp.float32)  # exact; FP8 converts by way of float16
       return x_SF * plgpu.layout_cast(lax.broadcast_in_dim(scale_S, x_SF.shape, (0,)), layout)
     x_SF = plgpu.load(refs.tiles[k].at[_piece(place.wg, first)], layout=layout)
     return widened(x_SF, layout, interpreted)
@@ -203,7 +233,10 @@ def _inputs(
 
 def _along_rows(
     quantizer: Quantizer, fetch: Callable, load: Callable, refs: _Refs, place: _Place) -> None:
-  """Writes gradients along rows, and in bfloat16 those and hidden units where inputs lay."""
+  """Writes gradients quantised along rows, and overwrites the inputs in shared memory.
+
+  There gradients and hidden units are kept in bfloat16, for `_along_columns`.
+  """
   layout = _rows_layout()
   for first, _ in steps(ROWS, STEP):
     piece, rows = _piece(place.wg, first), place.step(first)
@@ -213,7 +246,7 @@ def _along_rows(
     for k, x_SF in enumerate(gradients):
       refs.tiles[k][piece] = x_SF
       if k:
-        fetch(first + STEP)  # now that few registers are in use
+        fetch(first + STEP)  # here, where few registers are in use
       scale_S = quantizer.scale(jnp.abs(x_SF).max(1))
       compat.store(refs.values.at[rows, place.columns(k)],
                    quantizer.values(x_SF, scale_S, (0,), layout))
@@ -222,19 +255,22 @@ def _along_rows(
 
 
 def _along_columns(
-    of_gradient: Quantizer, of_hidden: Quantizer, refs: _Refs, place: _Place) -> None:
-  """Writes gradients and hidden units transposed, half of the columns."""
+    gradient_quantizer: Quantizer, hidden_quantizer: Quantizer, refs: _Refs,
+    place: _Place) -> None:
+  """Writes this warpgroup's half of the columns, transposed and quantised along columns."""
   half, layout = _half(place.wg), plgpu.Layout.WGMMA
   gradients, hidden = (refs.values_t, refs.scales_t), (refs.hidden_t, refs.hidden_scales_t)
   for k, (quantizer, (values, scales)) in enumerate((
-      (of_gradient, gradients), (of_gradient, gradients), (of_hidden, hidden))):
+      (gradient_quantizer, gradients), (gradient_quantizer, gradients),
+      (hidden_quantizer, hidden))):
     columns = pl.ds(
         k % 2 * place.width + place.block_column * BLOCK + place.wg * ROWS, ROWS)
     x_KM = plgpu.load(refs.tiles[k].at[:, half].T, layout=layout)
     scale_K = quantizer.scale(jnp.abs(x_KM).max(1))
     compat.store(scales.at[place.block_row, columns], scale_K)
     values_KM = quantizer.values(x_KM, scale_K, (0,), layout)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for what was there before
+    # The copy before this one must have read `values_smem`.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     refs.values_smem[half] = values_KM
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
@@ -243,23 +279,35 @@ def _along_columns(
 
 
 def _rows_layout():
+  """Returns the register layout of a step's rows."""
   return row_layout(jnp.dtype(jnp.bfloat16))
 
 
 def _half(wg: jax.Array):
-  """A warpgroup's rows, or columns, of a block."""
+  """Returns a warpgroup's 64 rows, or columns, of a block."""
   return pl.ds(wg * ROWS, ROWS)
 
 
 def _piece(wg: jax.Array, first: int):
-  """The rows of a step, of a block's."""
+  """Returns the rows of a warpgroup's step, counted from the block's first row."""
   return pl.ds(wg * ROWS + first, STEP)
 
 
 def backward_in_registers(
     gate_SF: jax.Array, up_SF: jax.Array, dhidden_SF: jax.Array, gate_S: jax.Array, layout,
     interpreted: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Gradients and hidden units of some rows, in their format, and sums for the gates' gradients."""
+  """Computes the backward pass for some rows.
+
+  Args:
+    gate_SF, up_SF, dhidden_SF: inputs and the gradient of the hidden units, float32.
+    gate_S: the factor of each row.
+    layout: register layout of the matrices.
+    interpreted: whether Pallas' interpreter runs this.
+
+  Returns:
+    Gradients of gate and of up and the hidden units, in bfloat16, and each row's sum for the gates'
+    gradient.
+  """
   scale_SF = plgpu.layout_cast(lax.broadcast_in_dim(gate_S, gate_SF.shape, (0,)), layout)
   sigmoid_SF = sigmoid(gate_SF)
   silu_SF = gate_SF * sigmoid_SF
@@ -271,10 +319,11 @@ def backward_in_registers(
 
 
 def rounded(x: jax.Array, layout, interpreted: bool) -> jax.Array:
-  """Float32 in bfloat16, two numbers an instruction.
+  """Rounds float32 to bfloat16, two numbers with one instruction.
 
-  The compiler rounds each on its own where it is widened again later. An optimization barrier in
-  between, as of jax 0.11.2 and 0.12, exchanges numbers of registers of more than four bytes.
+  The compiler rounds each number separately where it is widened again later. An optimization
+  barrier in between would prevent that, but in jax 0.11.2 and 0.12 it swaps numbers in registers
+  of more than four bytes.
   """
   if interpreted:
     return x.astype(jnp.bfloat16)
@@ -282,14 +331,21 @@ def rounded(x: jax.Array, layout, interpreted: bool) -> jax.Array:
 
 
 def widened(x: jax.Array, layout, interpreted: bool) -> jax.Array:
-  """Bfloat16 in float32, by one instruction a number, where the compiler takes one and a half."""
+  """Widens bfloat16 to float32 by one instruction a number; the compiler takes one and a half."""
   if interpreted:
     return x.astype(jnp.float32)
   return _fused(_float32_of_bfloat16, layout, x)
 
 
 def _fused(operation: Callable, layout, *operands: jax.Array, dtype=jnp.float32) -> jax.Array:
-  """An operation on vectors of registers, of bfloat16 or float32."""
+  """Applies an operation on MLIR vectors to arrays in registers, vector by vector.
+
+  Args:
+    operation: takes and returns MLIR values.
+    layout: register layout of the operands and of the result.
+    *operands: bfloat16 or float32.
+    dtype: dtype of the result.
+  """
   @plgpu.inline_mgpu(
       arg_types=(layout,) * len(operands),
       return_type=plgpu.ShapeDtypeStruct(operands[0].shape, dtype, layout=layout))
@@ -300,6 +356,7 @@ def _fused(operation: Callable, layout, *operands: jax.Array, dtype=jnp.float32)
 
 
 def _float32_of_bfloat16(x: ir.Value) -> ir.Value:
+  """Widens pairs of bfloat16: a shift and a mask put each in the upper half of 32 bits."""
   length, i32 = ir.VectorType(x.type).shape[0], ir.IntegerType.get_signless(32)
   pairs = ir.VectorType.get((length // 2,), i32)
   constant = lambda value: arith.constant(
@@ -310,6 +367,7 @@ def _float32_of_bfloat16(x: ir.Value) -> ir.Value:
 
 
 def _bfloat16_of_float32(x: ir.Value) -> ir.Value:
+  """Rounds pairs of float32 with PTX's cvt for two."""
   length, i32 = ir.VectorType(x.type).shape[0], ir.IntegerType.get_signless(32)
   at = lambda index: arith.constant(i32, index)
   pairs = llvm.mlir_undef(ir.VectorType.get((length // 2,), i32))
@@ -320,21 +378,22 @@ def _bfloat16_of_float32(x: ir.Value) -> ir.Value:
   return vector.bitcast(ir.VectorType.get((length,), ir.BF16Type.get()), pairs)
 
 
-def _rest_of_inverse(by: ir.Value, inverse: ir.Value) -> ir.Value:
-  """What `inverse` lacks of 1 / by."""
+def _inverse_residual(by: ir.Value, inverse: ir.Value) -> ir.Value:
+  """Returns 1 / by - inverse, to first order: the rounding error of the inverse."""
   one = arith.constant(by.type, ir.DenseElementsAttr.get_splat(
       by.type, ir.FloatAttr.get(ir.F32Type.get(), 1.0)))
   return arith.mulf(llvm.intr_fma(arith.negf(by), inverse, one), inverse)
 
 
-def _quotient(x: ir.Value, inverse: ir.Value, rest: ir.Value) -> ir.Value:
-  return llvm.intr_fma(x, inverse, arith.mulf(x, rest))
+def _quotient(x: ir.Value, inverse: ir.Value, residual: ir.Value) -> ir.Value:
+  """Returns x / by, from the rounded inverse of `by` and that inverse's residual."""
+  return llvm.intr_fma(x, inverse, arith.mulf(x, residual))
 
 
 def unsupported_reason(
     gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, *, format: str,
     power_of_two: bool, smallest_amax: float, smallest_gradient_amax: float) -> str | None:
-  """Why `run` cannot take this, or None if it can."""
+  """Returns why `run` cannot take these arguments, or None if it can."""
   del gates_M
   if isinstance(gate_up, Quantized):
     if gate_up.tile != (1, BLOCK):

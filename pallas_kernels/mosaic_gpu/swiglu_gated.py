@@ -1,10 +1,11 @@
-"""The backward pass of SwiGLU with gates on Hopper: memory-bound, so nothing is moved twice.
+"""The backward pass of SwiGLU with gates on Hopper. It is memory-bound, so nothing is moved twice.
 
-A block of 128 threads owns some rows and walks along their hidden units, 128 at a time, through a
-ring of pieces in shared memory: some are loaded while one is computed, and results take the place
-of what they are computed from. Sums for the gates' gradients stay in registers.
+A thread block is one warpgroup. It owns some rows and walks along their hidden units, 128 at a
+time, through a ring of pieces in shared memory: the next pieces are loaded by TMA while one is
+computed, and results overwrite in shared memory what they are computed from. The sums for the
+gates' gradients stay in registers. `fp8_matmul` explains the constructs of Pallas.
 
-Shape letters:  M rows  F hidden units  R rows of a block  S rows in registers at a time
+Shape letters:  M rows  F hidden units  S rows in registers at a time
 """
 
 import dataclasses
@@ -23,10 +24,11 @@ from pallas_kernels.mosaic_gpu.swiglu_backward import backward_in_registers, wid
 from pallas_kernels.quantized import BLOCK
 
 STEP = 16  # rows in registers at a time
-_OPERANDS = 3  # gate, up and gradient of hidden units
+_OPERANDS = 3  # gate, up and the gradient of the hidden units
 _BYTES_OF_ROW = _OPERANDS * BLOCK * 2
-_SHARED_MEMORY = 226 << 10  # of a block at most, and some for barriers
-# No reduction here is across warps; with memory for those fewer blocks would fit.
+_SHARED_MEMORY = 226 << 10  # bytes that a block has at most, less some for barriers
+# No reduction here crosses warps. With the scratch memory for those, fewer blocks would fit on a
+# multiprocessor.
 _PARAMS = dataclasses.replace(COMPILER_PARAMS, reduction_scratch_bytes=0)
 
 
@@ -35,8 +37,8 @@ class Tiling:
   """How the work is cut.
 
   Attributes:
-    rows: of a block: a multiple of 16.
-    stages: pieces of 128 hidden units that a block has in shared memory, 768 bytes a row each.
+    rows: rows of a thread block, a multiple of 16.
+    stages: length of the ring in shared memory; a stage holds 128 hidden units, 768 bytes a row.
   """
 
   rows: int = 32
@@ -46,21 +48,24 @@ class Tiling:
     if self.rows < STEP or self.rows % STEP:
       raise ValueError(f"Tiling's rows must be a multiple of {STEP}, and they are {self.rows}")
     if self.stages < 2 or self.stages * self.rows * _BYTES_OF_ROW > _SHARED_MEMORY:
-      raise ValueError("Tiling needs 2 stages or more, and all in 226 KiB, and they are "
+      raise ValueError("Tiling needs 2 stages or more, all in 226 KiB, and they are "
                        f"{self.stages} of {self.rows} rows with {_BYTES_OF_ROW} bytes each")
 
 
 def run(
     gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array, *,
     tiling: Tiling | None = None, interpret: Any = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """See `pallas_kernels.swiglu_gated_backward`.
+  """Returns gradients and hidden units; see `pallas_kernels.swiglu_gated_backward`.
 
   Args:
-    gate_up_M2F: [M, 2 F].
-    gates_M: float32.
-    dhidden_MF: as it says.
-    tiling: how the work is cut.
-    interpret: `plgpu.InterpretGPUParams`, to run on a CPU.
+    gate_up_M2F: bfloat16 [M, 2 F], gate first.
+    gates_M: float32, the factor of each row.
+    dhidden_MF: bfloat16, gradient of the hidden units.
+    tiling: how the work is cut; None means the default.
+    interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, on a CPU.
+
+  Returns:
+    The gradient of gate and up, the hidden units, and the gradient of the gates.
   """
   tiling = tiling or Tiling()
   num_rows, width = dhidden_MF.shape
@@ -89,7 +94,7 @@ def run(
 
 
 def _walk(num_pieces: int, rows, inputs, results, ring, loaded, *, interpreted: bool) -> None:
-  """All that a block does: for each piece of its rows one after another."""
+  """Computes a thread block's rows, one piece of 128 hidden units after another."""
   gate_up, gates, dhidden = inputs
   dgate_up, hidden, dgates = results
   num_stages, _, num_rows, _ = ring.shape
@@ -97,8 +102,8 @@ def _walk(num_pieces: int, rows, inputs, results, ring, loaded, *, interpreted: 
 
   layout = row_layout(ring.dtype)
   parts = [piece for _, piece in steps(num_rows, STEP)]
-  of_part = lambda ref, part: ref.at[pl.ds(rows.start + part.start, STEP)]
-  gates_S = [plgpu.load(of_part(gates, part), layout=layout.reduce(1), optimized=False)
+  rows_of_part = lambda ref, part: ref.at[pl.ds(rows.start + part.start, STEP)]
+  gates_S = [plgpu.load(rows_of_part(gates, part), layout=layout.reduce(1), optimized=False)
              for part in parts]
 
   def load(piece):
@@ -107,7 +112,8 @@ def _walk(num_pieces: int, rows, inputs, results, ring, loaded, *, interpreted: 
       plgpu.copy_gmem_to_smem(place, ring.at[slot, k], loaded.at[slot])
 
   def compute(piece, sums):
-    # The piece before has left its place by the time that this one is there.
+    # The next load goes to the stage of the piece before this one, whose results TMA must have read
+    # first. By the time that this piece has been loaded, it has.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     pl.when(piece + ahead < num_pieces)(lambda: load(piece + ahead))
     slot = lax.rem(piece, num_stages)
@@ -124,19 +130,23 @@ def _walk(num_pieces: int, rows, inputs, results, ring, loaded, *, interpreted: 
     load(piece)
   zeros = [plgpu.layout_cast(jnp.zeros(STEP, jnp.float32), layout.reduce(1)) for _ in parts]
   for part, sum_S in zip(parts, lax.fori_loop(0, num_pieces, compute, zeros), strict=True):
-    compat.store(of_part(dgates, part), sum_S)
+    compat.store(rows_of_part(dgates, part), sum_S)
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _places(gate_up, hidden, rows, piece) -> tuple[Any, Any, Any]:
-  """A piece of gate, of up and of hidden units in global memory, or of their gradients."""
+  """Returns a piece of gate, of up and of hidden units in global memory, or of their gradients."""
   columns = pl.ds(piece * BLOCK, BLOCK)
-  of_up = pl.ds(hidden.shape[1] + piece * BLOCK, BLOCK)
-  return gate_up.at[rows, columns], gate_up.at[rows, of_up], hidden.at[rows, columns]
+  up_columns = pl.ds(hidden.shape[1] + piece * BLOCK, BLOCK)
+  return gate_up.at[rows, columns], gate_up.at[rows, up_columns], hidden.at[rows, columns]
 
 
 def _compute(smem, gate_S: jax.Array, layout, interpreted: bool) -> jax.Array:
-  """Puts results where some rows of inputs lie; returns the rows' sums for the gates' gradient."""
+  """Overwrites some rows of inputs with their results, in shared memory.
+
+  Returns:
+    The rows' sums for the gates' gradient.
+  """
   numbers = (widened(plgpu.load(smem.at[k], layout=layout), layout, interpreted)
              for k in range(_OPERANDS))
   *results, sum_S = backward_in_registers(*numbers, gate_S, layout, interpreted)
@@ -147,13 +157,13 @@ def _compute(smem, gate_S: jax.Array, layout, interpreted: bool) -> jax.Array:
 
 def unsupported_reason(
     gate_up_M2F: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array) -> str | None:
-  """Why `run` cannot take this, or None if it can."""
+  """Returns why `run` cannot take these arguments, or None if it can."""
   del gates_M
   for name, x in (("gate and up", gate_up_M2F), ("dhidden", dhidden_MF)):
     if x.dtype != jnp.bfloat16:
       return f"needs bfloat16, and {name} have {x.dtype}"
   if dhidden_MF.size == 0 or dhidden_MF.shape[1] % BLOCK:
-    return ("needs a row at least and F to be a multiple of 128, and the shape is "
+    return ("needs at least one row and F to be a multiple of 128, and the shape is "
             f"{dhidden_MF.shape}")
   return None
 

@@ -1,8 +1,6 @@
-"""The tilings that were measured fastest, by operation and shape.
+"""The tilings that `--experiment=tune_kernels` measured fastest, by operation and shape.
 
-They come from `--experiment=tune_kernels`.
-
-Nothing is tuned when it runs: a shape that is not in the table gets its kernel's default.
+Nothing is tuned at run time: a shape that is not in the table gets its kernel's default tiling.
 """
 
 import functools
@@ -13,17 +11,18 @@ import jax.numpy as jnp
 
 
 def key(operation: str, dtype: jnp.dtype, *sizes: int) -> str:
-  """The table's name for an operation that gives `dtype`, on arrays of these sizes."""
+  """Returns the table's key for an operation with a result of this dtype, on these sizes."""
   return f"{operation} {jnp.dtype(dtype).name} {' x '.join(map(str, sizes))}"
 
 
 def tuned[Tiling](default: Tiling, operation: str, dtype: jnp.dtype, *sizes: int) -> Tiling:
-  """The tiling measured best, or `default` if this was never measured."""
+  """Returns the tiling measured fastest for this shape, or `default` if none was measured."""
   fields = table().get(key(operation, dtype, *sizes))
   return type(default)(**fields) if fields else default
 
 
 @functools.cache
 def table() -> dict[str, dict[str, int]]:
+  """Returns the committed table: the fields of a `Tiling`, by `key`."""
   text = importlib.resources.files(__package__).joinpath("tilings.json").read_text()
   return json.loads(text)

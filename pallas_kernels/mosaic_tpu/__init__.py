@@ -1,5 +1,5 @@
-"""Kernels for TPUs in Pallas' Mosaic TPU, one file per operation.
+"""TPU kernels, written in Pallas for Mosaic TPU, one file per operation.
 
-They compile for every chip from v5e to tpu7x, and agree with the oracles in the interpreter; none
-has run on a TPU yet.
+They compile for every generation from v5e to tpu7x and agree with the oracles in the interpreter.
+None has been run on a TPU yet.
 """

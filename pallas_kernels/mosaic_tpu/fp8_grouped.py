@@ -1,11 +1,12 @@
-"""Grouped FP8 matrix product on a TPU, whatever the sizes of the groups; see `fp8_matmul`.
+"""Grouped FP8 matrix product on a TPU for groups of any size; see `fp8_matmul`.
 
-A tile of rows is visited once for every group that has some of its rows, and each visit writes
-those. megablox, JAX's own grouped kernels, lists the visits; it multiplies no FP8. Rows behind
-the last group are one more group, of zeros.
+A tile of rows is visited once for every group that has rows in it, and each visit writes the rows
+of its group. The list of visits comes from megablox, JAX's grouped matrix products for TPUs, which
+do not support FP8 themselves. Rows past the last group form one more group, whose result is zero.
 
-Shape letters:  R rows  G groups  K contracted width  N result width  k blocks of K  V visits
-                T, C rows and columns of a tile  P a part of K
+Shape letters:  R rows  G groups  K contracted width  N result width  k blocks of 128 along K
+                V visits  T, C rows and columns of a tile of the result
+                P the part of K that one step fetches
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ def run(
   """See `pallas_kernels.fp8_grouped_matmul`.
 
   Args:
-    tiling, native, interpret: see `fp8_matmul.run`.
+    tiling, native, interpret: see `pallas_kernels.mosaic_tpu.fp8_matmul.run`.
   """
   (rows, _), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
   lhs, rhs = (pad(x.values_MK, 1, BLOCK) for x in (lhs_RK, rhs_GNK))
@@ -54,6 +55,7 @@ def run(
       new_TC = jnp.where(group < groups, sums_TC[...], 0)
       out_TC[...] = jnp.where(own_TC, new_TC, out_TC[...].astype(jnp.float32)).astype(out_TC.dtype)
 
+  # The group of the rows past the last group has no matrix; what its visits fetch is not used.
   matrix = lambda groups_V, v: jnp.minimum(groups_V[v], groups - 1)
   visits, count = _visits(sizes_G, whole(rows, tiling.rows), tiling.rows)
   return pl.pallas_call(
@@ -78,15 +80,25 @@ def run(
 
 def unsupported_reason(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
-  """Why `run` cannot multiply these, or None if it can."""
+  """Why `run` does not support these operands or this dtype, or None if it does."""
   if 0 in (*lhs_RK.shape, *rhs_GNK.shape):
-    return f"needs numbers, and the shapes are {lhs_RK.shape} and {rhs_GNK.shape}"
+    return f"needs non-empty operands, and the shapes are {lhs_RK.shape} and {rhs_GNK.shape}"
   return (unsupported_rows(lhs_RK.shape[0], Tiling().rows)
           or fp8_matmul.unsupported_formats(lhs_RK, rhs_GNK, dtype))
 
 
 def _visits(sizes_G: jax.Array, rows: int, tile: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
-  """First rows of groups, each visit's group and tile; and how many visits there are."""
+  """Lists the visits of tiles of rows.
+
+  Args:
+    sizes_G: rows per group.
+    rows: number of rows, a multiple of `tile`.
+    tile: rows of a tile.
+
+  Returns:
+    The first row of each group, with `rows` as the last entry, the group of each visit and the tile
+    of each visit; and the number of visits.
+  """
   sizes = jnp.append(sizes_G, rows - sizes_G.sum()).astype(jnp.int32)
   return make_group_metadata(
       group_sizes=sizes, m=rows, tm=tile, start_group=jnp.int32(0), num_nonzero_groups=len(sizes),

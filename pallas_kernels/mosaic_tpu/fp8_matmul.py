@@ -1,10 +1,10 @@
-"""FP8 matrix product on a TPU: every 128 of K is multiplied, scaled and added in float32.
+"""FP8 matrix product on a TPU, scaled and accumulated in float32 after every 128 elements of K.
 
-TPUs before tpu7x multiply no FP8. There values become bfloat16 in registers, which holds them
-exactly, so memory is read as FP8 and the result is that of FP8.
+TPUs before tpu7x cannot multiply FP8. On those the values are converted to bfloat16 in registers,
+which represents them exactly: memory traffic and result are the same as with FP8 arithmetic.
 
-Shape letters:  M, N rows of the operands  K contracted width  k blocks of K
-                R, C rows and columns of a tile of the result  P a part of K
+Shape letters:  M, N rows of the operands  K contracted width  k blocks of 128 along K
+                R, C rows and columns of a tile of the result  P the part of K that one step fetches
 """
 
 import dataclasses
@@ -25,11 +25,15 @@ _FP8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How the product is cut; at most so much.
+  """Upper bounds of the tile sizes of the product.
 
   Attributes:
-    rows, columns: of a tile of the result: multiples of 32 and 128.
-    depth: of K that is fetched at a time: a multiple of 128.
+    rows: rows of a tile of the result, a multiple of 32.
+    columns: columns of a tile of the result, a multiple of 128.
+    depth: elements along K that are fetched at a time, a multiple of 128.
+
+  Raises:
+    ValueError: if a size is not such a multiple.
   """
 
   rows: int = 512
@@ -38,11 +42,11 @@ class Tiling:
 
   def __post_init__(self):
     if self.rows % ROWS or self.columns % BLOCK or self.depth % BLOCK:
-      raise ValueError("Tiling's rows must be a multiple of 32, columns and depth of 128, and they "
-                       f"are {self.rows}, {self.columns} and {self.depth}")
+      raise ValueError("Tiling's rows must be a multiple of 32, its columns and depth multiples of "
+                       f"128, but they are {self.rows}, {self.columns} and {self.depth}")
 
   def fit(self, rows: int, columns: int, depth: int) -> "Tiling":
-    """No larger than the product; its depth divides that of the product."""
+    """Returns a tiling no larger than the product, with a depth that divides the product's."""
     return Tiling(min(self.rows, whole(rows, ROWS)), min(self.columns, whole(columns, BLOCK)),
                   divisor(depth, self.depth))
 
@@ -53,9 +57,9 @@ def run(
   """See `pallas_kernels.fp8_matmul`.
 
   Args:
-    tiling: how the product is cut.
-    native: whether to multiply FP8 itself; None is where the hardware does.
-    interpret: True or `pltpu.InterpretParams`, to run on a CPU.
+    tiling: upper bounds of the tile sizes; None for the defaults.
+    native: whether to multiply in FP8 rather than bfloat16; None does so if this TPU can.
+    interpret: True or `pltpu.InterpretParams` to run the kernel on a CPU.
   """
   (m, _), n = lhs_MK.shape, rhs_NK.shape[0]
   lhs, rhs = (pad(x.values_MK, 1, BLOCK) for x in (lhs_MK, rhs_NK))
@@ -88,31 +92,41 @@ def run(
 
 
 def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
-  """Why `run` cannot multiply these, or None if it can."""
+  """Why `run` does not support these operands or this dtype, or None if it does."""
   if 0 in (*lhs_MK.shape, *rhs_NK.shape):
-    return f"needs numbers, and the shapes are {lhs_MK.shape} and {rhs_NK.shape}"
+    return f"needs non-empty operands, and the shapes are {lhs_MK.shape} and {rhs_NK.shape}"
   return unsupported_formats(lhs_MK, rhs_NK, dtype)
 
 
 def unsupported_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str | None:
-  """Why operands or a result of these formats cannot be had, or None."""
+  """Why kernels do not support the operands' formats or the result's dtype, or None if they do."""
   formats = lhs.values_MK.dtype, rhs.values_MK.dtype
   if not set(formats) <= set(map(jnp.dtype, _FP8)):
-    return f"needs operands in float8, and they are {formats[0]} and {formats[1]}"
+    return f"needs operands in float8, not {formats[0]} and {formats[1]}"
   if dtype not in KINDS:
-    return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
+    return f"returns bfloat16 or float32, not {jnp.dtype(dtype)}"
   return None
 
 
 def has_fp8() -> bool:
-  """Whether this process' TPU multiplies FP8."""
+  """Whether this process' first TPU multiplies FP8 in hardware."""
   return "TPU7" in jax.devices()[0].device_kind
 
 
 def add_part(
     lhs_RP: jax.Ref, rhs_CP: jax.Ref, lhs_scales_Rk: jax.Ref, rhs_scales_kC: jax.Ref,
     sums_RC: jax.Ref, step: jax.Array, native: bool) -> None:
-  """Adds the products of a part of K to the sums, which begin with its first; see `run`."""
+  """Adds the scaled products of a part of K to the sums; the first step sets them to zero before.
+
+  Args:
+    lhs_RP: FP8 values of lhs.
+    rhs_CP: FP8 values of rhs.
+    lhs_scales_Rk: scales of the rows of lhs, for all of K.
+    rhs_scales_kC: scales of the rows of rhs, for all of K, transposed.
+    sums_RC: float32 accumulator.
+    step: index of the part of K.
+    native: see `run`.
+  """
   @pl.when(step == 0)
   def _():
     sums_RC[...] = jnp.zeros_like(sums_RC)
@@ -125,7 +139,7 @@ def add_part(
 
 
 def multiply(lhs_RP: jax.Array, rhs_CP: jax.Array, native: bool) -> jax.Array:
-  """lhs @ rhs.T in float32."""
+  """Returns lhs @ rhs.T in float32, multiplied in FP8 if `native`, otherwise in bfloat16."""
   if not native:
     lhs_RP, rhs_CP = (x.astype(jnp.bfloat16) for x in (lhs_RP, rhs_CP))
   return lax.dot_general(
@@ -133,19 +147,22 @@ def multiply(lhs_RP: jax.Array, rhs_CP: jax.Array, native: bool) -> jax.Array:
 
 
 def column(scales_Rk: jax.Ref, k: jax.Array) -> jax.Array:
-  """A column, whose number need not be known when this is compiled: [R, 1]."""
-  is_it_Rk = lax.broadcasted_iota(jnp.int32, scales_Rk.shape, 1) == k
-  return jnp.where(is_it_Rk, scales_Rk[...], 0).sum(1, keepdims=True)
+  """Returns column k, [R, 1], where k is known only at run time."""
+  selected_Rk = lax.broadcasted_iota(jnp.int32, scales_Rk.shape, 1) == k
+  return jnp.where(selected_Rk, scales_Rk[...], 0).sum(1, keepdims=True)
 
 
 def column_scales(rhs_NK: Quantized) -> jax.Array:
-  """Scales of a row's blocks, below each other: [..., k, N]."""
+  """Returns the scales of every row of rhs as a column: [..., k, N].
+
+  Scales of tiles with several rows are repeated for each of the rows.
+  """
   scales_kN = jnp.repeat(rhs_NK.scales_mk.mT, rhs_NK.tile[0], -1)
   return scales_kN[..., :rhs_NK.shape[-2]]
 
 
 def cost(m: int, n: int, k: int, *, weights: int, dtype: jnp.dtype) -> pl.CostEstimate:
-  """Of a product m x n x k that reads so many weights."""
+  """Estimates the cost of a product of [m, k] and [k, n] that reads `weights` elements of rhs."""
   return pl.CostEstimate(
       flops=2 * m * n * k, transcendentals=0,
       bytes_accessed=m * k + weights + m * n * jnp.dtype(dtype).itemsize)

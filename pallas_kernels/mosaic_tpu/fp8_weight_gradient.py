@@ -1,10 +1,12 @@
-"""Gradient of every group's matrix from FP8 rows on a TPU; see `fp8_matmul`.
+"""Gradient of every group's matrix from FP8 operands on a TPU; see `fp8_matmul`.
 
-Groups begin at multiples of 128 rows, so each block of 128 is of one group. An empty group is
-visited too, to write zeros.
+Groups begin at multiples of 128 rows, so each block of 128 rows belongs to one group. Each tile of
+a group's result is visited once for every block of the group, or once for an empty group, to write
+zeros.
 
-Shape letters:  S rows with every group at a multiple of 128  G groups  K, N widths
-                R, C rows and columns of a tile  P 128 of S  V visits
+Shape letters:  S rows including padding, with every group at a multiple of 128  G groups
+                K, N rows and columns of a group's matrix
+                R, C rows and columns of a tile of the result  P the 128 rows of a block  V visits
 """
 
 from typing import Any
@@ -28,8 +30,8 @@ def run(
   """See `pallas_kernels.fp8_grouped_weight_gradient`.
 
   Args:
-    tiling: how the product is cut; 128 rows are fetched at a time, whatever its depth.
-    native, interpret: see `fp8_matmul.run`.
+    tiling: upper bounds of the tile sizes; its depth has no effect, as each step fetches 128 rows.
+    native, interpret: see `pallas_kernels.mosaic_tpu.fp8_matmul.run`.
   """
   (k, rows), n, groups = lhs_KS.shape, rhs_NS.shape[0], len(sizes_G)
   tiling = (tiling or Tiling()).fit(k, n, BLOCK)
@@ -79,15 +81,24 @@ def run(
 
 def unsupported_reason(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
-  """Why `run` cannot multiply these, or None if it can."""
+  """Why `run` does not support these operands or this dtype, or None if it does."""
   if 0 in (*lhs_KS.shape, *rhs_NS.shape, *sizes_G.shape) or lhs_KS.shape[1] % BLOCK:
-    return ("needs numbers, and rows in multiples of 128, and the shapes are "
+    return ("needs non-empty operands with a multiple of 128 rows, and the shapes are "
             f"{lhs_KS.shape}, {rhs_NS.shape} and {sizes_G.shape}")
   return fp8_matmul.unsupported_formats(lhs_KS, rhs_NS, dtype)
 
 
 def _visits(sizes_G: jax.Array, blocks: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
-  """Each visit's group, its block of 128 rows, and whether the group has any; how many they are."""
+  """Lists the visits: one for each block of 128 rows of a group, and one for each empty group.
+
+  Args:
+    sizes_G: rows per group, without padding.
+    blocks: blocks of 128 rows in all.
+
+  Returns:
+    The group of each visit, its block, and 1 if it has a block or 0 for an empty group, all int32;
+    and the number of visits, to which the lists are padded at the end.
+  """
   counts_G = -(-sizes_G // BLOCK)
   visits_G = jnp.maximum(counts_G, 1)
   most = blocks + len(sizes_G)

@@ -1,6 +1,7 @@
-"""Grouped matrix products on a TPU: JAX's own kernels, megablox, whose groups end where they want.
+"""Grouped matrix products on a TPU by megablox, JAX's own kernels, whose groups end at any row.
 
-megablox wants rows in whole tiles, and writes no rows behind the last group: these are added here.
+megablox requires a whole number of tiles of rows and leaves rows past the last group undefined.
+Here the rows are padded, and those past the last group are set to zero.
 
 Shape letters:  R rows  G groups  K contracted width  N result width
                 T rows of a tile
@@ -22,10 +23,15 @@ from pallas_kernels.quantized import BLOCK
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How a product is cut; at most so much.
+  """Upper bounds of the tile sizes of a product.
 
   Attributes:
-    rows, depth, columns: of a tile of rows, of K and of N: multiples of 32, 128 and 128.
+    rows: rows of a tile, a multiple of 32.
+    depth: elements of a tile along K, a multiple of 128.
+    columns: elements of a tile along N, a multiple of 128.
+
+  Raises:
+    ValueError: if a size is not such a multiple.
   """
 
   rows: int = 512
@@ -34,11 +40,11 @@ class Tiling:
 
   def __post_init__(self):
     if self.rows % ROWS or self.depth % BLOCK or self.columns % BLOCK:
-      raise ValueError("Tiling's rows must be a multiple of 32, depth and columns of 128, and they "
-                       f"are {self.rows}, {self.depth} and {self.columns}")
+      raise ValueError("Tiling's rows must be a multiple of 32, its depth and columns multiples of "
+                       f"128, but they are {self.rows}, {self.depth} and {self.columns}")
 
   def fit(self, rows: int, depth: int, columns: int) -> tuple[int, int, int]:
-    """No larger than the product."""
+    """Returns rows, depth and columns of tiles that are no larger than the product."""
     return (min(self.rows, whole(rows, ROWS)), min(self.depth, whole(depth, BLOCK)),
             min(self.columns, whole(columns, BLOCK)))
 
@@ -47,12 +53,12 @@ def run(
     lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None, tiling: Tiling | None = None, interpret: Any = False,
 ) -> jax.Array:
-  """See `pallas_kernels.grouped_matmul`; gradients are by these kernels, too.
+  """See `pallas_kernels.grouped_matmul`; gradients are computed by megablox, too.
 
   Args:
-    precision: has no effect; see `pallas_kernels.grouped_matmul.differentiable`.
-    tiling: how the product is cut.
-    interpret: True or `pltpu.InterpretParams`, to run on a CPU.
+    precision: has no effect; see `pallas_kernels.ops.grouped_matmul.differentiable`.
+    tiling: upper bounds of the tile sizes; None for the defaults.
+    interpret: True or `pltpu.InterpretParams` to run the kernel on a CPU.
   """
   return _differentiable(lhs_RK, rhs_GKN, sizes_G, transpose_rhs=transpose_rhs,
                          precision=precision, tiling=tiling, interpret=interpret)
@@ -66,11 +72,12 @@ def run_weight_gradient(
   Args:
     tiling, interpret: see `run`.
   """
-  # A tile of the result stays in memory as float32 as well, so it may be half as large.
+  # VMEM also holds a float32 accumulator for a tile of the result, which therefore has half as many
+  # columns.
   tiling = tiling or Tiling(columns=512)
   tile = tiling.fit(len(lhs_RK), lhs_RK.shape[1], rhs_RN.shape[1])
   lhs, rhs = (pad(x, tile[0], 1) for x in (lhs_RK, rhs_RN))
-  # Transposed back within tgmm, which costs nothing once compiled.
+  # tgmm transposes lhs back, so the transposition costs nothing once compiled.
   return tgmm(lhs.T, rhs, sizes_G, preferred_element_type=dtype or lhs_RK.dtype, tiling=tile,
               interpret=interpret)
 
@@ -78,25 +85,26 @@ def run_weight_gradient(
 def unsupported_reason(
     lhs_RK: jax.Array, rhs_GKN: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None) -> str | None:
-  """Why `run` cannot multiply these, or None if it can."""
+  """Why `run` does not support these operands, or None if it does."""
   del transpose_rhs, precision
-  return _why_not(lhs_RK, rhs_GKN, sizes_G, None)
+  return _unsupported_operands(lhs_RK, rhs_GKN, sizes_G, None)
 
 
 def unsupported_weight_gradient(
     lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *,
     dtype: jnp.dtype | None = None) -> str | None:
-  """Why `run_weight_gradient` cannot multiply these, or None if it can."""
-  return _why_not(lhs_RK, rhs_RN, sizes_G, dtype)
+  """Why `run_weight_gradient` does not support these operands or this dtype, or None if it does."""
+  return _unsupported_operands(lhs_RK, rhs_RN, sizes_G, dtype)
 
 
-def _why_not(lhs, rhs, sizes_G, dtype) -> str | None:
+def _unsupported_operands(lhs, rhs, sizes_G, dtype) -> str | None:
+  """Why megablox does not support these operands or the result's dtype, or None if it does."""
   if lhs.dtype != jnp.bfloat16 or rhs.dtype != jnp.bfloat16 or sizes_G.dtype != jnp.int32:
     return f"needs bfloat16 and int32 sizes, not {lhs.dtype}, {rhs.dtype} and {sizes_G.dtype}"
   if dtype is not None and dtype not in KINDS:
-    return f"gives bfloat16 or float32, not {jnp.dtype(dtype)}"
+    return f"returns bfloat16 or float32, not {jnp.dtype(dtype)}"
   if 0 in (*lhs.shape, *rhs.shape, *sizes_G.shape):
-    return f"needs numbers, and the shapes are {lhs.shape}, {rhs.shape} and {sizes_G.shape}"
+    return f"needs non-empty operands, not {lhs.shape}, {rhs.shape} and {sizes_G.shape}"
   return unsupported_rows(len(lhs), Tiling().rows)
 
 
@@ -106,11 +114,13 @@ def _multiply(lhs_RK, rhs_GKN, sizes_G, *, transpose_rhs, tiling, interpret):
   out_RN = gmm(
       pad(lhs_RK, tile[0], 1), rhs_GKN, sizes_G, preferred_element_type=lhs_RK.dtype, tiling=tile,
       transpose_rhs=transpose_rhs, interpret=interpret)
-  return _zero_behind(out_RN, sizes_G.sum(), tile[0])[:rows]
+  return _zero_rows_from(out_RN, sizes_G.sum(), tile[0])[:rows]
 
 
-def _zero_behind(x_RN, end, tile):
-  """Zeros the rows from `end`, and touches no tile before it: all of them would take memory's time.
+def _zero_rows_from(x_RN, end, tile):
+  """Sets the rows from `end` on to zero, in tiles of `tile` rows.
+
+  Tiles before `end` are not touched: reading and writing the whole array would cost memory traffic.
   """
   def zero(i, x_RN):
     rows_TN = lax.dynamic_slice_in_dim(x_RN, i * tile, tile)

@@ -1,7 +1,7 @@
 """The layout in which experts receive their tokens: rows sorted by expert, aligned to tiles.
 
 Shape letters:  N tokens  K experts per token  R = N * K assignments  E experts
-                S rows with every expert at a multiple of 128
+                S rows of the layout, in which every expert begins at a multiple of 128
 """
 
 from typing import NamedTuple
@@ -13,15 +13,15 @@ from pallas_kernels.ops.fp8_grouped import align_groups, aligned_places, aligned
 
 
 class ExpertRows(NamedTuple):
-  """Rows sorted by expert, each expert's from a multiple of 128 on, with padding rows between them.
+  """Rows sorted by expert; every expert begins at a multiple of 128, after padding rows if needed.
 
-  A tile of 128 rows then belongs to one expert, so that it can share a scale and be multiplied at
-  once.
+  Every tile of 128 rows thus belongs to a single expert, so that its rows can share a scale and be
+  multiplied with the same matrix. Padding rows belong to no token.
 
   Attributes:
-    assignment_S: the assignment n * K + k that a row holds; R for padding rows.
-    place_NK: the row of an assignment; S or more for one without an expert.
-    sizes_E: int32, rows per expert, padding not counted.
+    assignment_S: int32, the assignment n * K + k of each row; R for padding rows.
+    place_NK: int32, the row of each assignment; S or more for assignments without an expert.
+    sizes_E: int32, rows per expert, without padding rows.
   """
 
   assignment_S: jax.Array
@@ -30,7 +30,16 @@ class ExpertRows(NamedTuple):
 
 
 def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-  """Assignments n * K + k sorted by expert, those without one last, and each expert's count."""
+  """Sorts the assignments of tokens to experts by expert.
+
+  Args:
+    experts_NK: int, the experts of each token; one outside 0..E-1 means no expert.
+    num_experts: E.
+
+  Returns:
+    The assignments n * K + k, int32 [R], stably sorted by expert with those without an expert last,
+    and the number of assignments per expert, int32 [E].
+  """
   experts_R = experts_NK.reshape(-1)
   experts_R = jnp.where((experts_R < 0) | (experts_R >= num_experts), num_experts, experts_R)
   sizes_E = jnp.zeros(num_experts, jnp.int32).at[experts_R].add(1, mode="drop")
@@ -38,7 +47,12 @@ def sort_by_expert(experts_NK: jax.Array, num_experts: int) -> tuple[jax.Array, 
 
 
 def layout_expert_rows(experts_NK: jax.Array, num_experts: int) -> ExpertRows:
-  """The layout for a routing; an expert outside 0..E-1 means none."""
+  """Returns the layout of rows for a routing.
+
+  Args:
+    experts_NK: int, the experts of each token; one outside 0..E-1 means no expert.
+    num_experts: E.
+  """
   order_R, sizes_E = sort_by_expert(experts_NK, num_experts)
   num_rows = len(order_R)
   place_R = aligned_places(sizes_E, num_rows, aligned_rows(num_rows, num_experts))

@@ -1,10 +1,11 @@
-"""Grouped matrix products of FP8 operands with a scale for each tile.
+"""Grouped matrix products of FP8 operands with one scale per tile.
 
-A weight gradient contracts over a group's rows, so tiles must not straddle groups: for it every
-group begins at a multiple of 128, as `align_groups` puts them.
+A weight gradient contracts over the rows of a group, so no tile may hold rows of two groups. For it
+`align_groups` lets every group begin at a multiple of 128, with padding rows between groups.
 
-Shape letters:  R rows, those of group 0 first  G groups  K contracted width  N result width
-                S rows with every group at a multiple of 128  P 128 of them  b blocks of them
+Shape letters:  R rows sorted by group  G groups  K contracted width  N result width
+                S rows including padding, with every group at a multiple of 128
+                P the 128 rows of a block  b blocks of 128 rows
 """
 
 import jax
@@ -22,27 +23,31 @@ _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.fp8_grouped"),
 _WEIGHT_GRADIENT_KERNELS = {
     "mosaic_gpu": implementations.lazy("mosaic_gpu.fp8_weight_gradient"),
     "mosaic_tpu": implementations.lazy("mosaic_tpu.fp8_weight_gradient")}
-# Blocks of 128 rows, each with its own matrix, that "xla" multiplies together; memory bounds it.
+# Blocks of 128 rows that "xla" multiplies in one batch. Each block needs a copy of its group's
+# matrix, so memory limits the batch.
 _AT_ONCE = 32
 
 
 def fp8_grouped_matmul(
     lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *,
     dtype: jnp.dtype = jnp.bfloat16, implementation: str | None = None) -> jax.Array:
-  """Multiplies each group of consecutive rows with that group's matrix, transposed.
+  """Multiplies each group of consecutive rows with the transpose of that group's matrix.
 
   Args:
-    lhs_RK: scales of 1x128, which are of one row, so groups may begin anywhere.
-    rhs_GNK: scales of 128x128, for each group its own.
-    sizes_G: int32, rows per group; they may be empty or uneven, and rows past their sum give zero.
-    dtype: of the result.
-    implementation: see `pallas_kernels`.
+    lhs_RK: rows sorted by group, with tiles of 1x128. As no two rows share a scale, groups may
+      begin at any row.
+    rhs_GNK: one matrix per group, with tiles of 128x128.
+    sizes_G: int32, rows per group. Groups may be empty or of different sizes; rows past the sum of
+      the sizes belong to no group and give zeros.
+    dtype: dtype of the result.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Returns:
-    [R, N]; sums are promoted to float32 every 128 of K, as in `fp8_matmul`.
+    [R, N] in `dtype`; sums are promoted to float32 after every 128 elements of K, as in
+    `fp8_matmul`.
 
   Raises:
-    ValueError: on shapes or tiles that do not fit, or an implementation that cannot do it here.
+    ValueError: if shapes or tiles do not match, or the named implementation cannot run here.
   """
   if (len(lhs_RK.shape) != 2 or len(rhs_GNK.shape) != 3 or sizes_G.shape != rhs_GNK.shape[:1]
       or lhs_RK.shape[1] != rhs_GNK.shape[2]):
@@ -59,20 +64,24 @@ def fp8_grouped_matmul(
 def fp8_grouped_weight_gradient(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *,
     dtype: jnp.dtype = jnp.float32, implementation: str | None = None) -> jax.Array:
-  """Each group's lhs @ rhs.T over that group's rows: the gradient of every group's matrix.
+  """Returns lhs @ rhs.T over the rows of each group: the gradient of every group's matrix.
+
+  Both operands are transposed, as `quantize_groups` returns them: their columns are the rows of the
+  grouped product. Every group begins at a multiple of 128 columns, S is a multiple of 128, and the
+  padding columns between groups and after the last one are zeros.
 
   Args:
-    lhs_KS, rhs_NS: scales of 1x128; every group's columns begin at a multiple of 128, S is one too,
-      and between groups and after the last are zeros.
-    sizes_G: int32, rows per group.
-    dtype: of the result.
-    implementation: see `pallas_kernels`.
+    lhs_KS: the input rows of the grouped product, transposed, with tiles of 1x128.
+    rhs_NS: the gradients of its output rows, transposed, with tiles of 1x128.
+    sizes_G: int32, rows per group, without padding.
+    dtype: dtype of the result.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Returns:
-    [G, K, N]; zeros for empty groups.
+    [G, K, N] in `dtype`; zeros for empty groups.
 
   Raises:
-    ValueError: on shapes or tiles that do not fit, or an implementation that cannot do it here.
+    ValueError: if shapes or tiles do not match, or the named implementation cannot run here.
   """
   if len(lhs_KS.shape) != 2 or len(rhs_NS.shape) != 2 or lhs_KS.shape[1] != rhs_NS.shape[1]:
     raise ValueError("fp8_grouped_weight_gradient contracts the last axes of lhs [K, S] and rhs "
@@ -86,42 +95,43 @@ def fp8_grouped_weight_gradient(
 
 
 def aligned_rows(num_rows: int, num_groups: int) -> int:
-  """Rows that are enough for `align_groups`, however its rows fall into groups."""
+  """Returns S, aligned rows that suffice however `num_rows` rows are distributed over groups."""
   not_empty = min(num_rows, num_groups)
   return -(-(num_rows + not_empty * (BLOCK - 1)) // BLOCK) * BLOCK
 
 
 def aligned_sizes(sizes_G: jax.Array) -> jax.Array:
-  """Rows from the first of each group to where the next may begin, multiples of 128: [G]."""
+  """Returns the rows of each group including padding, multiples of 128: [G]."""
   return -(-sizes_G // BLOCK) * BLOCK
 
 
 def aligned_starts(sizes_G: jax.Array) -> jax.Array:
-  """The first row of each group, at multiples of 128: [G]."""
+  """Returns the first aligned row of each group, multiples of 128: [G]."""
   rows_G = aligned_sizes(sizes_G)
   return jnp.cumsum(rows_G) - rows_G
 
 
 def align_groups(x_R: jax.Array, sizes_G: jax.Array, fill_value: int = 0) -> jax.Array:
-  """Rows with every group at a multiple of 128: [R, ...] to [S, ...].
+  """Moves rows so that every group begins at a multiple of 128.
 
   Args:
-    x_R: rows, those of group 0 first; those past the sum of the sizes are left out.
+    x_R: [R, ...], rows sorted by group; rows past the sum of the sizes are dropped.
     sizes_G: int32, rows per group.
-    fill_value: of rows between groups and after the last.
+    fill_value: value of the padding rows between groups and after the last one.
 
   Returns:
-    S is `aligned_rows`.
+    [S, ...], where S is `aligned_rows(R, G)`.
   """
   num_rows, num_groups = len(x_R), len(sizes_G)
   starts_G = jnp.cumsum(sizes_G) - sizes_G
-  # Found for blocks, of which there are few; a block behind the last group has none of its rows.
+  # Groups are looked up per block, as there are few blocks. Blocks past the last group are assigned
+  # to it, too, but hold none of its rows, so they are filled.
   row_b = jnp.arange(0, aligned_rows(num_rows, num_groups), BLOCK)
   group_b = _groups(sizes_G, row_b)
   within_b = row_b - aligned_starts(sizes_G)[group_b]
   within_S = (within_b[:, None] + jnp.arange(BLOCK)).reshape(-1)
-  of = lambda of_G: jnp.repeat(of_G[group_b], BLOCK)
-  place_S = jnp.where(within_S < of(sizes_G), of(starts_G) + within_S, num_rows)
+  per_row = lambda x_G: jnp.repeat(x_G[group_b], BLOCK)
+  place_S = jnp.where(within_S < per_row(sizes_G), per_row(starts_G) + within_S, num_rows)
   return gather_rows(x_R, place_S, fill_value, implementation="xla")
 
 
@@ -129,23 +139,30 @@ def quantize_groups(
     x_RK: jax.Array | Quantized, sizes_G: jax.Array, tile: str = "1x128", *, format: str = "e4m3",
     power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX,
     implementation: str | None = None) -> Quantized:
-  """Transposes rows and quantises them; scales of 128 columns are of rows of one group: [K, S].
+  """Aligns groups of rows, transposes them and quantises the transpose.
+
+  A tile of 128 columns of the result then holds rows of a single group, as
+  `fp8_grouped_weight_gradient` requires.
 
   Args:
-    x_RK: rows as `align_groups` takes them, or quantised with scales of one row each.
+    x_RK: rows sorted by group, float32 or bfloat16, or quantised with tiles of one row.
     sizes_G: int32, rows per group.
-    tile, format, power_of_two, smallest_amax, implementation: see `quantize`.
+    tile: the elements of the transpose that share a scale; see `quantize` for the names.
+    format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
-    S is `aligned_rows`; between groups and after the last are zeros.
+    [K, S], where S is `aligned_rows(R, G)`; the padding columns between groups and after the last
+    one are zeros.
 
   Raises:
-    ValueError: on what it does not know, or an implementation that cannot do it here.
+    ValueError: if rows of x share scales, if the tile or the format is unknown, if x has another
+      dtype, or if the named implementation cannot run here.
   """
   if isinstance(x_RK, Quantized) and x_RK.tile[0] != 1:
-    raise ValueError("quantize_groups moves rows, and these share scales: give each its own by "
-                     f"`with_tiles`; they have {x_RK.tile[0]}x{x_RK.tile[1]}")
-  # Before all else, as rows are moved in the fewest bits so.
+    raise ValueError("quantize_groups moves single rows, so no two of them may share a scale: use "
+                     "`with_tiles` to give each row its own scales; the tiles are "
+                     f"{x_RK.tile[0]}x{x_RK.tile[1]}")
+  # Rows are moved first, before they are dequantised, so that they have the fewest bits.
   x_SK = jax.tree.map(lambda x_R: align_groups(x_R, sizes_G), x_RK)
   return quantize_transposed(x_SK, tile, format=format, power_of_two=power_of_two,
                              smallest_amax=smallest_amax, implementation=implementation)
@@ -166,7 +183,16 @@ def _xla(lhs_RK: Quantized, rhs_GNK: Quantized, sizes_G: jax.Array, *, dtype) ->
 
 
 def aligned_places(sizes_G: jax.Array, num_rows: int, rows: int) -> jax.Array:
-  """Where `align_groups` puts each row; behind the end for rows of no group."""
+  """Returns the row to which `align_groups` moves each row.
+
+  Args:
+    sizes_G: int32, rows per group.
+    num_rows: R.
+    rows: S, the number of aligned rows.
+
+  Returns:
+    [R]; S or more for rows of no group.
+  """
   ends_G = jnp.cumsum(sizes_G)
   group_R = jnp.searchsorted(ends_G, jnp.arange(num_rows), side="right")
   within_R = jnp.arange(num_rows) - gather_rows(ends_G - sizes_G, group_R)
@@ -192,5 +218,5 @@ def _xla_weight_gradient(lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Arra
 
 
 def _groups(sizes_G: jax.Array, row_b: jax.Array) -> jax.Array:
-  """The group of each row where groups begin at multiples of 128; the last's goes on behind it."""
+  """Returns the group of each aligned row; rows past the last group count as that group's."""
   return jnp.searchsorted(aligned_starts(sizes_G), row_b, side="right") - 1

@@ -1,4 +1,4 @@
-"""Matrix products of FP8 operands with a scale for each tile.
+"""Matrix products of FP8 operands with one scale per tile.
 
 Shape letters:  M, N rows of the operands  K contracted width
 """
@@ -17,22 +17,24 @@ _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.fp8_matmul"),
 def fp8_matmul(
     lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype = jnp.bfloat16,
     implementation: str | None = None) -> jax.Array:
-  """lhs @ rhs.T, of what they stand for, summed in float32 (arXiv:2412.19437, section 3.3.2).
+  """Returns lhs @ rhs.T, accumulated in float32 (arXiv:2412.19437, section 3.3.2).
 
-  A tensor core keeps 14 bits of a sum of FP8 products, so every 128 of K its sum is scaled and
-  added in float32: the promotion. "xla" multiplies what the operands stand for in float32.
+  Hopper's tensor cores keep about 14 bits of a sum of FP8 products. After every 128 elements of K
+  the partial sum is therefore scaled and added to a float32 accumulator (promotion). "xla"
+  multiplies the dequantised operands in float32.
 
   Args:
-    lhs_MK: scales of 1x128: activations or gradients.
-    rhs_NK: scales of 128x128, weights, or 1x128, for weight gradients.
-    dtype: of the result.
-    implementation: see `pallas_kernels`.
+    lhs_MK: activations or gradients, with tiles of 1x128.
+    rhs_NK: weights with tiles of 128x128, or the other operand of a weight gradient with tiles of
+      1x128.
+    dtype: dtype of the result.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Returns:
-    [M, N].
+    [M, N] in `dtype`.
 
   Raises:
-    ValueError: on shapes or tiles that do not fit, or an implementation that cannot do it here.
+    ValueError: if shapes or tiles do not match, or the named implementation cannot run here.
   """
   if len(lhs_MK.shape) != 2 or len(rhs_NK.shape) != 2 or lhs_MK.shape[1] != rhs_NK.shape[1]:
     raise ValueError("fp8_matmul contracts the last axes of lhs [M, K] and rhs [N, K], not of "

@@ -1,4 +1,4 @@
-"""Taking rows: sending tokens to their experts moves as many bytes as a product reads.
+"""Gathering rows by index, which for dispatch moves as many bytes as a matrix product reads.
 
 Shape letters:  M rows
 """
@@ -13,19 +13,19 @@ _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.gather_rows")}
 def gather_rows(
     x_M: jax.Array, index: jax.Array, fill_value: int = 0, *,
     implementation: str | None = None) -> jax.Array:
-  """x[index].
+  """Returns x[index], with a fill value where an index is out of range.
 
   Args:
-    x_M: [M, ...].
-    index: int32, of any shape, not negative.
-    fill_value: of what is behind the last row.
-    implementation: see `pallas_kernels`.
+    x_M: [M, ...], the rows to gather from.
+    index: int32, of any shape; must not be negative.
+    fill_value: value of every element whose index is M or more.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Returns:
-    [*index.shape, ...].
+    [*index.shape, ...], in x's dtype.
 
   Raises:
-    ValueError: if the implementation named cannot do it here.
+    ValueError: if the named implementation cannot run here.
   """
   return implementations.run("gather_rows", implementation, _xla, _KERNELS, x_M, index,
                              fill_value=fill_value)

@@ -23,18 +23,20 @@ def grouped_matmul(
   """Multiplies each group of consecutive rows with that group's matrix.
 
   Args:
-    lhs_RK: rows, those of group 0 first.
+    lhs_RK: rows sorted by group, those of group 0 first.
     rhs_GKN: one matrix per group; [G, N, K] if `transpose_rhs`.
-    sizes_G: int32, rows per group; they may be empty or uneven, and rows past their sum give zero.
+    sizes_G: int32, rows per group. Groups may be empty or of different sizes; rows past the sum of
+      the sizes belong to no group and give zeros.
     transpose_rhs: whether to multiply with the transpose of every matrix.
     precision: as for `jnp.dot`.
-    implementation: see `pallas_kernels`; gradients are computed by the same.
+    implementation: which implementation to run, for the product and its gradients; see
+      `pallas_kernels`.
 
   Returns:
-    [R, N] in the operands' format, accumulated in float32.
+    [R, N] in the operands' dtype, accumulated in float32.
 
   Raises:
-    ValueError: on shapes that do not fit together, or an implementation that cannot do it here.
+    ValueError: if the shapes do not match, or the named implementation cannot run here.
   """
   if lhs_RK.ndim != 2 or rhs_GKN.ndim != 3 or sizes_G.shape != rhs_GKN.shape[:1]:
     form = "[G, N, K]" if transpose_rhs else "[G, K, N]"
@@ -43,7 +45,8 @@ def grouped_matmul(
         f"{lhs_RK.shape}, {rhs_GKN.shape} and {sizes_G.shape}")
   contracted = rhs_GKN.shape[2 if transpose_rhs else 1]
   if lhs_RK.shape[1] != contracted:
-    raise ValueError(f"grouped_matmul contracts K: lhs has {lhs_RK.shape[1]}, rhs {contracted}")
+    raise ValueError(f"grouped_matmul contracts K: lhs has {lhs_RK.shape[1]}, rhs {contracted}, "
+                     "and they must be equal")
   return implementations.run("grouped_matmul", implementation, _xla, _KERNELS, lhs_RK, rhs_GKN,
                              sizes_G, transpose_rhs=transpose_rhs, precision=precision)
 
@@ -51,19 +54,20 @@ def grouped_matmul(
 def grouped_weight_gradient(
     lhs_RK: jax.Array, rhs_RN: jax.Array, sizes_G: jax.Array, *, dtype: jnp.dtype | None = None,
     implementation: str | None = None) -> jax.Array:
-  """Each group's lhs.T @ rhs over that group's rows: the gradient of every group's matrix.
+  """Returns lhs.T @ rhs over the rows of each group: the gradient of every group's matrix.
 
   Args:
-    lhs_RK, rhs_RN: rows, those of group 0 first.
-    sizes_G: int32, rows per group; rows past their sum are ignored.
-    dtype: of the result; None is that of the operands.
-    implementation: see `pallas_kernels`.
+    lhs_RK: the input rows of the grouped product, sorted by group.
+    rhs_RN: the gradients of its output rows, sorted in the same way.
+    sizes_G: int32, rows per group; rows past the sum of the sizes are ignored.
+    dtype: dtype of the result; None is lhs's dtype.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Returns:
     [G, K, N], accumulated in float32; zeros for empty groups.
 
   Raises:
-    ValueError: on shapes that do not fit together, or an implementation that cannot do it here.
+    ValueError: if the shapes do not match, or the named implementation cannot run here.
   """
   if (lhs_RK.ndim != 2 or rhs_RN.ndim != 2 or len(lhs_RK) != len(rhs_RN) or sizes_G.ndim != 1):
     raise ValueError(
@@ -86,15 +90,19 @@ def _xla_weight_gradient(lhs_RK, rhs_RN, sizes_G, *, dtype):
 
 
 def differentiable(product: Callable, gradient: Callable) -> Callable:
-  """A kernel's product whose gradients kernels compute: it transposed otherwise, and `gradient`.
+  """Makes a kernel's grouped product differentiable, with gradients computed by kernels, too.
+
+  The gradient of lhs is the product itself with `transpose_rhs` inverted; that of rhs is
+  `gradient`.
 
   Args:
-    product: takes lhs, rhs, sizes, `transpose_rhs` and options.
-    gradient: takes what `grouped_weight_gradient` does, and the same options, hashable all.
+    product: takes lhs, rhs, sizes, the keyword `transpose_rhs` and further options.
+    gradient: takes the operands of `grouped_weight_gradient` and the same further options, which
+      must be hashable.
 
   Returns:
-    A function that takes what `product` does, and `precision`, which changes nothing: bfloat16's
-    products are exact, and their sums are float32's.
+    A function with the arguments of `product` and the keyword `precision`, which has no effect:
+    kernels multiply bfloat16, whose products are exact in float32, and accumulate in float32.
   """
   @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
   def multiply(lhs_RK, rhs_GKN, sizes_G, transpose_rhs, options):

@@ -1,8 +1,8 @@
-"""The second half of experts: SwiGLU with gates and the grouped down projection, as one operation.
+"""The second half of the experts: gated SwiGLU and the grouped down projection as one operation.
 
-Hidden units are not kept for the backward pass. The down projection's weight gradient needs them
-again, and the pass over gate and up that SwiGLU's gradients take gives them as well: so one
-operation has the gradients of both.
+The hidden units between the two are not kept for the backward pass. The weight gradient of the down
+projection needs them again, and the kernel that computes SwiGLU's gradients recomputes them in the
+same pass over gate and up. Both gradients are therefore part of one operation.
 
 Shape letters:  R rows  G groups  F hidden units  N result width
 """
@@ -25,25 +25,26 @@ class _Static(NamedTuple):
 def moe_down_proj(
     gate_up: jax.Array, gates_R: jax.Array, w_down_GFN: jax.Array, sizes_G: jax.Array, *,
     precision: lax.PrecisionLike = None, implementation: str | None = None) -> jax.Array:
-  """Each row's swiglu(gate and up) * gate, multiplied with its group's matrix.
+  """Multiplies each row's swiglu(gate, up) * gate value with the matrix of its group.
 
-  Its arguments are all that is kept for the backward pass: neither hidden units nor a cast weight.
+  Only the arguments are kept for the backward pass: neither the hidden units nor the cast weights.
 
   Args:
-    gate_up: [R, 2 F], gate first, rows of group 0 first.
-    gates_R: what each row's hidden units are multiplied by.
-    w_down_GFN: one matrix per group, as stored; multiplied in the format of gate and up.
-    sizes_G: int32, rows per group; rows past their sum give zero.
+    gate_up: [R, 2 F], SwiGLU's gate columns followed by its up columns, rows sorted by group.
+    gates_R: the router's gate value of each row, by which its hidden units are multiplied.
+    w_down_GFN: master weights, one matrix per group; cast to gate_up's dtype for the products.
+    sizes_G: int32, rows per group; rows past the sum of the sizes give zeros.
     precision: as for `jnp.dot`.
-    implementation: see `pallas_kernels`; of products and the backward pass.
+    implementation: which implementation of the products and of SwiGLU's backward pass to run; see
+      `pallas_kernels`.
 
   Returns:
-    [R, N] in the format of gate and up, and so are all gradients but the gates', which is float32,
-    until the weight's is cast to the format that weights are stored in: whoever reads it may as
-    well read the fewer bits.
+    [R, N] in gate_up's dtype. Gradients are computed in gate_up's dtype, except for that of the
+    gates, which is float32, and are returned in the dtypes of their arguments. The weight's
+    gradient is cast to the master's dtype last, so that its consumer can read the fewer bits.
 
   Raises:
-    ValueError: on shapes that do not fit, or an implementation that cannot do it here.
+    ValueError: if the shapes do not match, or the named implementation cannot run here.
   """
   num_rows, (num_groups, width, _) = len(gate_up), w_down_GFN.shape
   if (gate_up.shape != (num_rows, 2 * width) or gates_R.shape != (num_rows,)

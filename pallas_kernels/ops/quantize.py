@@ -1,6 +1,6 @@
-"""Quantisation to FP8 with a scale for each tile: 1x128 for activations, 128x128 for weights.
+"""Quantisation with one scale per tile: in V3, 1x128 for activations and 128x128 for weights.
 
-Shape letters:  M rows  K columns  m, k tiles of them  F hidden units
+Shape letters:  M rows  K columns  m, k tiles along them  F hidden units
 """
 
 import jax
@@ -10,7 +10,8 @@ from jax import lax
 from pallas_kernels import implementations
 from pallas_kernels.quantized import BLOCK, FORMATS, Quantized, num_tiles, round_to
 
-# V3's code never divides by less, for whatever an activation is. Gradients may be much smaller.
+# V3's code takes a tile's largest magnitude to be at least this. It suits activations; gradients
+# may be much smaller.
 SMALLEST_AMAX = 1e-4
 TILES = {"1x128": (1, BLOCK), "128x1": (BLOCK, 1), "128x128": (BLOCK, BLOCK)}
 _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.quantize"),
@@ -25,24 +26,27 @@ _BOTH_KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.quantize_fused",
 def quantize(
     x_MK: jax.Array, tile: str = "1x128", *, format: str = "e4m3", power_of_two: bool = False,
     smallest_amax: float = SMALLEST_AMAX, implementation: str | None = None) -> Quantized:
-  """Divides each tile by its scale, and rounds (arXiv:2412.19437, section 3.3.2).
+  """Divides each tile by its scale and rounds it to a format (arXiv:2412.19437, section 3.3.2).
 
-  A scale is the largest magnitude of the tile over the format's, so nothing overflows.
+  The scale of a tile is its largest magnitude divided by the format's, so that nothing overflows.
 
   Args:
     x_MK: [..., M, K], float32 or bfloat16, finite.
-    tile: "1x128", "128x1", "128x128", "row" (1 x K) or "tensor" (M x K).
+    tile: the elements that share a scale: "1x128", "128x1", "128x128", "row" (1 x K) or "tensor"
+      (M x K, so each matrix of a stack has its own scale).
     format: "e4m3", "e5m2" or "e5m6".
-    power_of_two: whether to raise scales to the next power of two: then they round nothing, and
-      numbers can be tiled anew without loss as long as the format's range holds them.
-    smallest_amax: what a tile's largest magnitude is taken to be if it is less.
-    implementation: see `pallas_kernels`.
+    power_of_two: whether to round scales up to powers of two. Scaling is then exact, so the result
+      can be requantised with other tiles without loss as long as its values stay within the
+      format's range.
+    smallest_amax: lower bound for the largest magnitude of a tile when its scale is computed.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Returns:
-    Values of x's shape and their scales.
+    Values of x's shape in the format's dtype, and one scale per tile.
 
   Raises:
-    ValueError: on what it does not know, or an implementation that cannot do it here.
+    ValueError: if the tile or the format is unknown, if x has another dtype or fewer than two axes,
+      or if the named implementation cannot run here.
   """
   check(x_MK, format)
   return implementations.run(
@@ -51,7 +55,11 @@ def quantize(
 
 
 def swiglu(gate_up_M2F: jax.Array) -> jax.Array:
-  """silu(gate) * up in float32, in the format of what it is given: [M, 2, F] to [M, F]."""
+  """Returns silu(gate) * up, [..., M, F], computed in float32 and cast to the input's dtype.
+
+  Args:
+    gate_up_M2F: [..., M, 2, F], gate and up.
+  """
   gate_MF, up_MF = (gate_up_M2F[..., i, :].astype(jnp.float32) for i in range(2))
   return (jax.nn.silu(gate_MF) * up_MF).astype(gate_up_M2F.dtype)
 
@@ -59,17 +67,20 @@ def swiglu(gate_up_M2F: jax.Array) -> jax.Array:
 def swiglu_quantize(
     gate_up_M2F: jax.Array, *, format: str = "e4m3", power_of_two: bool = False,
     smallest_amax: float = SMALLEST_AMAX, implementation: str | None = None) -> Quantized:
-  """silu(gate) * up in float32, never rounded to less before it is quantised with 1x128 scales.
+  """Computes silu(gate) * up in float32 and quantises it with tiles of 1x128.
+
+  The product is not rounded to another dtype before it is quantised.
 
   Args:
-    gate_up_M2F: [..., M, 2, F], float32 or bfloat16, finite.
+    gate_up_M2F: [..., M, 2, F], gate and up, float32 or bfloat16, finite.
     format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
-    [..., M, F].
+    The hidden units, [..., M, F].
 
   Raises:
-    ValueError: on what it does not know, or an implementation that cannot do it here.
+    ValueError: if the format is unknown, if gate_up has another dtype or shape, or if the named
+      implementation cannot run here.
   """
   return _run_swiglu(
       "swiglu_quantize", gate_up_M2F, implementation, _SWIGLU_KERNELS, _swiglu_quantize,
@@ -88,16 +99,20 @@ def swiglu_quantize_with_inputs(
     gate_up_M2F: jax.Array, *, format: str = "e4m3", power_of_two: bool = False,
     smallest_amax: float = SMALLEST_AMAX, implementation: str | None = None,
 ) -> tuple[Quantized, Quantized]:
-  """`swiglu_quantize`, and what it reads quantised alike, to be kept for the backward pass.
+  """Computes `swiglu_quantize` and quantises its inputs, too, to keep them for the backward pass.
+
+  Both are quantised with tiles of 1x128 and the same options.
 
   Args:
-    gate_up_M2F, format, power_of_two, smallest_amax, implementation: as there.
+    gate_up_M2F: [..., M, 2, F], gate and up, float32 or bfloat16, finite.
+    format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
     The hidden units, [..., M, F], and gate and up, [..., M, 2, F].
 
   Raises:
-    ValueError: as there.
+    ValueError: if the format is unknown, if gate_up has another dtype or shape, or if the named
+      implementation cannot run here.
   """
   return _run_swiglu(
       "swiglu_quantize_with_inputs", gate_up_M2F, implementation, _WITH_INPUTS_KERNELS,
@@ -111,20 +126,22 @@ def quantize_both(
 ) -> tuple[Quantized, Quantized]:
   """Quantises x and its transpose, reading x once.
 
-  Hardware contracts FP8 along the last axis only, so what is contracted over columns in one product
-  and over rows in another, as an activation is, is stored both ways (arXiv:2412.19437, section
-  3.5.2).
+  Hardware contracts FP8 over the last axis only. An array that is contracted over columns in one
+  product and over rows in another, such as an activation or its gradient, is therefore needed in
+  both layouts (arXiv:2412.19437, section 3.5.2).
 
   Args:
     x_MK: [..., M, K], float32 or bfloat16, finite.
-    tile: of either; 1x128, 128x128 or tensor.
+    tile: the elements that share a scale, in x and in its transpose alike: "1x128", "128x128" or
+      "tensor".
     format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
-    x, [..., M, K], and its transpose, [..., K, M].
+    x, [..., M, K], and its transpose, [..., K, M], both quantised.
 
   Raises:
-    ValueError: on what it does not know, or an implementation that cannot do it here.
+    ValueError: if the tile or the format is unknown, if x has another dtype or fewer than two axes,
+      or if the named implementation cannot run here.
   """
   check(x_MK, format)
   tiles = "1x128", "128x128", "tensor"
@@ -137,7 +154,11 @@ def quantize_both(
 
 
 def tile_of(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-  """Rows and columns of a tile by its name."""
+  """Returns the rows and columns of the tile called `name`, for an array of this shape.
+
+  Raises:
+    ValueError: if there is no tile of that name.
+  """
   tiles = TILES | {"row": (1, shape[-1]), "tensor": tuple(shape[-2:])}
   if name not in tiles:
     raise ValueError(f"quantize has no tile {name!r}; there are: {', '.join(tiles)}")
@@ -146,11 +167,11 @@ def tile_of(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def scales_of(
     amax: jax.Array, *, format: str, power_of_two: bool, smallest_amax: float) -> jax.Array:
-  """Scales of tiles with these largest magnitudes."""
+  """Returns the float32 scales of tiles whose largest magnitudes are `amax`; see `quantize`."""
   scale = jnp.maximum(amax.astype(jnp.float32), smallest_amax) / FORMATS[format].largest
   if not power_of_two:
     return scale
-  mantissa, exponent = jnp.frexp(scale)  # 0.5 to 1 times a power of two, exact at 0.5
+  mantissa, exponent = jnp.frexp(scale)  # 0.5: already a power of two
   return jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
 
 
@@ -172,7 +193,7 @@ def _quantize_both(x_MK, tile, **options) -> tuple[Quantized, Quantized]:
 
 
 def _cut(x_MK: jax.Array, tile: tuple[int, int]) -> jax.Array:
-  """[..., m, rows of a tile, k, columns of a tile], zeros behind the ends."""
+  """Pads with zeros to whole tiles: [..., m, rows of a tile, k, columns of a tile]."""
   counts = num_tiles(x_MK.shape, tile)
   ends = [(0, count * size - n)
           for count, size, n in zip(counts, tile, x_MK.shape[-2:], strict=True)]
@@ -181,16 +202,17 @@ def _cut(x_MK: jax.Array, tile: tuple[int, int]) -> jax.Array:
 
 
 def _join(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Inverts `_cut` for an array of this shape, without the padding."""
   *batch, m, rows, k, columns = tiles.shape
   joined = tiles.reshape(*batch, m * rows, k * columns)
   return lax.slice(joined, (0,) * len(shape), shape)
 
 
 def check(x_MK: jax.Array | Quantized, format: str) -> None:
-  """Raises ValueError on what no implementation quantises."""
+  """Raises ValueError for arrays and formats that no implementation can quantise."""
   if not isinstance(x_MK, Quantized) and (
       x_MK.ndim < 2 or x_MK.dtype not in (jnp.float32, jnp.bfloat16)):
-    raise ValueError("quantize takes float32 or bfloat16 of at least two axes, not "
+    raise ValueError("quantize takes a float32 or bfloat16 array with at least two axes, not "
                      f"{x_MK.dtype} {x_MK.shape}")
   if format not in FORMATS:
     raise ValueError(f"quantize has no format {format!r}; there are: {', '.join(FORMATS)}")

@@ -1,4 +1,4 @@
-"""Transposing operands: products contract what comes last, so weight gradients want tokens last.
+"""Transposed operands: products contract the last axis, so weight gradients need tokens there.
 
 Shape letters:  M rows  K columns
 """
@@ -16,20 +16,23 @@ def quantize_transposed(
     x_MK: jax.Array | Quantized, tile: str = "1x128", *, format: str = "e4m3",
     power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX,
     implementation: str | None = None) -> Quantized:
-  """Quantises the transpose, in one pass over memory.
+  """Quantises the transpose of an array, in one pass over memory.
 
-  What an operand kept for the backward pass stands for is tiled anew so (arXiv:2412.19437, section
-  3.5.2, which wishes for hardware that does it).
+  An array that is quantised already, such as an operand kept for the backward pass, is requantised:
+  dequantised, transposed and quantised with tiles along its other axis. V3 describes these steps,
+  and asks for hardware that does them (arXiv:2412.19437, section 3.5.2).
 
   Args:
-    x_MK: float32 or bfloat16, or quantised.
-    tile, format, power_of_two, smallest_amax, implementation: see `quantize`.
+    x_MK: float32 or bfloat16, finite, or quantised.
+    tile: the elements of the transpose that share a scale; see `quantize` for the names.
+    format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
-    [K, M].
+    The quantised transpose, [K, M].
 
   Raises:
-    ValueError: on what it does not know, or an implementation that cannot do it here.
+    ValueError: if the tile or the format is unknown, if x has another dtype or fewer than two axes,
+      or if the named implementation cannot run here.
   """
   check(x_MK, format)
   return implementations.run(

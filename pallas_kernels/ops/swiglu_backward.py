@@ -1,4 +1,6 @@
-"""SwiGLU's backward pass, from its inputs to what the products on both sides of it contract.
+"""SwiGLU's backward pass, fused with quantising its results for the products on both sides of it.
+
+"Gate and up" are SwiGLU's two inputs; "gates" are the router's values, one per row.
 
 Shape letters:  M rows  F hidden units
 """
@@ -18,12 +20,14 @@ _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.swiglu_backward")}
 
 
 class SwigluBackward(NamedTuple):
-  """What a backward pass needs of swiglu(gate and up) * gates; scales are 1x128.
+  """Results of the backward pass of swiglu(gate, up) * gates, quantised with tiles of 1x128.
 
   Attributes:
-    dgate_up: gradient of gate and up, for the input gradient: [M, 2 F].
-    dgate_up_t: the same transposed, for their weight gradient: [2 F, M].
-    hidden_t: the output, computed again and transposed, for the next weight gradient: [F, M].
+    dgate_up: gradient of gate and up, [M, 2 F], for the input gradient of the gate and up
+      projection.
+    dgate_up_t: its transpose, [2 F, M], for the weight gradient of the gate and up projection.
+    hidden_t: transpose of the recomputed output, [F, M], for the weight gradient of the down
+      projection.
     dgates_M: gradient of the gates, float32.
   """
 
@@ -38,24 +42,26 @@ def swiglu_backward_quantize(
     format: str = "e4m3", power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX,
     smallest_gradient_amax: float = SMALLEST_GRADIENT_AMAX, implementation: str | None = None,
 ) -> SwigluBackward:
-  """Hidden units swiglu(gate and up) * gates and their gradients, in one pass over memory.
+  """Recomputes swiglu(gate, up) * gates, differentiates and quantises, in one pass over memory.
 
-  All is computed in float32; hidden units and gradients are rounded to dhidden's format before
-  they are quantised, as if they had been written in between. V3 computes SwiGLU's output again in
-  its backward pass (arXiv:2412.19437, section 3.3.3).
+  Everything is computed in float32; hidden units and gradients are rounded to dhidden's dtype
+  before they are quantised, as if they had been stored in between. V3, too, recomputes SwiGLU's
+  output in the backward pass (arXiv:2412.19437, section 3.3.3).
 
   Args:
-    gate_up_M2F: inputs of SwiGLU, finite: float32 or bfloat16, [M, 2, F] or [M, 2 F], or quantised,
-      [M, 2 F].
-    gates_M: what each row of its output is multiplied by.
-    dhidden_MF: gradient of the hidden units, float32 or bfloat16.
-    format, power_of_two: of all values and scales; see `quantize`.
-    smallest_amax: what the largest magnitude of a tile of hidden units is at least taken to be.
-    smallest_gradient_amax: the same for gradients.
-    implementation: see `pallas_kernels`.
+    gate_up_M2F: SwiGLU's inputs, gate first, finite: float32 or bfloat16, [M, 2, F] or [M, 2 F], or
+      quantised, [M, 2 F].
+    gates_M: the router's gate of each row, by which the hidden units are multiplied.
+    dhidden_MF: gradient of the gated hidden units, float32 or bfloat16.
+    format, power_of_two: format and scales of all quantised results; see `quantize`.
+    smallest_amax: lower bound for the largest magnitude of a tile of hidden units when its scale is
+      computed.
+    smallest_gradient_amax: lower bound for the largest magnitude of a tile of the gradient.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Raises:
-    ValueError: on what it does not know, or an implementation that cannot do it here.
+    ValueError: if the format is unknown, if an array has another dtype or shape, or if the named
+      implementation cannot run here.
   """
   check(gate_up_M2F, format)
   check(dhidden_MF, format)
@@ -77,8 +83,9 @@ def swiglu_backward_quantize(
 def _xla(gate_up, gates_M, dhidden_MF, *, smallest_amax, smallest_gradient_amax, **options):
   dgate_up, hidden_MF, dgates_M = swiglu_gated_backward(
       as_array(gate_up), gates_M, dhidden_MF, implementation="xla")
-  of_gradient, of_hidden = (
+  gradient_options, hidden_options = (
       options | {"smallest_amax": smallest, "implementation": "xla"}
       for smallest in (smallest_gradient_amax, smallest_amax))
-  return (quantize(dgate_up, **of_gradient), quantize_transposed(dgate_up, **of_gradient),
-          quantize_transposed(hidden_MF, **of_hidden), dgates_M)
+  return (quantize(dgate_up, **gradient_options),
+          quantize_transposed(dgate_up, **gradient_options),
+          quantize_transposed(hidden_MF, **hidden_options), dgates_M)

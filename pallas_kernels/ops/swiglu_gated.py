@@ -1,4 +1,6 @@
-"""SwiGLU whose hidden units are multiplied by a gate for each row, and its backward pass.
+"""SwiGLU with hidden units multiplied by the router's gate of their row, and its backward pass.
+
+"Gate and up" are SwiGLU's two inputs; "gates" are the router's values, one per row.
 
 Shape letters:  M rows  F hidden units
 """
@@ -15,11 +17,11 @@ _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.swiglu_gated")}
 
 
 class SwigluGatedBackward(NamedTuple):
-  """What a backward pass needs of swiglu(gate and up) * gates.
+  """Results of the backward pass of swiglu(gate, up) * gates.
 
   Attributes:
-    dgate_up: gradient of gate and up, in dhidden's format: [M, 2 F].
-    hidden_MF: the output, computed again, in that format, too.
+    dgate_up: gradient of gate and up, [M, 2 F], in dhidden's dtype.
+    hidden_MF: the recomputed output of the forward pass, in dhidden's dtype.
     dgates_M: gradient of the gates, float32.
   """
 
@@ -29,11 +31,11 @@ class SwigluGatedBackward(NamedTuple):
 
 
 def swiglu_gated(gate_up: jax.Array, gates_M: jax.Array) -> jax.Array:
-  """swiglu(gate and up) * gates.
+  """Returns swiglu(gate, up) * gates, computed in float32.
 
   Args:
-    gate_up: [M, 2 F], gate first.
-    gates_M: what each row is multiplied by.
+    gate_up: [M, 2 F], SwiGLU's gate columns followed by its up columns.
+    gates_M: the router's gate of each row.
 
   Returns:
     [M, F], float32.
@@ -45,18 +47,19 @@ def swiglu_gated(gate_up: jax.Array, gates_M: jax.Array) -> jax.Array:
 def swiglu_gated_backward(
     gate_up: jax.Array, gates_M: jax.Array, dhidden_MF: jax.Array, *,
     implementation: str | None = None) -> SwigluGatedBackward:
-  """Gradients of `swiglu_gated`, and its output again, in one pass over memory.
+  """Computes the gradients of `swiglu_gated` and recomputes its output, in one pass over memory.
 
-  All is computed in float32 and rounded once. V3 computes SwiGLU's output again in its backward
-  pass (arXiv:2412.19437, section 3.3.3).
+  Everything is computed in float32 and rounded once. V3, too, recomputes SwiGLU's output in the
+  backward pass (arXiv:2412.19437, section 3.3.3).
 
   Args:
-    gate_up, gates_M: as there.
-    dhidden_MF: gradient of its output.
-    implementation: see `pallas_kernels`.
+    gate_up: [M, 2 F], SwiGLU's gate columns followed by its up columns.
+    gates_M: the router's gate of each row.
+    dhidden_MF: gradient of the output of `swiglu_gated`.
+    implementation: which implementation to run; see `pallas_kernels`.
 
   Raises:
-    ValueError: on shapes that do not fit, or an implementation that cannot do it here.
+    ValueError: if the shapes do not match, or the named implementation cannot run here.
   """
   rows, width = dhidden_MF.shape[0], dhidden_MF.shape[-1]
   if (dhidden_MF.shape != (rows, width) or gates_M.shape != (rows,)

@@ -1,4 +1,4 @@
-"""Recipes say what they cannot be."""
+"""Recipes are looked up by name, validated, and adapted for tokens sent to experts."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from pallas_kernels import RECIPES, Recipe
 from pallas_kernels.recipe import Forward, InputGradient, Operand, WeightGradient
 
 
-def test_recipes_are_found_by_name():
+def test_recipes_are_looked_up_by_name():
   assert Recipe.parse("v3") == Recipe()
   assert len(set(RECIPES.values())) == len(RECIPES)
   with pytest.raises(ValueError, match="there is no recipe 'v4'; there are: v3, per_tensor"):
@@ -19,15 +19,15 @@ def test_recipes_are_found_by_name():
     (lambda: Forward(weight=Operand()), "Forward.weight.tile='1x128' must be one of 128x128"),
     (lambda: InputGradient(weight=Operand(tile="row")), "InputGradient.weight.tile='row'"),
 ])
-def test_what_no_product_can_read_is_refused(make, message):
+def test_operands_that_no_matrix_product_supports_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 
 
-def test_what_is_sent_to_experts_has_scales_of_powers_of_two():
-  whole = Operand(power_of_two=True)
+def test_tokens_dispatched_to_experts_have_power_of_two_scales():
+  pow2 = Operand(power_of_two=True)
   assert Recipe().dispatched == Recipe(
-      Forward(activation=whole), InputGradient(gradient=whole), WeightGradient(whole, whole))
+      Forward(activation=pow2), InputGradient(gradient=pow2), WeightGradient(pow2, pow2))
   assert Recipe(None, None, None).dispatched == Recipe(None, None, None)
-  kept = Recipe(dispatch_power_of_two=False)
-  assert kept.dispatched == kept
+  unchanged = Recipe(dispatch_power_of_two=False)
+  assert unchanged.dispatched == unchanged

@@ -1,4 +1,4 @@
-"""The emulated tensor core loses what 13 fraction bits lose, and promotion gives it back."""
+"""The emulated tensor core keeps 13 fraction bits, and promotion avoids most of that error."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def exact(lhs, rhs):
 
 
 def row(**products):
-  """A row of 64 whose products with ones are as given by place."""
+  """Returns a row of 64 zeros except for the given elements: `p3=2` sets element 3 to 2."""
   x = np.zeros((1, 64), np.float32)
   for place, value in products.items():
     x[0, int(place[1:])] = value
@@ -27,20 +27,20 @@ def row(**products):
 
 
 @pytest.mark.parametrize(("lhs", "want"), [
-    (row(p0=256, p1=2**-5), 256 + 2**-5),    # 2^-13 of the largest: the last bit kept
-    (row(p0=256, p1=2**-6), 256),            # half of that is cut off, not rounded
-    (row(p0=-256, p1=-2**-6), -256),         # towards zero
+    (row(p0=256, p1=2**-5), 256 + 2**-5),    # 2^-13 of the largest: the lowest bit that is kept
+    (row(p0=256, p1=2**-6), 256),            # half of that is truncated, not rounded
+    (row(p0=-256, p1=-2**-6), -256),         # truncation is towards zero
     (row(p0=256, p1=-2**-6), 256),
-    (row(p0=256, p40=2**-5), 256 + 2**-5),   # over two instructions the sum so far is a term
+    (row(p0=256, p40=2**-5), 256 + 2**-5),   # the second instruction adds the sum so far
     (row(p0=256, p40=2**-6), 256),
-    (row(p0=2**-6, p40=256), 256),           # and it is cut off if it is the smaller
+    (row(p0=2**-6, p40=256), 256),           # which is truncated if it is the smaller
     (row(), 0),
 ])
-def test_terms_are_aligned_to_the_largest_and_cut_off_13_bits_below(lhs, want):
+def test_terms_are_aligned_to_the_largest_and_truncated_13_bits_below_it(lhs, want):
   assert float(matmul(lhs, fp8(np.ones((1, 64))))[0, 0]) == want
 
 
-def test_a_promoted_sum_keeps_what_the_next_instruction_would_cut_off():
+def test_a_promoted_sum_keeps_bits_that_the_next_instruction_would_truncate():
   lhs, ones = row(p0=2**-6, p40=256), fp8(np.ones((1, 64)))
   assert float(matmul(lhs, ones, promote_every=32)[0, 0]) == 256 + 2**-6
 
@@ -56,7 +56,7 @@ def random(width, positive):
 
 
 @pytest.mark.parametrize("positive", [False, True])
-def test_error_grows_with_k_and_promotion_takes_most_of_it_away(positive):
+def test_error_grows_with_k_and_promotion_removes_most_of_it(positive):
   errors = {}
   for width in (512, 4096):
     lhs, rhs = random(width, positive)
@@ -69,7 +69,7 @@ def test_error_grows_with_k_and_promotion_takes_most_of_it_away(positive):
 
 
 @pytest.mark.parametrize(("width", "every"), [(48, None), (64, 48), (96, 64)])
-def test_widths_that_no_instruction_fits_are_refused(width, every):
+def test_k_and_promotion_intervals_that_are_not_whole_multiples_are_refused(width, every):
   x = fp8(np.ones((1, width)))
   with pytest.raises(ValueError, match="promotes after a multiple"):
     emulated_matmul(x, x, promote_every=every)

@@ -1,4 +1,4 @@
-"""Grouped FP8 products on Hopper are the product of each group alone, whatever groups' sizes."""
+"""Grouped FP8 products on Hopper equal the product of each group alone, whatever the sizes."""
 
 import functools
 
@@ -24,14 +24,14 @@ from pallas_kernels.quantized import error
 
 hopper = pytest.mark.skipif(
     implementations.local_backend() != "mosaic_gpu",
-    reason="runs on an NVIDIA GPU of capability 9.0")
-# Tokens, K, N and groups of a layer of experts in V2-Lite and in V3, of which 8 machines share one.
+    reason="needs an NVIDIA GPU of compute capability 9.0")
+# Tokens, K, N and number of groups of an MoE layer: V2-Lite's, and V3's divided over 8 machines.
 SHAPES = {"v2_lite": (65536, 2048, 1408, 64), "deepseek_v3": (65536, 7168, 2048, 32)}
 SIZES = [[3, 130, 0, 67], [0, 0, 200, 0], [57, 64, 8, 71], [0, 0, 0, 0], [1, 1, 1, 1]]
-# Sums of up to 256 products in float32, in another order.
+# Float32 sums of up to 256 products, in a different order.
 ROUNDING = 256 * 2.0**-24
-# What 14 bits leave of sums of 128 products is 1.2e-4 (see the tests of the dense product), and
-# what is promoted only at the end 3.5e-4 and more.
+# Sums of 128 products in 14 bits err by 1.2e-4 (see test_fp8_matmul_gpu), and sums promoted only
+# at the end by 3.5e-4 and more.
 PROMOTED = 2e-4
 
 
@@ -62,7 +62,7 @@ def interpreted(run, lhs, rhs, sizes, **tiling):
                interpret=plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore"))
 
 
-def test_lanes_of_a_mapped_kernel_have_groups_of_their_own():
+def test_vmapped_calls_of_the_kernel_use_their_own_group_sizes():
   lhs, rhs = quantize(jnp.asarray(normal((72, 128)))), quantize(
       jnp.asarray(normal((2, 64, 128), 1)), "128x128")
   sizes_LG = jnp.array([[3, 60], [0, 72]])
@@ -93,8 +93,8 @@ def test_production_shapes_of_weight_gradients_lower(shape, dtype):
 
 @pytest.mark.parametrize("tiling", [
     {"stages": 3}, {"stages": 2, "depth": 1, "cluster": 2, "block_m": 256}])
-def test_interpreted_product_has_no_races_and_is_that_of_each_group(monkeypatch, tiling):
-  monkeypatch.setattr(dense, "MULTIPROCESSORS", 2)  # so that each has several tiles
+def test_interpreted_product_agrees_with_the_oracle_and_has_no_races(monkeypatch, tiling):
+  monkeypatch.setattr(dense, "MULTIPROCESSORS", 2)  # so that each multiprocessor has several tiles
   sizes = [3, 130, 0]
   lhs, rhs = quantize(normal((137, 128))), quantize(normal((3, 128, 128), 1), "128x128")
   ours = interpreted(fp8_grouped.run, lhs, rhs, sizes, **tiling)
@@ -104,7 +104,7 @@ def test_interpreted_product_has_no_races_and_is_that_of_each_group(monkeypatch,
 
 
 @pytest.mark.parametrize("tiling", [{"stages": 2, "depth": 1, "cluster": 2}])
-def test_interpreted_weight_gradient_has_no_races_and_is_that_of_each_group(monkeypatch, tiling):
+def test_interpreted_weight_gradient_agrees_with_the_oracle_and_has_no_races(monkeypatch, tiling):
   monkeypatch.setattr(dense, "MULTIPROCESSORS", 2)
   sizes = jnp.array([3, 130, 0])
   lhs, rhs = (quantize_groups(normal((140, 128), seed), sizes) for seed in range(2))
@@ -114,7 +114,7 @@ def test_interpreted_weight_gradient_has_no_races_and_is_that_of_each_group(monk
   assert not np.asarray(ours[2]).any()
 
 
-def test_operands_that_do_not_fit_are_refused_with_the_reason():
+def test_unsupported_operands_are_refused_with_the_reason():
   weights, sizes = shaped((2, 256, 128), (128, 128)), np.zeros(2)
   unsupported_reason = functools.partial(fp8_grouped.unsupported_reason, dtype=jnp.bfloat16)
   assert unsupported_reason(shaped((5, 128), (1, 128)), weights, sizes) is None
@@ -131,7 +131,7 @@ def test_operands_that_do_not_fit_are_refused_with_the_reason():
 @hopper
 @pytest.mark.parametrize("make", [normal, outliers])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_each_group_is_the_dense_product_to_the_bit(sizes, make):
+def test_each_group_equals_the_dense_product_to_the_bit(sizes, make):
   lhs, rhs = quantize(make((203, 1408))), quantize(make((4, 384, 1408), 1), "128x128")
   run = functools.partial(fp8_grouped_matmul, lhs, rhs, jnp.array(sizes), dtype=jnp.float32)
   ours = np.asarray(run(implementation="mosaic_gpu"))
@@ -154,7 +154,7 @@ def test_each_group_is_the_dense_product_to_the_bit(sizes, make):
     {"depth": 1}, {"cluster": 2}, {"block_n": 192, "depth": 1, "stages": 4}, {"block_n": 64},
     {"block_m": 256, "depth": 1, "stages": 3},
     {"block_m": 256, "depth": 1, "stages": 3, "cluster": 2}])
-def test_no_tiling_changes_a_bit(tiling):
+def test_results_are_bit_identical_for_every_tiling(tiling):
   sizes = jnp.asarray(np.random.default_rng(0).multinomial(4000, np.full(16, 1 / 16)), jnp.int32)
   lhs, rhs = quantize(normal((4099, 512))), quantize(normal((16, 640, 512), 1), "128x128")
   want = fp8_grouped.run(lhs, rhs, sizes, dtype=jnp.bfloat16)
@@ -165,7 +165,7 @@ def test_no_tiling_changes_a_bit(tiling):
 @hopper
 @pytest.mark.parametrize("make", [normal, outliers])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_each_weight_gradient_is_the_dense_product_to_the_bit(sizes, make):
+def test_each_weight_gradient_equals_the_dense_product_to_the_bit(sizes, make):
   sizes_G = jnp.array(sizes)
   lhs, rhs = (quantize_groups(make((203, width), width), sizes_G) for width in (256, 384))
   run = functools.partial(fp8_grouped_weight_gradient, lhs, rhs, sizes_G)
@@ -185,7 +185,7 @@ def test_each_weight_gradient_is_the_dense_product_to_the_bit(sizes, make):
 
 
 @hopper
-def test_weight_gradients_of_many_groups_and_in_clusters_agree():
+def test_weight_gradients_of_many_groups_agree_with_the_oracle_for_every_tiling():
   sizes = jnp.asarray(np.random.default_rng(0).multinomial(4000, np.full(16, 1 / 16)), jnp.int32)
   lhs, rhs = (quantize_groups(normal((4000, width), width), sizes) for width in (256, 384))
   want = fp8_grouped_weight_gradient(lhs, rhs, sizes, implementation="xla")

@@ -1,4 +1,4 @@
-"""The FP8 product on Hopper: it lowers, has no races, and errs no more than 14 bits of 128 do."""
+"""The FP8 product on Hopper lowers, has no races, and errs no more than 14-bit sums of 128 do."""
 
 import functools
 
@@ -15,10 +15,10 @@ from pallas_kernels.quantized import error, round_to
 
 hopper = pytest.mark.skipif(
     implementations.local_backend() != "mosaic_gpu",
-    reason="runs on an NVIDIA GPU of capability 9.0")
+    reason="needs an NVIDIA GPU of compute capability 9.0")
 TILES = {"128x128": (128, 128), "1x128": (1, 128)}
 SHAPES = [(8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384)]
-# Sums of up to 384 products in float32, in another order.
+# Float32 sums of up to 384 products, in a different order.
 ROUNDING = 384 * 2.0**-24
 
 
@@ -39,8 +39,8 @@ def shaped(rows, columns, tile):
 
 
 def lower(m, n, k, tile="128x128", dtype=jnp.bfloat16, **tiling):
-  cut = kernel.Tiling(**tiling) if tiling else None
-  product = jax.jit(functools.partial(kernel.run, dtype=dtype, tiling=cut))
+  chosen = kernel.Tiling(**tiling) if tiling else None
+  product = jax.jit(functools.partial(kernel.run, dtype=dtype, tiling=chosen))
   operands = shaped(m, k, (1, 128)), shaped(n, k, TILES[tile])
   return product.trace(*operands).lower(lowering_platforms=("cuda",))
 
@@ -52,10 +52,10 @@ def interpreted(lhs, rhs, **tiling):
 
 
 def fourteen_bits(lhs, rhs):
-  """The product as a tensor core sums it, promoted every 128 of K (arXiv:2505.09343, 3.1.1).
+  """Returns the product as a tensor core sums it, promoted every 128 of K.
 
-  A core aligns 32 products and the sum so far to the largest of them, and cuts off what is below
-  its 13th fraction bit.
+  A tensor core aligns 32 products and the sum so far to the largest of them, and truncates what is
+  below its 13th fraction bit (arXiv:2505.09343, section 3.1.1).
   """
   lhs_values, rhs_values = (np.asarray(x.values_MK, np.float64) for x in (lhs, rhs))
   total = np.zeros((len(lhs_values), len(rhs_values)))
@@ -79,19 +79,31 @@ def exact(lhs, rhs):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_production_shapes_lower(shape):
-  assert "fp8_matmul_mosaic_gpu" in lower(*shape).as_text()  # as profiles have it
+  assert "fp8_matmul_mosaic_gpu" in lower(*shape).as_text()  # the name that profiles show
 
 
 @pytest.mark.parametrize("tiling", [
     {"tile": "1x128"}, {"dtype": jnp.float32}, {"cluster": 2}, {"m": 4099},
     {"block_m": 256, "depth": 1, "stages": 3, "cluster": 4},
     {"block_n": 192, "depth": 1, "stages": 4}])
-def test_every_form_lowers(tiling):
+def test_every_variant_lowers(tiling):
   lower(**({"m": 4096, "n": 4096, "k": 7168} | tiling))
 
 
+@pytest.mark.parametrize(("columns", "dtype"), [
+    (16, jnp.float32), (48, jnp.float32), (48, jnp.bfloat16), (80, jnp.bfloat16),
+    (96, jnp.float32), (96, jnp.bfloat16), (160, jnp.float32), (192, jnp.bfloat16)])
+def test_widths_that_do_not_lower_are_refused_and_only_those(columns, dtype):
+  operands = shaped(256, 256, (1, 128)), shaped(columns, 256, (128, 128))
+  if kernel.unsupported_reason(*operands, dtype=dtype) is None:
+    lower(256, columns, 256, dtype=dtype)
+  else:
+    with pytest.raises(ValueError, match="multiple of its tiling"):
+      lower(256, columns, 256, dtype=dtype)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
-def test_no_product_adds_to_zeros(monkeypatch, depth):
+def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(monkeypatch, depth):
   found, overwrite = [], hopper_module.overwrite_last
   monkeypatch.setattr(
       hopper_module, "overwrite_last", lambda operations: found.append(overwrite(operations)))
@@ -107,13 +119,14 @@ def test_no_product_adds_to_zeros(monkeypatch, depth):
     (264, 192, 384, "1x128", {"stages": 3, "block_m": 256, "block_n": 96}),
     (8, 384, 256, "128x128", {"stages": 2, "depth": 1, "block_n": 192}),
     (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1})])
-def test_interpreted_kernel_has_no_races_and_is_the_product(monkeypatch, m, n, k, tile, tiling):
-  monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)  # so that each has several tiles
+def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
+    monkeypatch, m, n, k, tile, tiling):
+  monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)  # so that each multiprocessor has several tiles
   lhs, rhs = quantize(jnp.asarray(normal((m, k)))), quantize(jnp.asarray(normal((n, k), 1)), tile)
   assert error(interpreted(lhs, rhs, **tiling), exact(lhs, rhs)) < ROUNDING
 
 
-def test_operands_that_do_not_fit_are_refused_with_the_reason():
+def test_unsupported_operands_and_tilings_are_refused_with_the_reason():
   unsupported_reason = functools.partial(kernel.unsupported_reason, dtype=jnp.bfloat16)
   weights = shaped(256, 256, (128, 128))
   assert unsupported_reason(shaped(3, 256, (1, 128)), weights) is None
@@ -133,21 +146,21 @@ def test_operands_that_do_not_fit_are_refused_with_the_reason():
 @hopper
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("make", [normal, outliers])
-def test_error_is_what_14_bits_leave_of_blocks_of_128(make, tile):
+def test_error_is_that_of_14_bit_sums_over_blocks_of_128(make, tile):
   lhs = quantize(jnp.asarray(make((200, 4096))))
   rhs = quantize(jnp.asarray(make((384, 4096), 1)), tile)
   ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
   some = Quantized(lhs.values_MK[:24], lhs.scales_mk[:24], lhs.tile)
   want = exact(lhs, rhs)
-  # A core may keep a bit more or less than the model has, and 24 rows are a sample.
+  # A tensor core may keep a bit more or less than the emulation, and 24 rows are a sample.
   assert error(ours, want) < 2 * error(fourteen_bits(some, rhs), want[:24])
 
 
 @hopper
-def test_promotion_beats_sums_that_stay_in_the_tensor_core():
+def test_promoted_sums_err_less_than_sums_that_stay_in_the_tensor_core():
   lhs, rhs = (quantize(jnp.asarray(normal((256, 8192), seed)), "1x128") for seed in range(2))
   ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
-  assert error(ours, exact(lhs, rhs)) < 2e-4  # what XLA's FP8 dot has at half the length
+  assert error(ours, exact(lhs, rhs)) < 2e-4  # the error of XLA's FP8 dot at half the length
 
 
 @hopper
@@ -155,7 +168,7 @@ def test_promotion_beats_sums_that_stay_in_the_tensor_core():
 @pytest.mark.parametrize(("m", "n", "k"), [
     (1, 384, 640), (7, 384, 640), (128, 384, 640), (131, 576, 640), (1000, 384, 576),
     (131, 16, 16)])
-def test_every_row_is_there_and_bfloat16_is_rounded_float32(m, n, k, tile):
+def test_every_row_is_computed_and_bfloat16_results_are_rounded_float32_ones(m, n, k, tile):
   lhs = quantize(jnp.asarray(normal((m, k))))
   rhs = quantize(jnp.asarray(normal((n, k), 1)), tile)
   ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
@@ -167,12 +180,12 @@ def test_every_row_is_there_and_bfloat16_is_rounded_float32(m, n, k, tile):
 
 @hopper
 @pytest.mark.parametrize("tiling", [
-    {"depth": 1}, {"cluster": 2}, {"depth": 1, "cluster": 4}, {"snake": 3},
+    {"depth": 1}, {"cluster": 2}, {"depth": 1, "cluster": 4}, {"swizzle": 3},
     {"block_n": 192, "depth": 1, "stages": 4}, {"block_n": 96},
     {"block_m": 256, "depth": 1, "stages": 3}, {"block_m": 256, "block_n": 96, "stages": 3},
     {"block_m": 256, "depth": 1, "stages": 3, "cluster": 2}])
 @pytest.mark.parametrize("m", [136, 3000])
-def test_no_tiling_changes_a_bit(m, tiling):
+def test_results_are_bit_identical_for_every_tiling(m, tiling):
   lhs = quantize(jnp.asarray(normal((m, 1408))))
   rhs = quantize(jnp.asarray(normal((1280, 1408), 1)), "128x128")
   want = kernel.run(lhs, rhs, dtype=jnp.bfloat16)
@@ -186,7 +199,7 @@ def test_zeros_give_zeros_and_subnormal_numbers_are_not_flushed():
     x = round_to(jnp.asarray(normal((128, 512), seed)) * scale, "e4m3")
     return Quantized(x, jnp.ones((128, 4)), (1, 128))
 
-  smallest = 2.0**-8  # e4m3's normal numbers begin at 2**-6
+  smallest = 2.0**-8  # e4m3's smallest normal number is 2**-6
   lhs, rhs = values(smallest, 0), values(1.0, 1)
   ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
   assert error(ours, exact(lhs, rhs)) < 3e-4

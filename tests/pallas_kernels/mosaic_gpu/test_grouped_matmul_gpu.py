@@ -1,4 +1,4 @@
-"""Hopper's grouped products: that production shapes lower, anywhere, and what they give on a GPU.
+"""Hopper's grouped products: production shapes lower on any host, and results agree on a GPU.
 
 Shape letters:  R rows  G groups  K contracted width  N result width
 """
@@ -28,7 +28,7 @@ def assert_lowers(name, run, num_groups, *shapes):
   operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
   sizes_G = jax.ShapeDtypeStruct((num_groups,), jnp.int32)
   lowered = jax.jit(run).trace(*operands, sizes_G).lower(lowering_platforms=("cuda",))
-  assert f"{name}_mosaic_gpu" in lowered.as_text()  # as profiles have it
+  assert f"{name}_mosaic_gpu" in lowered.as_text()  # the name that profiles show
 
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
@@ -47,7 +47,7 @@ def test_weight_gradients_of_production_shapes_lower(groups, k, n, dtype):
 
 
 def made(kind, seed, shape):
-  """bfloat16 operands that a kernel may find hard."""
+  """Returns bfloat16 operands: normal, or of a kind that a kernel may compute incorrectly."""
   x = jax.random.normal(jax.random.key(seed), shape)
   if kind == "outliers":
     x = jnp.where(jax.random.uniform(jax.random.key(seed + 9), shape) < 1e-3, 1e3 * x, x)
@@ -55,7 +55,10 @@ def made(kind, seed, shape):
 
 
 def assert_rounded(ours, want, magnitude, terms):
-  """Sums of exact products in float32, rounded to ours' format, denormals flushed or not."""
+  """Asserts that `ours` is a float32 sum of `terms` exact products, rounded to its own dtype.
+
+  `magnitude` is the sum of the absolute products. Denormals may be flushed or not.
+  """
   rounding = {"bfloat16": 2.0**-8, "float32": 2.0**-23}[ours.dtype.name]
   ours, want, magnitude = (np.asarray(x, np.float64) for x in (ours, want, magnitude))
   bound = rounding * abs(want) + terms * (2.0**-22 * magnitude + 2.0**-120)
@@ -78,7 +81,7 @@ def gradient_and_magnitude(lhs_RK, rhs_RN, sizes_G):
 @on_hopper
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_products_are_the_oracles(sizes, transpose_rhs):
+def test_products_agree_with_the_oracle(sizes, transpose_rhs):
   lhs_RK, rhs_GKN = made("normal", 0, (1029, 256)), made("normal", 1, (4, 256, 384))
   sizes_G = jnp.array(sizes, jnp.int32)
   ours = grouped_matmul(lhs_RK, rhs_GKN.mT if transpose_rhs else rhs_GKN, sizes_G,
@@ -90,11 +93,11 @@ def test_products_are_the_oracles(sizes, transpose_rhs):
 @on_hopper
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_weight_gradients_are_the_oracles(sizes, dtype):
+def test_weight_gradients_agree_with_the_oracle(sizes, dtype):
   lhs_RK, rhs_RN = made("normal", 0, (1029, 256)), made("normal", 1, (1029, 384))
   sizes_G = jnp.array(sizes, jnp.int32)
   want = gradient_and_magnitude(lhs_RK, rhs_RN, sizes_G)
-  # What lies in rows of no group must not matter.
+  # Rows of no group must not influence the result.
   lhs_RK, rhs_RN = (x.at[sum(sizes):].set(jnp.nan) for x in (lhs_RK, rhs_RN))
   ours = grouped_weight_gradient(
       lhs_RK, rhs_RN, sizes_G, dtype=dtype, implementation="mosaic_gpu")
@@ -103,7 +106,7 @@ def test_weight_gradients_are_the_oracles(sizes, dtype):
 
 @on_hopper
 @pytest.mark.parametrize("kind", INPUTS)
-def test_hard_inputs_give_what_the_oracle_does(kind):
+def test_outliers_zeros_and_denormals_agree_with_the_oracle(kind):
   lhs_RK, rhs_GKN = made(kind, 0, (1029, 256)), made("normal", 1, (4, 256, 384))
   sizes_G, dout_RN = jnp.array(SIZES["uneven"], jnp.int32), made(kind, 2, (1029, 384))
   ours = grouped_matmul(lhs_RK, rhs_GKN, sizes_G, implementation="mosaic_gpu")
@@ -115,7 +118,7 @@ def test_hard_inputs_give_what_the_oracle_does(kind):
 @on_hopper
 @pytest.mark.parametrize("tiling", [Tiling(128, 128), Tiling(256, 128), Tiling(128, 256),
                                     Tiling(128, 256, stages=3, swizzle=2)], ids=str)
-def test_every_tiling_gives_the_same(tiling):
+def test_every_tiling_agrees_with_the_oracle(tiling):
   lhs_RK, rhs_GKN = made("normal", 0, (1029, 256)), made("normal", 1, (4, 256, 512))
   sizes_G = jnp.array(SIZES["uneven"], jnp.int32)
   ours = product_kernel.run(lhs_RK, rhs_GKN, sizes_G, tiling=tiling, dtype=jnp.float32)
@@ -127,7 +130,7 @@ def test_every_tiling_gives_the_same(tiling):
 
 @on_hopper
 @pytest.mark.parametrize(("rows", "sizes"), [(1, [1, 0]), (7, [3, 2]), (129, [64, 65])])
-def test_few_and_odd_rows_are_multiplied(rows, sizes):
+def test_small_and_odd_numbers_of_rows_agree_with_the_oracle(rows, sizes):
   lhs_RK, rhs_GKN = made("normal", 0, (rows, 128)), made("normal", 1, (2, 128, 128))
   dout_RN, sizes_G = made("normal", 2, (rows, 128)), jnp.array(sizes, jnp.int32)
   run = lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes_G, implementation="mosaic_gpu")
@@ -139,7 +142,7 @@ def test_few_and_odd_rows_are_multiplied(rows, sizes):
 
 
 @on_hopper
-def test_the_best_implementation_here_is_the_kernel():
+def test_the_kernel_is_the_default_implementation():
   lhs_RK, rhs_GKN = made("normal", 0, (256, 128)), made("normal", 1, (2, 128, 128))
   sizes_G = jnp.array([100, 156], jnp.int32)
   lowered = jax.jit(grouped_matmul).lower(lhs_RK, rhs_GKN, sizes_G)

@@ -1,4 +1,4 @@
-"""The product that stays in the tensor core: it lowers, has no races, and errs as 14 bits do."""
+"""The product that stays in the tensor core lowers, has no races, and errs as 14-bit sums do."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from pallas_kernels.quantized import error
 
 hopper = pytest.mark.skipif(
     implementations.local_backend() != "mosaic_gpu",
-    reason="runs on an NVIDIA GPU of capability 9.0")
+    reason="needs an NVIDIA GPU of compute capability 9.0")
 
 
 def normal(rows, width, seed):
@@ -25,29 +25,29 @@ def exact(lhs, rhs):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(256, 256, 512), (256, 256, 16384), (64, 128, 128)])
-def test_it_lowers(m, n, k):
+def test_the_kernel_lowers_for_cuda(m, n, k):
   shaped = lambda rows: jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn)
   text = jax.jit(raw_matmul).trace(shaped(m), shaped(n)).lower(
       lowering_platforms=("cuda",)).as_text()
   assert "mosaic_gpu" in text
 
 
-def test_interpreted_kernel_has_no_races_and_is_the_product():
+def test_interpreted_kernel_equals_the_exact_product_and_has_no_races():
   lhs, rhs = normal(128, 384, 0), normal(256, 384, 1)
   with jax.default_device(jax.devices("cpu")[0]):
     ours = raw_matmul(lhs, rhs, interpret=plgpu.InterpretGPUParams(detect_races=True))
-  assert error(ours, exact(lhs, rhs)) < 384 * 2.0**-24  # the interpreter adds up in float32
+  assert error(ours, exact(lhs, rhs)) < 384 * 2.0**-24  # the interpreter accumulates in float32
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(63, 128, 128), (64, 64, 128), (64, 128, 96)])
-def test_shapes_that_no_tile_fits_are_refused(m, n, k):
+def test_shapes_that_are_not_multiples_of_a_tile_are_refused(m, n, k):
   with pytest.raises(ValueError, match="pad the operands"):
     raw_matmul(normal(m, k, 0), normal(n, k, 1))
 
 
 @hopper
-def test_sums_that_stay_in_the_tensor_core_err_more_the_longer_they_are():
-  """At least those of 14 bits, aligned towards zero, that promotion gives back."""
+def test_error_of_sums_that_stay_in_the_tensor_core_grows_with_their_length():
+  """Their 14 bits, truncated towards zero, err more than twice as much as promoted sums."""
   unscaled = lambda x: Quantized(x, jnp.ones((len(x), x.shape[1] // 128)), (1, 128))
   errors = {}
   for width in (512, 4096):

@@ -1,4 +1,4 @@
-"""The real TPU compiler takes the kernels, on a host with no TPU; `tpu_kernels` tries them all."""
+"""The real TPU compiler compiles the kernels without a TPU; `tpu_kernels` covers all of them."""
 
 import importlib.util
 import json
@@ -10,12 +10,12 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
-CHIPS = {"v5e:2x2": "int8", "tpu7x:2x2x1": "fp8"}  # and the format that each multiplies fastest
+CHIPS = {"v5e:2x2": "int8", "tpu7x:2x2x1": "fp8"}  # the format that each multiplies fastest
 
 pytestmark = [
-    pytest.mark.long("runs the TPU compiler, a minute or two"),
+    pytest.mark.long("runs the TPU compiler for a minute or two"),
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=(
-        "no TPU compiler here: install the extra `tpu`")),
+        "needs the TPU compiler: install the extra `tpu`")),
 ]
 
 
@@ -34,7 +34,7 @@ def test_grouped_products_of_v3_compile(tmp_path):
   assert len(rows) == 6 * len(CHIPS)
 
 
-def test_products_of_a_width_that_is_no_multiple_of_128_compile(tmp_path):
+def test_products_of_a_width_that_is_not_a_multiple_of_128_compile(tmp_path):
   rows = rows_of(tmp_path, "deepseek_v2_lite", "mlp_down")  # K is 10944
   assert [row for row in rows if "error" in row] == []
   assert len(rows) == 7 * len(CHIPS)

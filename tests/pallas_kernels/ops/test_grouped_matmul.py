@@ -1,7 +1,7 @@
-"""The grouped products equal one product per group, by the oracle and by Hopper's kernels.
+"""Grouped products equal one product per group, by the oracle and by Hopper's kernels.
 
-A kernel runs in the interpreter here, which finds races, but neither faults of layouts nor those
-of copies that are not aligned; `test_grouped_matmul_gpu` is for these.
+The kernels run in the interpreter here, which finds races but neither layout faults nor misaligned
+copies; `test_grouped_matmul_gpu` tests for these.
 
 Shape letters:  R rows  G groups  K contracted width  N result width
 """
@@ -32,7 +32,7 @@ def normal(seed, shape, dtype=jnp.float32):
 
 
 def products(lhs_RK, rhs_GKN, sizes):
-  """What a grouped product gives, in float64."""
+  """Returns the grouped product, computed in float64."""
   lhs_RK, rhs_GKN = np.asarray(lhs_RK, np.float64), np.asarray(rhs_GKN, np.float64)
   want_RN, first = np.zeros((len(lhs_RK), rhs_GKN.shape[2])), 0
   for group, size in enumerate(sizes):
@@ -42,7 +42,7 @@ def products(lhs_RK, rhs_GKN, sizes):
 
 
 def gradients(lhs_RK, rhs_RN, sizes):
-  """What a grouped weight gradient gives, in float64."""
+  """Returns the grouped weight gradient, computed in float64."""
   ends = np.cumsum(sizes)
   return np.stack([
       np.asarray(lhs_RK, np.float64)[end - size:end].T
@@ -51,7 +51,10 @@ def gradients(lhs_RK, rhs_RN, sizes):
 
 
 def assert_rounded(ours, want, magnitude, terms):
-  """Sums of so many exact products in float32, rounded to ours' format; magnitude is theirs."""
+  """Asserts that `ours` is a float32 sum of `terms` exact products, rounded to its own dtype.
+
+  `magnitude` is the sum of the absolute products, to which the error of summation is relative.
+  """
   rounding = {jnp.bfloat16.dtype: 2.0**-8, jnp.float32.dtype: 2.0**-23}[ours.dtype]
   error = np.abs(np.asarray(ours, np.float64) - want)
   assert (error <= rounding * np.abs(want) + terms * 2.0**-23 * magnitude).all()
@@ -59,7 +62,7 @@ def assert_rounded(ours, want, magnitude, terms):
 
 @pytest.fixture
 def interpreted():
-  """Runs Hopper's kernels without it, and fails if warpgroups or programs raced."""
+  """Runs Hopper's kernels in the interpreter, and fails if warpgroups or programs raced."""
   interpreter = importlib.import_module(
       "jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
   interpreter.reset_gpu_interpret_mode_state()
@@ -70,7 +73,8 @@ def interpreted():
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_each_group_meets_its_own_matrix_and_rows_past_the_sum_give_zero(sizes, transpose_rhs):
+def test_each_group_is_multiplied_by_its_own_matrix_and_rows_of_no_group_give_zero(
+    sizes, transpose_rhs):
   lhs_RK, rhs_GKN = normal(0, (12, 5)), normal(1, (3, 5, 7))
   ours = grouped_matmul(
       lhs_RK, rhs_GKN.mT if transpose_rhs else rhs_GKN, jnp.array(sizes, jnp.int32),
@@ -79,13 +83,13 @@ def test_each_group_meets_its_own_matrix_and_rows_past_the_sum_give_zero(sizes, 
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_weight_gradient_sums_over_its_own_rows_only(sizes):
+def test_a_weight_gradient_sums_only_over_the_rows_of_its_group(sizes):
   lhs_RK, rhs_RN = normal(0, (12, 5)), normal(1, (12, 7))
   ours = grouped_weight_gradient(lhs_RK, rhs_RN, jnp.array(sizes, jnp.int32))
   np.testing.assert_allclose(ours, gradients(lhs_RK, rhs_RN, sizes), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_the_two_other_products():
+def test_gradients_are_a_transposed_grouped_product_and_a_grouped_weight_gradient():
   lhs_RK, rhs_GKN, dout_RN = normal(0, (12, 5)), normal(1, (3, 5, 7)), normal(2, (12, 7))
   sizes_G = jnp.array([3, 0, 7], jnp.int32)
   _, transpose = jax.vjp(
@@ -97,7 +101,7 @@ def test_gradients_are_the_two_other_products():
       drhs_GKN, grouped_weight_gradient(lhs_RK, dout_RN, sizes_G), rtol=1e-5, atol=1e-5)
 
 
-def test_a_weight_gradient_of_bfloat16_may_be_float32():
+def test_a_weight_gradient_of_bfloat16_operands_may_be_float32():
   lhs_RK, rhs_RN = normal(0, (12, 5), jnp.bfloat16), normal(1, (12, 7), jnp.bfloat16)
   sizes_G = jnp.array([5, 7], jnp.int32)
   ours = grouped_weight_gradient(lhs_RK, rhs_RN, sizes_G, dtype=jnp.float32)
@@ -112,13 +116,13 @@ def test_a_weight_gradient_of_bfloat16_may_be_float32():
     (((4, 5), (2, 5, 7), (3,)), False, "sizes \\[G\\]"),
     (((4, 5, 1), (2, 5, 7), (2,)), False, "lhs \\[R, K\\]"),
 ])
-def test_shapes_that_do_not_fit_are_refused(shapes, transpose_rhs, message):
+def test_mismatched_shapes_are_refused(shapes, transpose_rhs, message):
   lhs, rhs, sizes = (jnp.zeros(shape, jnp.int32) for shape in shapes)
   with pytest.raises(ValueError, match=message):
     grouped_matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs)
 
 
-def test_a_weight_gradient_of_unequal_rows_is_refused():
+def test_a_weight_gradient_of_operands_with_different_row_counts_is_refused():
   with pytest.raises(ValueError, match=r"lhs \[R, K\], rhs \[R, N\]"):
     grouped_weight_gradient(jnp.zeros((4, 5)), jnp.zeros((3, 5)), jnp.zeros(2, jnp.int32))
 
@@ -131,7 +135,7 @@ def test_an_unknown_implementation_is_refused():
 
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(st.lists(st.integers(0, 96), min_size=5, max_size=5), st.sampled_from([8, 24]))
-def test_tiles_own_every_row_once_and_begin_where_mosaic_copies(ends, tile):
+def test_row_tiles_cover_every_row_once_and_start_at_multiples_of_8(ends, tile):
   rows, sizes = 96, np.diff(sorted(ends), prepend=0)
   fields_TF, (count,) = map(
       np.asarray, row_tiles(jnp.array(sizes, jnp.int32), rows, tile))
@@ -146,8 +150,8 @@ def test_tiles_own_every_row_once_and_begin_where_mosaic_copies(ends, tile):
   assert (fields_TF[count:, 2] >= fields_TF[count:, 3]).all()
 
 
-def test_the_kernel_multiplies_groups_wherever_they_end(interpreted):
-  sizes = [37, 0, 155, 3]  # behind them 5 rows of no group, and a number that is not aligned
+def test_the_kernel_multiplies_groups_that_end_at_any_row(interpreted):
+  sizes = [37, 0, 155, 3]  # then 8 rows of no group; 203 rows are not aligned to a tile
   lhs_RK, rhs_GKN = normal(0, (203, 128), jnp.bfloat16), normal(1, (4, 128, 128), jnp.bfloat16)
   ours = product_kernel.run(
       lhs_RK, rhs_GKN, jnp.array(sizes, jnp.int32), programs=2,
@@ -156,7 +160,7 @@ def test_the_kernel_multiplies_groups_wherever_they_end(interpreted):
   assert_rounded(ours, want, magnitude, 128)
 
 
-def test_the_kernel_multiplies_with_transposes(interpreted):
+def test_the_kernel_multiplies_by_transposed_matrices(interpreted):
   sizes = [130, 62]
   lhs_RK, rhs_GKN = normal(0, (192, 128), jnp.bfloat16), normal(1, (2, 128, 128), jnp.bfloat16)
   ours = product_kernel.run(
@@ -166,7 +170,7 @@ def test_the_kernel_multiplies_with_transposes(interpreted):
   assert_rounded(ours, want, magnitude, 128)
 
 
-def test_the_kernel_keeps_neighbours_and_rows_past_the_sum_out_of_a_weight_gradient(interpreted):
+def test_the_weight_gradient_kernel_ignores_rows_of_other_groups_and_of_no_group(interpreted):
   sizes = [37, 0, 75]
   lhs_RK, rhs_RN = normal(0, (117, 128), jnp.bfloat16), normal(1, (117, 256), jnp.bfloat16)
   lhs_RK, rhs_RN = lhs_RK.at[112:].set(jnp.nan), rhs_RN.at[112:].set(jnp.nan)
@@ -178,7 +182,7 @@ def test_the_kernel_keeps_neighbours_and_rows_past_the_sum_out_of_a_weight_gradi
 
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_the_kernels_are_each_others_gradients(transpose_rhs):
+def test_the_custom_gradients_equal_those_of_the_oracle(transpose_rhs):
   operation = importlib.import_module("pallas_kernels.ops.grouped_matmul")
   differentiable = operation.differentiable(
       functools.partial(operation._xla, precision=None),
@@ -201,13 +205,13 @@ def test_the_kernels_are_each_others_gradients(transpose_rhs):
     (((0, 128), (2, 128, 128)), jnp.bfloat16, "needs rows and groups, not 0 and 2"),
     (((4, 128), (2, 128, 128)), jnp.bfloat16, None),
 ])
-def test_what_the_kernel_cannot_do_has_a_reason(shapes, dtype, reason):
+def test_the_reason_is_given_for_operands_that_the_kernel_does_not_support(shapes, dtype, reason):
   lhs, rhs = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-  said = product_kernel.unsupported_reason(lhs, rhs, jax.ShapeDtypeStruct((2,), jnp.int32))
-  assert said is reason if reason is None else reason in said
+  actual = product_kernel.unsupported_reason(lhs, rhs, jax.ShapeDtypeStruct((2,), jnp.int32))
+  assert actual is reason if reason is None else reason in actual
 
 
 @pytest.mark.parametrize("fields", [(100, 128), (128, 32), (128, 512), (128, 128, 1)])
-def test_tilings_that_no_warpgroup_can_do_are_refused(fields):
+def test_tilings_that_no_warpgroup_can_compute_are_refused(fields):
   with pytest.raises(ValueError):
     product_kernel.Tiling(*fields)

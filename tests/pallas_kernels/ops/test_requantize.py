@@ -1,4 +1,4 @@
-"""Transposing what is quantised: as its oracle to the bit, interpreted, lowered, and on a GPU.
+"""Transposed requantisation: bit-exact against its oracle; interpreted, lowered and on a GPU.
 
 Shape letters:  M rows  K columns
 """
@@ -22,7 +22,7 @@ FORMS = [("e4m3", False), ("e4m3", True), ("e5m2", False), ("e5m6", True), ("flo
 
 
 def operand(form, power_of_two, shape=(131, 128)):
-  """Normal, one in a thousand a thousandfold, a row of zeros and one of denormals."""
+  """Normal numbers, one in a thousand scaled by 1000, with a row of zeros and one of denormals."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal(shape).astype(np.float32) * np.where(rng.random(shape) < 1e-3, 1e3, 1)
   x[0], x[shape[0] // 2] = 0, 1e-39
@@ -46,14 +46,14 @@ def assert_equal(ours, want):
 
 
 @pytest.mark.parametrize(("form", "power_of_two"), FORMS[:2] + FORMS[3:])
-def test_the_oracle_tiles_the_transpose_of_what_it_is_given(form, power_of_two):
+def test_the_oracle_quantises_the_transpose_of_the_dequantised_operand(form, power_of_two):
   x = operand(form, power_of_two)
-  stands_for = dequantize(x) if isinstance(x, Quantized) else x
-  assert_equal(quantize_transposed(x), quantize(stands_for.T))
+  dequantised = dequantize(x) if isinstance(x, Quantized) else x
+  assert_equal(quantize_transposed(x), quantize(dequantised.T))
 
 
 @pytest.mark.parametrize(("form", "power_of_two"), FORMS)
-def test_the_interpreted_kernel_agrees_to_the_bit_and_does_not_race(form, power_of_two):
+def test_the_interpreted_kernel_is_bit_exact_and_has_no_races(form, power_of_two):
   x = operand(form, power_of_two)
   ours = kernels.run(x, "1x128", **DEFAULTS | {"power_of_two": power_of_two},
                      interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -76,8 +76,8 @@ def test_production_and_odd_shapes_lower_for_hopper(form, shape):
     (jnp.zeros((4, 130)), "1x128", "multiple of 128, and it is 130"),
     (jnp.zeros((2, 128, 128)), "1x128", "single matrix"),
     (jnp.zeros((4, 128)), "row", "needs tiles of 1x128, and they are row"),
-    (quantize(jnp.zeros((128, 128)), "128x128"), "1x128", "of what has 128x128")])
-def test_what_the_kernel_cannot_take_is_refused_with_the_reason(x, tile, reason):
+    (quantize(jnp.zeros((128, 128)), "128x128"), "1x128", "requantised from 128x128")])
+def test_unsupported_operands_are_refused_with_the_reason(x, tile, reason):
   assert reason in kernels.unsupported_reason(x, tile, **DEFAULTS)
 
 
@@ -85,13 +85,14 @@ def test_what_the_kernel_cannot_take_is_refused_with_the_reason(x, tile, reason)
     (jnp.zeros((8, 128)), "1x128", "e3m4", "no format 'e3m4'"),
     (jnp.zeros((8, 128)), "2x128", "e4m3", "no tile '2x128'"),
     (jnp.zeros((8, 128), jnp.int32), "1x128", "e4m3", "not int32")])
-def test_what_nothing_can_quantise_is_refused_on_hopper_too(monkeypatch, x, tile, format, message):
+def test_unknown_formats_tiles_and_dtypes_are_refused_on_hopper_too(
+    monkeypatch, x, tile, format, message):
   monkeypatch.setattr(implementations, "local_backend", lambda: "mosaic_gpu")
   with pytest.raises(ValueError, match=message):
     quantize_transposed(x, tile, format=format)
 
 
-def test_other_tiles_are_taken_by_the_oracle():
+def test_tiles_that_the_kernel_does_not_support_fall_back_to_the_oracle():
   x = operand("e4m3", False)
   ours = quantize_transposed(x, "row")
   np.testing.assert_array_equal(
@@ -105,9 +106,9 @@ def test_on_a_gpu_the_kernel_rounds_to_nearest(form, power_of_two, shape):
   x = operand(form, power_of_two, shape)
   ours = jax.jit(lambda x: kernels.run(x, "1x128", **DEFAULTS))(x)
   np.testing.assert_array_equal(np.asarray(ours.scales_mk), np.asarray(oracle(x).scales_mk))
-  # The oracle's quotients are XLA's, which in one of some thousands are not the nearest.
-  of = dequantize(x) if isinstance(x, Quantized) else x
+  # The oracle divides with XLA, whose quotient is not the nearest in one of some thousand cases.
+  exact = dequantize(x) if isinstance(x, Quantized) else x
   scales = np.repeat(np.asarray(ours.scales_mk), 128, 1)[:, :shape[0]]
-  nearest = (np.asarray(of, np.float32).T / scales).astype(ours.values_MK.dtype)
+  nearest = (np.asarray(exact, np.float32).T / scales).astype(ours.values_MK.dtype)
   np.testing.assert_array_equal(
       np.asarray(ours.values_MK, np.float32), nearest.astype(np.float32))

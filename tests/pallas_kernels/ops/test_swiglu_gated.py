@@ -1,6 +1,6 @@
-"""The backward pass of SwiGLU with gates: what calculus says, interpreted and on a GPU.
+"""The backward pass of SwiGLU with gates against analytic gradients, interpreted and on a GPU.
 
-Shape letters:  M rows  F hidden units  L lanes of vmap
+Shape letters:  M rows  F hidden units
 """
 
 import jax
@@ -16,15 +16,16 @@ from pallas_kernels.mosaic_gpu.swiglu_gated import Tiling
 
 ON_HOPPER = pytest.mark.skipif(
     implementations.local_backend() != "mosaic_gpu", reason="needs a Hopper GPU")
-# Of a number before it is rounded to its format: see test_quantize_gpu.assert_nearly_equal.
-OFF = 252 * 2.0**-24
+# Relative error of a number before it is rounded to its dtype, derived in
+# test_quantize_gpu.assert_nearly_equal.
+RELATIVE_ERROR = 252 * 2.0**-24
 HALF_A_STEP = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
-# What is lost where the machine takes a denormal number for zero, times factors of 2^20 at most.
+# Error where the hardware flushes a denormal number to zero, times factors of 2^20 at most.
 DENORMAL = 2.0**-106
 
 
 def operands(m, f, *, gradient=1e-6, dtype=jnp.bfloat16):
-  """Normal, one in a thousand a thousandfold, a row of zeros and one of denormals."""
+  """Normal numbers, one in a thousand scaled by 1000, with a row of zeros and one of denormals."""
   rng = np.random.default_rng(0)
 
   def numbers(*shape):
@@ -48,8 +49,8 @@ def interpreted(args, tiling):
   return ours
 
 
-def assert_calculus(result, args):
-  """As in float64, but for what float32 loses on the way and one rounding at the end."""
+def assert_analytic(result, args):
+  """Asserts equality with float64, up to the error of float32 on the way and one final rounding."""
   gate_up, gates, dhidden = (np.asarray(x, np.float64) for x in args)
   gate, up = np.split(gate_up, 2, 1)
   gates = gates[:, None]
@@ -57,8 +58,8 @@ def assert_calculus(result, args):
     sigmoid = 1 / (1 + np.exp(-gate))
   hidden, silu = gate * sigmoid * up, gate * sigmoid
   dgate = dhidden * gates * up * (sigmoid + silu * (1 - sigmoid))
-  # The terms of silu's derivative may cancel, and 1 - sigmoid is off by as much as sigmoid is.
-  of_dgate = np.abs(dhidden * gates * up) * (sigmoid + np.abs(silu))
+  # The terms of silu's derivative may cancel, and 1 - sigmoid errs by as much as sigmoid does.
+  dgate_magnitude = np.abs(dhidden * gates * up) * (sigmoid + np.abs(silu))
   dup = dhidden * gates * silu
 
   dgate_up, *others = result
@@ -67,26 +68,26 @@ def assert_calculus(result, args):
       gate_up.shape, dhidden.shape, gates.shape[:1])
   assert dgate_up.dtype == others[0].dtype == dtype and others[1].dtype == jnp.float32
   for ours, exact, size in (*zip(np.split(np.asarray(dgate_up, np.float64), 2, 1), (dgate, dup),
-                                 (of_dgate, np.abs(dup)), strict=True),
+                                 (dgate_magnitude, np.abs(dup)), strict=True),
                             (np.asarray(others[0], np.float64), hidden * gates,
                              np.abs(hidden * gates))):
-    half_a_step = HALF_A_STEP[dtype.name] * (np.abs(exact) + OFF * size)
-    assert (np.abs(ours - exact) <= half_a_step + OFF * size + DENORMAL).all()
+    half_a_step = HALF_A_STEP[dtype.name] * (np.abs(exact) + RELATIVE_ERROR * size)
+    assert (np.abs(ours - exact) <= half_a_step + RELATIVE_ERROR * size + DENORMAL).all()
 
-  terms = dhidden * hidden  # a sum of so many in float32, in any order
-  off = (OFF + terms.shape[1] * 2.0**-24) * np.abs(terms).sum(1)
-  assert (np.abs(np.asarray(others[1], np.float64) - terms.sum(1)) <= off + DENORMAL).all()
+  terms = dhidden * hidden  # summed in float32, in any order
+  bound = (RELATIVE_ERROR + terms.shape[1] * 2.0**-24) * np.abs(terms).sum(1)
+  assert (np.abs(np.asarray(others[1], np.float64) - terms.sum(1)) <= bound + DENORMAL).all()
 
 
 @pytest.mark.parametrize(("m", "f", "dtype"), [
     (131, 100, jnp.bfloat16), (20, 128, jnp.float32), (1, 1, jnp.float32)])
-def test_the_oracle_is_what_calculus_says_but_for_rounding(m, f, dtype):
+def test_the_oracle_equals_the_analytic_gradients_up_to_rounding(m, f, dtype):
   args = operands(m, f, dtype=dtype)
-  assert_calculus(oracle(args), args)
+  assert_analytic(oracle(args), args)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_the_output_computed_again_is_the_output(dtype):
+def test_the_recomputed_output_equals_that_of_the_forward_pass(dtype):
   gate_up, gates, dhidden = (jax.random.normal(jax.random.key(seed), shape, dtype)
                              for seed, shape in enumerate(((9, 20), (9,), (9, 10))))
   hidden = swiglu_gated_backward(gate_up, gates, dhidden).hidden_MF
@@ -95,18 +96,18 @@ def test_the_output_computed_again_is_the_output(dtype):
 
 
 @pytest.mark.parametrize(("m", "f", "tiling"), [
-    (37, 384, Tiling()),                      # fewer pieces in the ring than are to be walked
-    (5, 128, Tiling(rows=16, stages=4)),      # and more
+    (37, 384, Tiling()),                      # fewer stages than pieces of 128 hidden units
+    (5, 128, Tiling(rows=16, stages=4)),      # more stages than pieces
     (70, 256, Tiling(rows=32, stages=3)), (64, 128, Tiling(rows=64, stages=2))])
-def test_the_interpreted_kernel_agrees_and_does_not_race(m, f, tiling):
+def test_the_interpreted_kernel_equals_the_analytic_gradients_and_has_no_races(m, f, tiling):
   args = operands(m, f)
-  assert_calculus(interpreted(args, tiling), args)
+  assert_analytic(interpreted(args, tiling), args)
 
 
 def test_the_interpreted_kernel_rounds_once():
   up, dhidden = (jax.random.normal(jax.random.key(seed), (20, 256), jnp.bfloat16)
                  for seed in range(2))
-  # The sigmoid of so large a gate is one: then everything is a product that we can predict.
+  # The sigmoid of so large a gate is one, so that every result is a product that we can predict.
   gate_up = jnp.concatenate([jnp.full_like(up, 128), up], 1)
   dgate_up, hidden, _ = interpreted((gate_up, jnp.ones(20), dhidden), Tiling())
   up, dhidden = (np.asarray(x, np.float32) for x in (up, dhidden))
@@ -116,11 +117,11 @@ def test_the_interpreted_kernel_rounds_once():
   np.testing.assert_array_equal(np.asarray(hidden, np.float32), nearest(up * 128))
 
 
-def test_lanes_of_the_interpreted_kernel_are_apart():
+def test_vmapped_calls_of_the_interpreted_kernel_are_independent():
   args = [jnp.stack([x, x[::-1]]) for x in operands(40, 128)]
   run = lambda *args: kernels.run(*args, interpret=plgpu.InterpretGPUParams())
-  for lane, result in enumerate(zip(*jax.vmap(run)(*args), strict=True)):
-    assert_calculus(result, [x[lane] for x in args])
+  for index, result in enumerate(zip(*jax.vmap(run)(*args), strict=True)):
+    assert_analytic(result, [x[index] for x in args])
 
 
 @pytest.mark.parametrize(("m", "f", "tiling"), [
@@ -132,15 +133,15 @@ def test_production_and_odd_shapes_lower_for_hopper(m, f, tiling):
       ((m, 2 * f), jnp.bfloat16), ((m,), jnp.float32), ((m, f), jnp.bfloat16))]
   call = jax.jit(lambda *args: kernels.run(*args, tiling=tiling))
   lowered = call.trace(*shapes).lower(lowering_platforms=("cuda",))
-  assert "swiglu_gated_backward_mosaic_gpu" in lowered.as_text()  # as profiles have it
+  assert "swiglu_gated_backward_mosaic_gpu" in lowered.as_text()  # the name that profiles show
 
 
 @pytest.mark.parametrize(("m", "f", "dtypes", "reason"), [
     (4, 130, "bfloat16 bfloat16", r"multiple of 128, and the shape is \(4, 130\)"),
-    (0, 128, "bfloat16 bfloat16", r"a row at least .* the shape is \(0, 128\)"),
+    (0, 128, "bfloat16 bfloat16", r"at least one row .* the shape is \(0, 128\)"),
     (4, 128, "float32 bfloat16", "needs bfloat16, and gate and up have float32"),
     (4, 128, "bfloat16 float16", "needs bfloat16, and dhidden have float16")])
-def test_what_the_kernel_cannot_take_is_refused_with_the_reason(m, f, dtypes, reason):
+def test_unsupported_operands_are_refused_with_the_reason(m, f, dtypes, reason):
   gate_up, dhidden = (jnp.zeros(shape, dtype) for shape, dtype in zip(
       ((m, 2 * f), (m, f)), dtypes.split(), strict=True))
   refused = kernels.unsupported_reason(gate_up, jnp.zeros(m), dhidden)
@@ -148,14 +149,14 @@ def test_what_the_kernel_cannot_take_is_refused_with_the_reason(m, f, dtypes, re
     raise ValueError(refused)
 
 
-def test_odd_numbers_of_rows_are_not_refused():
+def test_odd_numbers_of_rows_are_supported():
   assert kernels.unsupported_reason(*operands(131, 128)) is None
 
 
 @pytest.mark.parametrize(("rows", "stages", "message"), [
     (24, 2, "multiple of 16, and they are 24"), (0, 2, "multiple of 16"),
     (32, 1, "2 stages or more"), (128, 3, "all in 226 KiB, and they are 3 of 128 rows")])
-def test_tilings_that_do_not_work_are_refused(rows, stages, message):
+def test_invalid_tilings_are_refused(rows, stages, message):
   with pytest.raises(ValueError, match=message):
     Tiling(rows, stages)
 
@@ -163,7 +164,7 @@ def test_tilings_that_do_not_work_are_refused(rows, stages, message):
 @pytest.mark.parametrize(("shapes", "message"), [
     (((8, 128), (8,), (8, 128)), r"gate and up \[M, 2 F\]"),
     (((8, 256), (8, 1), (8, 128)), r"gates \[M\]")])
-def test_what_does_not_fit_is_refused(shapes, message):
+def test_mismatched_shapes_are_refused(shapes, message):
   with pytest.raises(ValueError, match=message):
     swiglu_gated_backward(*map(jnp.zeros, shapes))
 
@@ -171,9 +172,9 @@ def test_what_does_not_fit_is_refused(shapes, message):
 @ON_HOPPER
 @pytest.mark.parametrize("tiling", [Tiling(), Tiling(16, 4), Tiling(32, 3), Tiling(64, 2)])
 @pytest.mark.parametrize(("m", "f"), [(1, 128), (131, 1408), (4096, 512), (8192, 2048)])
-def test_on_a_gpu_the_kernel_agrees(m, f, tiling):
+def test_on_a_gpu_the_kernel_equals_the_analytic_gradients(m, f, tiling):
   args = operands(m, f)
-  assert_calculus(jax.jit(lambda *args: kernels.run(*args, tiling=tiling))(*args), args)
+  assert_analytic(jax.jit(lambda *args: kernels.run(*args, tiling=tiling))(*args), args)
 
 
 @ON_HOPPER
@@ -184,13 +185,13 @@ def test_on_a_gpu_zeros_give_zeros():
 
 
 @ON_HOPPER
-def test_on_a_gpu_lanes_are_apart():
+def test_on_a_gpu_vmapped_calls_are_independent():
   args = [jnp.stack([x, x[::-1]]) for x in operands(40, 256)]
-  for lane, result in enumerate(zip(*jax.jit(jax.vmap(kernels.run))(*args), strict=True)):
-    assert_calculus(result, [x[lane] for x in args])
+  for index, result in enumerate(zip(*jax.jit(jax.vmap(kernels.run))(*args), strict=True)):
+    assert_analytic(result, [x[index] for x in args])
 
 
 @ON_HOPPER
-def test_on_a_gpu_the_kernel_is_what_runs_unless_told_otherwise():
+def test_on_a_gpu_the_kernel_is_the_default_implementation():
   text = jax.jit(swiglu_gated_backward).lower(*operands(128, 256)).as_text()
   assert "swiglu_gated_backward_mosaic_gpu" in text
