@@ -1,4 +1,4 @@
-"""The network, pure: parameters and shapes, but no data, losses or optimizers."""
+"""The network as pure functions of its parameters, without data, training or optimizers."""
 
 from model import balance, hf, moe
 from model.config import (

@@ -1,4 +1,4 @@
-"""Causal attention, and the grouped-query module: MHA, GQA and MQA are values of its config.
+"""Causal attention, and the grouped-query module, whose config makes it MHA, GQA or MQA.
 
 Shape letters:  B batch  T query tokens  S key slots  D model width  H query heads
                 G key heads  Q = H / G queries per key head  K head width  V value width
@@ -20,16 +20,20 @@ from model.rope import rotate
 
 @flax.struct.dataclass
 class Context:
-  """What all layers share about the tokens at hand.
+  """What all layers of a forward pass need to know about its tokens.
 
   Attributes:
-    causal: whether token t sees keys 0..t of its row, and all of them unless segments part them.
-      Known while tracing: kernels for whole sequences need no mask then.
-    cos_BTr, sin_BTr: rotations of these tokens' positions.
-    slots_BT: each token's own slot; it sees the keys in slots up to that.
-    segment_ids_BT: packed documents to be kept apart, or None; without a cache only.
-    real_BT: false where a token is padding, or None.
-    experts_LBTK: experts to use, by MoE layer, in place of what the routers would choose, or None.
+    cos_BTr, sin_BTr: rotations at the tokens' positions, for R / 2 pairs of dimensions; see
+      `model.rope.rotation`.
+    slots_BT: int32, each token's own key slot; the token attends to slots up to and including it.
+    segment_ids_BT: int32, ids of packed documents, between which there is no attention; None for no
+      such limit. Cannot be used with a cache.
+    real_BT: false for padding tokens; None if there are none.
+    experts_LBTK: int32, experts to use in every MoE layer instead of those that its router would
+      choose; None to let routers choose.
+    causal: whether the keys are those of whole sequences, so that token t of a row sees all keys
+      0..t, or those of them that are in its segment. It is known while tracing, so that kernels for
+      whole sequences can be chosen, which need no mask.
   """
 
   cos_BTr: jax.Array
@@ -41,7 +45,7 @@ class Context:
   causal: bool = flax.struct.field(pytree_node=False, default=False)
 
   def visible_BTS(self, num_slots: int) -> jax.Array:
-    """Which key slots each query attends to."""
+    """Returns which of the S = num_slots key slots each query attends to, as booleans."""
     seen_BTS = jnp.arange(num_slots) <= self.slots_BT[..., None]
     if self.segment_ids_BT is not None:
       seen_BTS &= self.segment_ids_BT[:, :, None] == self.segment_ids_BT[:, None, :]
@@ -52,51 +56,53 @@ def attend(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array, context: Context, scale: float,
     cfg: ModelConfig, implementation: str | None = None,
 ) -> jax.Array:
-  """Softmax attention over the visible slots, in float32 between the two products.
+  """Softmax attention over the visible key slots; scores and their softmax are in float32.
 
   Args:
-    q_BTHK, k_BSGK, v_BSGV: in the compute format, or what is cast to it.
-    context: says which slots are visible.
+    q_BTHK, k_BSGK, v_BSGV: queries, keys and values; all are cast to the compute format.
+    context: says which slots are visible to which token.
     scale: multiplies the scores.
-    cfg: its numerics count.
-    implementation: "xla", which holds the weights of all pairs; "cudnn", which does not; None for
-      cuDNN where it can do it. What it can do is asked of this process' first device while tracing.
+    cfg: gives the numerics.
+    implementation: "xla", which holds the attention weights of all pairs of tokens; "cudnn", which
+      does not; None for cuDNN where it supports the device and the operands, else "xla". The device
+      is this process's first one, while tracing.
 
   Returns:
     [B, T, H, V].
 
   Raises:
-    ValueError: if cuDNN is named, and cannot do it.
+    ValueError: if there is no such implementation, or if "cudnn" is named and does not support the
+      device or the operands.
   """
   if implementation not in (None, "xla", "cudnn"):
     raise ValueError(f"attention has no implementation {implementation!r}; there are: xla, cudnn")
   if implementation != "xla":
-    reason = _refuse_cudnn(max(q_BTHK.shape[-1], v_BSGV.shape[-1]), context, cfg)
+    reason = _cudnn_unsupported_reason(max(q_BTHK.shape[-1], v_BSGV.shape[-1]), context, cfg)
     if not reason:
       return _cudnn(q_BTHK, k_BSGK, v_BSGV, scale, cfg)
     if implementation:
-      raise ValueError(f"attention by cuDNN {reason}; 'xla' takes it, and None takes what can")
+      raise ValueError(f"attention by cuDNN {reason}; use 'xla', or None to choose automatically")
   return checkpoint_name(_xla(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg), "attention")
 
 
-def _refuse_cudnn(width: int, context: Context, cfg: ModelConfig) -> str | None:
-  """Why cuDNN cannot attend with heads of this width, or None if it can."""
+def _cudnn_unsupported_reason(width: int, context: Context, cfg: ModelConfig) -> str | None:
+  """Returns why cuDNN does not support attention with heads of this width, or None if it does."""
   device = jax.devices()[0]
   if device.platform != "gpu" or "cuda" not in device.client.platform_version:
     return f"needs an NVIDIA GPU, and this is {device.device_kind}"
   capability = float(device.compute_capability)
   if capability < 8:
-    return f"needs compute capability 8.0, and {device.device_kind} has {capability}"
+    return f"needs compute capability 8.0 or more, and {device.device_kind} has {capability}"
   if cfg.numerics.compute == "float32":
     return "needs numerics that compute in bfloat16 or float16, not float32"
   if not context.causal or context.segment_ids_BT is not None:
-    return "takes whole causal sequences, with neither cache nor segments"
+    return "supports only whole causal sequences, with neither cache nor segments"
   if width > (widest := 256 if capability >= 9 else 128):
-    return f"takes heads up to {widest} wide on {device.device_kind}, and these have {width}"
+    return f"supports heads up to {widest} wide on {device.device_kind}, and these are {width} wide"
   return None
 
 
-_MLA_WIDTHS = 192, 128  # of V2's and V3's keys and values, which cuDNN takes as they are
+_MLA_WIDTHS = 192, 128  # of V2's and V3's keys and values, which cuDNN supports without padding
 
 
 def _cudnn(q_BTHK, k_BSGK, v_BSGV, scale, cfg):
@@ -105,8 +111,9 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGV, scale, cfg):
     try:
       return _cudnn_mla(*heads, scale)
     except (ImportError, NotImplementedError):
-      pass  # a jax that has it elsewhere, or a cuDNN before 9.10
-  # Equal widths, multiples of 8; zeros add nothing to scores, and columns of zeros to the output.
+      pass  # another version of jax has moved the function, or cuDNN is older than 9.10
+  # jax.nn needs equal widths, which are multiples of 8. The zeros that pad queries and keys do not
+  # change the scores; those that pad values become columns of the output, which are cut off.
   width = -(-max(x.shape[-1] for x in heads) // 8) * 8
   widened = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in heads)
   out = jax.nn.dot_product_attention(*widened, scale=scale, is_causal=True, implementation="cudnn")
@@ -114,9 +121,9 @@ def _cudnn(q_BTHK, k_BSGK, v_BSGV, scale, cfg):
 
 
 def _cudnn_mla(q_BTHK, k_BSGK, v_BSGV, scale):
-  """What jax.nn calls, which checks first that keys are as wide as values.
+  """Calls the function under `jax.nn.dot_product_attention`, which accepts only equal widths.
 
-  Padded values would take a third more time both ways, on an H200.
+  Values padded to the width of keys would take a third more time on an H200, forward and backward.
   """
   from jax._src.cudnn import fused_attention_stablehlo as fused
   return fused.dot_product_attention(
@@ -124,9 +131,10 @@ def _cudnn_mla(q_BTHK, k_BSGK, v_BSGV, scale):
 
 
 def is_fused_forward(primitive: Any, *_: Any, **__: Any) -> bool:
-  """A checkpoint policy that keeps what cuDNN's attention gave: its backward pass reads that.
+  """A checkpoint policy that keeps the results of cuDNN's attention, which its backward pass reads.
 
-  A name would not do: it would be of a copy, beside what the backward pass reads.
+  A `checkpoint_name` would not do: it would name a copy, to be kept in addition to what the
+  backward pass reads.
   """
   return primitive.name.startswith("dot_product_attention_fwd")
 
@@ -143,15 +151,33 @@ def _xla(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg):
 
 
 class GroupedQueryAttention(nn.Module):
-  """Attention with `num_kv_heads` shared key and value heads, rotated over their whole width."""
+  """Attention whose key and value heads are shared by groups of query heads, with its parameters.
+
+  Queries and keys are rotated over their whole width.
+
+  Attributes:
+    cfg: the architecture; its `attention` must be a GQAConfig.
+    implementation: implementation of attention; see `attend`.
+  """
 
   cfg: ModelConfig
-  implementation: str | None = None  # see `attend`
+  implementation: str | None = None
 
   @nn.compact
   def __call__(
       self, x_BTD: jax.Array, context: Context, cache: Cache | None, layer: jax.Array,
   ) -> tuple[jax.Array, Cache | None]:
+    """Computes attention, over the cache if there is one.
+
+    Args:
+      x_BTD: the block's input, after its norm.
+      context: the tokens' positions and slots.
+      cache: keys and values of earlier tokens, to which those of these tokens are added; or None.
+      layer: int32 scalar, the layer's index in the cache.
+
+    Returns:
+      The output [B, T, D], and the cache.
+    """
     cfg, attention = self.cfg, self.cfg.attention
     d_model, head_dim = x_BTD.shape[-1], attention.head_dim
 
@@ -164,9 +190,9 @@ class GroupedQueryAttention(nn.Module):
         out_BTHK += b_HK.astype(out_BTHK.dtype)
       return checkpoint_name(out_BTHK, "qkv")
 
-    turn = lambda x: rotate(x, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
-    q_BTHK = turn(project("q", attention.num_heads, "heads"))
-    k_BSGK = turn(project("k", attention.num_kv_heads, "kv_heads"))
+    apply_rope = lambda x: rotate(x, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
+    q_BTHK = apply_rope(project("q", attention.num_heads, "heads"))
+    k_BSGK = apply_rope(project("k", attention.num_kv_heads, "kv_heads"))
     v_BSGK = project("v", attention.num_kv_heads, "kv_heads")
     if cache is not None:
       cache = cache.append(layer, keys=k_BSGK, values=v_BSGK)

@@ -1,23 +1,23 @@
-"""What configs check of their fields when they are made; ours and those of `train`."""
+"""Checks that configuration dataclasses, here and in `train` and `rl`, make of their fields."""
 
 from typing import Any
 
 
 def require(condition: bool, message: str) -> None:
-  """Raises ValueError with the message unless the condition holds."""
+  """Raises ValueError with this message unless the condition holds."""
   if not condition:
     raise ValueError(message)
 
 
 def require_positive(config: Any, *names: str) -> None:
-  """Raises ValueError naming the first of the fields that is not above zero."""
+  """Raises ValueError, naming the field, if one of the named fields is not above zero."""
   for name in names:
     value = getattr(config, name)
     require(value > 0, f"{type(config).__name__}.{name}={value} must be positive")
 
 
 def require_range(config: Any, low: float, high: float, *names: str) -> None:
-  """Raises ValueError naming the first of the fields that lies outside `low`..`high`."""
+  """Raises ValueError, naming the field, if one of the named fields lies outside `low`..`high`."""
   for name in names:
     value = getattr(config, name)
     require(low <= value <= high,

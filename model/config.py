@@ -1,4 +1,6 @@
-"""The architecture as data: frozen dataclasses, validated when made, countable without a model.
+"""The architecture as data: frozen dataclasses, validated on construction.
+
+Parameters, FLOPs and cache sizes are computed from them, without building a model.
 
 Names are the papers' where they have one; `docs/library.md` maps them to those of the released
 `config.json`.
@@ -16,17 +18,19 @@ from model.numerics import NUMERICS, Numerics
 class YarnScaling:
   """YaRN context extension (arXiv:2309.00071) with DeepSeek's two temperature terms.
 
-  The released models set both temperatures alike, so that only the softmax scale remains (V3:
-  0.1 ln(factor) + 1; V2: 0.0707 ln(factor) + 1). Zero means absent: without both, the rotation
-  carries 0.1 ln(factor) + 1, as in Llama forks.
+  Each is m = 0.1 mscale ln(factor) + 1. The released models set both coefficients to the same value
+  (V3: 1; V2: 0.707), so that the rotation is not scaled and the softmax scale is multiplied by m^2.
+  Zero means absent: if either is zero, the rotation is scaled by 0.1 ln(factor) + 1, as in YaRN for
+  Llama.
 
   Attributes:
-    factor: by which the context is extended.
-    original_seq_len: of the context before.
-    beta_fast: rotations over the original context above which a frequency is kept.
-    beta_slow: rotations below which a frequency is divided by `factor`; between, interpolated.
-    mscale: temperature of the rotated dimensions.
-    mscale_all_dim: temperature of all dimensions.
+    factor: ratio of the extended context to the original one.
+    original_seq_len: tokens in the original context.
+    beta_fast: frequencies with more rotations than this over the original context are kept.
+    beta_slow: frequencies with fewer rotations than this are divided by `factor`; those between
+      `beta_slow` and `beta_fast` are interpolated.
+    mscale: coefficient of the temperature of the rotated dimensions.
+    mscale_all_dim: coefficient of the temperature of all dimensions.
   """
 
   factor: float = 40.0
@@ -48,14 +52,14 @@ class YarnScaling:
 
   @property
   def rotation_scale(self) -> float:
-    """Multiplies cos and sin, hence the rotated part of the scores by its square."""
+    """What cos and sin are multiplied by; the rotated part of the scores gets its square."""
     if self.mscale and self.mscale_all_dim:
       return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
     return self._temperature(1.0)
 
   @property
   def softmax_scale(self) -> float:
-    """Multiplies MLA's softmax scale: the square of V3's sqrt(t)."""
+    """What MLA's softmax scale is multiplied by: the square of sqrt(t) in V3 section 4.3."""
     return self._temperature(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
@@ -64,10 +68,12 @@ class Llama3Scaling:
   """Llama 3.1's piecewise frequency scaling.
 
   Attributes:
-    factor: by which low frequencies are divided.
-    low_freq_factor: rotations over the original context below which a frequency is low.
-    high_freq_factor: rotations above which a frequency is kept; between, interpolated.
-    original_seq_len: of the context before.
+    factor: what low frequencies are divided by.
+    low_freq_factor: a frequency is low if it has fewer rotations than this over the original
+      context.
+    high_freq_factor: frequencies with more rotations than this are kept; those between the two are
+      interpolated.
+    original_seq_len: tokens in the original context.
   """
 
   factor: float = 8.0
@@ -83,10 +89,10 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
-  """Position interpolation.
+  """Position interpolation (arXiv:2306.15595).
 
   Attributes:
-    factor: by which every frequency is divided.
+    factor: what every frequency is divided by.
   """
 
   factor: float = 1.0
@@ -100,10 +106,10 @@ class RopeConfig:
   """Rotary position embeddings.
 
   Attributes:
-    theta: the base of the frequencies.
-    layout: which dimensions rotate together: adjacent pairs, as in DeepSeek ("interleaved"), or
-      the two halves, as in Llama and Qwen ("half").
-    scaling: how the context has been extended; None if it has not.
+    theta: base of the frequencies.
+    layout: which dimensions form a pair: adjacent ones, as in DeepSeek ("interleaved"), or the
+      corresponding ones of the two halves, as in Llama and Qwen ("half").
+    scaling: how frequencies are scaled to extend the context; None if they are not.
   """
 
   theta: float = 10000.0
@@ -121,14 +127,14 @@ class MLAConfig:
   """Multi-head latent attention (V3 section 2.1.1).
 
   Attributes:
-    num_heads: n_h, attention heads.
+    num_heads: n_h, number of attention heads.
     kv_lora_rank: d_c, width of the key-value latent.
-    qk_nope_head_dim: d_h, of queries and keys, without positions.
-    qk_rope_head_dim: d_h^R, of queries and of the shared key, rotated by position.
-    v_head_dim: of values.
+    qk_nope_head_dim: d_h, width of the content part of a query or key head, which is not rotated.
+    qk_rope_head_dim: d_h^R, width of the rotated part of a query head, and of the shared key.
+    v_head_dim: width of a value head.
     q_lora_rank: d_c', width of the query latent; None leaves queries uncompressed.
-    latent_norm: RMSNorm on both latents, which is in the released code and in section 4.2, not in
-      the equations.
+    latent_norm: whether both latents are normalised by an RMSNorm. It is in the released code and
+      in section 4.2, but not in the equations.
   """
 
   num_heads: int
@@ -183,11 +189,11 @@ class GQAConfig:
   """Grouped-query attention: MHA when `num_kv_heads == num_heads`, MQA when it is 1.
 
   Attributes:
-    num_heads: of queries.
-    num_kv_heads: of keys and values.
-    head_dim: of queries, keys and values.
-    qkv_bias: biases on their projections (Qwen2).
-    out_bias: a bias on the output projection.
+    num_heads: number of query heads.
+    num_kv_heads: number of key and value heads.
+    head_dim: width of a query, key or value head.
+    qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
+    out_bias: whether the output projection has a bias.
   """
 
   num_heads: int
@@ -233,19 +239,19 @@ class MoEConfig:
   """DeepSeekMoE (V3 section 2.1.2; V2 section 2.2). The defaults are V3's.
 
   Attributes:
-    num_experts: N_r, routed experts.
-    experts_per_token: K_r, routed experts that compute each token.
-    expert_dim: width of an expert's SwiGLU.
-    num_shared_experts: N_s, experts that compute every token.
-    num_groups: of experts; routing is limited to some groups for each token.
-    groups_per_token: M, groups that a token's experts may come from.
-    group_score: how groups are ranked: by the sum of their two highest scores (V3), or by the
-      highest (V2).
-    score: the affinity of token and expert: sigmoid (V3) or softmax over experts (V2).
-    normalize_gates: the chosen experts' gates are divided by their sum (V3).
-    route_scale: multiplies the gates.
-    balancing_bias: loss-free balancing's b_i is added to scores for choosing experts; it lives in
-      the variable collection `router`.
+    num_experts: N_r, number of routed experts.
+    experts_per_token: K_r, number of routed experts that compute each token.
+    expert_dim: hidden width of an expert's SwiGLU.
+    num_shared_experts: N_s, number of experts that compute every token.
+    num_groups: number of groups that the routed experts are divided into.
+    groups_per_token: M, number of groups that a token's experts may come from.
+    group_score: how groups are ranked: by the sum of their two highest scores ("top2", V3) or by
+      their highest ("max", V2).
+    score: affinity of token and expert: "sigmoid" (V3) or "softmax" over the experts (V2).
+    normalize_gates: whether the gates of a token's experts are divided by their sum (V3).
+    route_scale: factor of the gates.
+    balancing_bias: whether the bias b_i of loss-free balancing is added to the scores when experts
+      are chosen. It is a variable of the collection `router`.
   """
 
   num_experts: int = 256
@@ -291,11 +297,11 @@ class MTPConfig:
   """Multi-token prediction (V3 section 2.2).
 
   Attributes:
-    depth: D, modules, each of which predicts one token further.
+    depth: D, number of modules, each of which predicts one token further ahead.
     concat: which half of M_k's input comes first: the hidden state, as in the paper's eq. 21, or
       the embedding, as in the released weights.
-    hidden: whether a module reads the previous hidden state after or before its final norm; the
-      paper does not say, the released weights are used after it.
+    hidden: whether a module reads the previous depth's hidden state after ("post_norm") or before
+      its final norm. The paper does not say; the released weights are used with "post_norm".
   """
 
   depth: int = 1
@@ -315,19 +321,20 @@ class ModelConfig:
   """A decoder-only transformer: V3, V2, Llama and Qwen2 are values of this class.
 
   Attributes:
-    vocab_size: rows of the embedding.
+    vocab_size: number of rows of the embedding.
     d_model: width of the residual stream.
-    num_layers: of the trunk, MTP modules not included.
-    attention: latent attention, or grouped queries.
-    ffn_dim: width of the dense layers' SwiGLU.
-    moe: experts of the other layers; None makes all layers dense.
-    num_dense_layers: the first layers, which have no experts.
+    num_layers: number of layers of the trunk, without MTP modules.
+    attention: multi-head latent attention, or grouped-query attention.
+    ffn_dim: hidden width of the SwiGLU of dense layers.
+    moe: the mixture of experts in the other layers; None makes all layers dense.
+    num_dense_layers: number of layers, counted from the first, that are dense although there is a
+      `moe`.
     mtp: multi-token prediction; None for none.
-    rope: rotary positions.
-    max_seq_len: what positions were trained or extended to. It bounds nothing in the network, but
-      is written to and read from checkpoints.
+    rope: rotary position embeddings.
+    max_seq_len: the context, in tokens, that the positions were trained for or extended to. The
+      network has no such limit; the value is read from and written to checkpoints.
     norm_eps: added to the mean square in RMSNorm.
-    tie_embeddings: the output head is the embedding, transposed.
+    tie_embeddings: whether the output head is the transposed embedding.
     init_std: standard deviation of every matrix at initialisation.
     numerics: formats of parameters and products.
   """
@@ -360,12 +367,12 @@ class ModelConfig:
     return self.num_layers - self.num_dense_layers if self.moe else 0
 
   def layer_stacks(self) -> tuple[tuple[str, int, bool], ...]:
-    """The layers as (name, count, has experts), in order: what is scanned together."""
+    """Returns the stacks of layers that are scanned, in order, as (name, count, has experts)."""
     stacks = (("dense_layers", self.num_layers - self.num_moe_layers, False),
               ("moe_layers", self.num_moe_layers, True))
     return tuple(stack for stack in stacks if stack[1])
 
-  # Counting. Every method is arithmetic on the fields; tests hold it to the built model exactly.
+  # Counts. Every method is arithmetic on the fields; tests check that it agrees with the model.
 
   def _ffn_matmul_params(self, experts: bool, active: bool) -> int:
     if not experts:
@@ -390,14 +397,14 @@ class ModelConfig:
     return 2 * self.d_model**2 + self._layer_matmul_params(self.moe is not None, active)
 
   def mtp_param_count(self) -> int:
-    """Parameters the MTP modules own: not the embedding and head they share with the trunk."""
+    """Returns the number of parameters of the MTP modules, without shared embedding and head."""
     if not self.mtp:
       return 0
     vectors = self._layer_vector_params() + 3 * self.d_model
     return self.mtp.depth * (self._mtp_matmul_params(active=False) + vectors)
 
   def param_count(self, *, mtp: bool = False) -> int:
-    """All parameters, input embedding and output head included.
+    """Returns the number of parameters, input embedding and output head included.
 
     Router biases are not counted: they are state, not parameters (V3 has 58 x 256 of them).
 
@@ -409,25 +416,27 @@ class ModelConfig:
     return total + (self.mtp_param_count() if mtp else 0)
 
   def active_param_count(self) -> int:
-    """Parameters that one token's forward pass multiplies with.
+    """Returns the number of parameters that the forward pass of one token multiplies with.
 
-    The chosen and the shared experts, the router, the attention, the norms and the output head; not
-    the input embedding (a lookup), not MTP, not router biases.
+    These are the chosen and the shared experts, the router, attention, norms and the output head;
+    not the input embedding (a lookup), MTP modules and router biases.
     """
     return self.vocab_size * self.d_model + self._trunk_params(active=True)
 
   def flops_per_token(self, seq_len: int, *, training: bool = True, mtp: bool = False) -> int:
-    """Floating-point operations per token of a causal sequence, a multiply-add counting two.
+    """Returns the floating-point operations per token of a causal sequence.
 
-    Matrix products with the active experts, router and head, and attention's scores and weighted
-    sum over the causal half (`seq_len / 2` keys on average, MLA in its expanded form). Not counted:
-    the embedding lookup, norms, rotations, softmax, recomputation. This is the count behind the 250
-    GFLOP a token at 4096 that arXiv:2505.09343, table 2, gives for V3.
+    A multiply-add counts as two. Counted are all matrix products with weights (of the experts, only
+    the active ones), and attention's scores and weighted sum over the causal half (`seq_len / 2`
+    keys on average, MLA in its expanded form). Not counted are the embedding lookup, norms,
+    rotations, softmax and recomputation. This gives the 250 GFLOP per token at 4096 that
+    arXiv:2505.09343, table 2, has for V3.
 
     Args:
       seq_len: tokens in the sequence.
-      training: forward and backward (three times forward), else forward alone.
-      mtp: also count the MTP modules, each with its own pass through the head.
+      training: whether to count forward and backward pass (three times the forward pass), or the
+        forward pass only.
+      mtp: whether to count the MTP modules too, each with its own pass through the head.
     """
     head = self.vocab_size * self.d_model
     attention = self.attention
@@ -439,5 +448,5 @@ class ModelConfig:
     return (6 if training else 2) * weights
 
   def kv_cache_elements_per_token(self) -> int:
-    """Numbers the cache keeps per token over all layers, MTP not included (V2 table 1)."""
+    """Returns the number of values cached per token over all layers, without MTP (V2 table 1)."""
     return self.num_layers * self.attention.cache_elements

@@ -1,12 +1,14 @@
-"""How tokens meet their experts' weights on one device: three exact ways, one signature.
+"""Routed experts on one device: three exact implementations with one signature.
 
 Every function takes `(weights, x_ND, gates_NK, experts_NK, numerics)` and returns y_ND, each
-token's gated sum over its K experts; an expert number outside 0..E-1 means none, and adds nothing.
-No token is ever dropped. The gate multiplies the hidden units: the down projection is linear, and
-there the width is smallest. With a recipe for FP8 there is one way, the grouped one.
+token's sum over its K experts, weighted by its gates. An expert index outside 0..E-1 means no
+expert, and adds nothing. No token is ever dropped. The gates multiply the hidden units instead of
+the outputs, which is equivalent because the down projection is linear, and cheaper because hidden
+units are narrower. With an FP8 recipe only `grouped_experts` can be used.
 
-Shape letters:  N tokens  K experts per token  R = N * K assignments  E experts  C slots per expert
-                D model width  F expert width  P rows of an overflow block
+Shape letters:  N tokens  K experts per token  R = N * K assignments of a token to an expert
+                E experts  C slots per expert  D model width  F expert width
+                P rows of an overflow block
 """
 
 import functools
@@ -30,27 +32,32 @@ from pallas_kernels import (
 )
 from pallas_kernels.ops.expert_rows import sort_by_expert
 
-# Slots per expert over the mean load, and rows of an overflow block. Measured; see
-# experiments/results/bench_moe.
+# Slots per expert as a multiple of the mean load, and rows of an overflow block. Both were chosen
+# by measurement: see experiments/results/bench/bench_moe.
 CAPACITY_FACTOR = 1.125
 BLOCK = 256
 
 
 class ExpertWeights(NamedTuple):
-  """Every expert's SwiGLU: gate and up projection side by side, then the down projection."""
+  """The weights of all experts' SwiGLUs; the gate and up projections are one array."""
 
-  w_gate_up: jax.Array  # [E, D, 2, F]
+  w_gate_up: jax.Array  # [E, D, 2, F], the gate projection first
   w_down: jax.Array     # [E, F, D]
 
   @property
   def num_experts(self) -> int:
+    """E, the number of experts."""
     return self.w_down.shape[0]
 
 
 def dense_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
-  """Every expert for every token: the oracle, E / K times the work."""
+  """Computes every expert for every token: the oracle, which does E / K times the work.
+
+  Raises:
+    ValueError: if the numerics have an FP8 recipe.
+  """
   _reject_recipe("dense", numerics)
   chosen_NKE = jax.nn.one_hot(experts_NK, weights.num_experts, dtype=gates_NK.dtype)
   gates_NE = jnp.einsum("nk,nke->ne", gates_NK, chosen_NKE, precision=lax.Precision.HIGHEST)
@@ -59,12 +66,15 @@ def dense_experts(
   return numerics.einsum("nef,efd->nd", hidden_NEF, weights.w_down)
 
 
-# Sorted rows and a grouped matrix product.
+# Grouped: rows sorted by expert, and grouped matrix products.
 
 
 @jax.custom_vjp
 def _gather_rows(x_ND, token_R, place_NK):
-  """x_ND[token_R], where token n's copies went to rows place_NK[n]: gathers both ways."""
+  """Returns x_ND[token_R], where the copies of token n are the rows place_NK[n].
+
+  Knowing `place_NK`, the backward pass is a gather too, instead of a scatter.
+  """
   return gather_rows(x_ND, token_R)
 
 
@@ -81,7 +91,7 @@ _gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 @jax.custom_vjp
 def _sum_rows(y_RD, token_R, place_NK):
-  """The transpose of `_gather_rows`."""
+  """The transpose of `_gather_rows`: for every token n, the sum of the rows place_NK[n]."""
   return y_RD[place_NK].sum(1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
@@ -93,9 +103,9 @@ _sum_rows.defvjp(
 def grouped_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics) -> jax.Array:
-  """Assignments sorted by expert, then two grouped matrix products.
+  """Sorts assignments by expert, then computes two grouped matrix products.
 
-  With a recipe, `fp8_experts` does all of it.
+  With an FP8 recipe, `pallas_kernels.fp8_experts` does all of it.
   """
   cast = lambda x: x.astype(numerics.compute_dtype)
   if numerics.recipe:
@@ -108,7 +118,8 @@ def grouped_experts(
 
   rows_RD = _gather_rows(cast(x_ND), token_R, place_NK)
   gates_R = _gather_rows(gates_NK.reshape(-1), order_R, place_NK.reshape(-1, 1))
-  # The backward pass reads the weights as they are stored, not a copy kept of what is multiplied.
+  # Recomputed, so that the weights are kept for the backward pass as they are stored, and not as a
+  # copy in the compute format.
   @recomputed
   def up(rows_RD, weights):
     return grouped_matmul(rows_RD, cast(weights).reshape(len(sizes_E), rows_RD.shape[1], -1),
@@ -124,19 +135,29 @@ def _inverse(order_R: jax.Array) -> jax.Array:
   return jnp.zeros_like(order_R).at[order_R].set(ranks_R, unique_indices=True)
 
 
-# Slots: C rows for every expert, one batched product for all, and a loop for what does not fit.
+# Slots: C rows for every expert in one batched product, and a loop over what overflows them.
 
 
 class _Slots(NamedTuple):
-  """Where assignments sit. Those that overflow stay in `order_R`, after their expert's first C."""
+  """Which assignment is in which slot; `order_R` also has those that overflow their expert's slots.
 
-  order_R: jax.Array      # assignments, sorted by expert
-  starts_E: jax.Array     # each expert's first place in that order
+  Attributes:
+    order_R: int32, the assignments n * K + k, sorted by expert.
+    starts_E: int32, the index in `order_R` of each expert's first assignment.
+    sizes_E: int32, each expert's number of assignments, overflow included.
+    assignment_EC: int32, the assignment in each slot; undefined for slots that are not taken.
+    taken_EC: whether there is an assignment in each slot.
+    slot_NK: int32, the slot e * C + c of each assignment; undefined for those without a slot.
+    within_capacity_NK: whether each assignment has a slot.
+  """
+
+  order_R: jax.Array
+  starts_E: jax.Array
   sizes_E: jax.Array
-  assignment_EC: jax.Array  # who sits in each slot ...
-  taken_EC: jax.Array       # ... and whether anyone does
-  slot_NK: jax.Array      # the reverse, e * C + c ...
-  within_capacity_NK: jax.Array    # ... and whether there was room
+  assignment_EC: jax.Array
+  taken_EC: jax.Array
+  slot_NK: jax.Array
+  within_capacity_NK: jax.Array
 
 
 def _assign_slots(experts_NK: jax.Array, num_experts: int, capacity: int) -> _Slots:
@@ -158,10 +179,18 @@ def slot_experts(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics, *, capacity_factor: float = CAPACITY_FACTOR,
     block: int = BLOCK) -> jax.Array:
-  """C slots per expert in one batched product, then blocks of the overflow, as many as there are.
+  """Computes C slots per expert in one batched product, then the overflow in blocks of rows.
 
-  Balanced routing costs `capacity_factor` times the useful work and no loop; any other routing is
-  as exact, and slower in proportion to what overflows.
+  Balanced routing costs `capacity_factor` times the useful work, and no iteration of the loop over
+  blocks. Any other routing is computed as exactly, and is slower in proportion to its overflow.
+
+  Args:
+    weights, x_ND, gates_NK, experts_NK, numerics: as in all functions of this module.
+    capacity_factor: slots per expert as a multiple of the mean load, N * K / E.
+    block: rows of an overflow block, which holds assignments of one expert.
+
+  Raises:
+    ValueError: if the numerics have an FP8 recipe.
   """
   _reject_recipe("slots", numerics)
   num_experts, d_ff, d_model = weights.w_down.shape
@@ -177,13 +206,13 @@ def slot_experts(
 
 @recomputed
 def _hidden(gate_up: jax.Array, gates: jax.Array) -> jax.Array:
-  """Gated hidden units: [..., 2 F] and [...] to [..., F]."""
+  """Returns hidden units times their row's gate: [..., 2 F] and [...] to [..., F]."""
   split = gate_up.reshape(*gate_up.shape[:-1], 2, -1)
   return gated(split) * gates[..., None].astype(gate_up.dtype)
 
 
 def _from_slots(rows_ED: jax.Array, slots: _Slots) -> jax.Array:
-  """Sums every token's seated rows: [E, C, D] to [N, D], in float32."""
+  """Sums every token's rows that are within capacity: [E, C, D] to [N, D], in float32."""
   flat = rows_ED.reshape(-1, rows_ED.shape[-1])[slots.slot_NK]
   return jnp.where(slots.within_capacity_NK[..., None], flat, 0).sum(1, dtype=jnp.float32)
 
@@ -203,17 +232,17 @@ def _slot_ffn_forward(static, x_ND, gates_NK, w_gate_up, w_down, slots):
   y_ND = _from_slots(rows, slots)
 
   capacity = slots.taken_EC.shape[1]
-  blocks_E, last_E = _overflow_blocks(slots, capacity, block)
+  blocks_E, ends_E = _overflow_blocks(slots, capacity, block)
 
   def add_block(index, y_ND):
     expert, assignment_P, real_P = _overflow_block(
-        index, blocks_E, last_E, slots, capacity, block)
+        index, blocks_E, ends_E, slots, capacity, block)
     token_P = assignment_P // gates_NK.shape[1]
     gates_P = jnp.where(real_P, gates_NK.reshape(-1)[assignment_P], 0)
     rows = _ffn(numerics, x_ND[token_P], gates_P, w_gate_up[expert], w_down[expert])
     return y_ND.at[token_P].add(rows.astype(jnp.float32))
 
-  y_ND = lax.fori_loop(0, last_E[-1], add_block, y_ND).astype(x_ND.dtype)
+  y_ND = lax.fori_loop(0, ends_E[-1], add_block, y_ND).astype(x_ND.dtype)
   return y_ND, (x_ND, gates_NK, w_gate_up, w_down, slots, gate_up)
 
 
@@ -223,15 +252,18 @@ def _ffn(numerics, x_PD, gates_P, w_gate_up, w_down):
 
 
 def _overflow_blocks(slots: _Slots, capacity: int, block: int) -> tuple[jax.Array, jax.Array]:
-  """Blocks that each expert's overflow fills, and their running total."""
+  """Returns the number of blocks of each expert's overflow, and its cumulative sum over experts."""
   blocks_E = -(-jnp.maximum(slots.sizes_E - capacity, 0) // block)
   return blocks_E, jnp.cumsum(blocks_E)
 
 
-def _overflow_block(index, blocks_E, last_E, slots, capacity, block):
-  """The index-th overflow block: its expert, its assignments, and which of its rows are real."""
-  expert = jnp.searchsorted(last_E, index, side="right").astype(jnp.int32)
-  nth = index - (last_E[expert] - blocks_E[expert])
+def _overflow_block(index, blocks_E, ends_E, slots, capacity, block):
+  """Returns the expert and assignments of an overflow block, and which of its rows are real.
+
+  The other rows are padding, after the expert's last assignment.
+  """
+  expert = jnp.searchsorted(ends_E, index, side="right").astype(jnp.int32)
+  nth = index - (ends_E[expert] - blocks_E[expert])
   rank_P = capacity + nth * block + jnp.arange(block, dtype=jnp.int32)
   place_P = jnp.minimum(slots.starts_E[expert] + rank_P, slots.order_R.shape[0] - 1)
   return expert, slots.order_R[place_P], rank_P < slots.sizes_E[expert]
@@ -244,7 +276,8 @@ def _slot_ffn_backward(static, residuals, dy_ND):
   token_EC = slots.assignment_EC // num_chosen
   gates_EC = jnp.where(slots.taken_EC, gates_NK.reshape(-1)[slots.assignment_EC], 0)
 
-  # An empty slot's gate is zero, so its hidden units and their gradients are: no mask is needed.
+  # The gate of an empty slot is zero, and hence so are its hidden units and their gradients: they
+  # need no mask.
   dy_ECD = dy_ND[token_EC]
   hidden, hidden_vjp = jax.vjp(_hidden, gate_up, gates_EC)
   dw_down = einsum("ecf,ecd->efd", hidden, dy_ECD)
@@ -254,12 +287,12 @@ def _slot_ffn_backward(static, residuals, dy_ND):
   dgates_NK = jnp.where(slots.within_capacity_NK, dgates_EC.reshape(-1)[slots.slot_NK], 0)
 
   capacity = slots.taken_EC.shape[1]
-  blocks_E, last_E = _overflow_blocks(slots, capacity, block)
+  blocks_E, ends_E = _overflow_blocks(slots, capacity, block)
 
   def add_block(index, totals):
     dx_ND, dgates_R, dw_gate_up, dw_down = totals
     expert, assignment_P, real_P = _overflow_block(
-        index, blocks_E, last_E, slots, capacity, block)
+        index, blocks_E, ends_E, slots, capacity, block)
     token_P = assignment_P // num_chosen
     gates_P = jnp.where(real_P, gates_NK.reshape(-1)[assignment_P], 0)
     _, vjp = jax.vjp(functools.partial(_ffn, numerics), x_ND[token_P], gates_P,
@@ -270,7 +303,7 @@ def _slot_ffn_backward(static, residuals, dy_ND):
             dw_gate_up.at[expert].add(dw_gate_up_1), dw_down.at[expert].add(dw_down_1))
 
   dx_ND, dgates_R, dw_gate_up, dw_down = lax.fori_loop(
-      0, last_E[-1], add_block, (dx_ND, dgates_NK.reshape(-1), dw_gate_up, dw_down))
+      0, ends_E[-1], add_block, (dx_ND, dgates_NK.reshape(-1), dw_gate_up, dw_down))
   return (dx_ND.astype(x_ND.dtype), dgates_R.reshape(gates_NK.shape), dw_gate_up, dw_down, None)
 
 
@@ -278,16 +311,20 @@ _slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
 
 
 def fastest_experts(cfg: ModelConfig) -> str:
-  """The key of EXPERTS to take unless there is a reason: "grouped" where that has a kernel."""
+  """Returns the key of EXPERTS that is fastest on this process's first device.
+
+  That is "grouped" with an FP8 recipe, and where grouped products have a kernel (Hopper GPUs, for
+  bfloat16 and widths that are multiples of 128), else "slots".
+  """
   kernel = (implementations.local_backend() == "mosaic_gpu" and cfg.numerics.compute == "bfloat16"
             and cfg.d_model % 128 == 0 and cfg.moe.expert_dim % 128 == 0)
   return "grouped" if cfg.numerics.recipe or kernel else "slots"
 
 
-def _reject_recipe(way: str, numerics: Numerics) -> None:
+def _reject_recipe(name: str, numerics: Numerics) -> None:
   if numerics.recipe:
-    raise ValueError(f"experts={way!r} do not multiply in FP8, and numerics.recipe asks for it: "
-                     "take experts='grouped', or numerics without a recipe")
+    raise ValueError(f"experts={name!r} does not support FP8, which numerics.recipe asks for: use "
+                     "experts='grouped', or numerics without a recipe")
 
 
 EXPERTS = {"dense": dense_experts, "grouped": grouped_experts, "slots": slot_experts}

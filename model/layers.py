@@ -1,4 +1,4 @@
-"""The small parts that every block is made of.
+"""Layers that all blocks share: weights, RMSNorm, SwiGLU, the embedding and the output head.
 
 Shape letters:  B batch  T tokens  D model width  F feed-forward width  V vocabulary
 """
@@ -17,9 +17,18 @@ from pallas_kernels import Weight
 def weight(
     module: nn.Module, name: str, cfg: ModelConfig, axes: tuple, shape: tuple,
 ) -> jax.Array | Weight:
-  """A matrix with V3's initialisation (normal, one std for all) and logical axis names.
+  """Declares a weight matrix: normally distributed, with one std for all matrices (V3 section 4.2).
 
-  Where the collection "quantized" has it, too, with that: see `model.quantize_weights`.
+  Args:
+    module: the module that owns the parameter.
+    name: name of the parameter within the module.
+    cfg: gives the standard deviation, `init_std`, and the format of parameters.
+    axes: a logical axis name, or None, for every axis of `shape`.
+    shape: shape of the parameter.
+
+  Returns:
+    The parameter. If the variable collection "quantized" has an entry of this name (see
+    `model.quantize_weights`), a `pallas_kernels.Weight` of the parameter and its FP8 operands.
   """
   init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), axes)
   master = module.param(name, init, shape, cfg.numerics.param_dtype)
@@ -28,16 +37,21 @@ def weight(
 
 
 def bias(module: nn.Module, name: str, cfg: ModelConfig, axes: tuple, shape: tuple) -> jax.Array:
-  """A bias parameter, zero at first, with logical axis names."""
+  """Declares a bias, initialised to zero. The arguments are those of `weight`."""
   init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
   return module.param(name, init, shape, cfg.numerics.param_dtype)
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm over the last axis, computed in float32."""
+  """Root-mean-square normalisation of the last axis, with a learned scale, computed in float32.
+
+  Attributes:
+    cfg: gives the format of the scale, and the default of `eps`.
+    eps: added to the mean square; None for `cfg.norm_eps`.
+  """
 
   cfg: ModelConfig
-  eps: float | None = None  # None: the model's
+  eps: float | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,7 +60,7 @@ class RMSNorm(nn.Module):
     return _normed(x, scale, self.cfg.norm_eps if self.eps is None else self.eps)
 
 
-# Computed again on the way back: kept values would be several times as large as what they are of.
+# Recomputed in the backward pass: the residuals would be several times larger than the inputs.
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -59,12 +73,17 @@ def _normed(x, scale, eps):
 
 @recomputed
 def gated(gate_up: jax.Array) -> jax.Array:
-  """SwiGLU's non-linearity: [..., 2, F] to [..., F]."""
+  """SwiGLU's activation, silu(gate) * up: [..., 2, F], gate first, to [..., F]."""
   return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 class SwiGLU(nn.Module):
-  """`W_down (silu(W_gate x) * W_up x)`: the dense FFN, and all shared experts as one."""
+  """`W_down (silu(W_gate x) * W_up x)`: the FFN of dense layers, and all shared experts as one.
+
+  Attributes:
+    cfg: gives the initialisation and the numerics.
+    width: F, the number of hidden units.
+  """
 
   cfg: ModelConfig
   width: int
@@ -80,7 +99,7 @@ class SwiGLU(nn.Module):
 
 
 class Embedding(nn.Module):
-  """Input embedding and output head, which may be one matrix."""
+  """The input embedding and the output head, which are one matrix if `cfg.tie_embeddings`."""
 
   cfg: ModelConfig
 
@@ -92,7 +111,9 @@ class Embedding(nn.Module):
       self.head = weight(self, "head", cfg, ("embed", "vocab"), (cfg.d_model, cfg.vocab_size))
 
   def embed(self, tokens_BT: jax.Array) -> jax.Array:
+    """Returns the tokens' embeddings, [B, T, D], in the compute format."""
     return self.embedding[tokens_BT].astype(self.cfg.numerics.compute_dtype)
 
   def head_DV(self) -> jax.Array:
+    """Returns the weights of the output head, [D, V]."""
     return self.embedding.T if self.cfg.tie_embeddings else self.head

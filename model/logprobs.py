@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens, without ever holding all logits.
+"""Log-probabilities of given tokens, computed in chunks instead of from the logits of all tokens.
 
-Shape letters:  B batch  T tokens  D model width  V vocabulary  C chunks
+Shape letters:  B batch  T tokens  D model width  V vocabulary  C chunks  t tokens of a chunk
 """
 
 import functools
@@ -16,17 +16,18 @@ def token_logprobs(
     numerics: Numerics, chunk_size: int = 512, temperature: float | jax.Array = 1.0) -> jax.Array:
   """Returns log P(target) in nats, float32 [B, T].
 
-  Logits exist for `B * chunk_size` tokens at a time, forward and backward: V3's, for 4 x 4096
-  tokens in float32, would be 8.5 GB. The backward pass computes each chunk's again.
+  Logits exist for at most `B * chunk_size` tokens at a time, in the forward pass and in the
+  backward pass, which recomputes them. V3's for 4 x 4096 tokens, in float32, would take 8.5 GB.
 
   Args:
-    hidden_BTD: the model's `hidden_BTD`, or one of its `mtp_hidden`.
-    head_DV: the output head.
-    targets_BT: int32; what each position is asked about. Where there is nothing to ask, any valid
-      token will do, and the caller masks the result.
-    numerics: the product's format; the log-softmax is in float32.
-    chunk_size: tokens of each row that share a chunk.
-    temperature: logits are divided by it.
+    hidden_BTD: hidden states after a final norm: `hidden_BTD` of the model's output, or one of its
+      `mtp_hidden`.
+    head_DV: weights of the output head.
+    targets_BT: int32, the token at each position whose probability is returned. At positions
+      without a target, pass any valid token and mask the result.
+    numerics: format of the product with the head; the log-softmax is computed in float32.
+    chunk_size: tokens of each row in a chunk.
+    temperature: divides the logits.
   """
   num_tokens = hidden_BTD.shape[1]
   if num_tokens <= chunk_size:
@@ -46,19 +47,20 @@ def logprob_sum(
     numerics: Numerics, chunk_size: int = 512) -> jax.Array:
   """Returns the sum over tokens of weight x log P(target), a float32 scalar.
 
-  All gradients are one number times what is known as soon as a chunk's logits are. So they are
-  computed then, and logits once, where those of `token_logprobs` need them twice.
+  Every gradient is the gradient of this scalar times what is known as soon as a chunk's logits are.
+  The forward pass therefore computes the gradients too, and computes logits once; `token_logprobs`
+  has to recompute them in the backward pass.
 
   Args:
-    weights_BT: float32; zero where there is nothing to ask.
-    hidden_BTD, head_DV, targets_BT, numerics, chunk_size: as in `token_logprobs`. In a
-      `jax.shard_map` what devices share is to be marked as varying, by `jax.lax.pcast`.
+    hidden_BTD, head_DV, targets_BT, numerics, chunk_size: as in `token_logprobs`. Inside a
+      `jax.shard_map`, arrays that devices share must be marked as varying, with `jax.lax.pcast`.
+    weights_BT: float32, the weights; zero at positions without a target.
   """
   return _logprob_sum((numerics, chunk_size), hidden_BTD, head_DV, targets_BT, weights_BT)
 
 
 def _chunked(x_BT, size):
-  """[B, T, ...] to [C, B, size, ...], zeros at the end."""
+  """Splits [B, T, ...] into chunks, [C, B, size, ...], the last one padded with zeros."""
   batch, num_tokens, *rest = x_BT.shape
   padding = -num_tokens % size
   x_BT = jnp.pad(x_BT, ((0, 0), (0, padding)) + ((0, 0),) * len(rest))
@@ -66,7 +68,7 @@ def _chunked(x_BT, size):
 
 
 def _joined(x_CBt, num_tokens):
-  """`_chunked` undone."""
+  """Inverts `_chunked`: joins chunks, and drops the padding."""
   num_chunks, batch, size, *rest = x_CBt.shape
   return x_CBt.swapaxes(0, 1).reshape(batch, num_chunks * size, *rest)[:, :num_tokens]
 
@@ -80,8 +82,8 @@ def _is_target(logits_BTV, targets_BT):
 
 
 def _parts(logits_BTV, targets_BT):
-  """The targets' logits, and the logarithm of all logits' exponentials' sum."""
-  # A masked sum, whose gradient is one comparison: a lookup's is a scatter into zeros.
+  """Returns the logit of each target, and the log-sum-exp of all logits, both [B, T]."""
+  # A masked sum, whose gradient is a comparison; that of a gather is a scatter into zeros.
   target_BT = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0).sum(-1)
   return target_BT, jax.nn.logsumexp(logits_BTV, axis=-1)
 
@@ -107,7 +109,7 @@ def _chunk_forward(numerics, hidden_BTD, head_DV, targets_BT, temperature):
 
 
 def _chunk_backward(numerics, residuals, dlogp_BT):
-  """Computes logits again, but no sums of them."""
+  """Recomputes the logits, but not their log-sum-exp, which is a residual."""
   hidden_BTD, head_DV, targets_BT, temperature, total_BT = residuals
   logits_BTV, vjp = jax.vjp(
       functools.partial(_logits, numerics=numerics), hidden_BTD, head_DV, temperature)
@@ -119,7 +121,7 @@ _chunk_logprobs.defvjp(_chunk_forward, _chunk_backward)
 
 
 def _weighted(weights_BT, logp_BT):
-  """Their sum; what weighs nothing need not be finite."""
+  """Returns the weighted sum; log-probabilities of weight zero need not be finite."""
   return jnp.where(weights_BT == 0, 0, weights_BT * logp_BT).sum()
 
 

@@ -1,9 +1,9 @@
 """Multi-head latent attention (arXiv:2412.19437, section 2.1.1, eq. 1-11).
 
-Two forms of one function. *Expanded* builds every head's keys and values from the latent: fewest
-operations when many queries share them. *Absorbed* moves W^UK into the query and W^UV behind the
-weighted sum, so that attention runs on the latent itself, as one key head: what decoding wants,
-since the cache is read once for all heads.
+It is computed in one of two equivalent forms. *Expanded* computes every head's keys and values from
+the latent, which takes the fewest operations when many queries share them. *Absorbed* moves W^UK
+into the query, and applies W^UV after the weighted sum, so that attention runs on the latent
+itself, as a single key head. That suits decoding, where the cache is then read once for all heads.
 
 Shape letters:  B batch  T query tokens  S key slots  D model width  H heads  Q query latent
                 C key-value latent  K content width of a head (nope)  R rotated width  V value width
@@ -20,19 +20,25 @@ from model.decoding.cache import Cache
 from model.layers import RMSNorm, weight
 from model.rope import rotate
 
-# The latent norms keep this whatever the model's own is; so do the released code and transformers.
+# The latent norms use this epsilon whatever the model's, as the released code and transformers do.
 LATENT_NORM_EPS = 1e-6
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
-  """1 / sqrt(head width), times YaRN's temperature (V3: 0.1352 with it, 0.0722 without)."""
+  """Returns 1 / sqrt(head width), times YaRN's temperature (V3: 0.1352 with it, 0.0722 without)."""
   scaling = cfg.rope.scaling
   temperature = scaling.softmax_scale if isinstance(scaling, YarnScaling) else 1.0
   return cfg.attention.score_dim**-0.5 * temperature
 
 
 def choose_form(attention: MLAConfig, num_queries: int, num_slots: int) -> str:
-  """The form with fewer multiply-adds per head for these many queries and keys."""
+  """Returns the form that takes fewer multiply-adds, "expanded" or "absorbed".
+
+  Args:
+    attention: the widths.
+    num_queries: T, query tokens in a row of the batch.
+    num_slots: S, key slots in a row of the batch.
+  """
   a = attention
   expanding = num_slots * a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
   expanded = expanding + num_queries * num_slots * (a.score_dim + a.v_head_dim)
@@ -46,9 +52,18 @@ def attend_expanded(
     w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
     implementation: str | None = None,
 ) -> jax.Array:
-  """Attention as written (eq. 2, 4, 5, 9, 10): every head's own keys and values, one shared key.
+  """MLA with keys and values of every head, as it is written in eq. 2, 4, 5, 9 and 10.
 
-  The implementation is as in `model.attention.attend`.
+  Args:
+    q_BTHK: content part of the queries.
+    q_BTHR: rotated part of the queries.
+    latent_BSC: key-value latents, after their norm.
+    k_BSR: rotated keys, which all heads share.
+    w_uk_CHK: W^UK, from latents to content keys.
+    w_uv_CHV: W^UV, from latents to values.
+    context: says which slots are visible to which token.
+    cfg: gives the softmax scale and the numerics.
+    implementation: see `model.attention.attend`.
 
   Returns:
     [B, T, H, V].
@@ -67,9 +82,15 @@ def attend_absorbed(
     w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
     implementation: str | None = None,
 ) -> jax.Array:
-  """The same function without expanding: multi-query attention over the latent (V2 section 2.1.2).
+  """MLA as multi-query attention over the latents, without keys or values of heads.
 
-  A weight next to a query or a mixture is a part of attention here, and never in FP8.
+  It returns what `attend_expanded` does, up to rounding (V2, arXiv:2405.04434, section 2.1.2). W^UK
+  multiplies queries here, and W^UV weighted sums of latents, as a part of attention: these products
+  are never in FP8.
+
+  Args:
+    q_BTHK, q_BTHR, latent_BSC, k_BSR, w_uk_CHK, w_uv_CHV: as in `attend_expanded`.
+    context, cfg, implementation: as in `attend_expanded`.
 
   Returns:
     [B, T, H, V].
@@ -87,30 +108,50 @@ _FORMS = {"expanded": attend_expanded, "absorbed": attend_absorbed}
 
 
 class MultiHeadLatentAttention(nn.Module):
-  """MLA with its parameters. W^DKV and W^KR are one matrix, and so are W^UQ and W^QR."""
+  """Multi-head latent attention with its parameters.
+
+  W^DKV and W^KR are one matrix, `w_dkv`; W^UQ and W^QR are one matrix, `w_uq`.
+
+  Attributes:
+    cfg: the architecture; its `attention` must be an MLAConfig.
+    form: "expanded" or "absorbed"; None for the one that `choose_form` returns.
+    implementation: implementation of attention; see `model.attention.attend`.
+  """
 
   cfg: ModelConfig
-  form: str | None = None  # "expanded", "absorbed"; None chooses by cost
-  implementation: str | None = None  # see `model.attention.attend`
+  form: str | None = None
+  implementation: str | None = None
 
   @nn.compact
   def __call__(
       self, x_BTD: jax.Array, context: Context, cache: Cache | None, layer: jax.Array,
   ) -> tuple[jax.Array, Cache | None]:
+    """Computes attention, over the cache if there is one.
+
+    Args:
+      x_BTD: the block's input, after its norm.
+      context: the tokens' positions and slots.
+      cache: latents of earlier tokens, to which those of these tokens are added; or None.
+      layer: int32 scalar, the layer's index in the cache.
+
+    Returns:
+      The output [B, T, D], and the cache.
+    """
     cfg, a = self.cfg, self.cfg.attention
-    turn = lambda x: rotate(x, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
+    apply_rope = lambda x: rotate(x, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
 
     queries = self._queries(x_BTD)
-    q_BTHK, q_BTHR = queries[..., :a.qk_nope_head_dim], turn(queries[..., a.qk_nope_head_dim:])
+    q_BTHK, q_BTHR = (
+        queries[..., :a.qk_nope_head_dim], apply_rope(queries[..., a.qk_nope_head_dim:]))
 
     w_dkv = weight(self, "w_dkv", cfg, ("embed", "kv_lora"), (x_BTD.shape[-1], a.cache_elements))
     joint = checkpoint_name(cfg.numerics.linear("btd,dc->btc", x_BTD, w_dkv), "latent")
     latent_BSC = self._norm("kv_norm", joint[..., :a.kv_lora_rank])
-    k_BSR = turn(joint[..., None, a.kv_lora_rank:])[..., 0, :]
+    k_BSR = apply_rope(joint[..., None, a.kv_lora_rank:])[..., 0, :]
     if cache is not None:
       cache = cache.append(layer, latent=jnp.concatenate([latent_BSC, k_BSR], axis=-1))
-      held = cache.layer("latent", layer)
-      latent_BSC, k_BSR = held[..., :a.kv_lora_rank], held[..., a.kv_lora_rank:]
+      cached = cache.layer("latent", layer)
+      latent_BSC, k_BSR = cached[..., :a.kv_lora_rank], cached[..., a.kv_lora_rank:]
 
     up = lambda name, width: weight(
         self, name, cfg, ("kv_lora", "heads", "head_dim"), (a.kv_lora_rank, a.num_heads, width))
@@ -130,7 +171,7 @@ class MultiHeadLatentAttention(nn.Module):
     return RMSNorm(self.cfg, eps=LATENT_NORM_EPS, name=name)(x)
 
   def _queries(self, x_BTD: jax.Array) -> jax.Array:
-    """Content and rotated part of every query head (eq. 6-8), not yet turned: [B, T, H, K + R]."""
+    """Returns queries (eq. 6-8) whose last R dimensions are not yet rotated: [B, T, H, K + R]."""
     cfg, a = self.cfg, self.cfg.attention
     heads = (a.num_heads, a.score_dim)
     if a.q_lora_rank is None:

@@ -1,12 +1,14 @@
-"""DeepSeekMoE (arXiv:2412.19437, section 2.1.2): three seams, each replaceable alone.
+"""DeepSeekMoE (arXiv:2412.19437, section 2.1.2) in three parts, each replaceable independently.
 
-The *router* decides which experts see a token and with what weight. The *dispatch* brings tokens to
-where those experts are and the results back: here nothing moves; over a mesh it is a collective.
-The *experts* (model/experts.py) do the work on one device. A dispatch is any function
+The *router* decides which experts compute a token, and with which weights. The *dispatch* moves
+tokens to the devices of their experts, and the results back: on one device nothing moves, on a mesh
+it is a collective. The *experts* (model/experts.py) compute on one device. A dispatch is any
+function
 
     dispatch(experts, weights, x_ND, gates_NK, experts_NK) -> y_ND
 
-with `experts(weights, x_ND, gates_NK, experts_NK) -> y_ND` run once on every device, on its tokens.
+that runs `experts(weights, x_ND, gates_NK, experts_NK) -> y_ND` once on every device, on the tokens
+of that device. Equation numbers are those of the paper.
 
 Shape letters:  B batch  T tokens  N = B * T  D model width  E routed experts  K experts per token
                 G expert groups  F expert width
@@ -29,35 +31,49 @@ Dispatch = Callable[[Callable, ExpertWeights, jax.Array, jax.Array, jax.Array], 
 
 
 class Routing(NamedTuple):
-  """A routing decision."""
+  """The routed experts of every token, and their weights.
 
-  gates_NK: jax.Array    # float32; V3's rows sum to route_scale
-  experts_NK: jax.Array  # int32, distinct within a row
+  Attributes:
+    gates_NK: float32, the weights; with normalised gates, as in V3, rows sum to `route_scale`.
+    experts_NK: int32, indices of the experts, distinct within a row.
+  """
+
+  gates_NK: jax.Array
+  experts_NK: jax.Array
 
 
 def scores(logits_NE: jax.Array, cfg: MoEConfig) -> jax.Array:
-  """Affinities of tokens to experts: V3's sigmoid (eq. 15) or V2's softmax."""
+  """Returns the affinities of tokens to experts: V3's sigmoid (eq. 15) or V2's softmax.
+
+  Args:
+    logits_NE: float32, products of tokens and centroids; leading axes are kept.
+    cfg: names the function, in `score`.
+  """
   return jax.nn.sigmoid(logits_NE) if cfg.score == "sigmoid" else jax.nn.softmax(logits_NE)
 
 
 def route(
     scores_NE: jax.Array, bias_E: jax.Array | float, cfg: MoEConfig,
     experts_NK: jax.Array | None = None) -> Routing:
-  """Picks K experts per token among its best groups, and weighs them (eq. 13-16).
+  """Chooses K experts per token from its best groups, and computes their gates (eq. 13-16).
 
-  The bias steers only the choice: gates come from the unbiased scores, so for a given choice the
-  output, and every gradient, is independent of it.
+  The bias affects only the choice. Gates come from the unbiased scores, so that for a given choice
+  neither the output nor any gradient depends on the bias.
 
   Args:
-    scores_NE: affinities, float32.
-    bias_E: balancing bias, float32; zero means plain top-k.
-    cfg: see MoEConfig.
-    experts_NK: a choice made before, which is weighed as if it were this one's; None to choose.
+    scores_NE: float32, affinities of tokens to experts.
+    bias_E: float32, the balancing bias; zero for top-K of the scores alone.
+    cfg: the routing's parameters.
+    experts_NK: int32, experts that were chosen before, for which gates are computed as if they had
+      been chosen here; None to choose.
+
+  Returns:
+    The chosen experts and their gates.
   """
   if experts_NK is None:
     biased_NE = jax.lax.stop_gradient(scores_NE) + bias_E
     experts_NK = jax.lax.top_k(_keep_groups(biased_NE, cfg), cfg.experts_per_token)[1]
-  # A masked sum, whose gradient is another: a lookup's is a scatter into zeros.
+  # A masked sum, whose gradient is a masked sum too; that of a gather is a scatter into zeros.
   chosen_NKE = experts_NK[..., None] == jnp.arange(scores_NE.shape[-1])
   gates_NK = jnp.where(chosen_NKE, scores_NE[:, None], 0).sum(-1)
   if cfg.normalize_gates:
@@ -66,7 +82,10 @@ def route(
 
 
 def _keep_groups(biased_NE: jax.Array, cfg: MoEConfig) -> jax.Array:
-  """Sends the experts of all but the best groups to -inf (0 would do for positive scores only)."""
+  """Sets the scores of experts outside each token's best groups to -inf.
+
+  Zero would exclude them only if all biased scores were positive, and they may be negative.
+  """
   if cfg.groups_per_token == cfg.num_groups:
     return biased_NE
   grouped = biased_NE.reshape(biased_NE.shape[0], cfg.num_groups, -1)
@@ -78,7 +97,7 @@ def _keep_groups(biased_NE: jax.Array, cfg: MoEConfig) -> jax.Array:
 
 
 def _count(experts_BTK: jax.Array, real_BT: jax.Array, num_experts: int) -> jax.Array:
-  """Tokens of each sequence that chose each expert, padding left out: [B, E]."""
+  """Returns how many tokens of each sequence chose each expert, padding excluded: [B, E]."""
   counted = jnp.where(real_BT[..., None], experts_BTK, num_experts).reshape(len(experts_BTK), -1)
   zeros = jnp.zeros((len(counted), num_experts), jnp.int32)
   return zeros.at[jnp.arange(len(counted))[:, None], counted].add(1, mode="drop")
@@ -86,7 +105,16 @@ def _count(experts_BTK: jax.Array, real_BT: jax.Array, num_experts: int) -> jax.
 
 def router_stats(
     scores_BTE: jax.Array, experts_BTK: jax.Array, real_BT: jax.Array | None) -> RouterStats:
-  """Counts and sums that the balancing losses and the bias update are made of (eq. 18-20)."""
+  """Computes what balancing losses and the bias update need of a router (eq. 18-20).
+
+  Args:
+    scores_BTE: float32, affinities of tokens to experts.
+    experts_BTK: int32, the experts that tokens were sent to.
+    real_BT: false for padding tokens, which are not counted; None if there are none.
+
+  Returns:
+    The statistics, of which only `affinity_BE` carries a gradient.
+  """
   if real_BT is None:
     real_BT = jnp.ones(scores_BTE.shape[:2], bool)
   num_experts, num_chosen = scores_BTE.shape[-1], experts_BTK.shape[-1]
@@ -101,15 +129,17 @@ def router_stats(
 
 @recomputed
 def _gate_logits(x_BTD, centroids_DE):
-  # The gate stays in float32: near 0.5 a bfloat16 step is 4x the bias rate.
+  # In float32 whatever the numerics: just above a score of 0.5, bfloat16 values are 4 times as far
+  # apart as one step of the balancing bias (1e-3).
   return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), centroids_DE.astype(jnp.float32),
                     precision=jax.lax.Precision.HIGHEST)
 
 
 class Router(nn.Module):
-  """Scores tokens against expert centroids and routes them.
+  """Scores tokens against the experts' centroids, and routes them.
 
-  The balancing bias is the variable `bias` of the collection `router`: no gradient, no optimizer.
+  The balancing bias is the variable `bias` of the collection `router`. It has no gradient, and no
+  optimizer updates it; see `model.balance.update_bias`.
   """
 
   cfg: ModelConfig
@@ -117,7 +147,15 @@ class Router(nn.Module):
   @nn.compact
   def __call__(
       self, x_BTD: jax.Array, experts_BTK: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-    """Returns float32 scores_BTE and the routing of the flattened tokens; see `route`."""
+    """Routes tokens.
+
+    Args:
+      x_BTD: the FFN's input.
+      experts_BTK: int32, experts to use; None to choose them.
+
+    Returns:
+      scores_BTE, float32, and the routing of the N = B * T tokens.
+    """
     moe = self.cfg.moe
     centroids_DE = weight(
         self, "centroids", self.cfg, ("embed", None), (x_BTD.shape[-1], moe.num_experts))
@@ -134,12 +172,18 @@ class Router(nn.Module):
 def local_dispatch(
     experts: Callable, weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array,
     experts_NK: jax.Array) -> jax.Array:
-  """Every expert is here, and so is every token."""
+  """The dispatch on one device, which has all experts and all tokens, so that nothing moves."""
   return experts(weights, x_ND, gates_NK, experts_NK)
 
 
 class MoE(nn.Module):
-  """Shared experts for every token, routed experts for some (eq. 12, without its residual)."""
+  """The sum of shared and routed experts (eq. 12 without its residual connection).
+
+  Attributes:
+    cfg: the architecture; its `moe` must not be None.
+    experts: implementation of the routed experts, a key of `model.experts.EXPERTS`.
+    dispatch: how tokens reach experts on other devices; see the module's docstring.
+  """
 
   cfg: ModelConfig
   experts: str
@@ -149,6 +193,16 @@ class MoE(nn.Module):
   def __call__(
       self, x_BTD: jax.Array, real_BT: jax.Array | None = None,
       experts_BTK: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+    """Computes the experts and the router's statistics.
+
+    Args:
+      x_BTD: the FFN's input.
+      real_BT: false for padding tokens, which statistics leave out; None if there are none.
+      experts_BTK: int32, experts to use; None to let the router choose.
+
+    Returns:
+      The output [B, T, D], and the statistics.
+    """
     cfg, moe = self.cfg, self.cfg.moe
     d_model, num_experts = x_BTD.shape[-1], moe.num_experts
     scores_BTE, routing = Router(cfg, name="router")(x_BTD, experts_BTK)

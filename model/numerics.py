@@ -1,4 +1,4 @@
-"""The numerics policy: in which format numbers are kept, and in which they are multiplied."""
+"""The numerics policy: the formats in which arrays are stored, and those of their products."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ _FORMATS = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-  """Formats by name, so that a policy is data: hashable, comparable, writable to JSON.
+  """A numerics policy. It names formats, and so is data: hashable, comparable, writable to JSON.
 
-  Whatever the policy, the router's gate, norms, softmax and rotations run in float32, and the
-  balancing bias is stored in it.
+  Whatever the policy, the router's gate, norms, softmax and rotations are computed in float32, and
+  the balancing bias is stored in float32.
 
   Attributes:
-    params: what `init` creates parameters in.
-    compute: operands and results of every product.
-    recipe: how linear layers quantise their operands to FP8 first; None for layers that do not.
-      Embedding, head, gate, norms and attention's own products never do (V3 section 3.3.1).
+    params: format in which `init` creates parameters: "float32", "bfloat16" or "float16".
+    compute: format of the operands and results of matrix products, one of the same three.
+    recipe: how linear layers quantise the operands of their products to FP8; None for no FP8.
+      Embedding, head, gate, norms and attention's own products are never in FP8 (V3 section 3.3.1).
   """
 
   params: str = "float32"
@@ -39,14 +39,15 @@ class Numerics:
       if value not in _FORMATS:
         raise ValueError(f"Numerics.{name}={value!r} must be one of {', '.join(_FORMATS)}")
     require(not self.recipe or self.compute != "float16",
-            "Numerics.compute='float16' goes with no recipe: FP8 has a wider range; take bfloat16")
+            "Numerics.compute='float16' cannot be used with a recipe, because FP8 with its scales "
+            "has a wider range than float16: use 'bfloat16'")
 
   @classmethod
   def parse(cls, text: str) -> "Numerics":
-    """A policy by its name in NUMERICS.
+    """Returns the policy of this name, a key of NUMERICS.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is none; the message lists the names that exist.
     """
     require(text in NUMERICS,
             f"there is no numerics policy {text!r}; there are: {', '.join(NUMERICS)}")
@@ -61,22 +62,26 @@ class Numerics:
     return jnp.dtype(self.compute)
 
   def einsum(self, spec: str, *operands: jax.Array) -> jax.Array:
-    """A product in the compute format.
+    """Computes `jnp.einsum` in the compute format, to which it casts the operands.
 
-    Float32 means float32: accelerators would otherwise multiply in TF32 or bfloat16.
+    Products of float32 are computed in float32: by default, accelerators would multiply in TF32 or
+    bfloat16.
     """
     return jnp.einsum(spec, *self._cast(operands), precision=self.precision)
 
   def linear(
       self, spec: str, x: jax.Array, w: jax.Array | Weight, *, after_attention: bool = False,
   ) -> jax.Array:
-    """A linear layer: the same product of activations and a weight, in FP8 if there is a recipe.
+    """Applies a linear layer: `einsum` of activations and a weight, in FP8 if there is a recipe.
 
     Args:
-      spec: the last letters of x are summed, and the first of w: "btd,dhk->bthk".
+      spec: an einsum over the last axes of x and the first ones of w, such as "btd,dhk->bthk".
       x: activations; their first axes are batch and length.
-      w: as stored, or quantised before.
-      after_attention: see `pallas_kernels.fp8_linear`.
+      w: the weight as it is stored, or a `Weight` that has been quantised already.
+      after_attention: whether x is the output of attention; see `pallas_kernels.fp8_linear`.
+
+    Returns:
+      The axes of x that are not summed, then those of w, in the compute format.
     """
     if self.recipe is None:
       return self.einsum(spec, x, w)
@@ -92,11 +97,12 @@ class Numerics:
     return map_token_shards(local, w, x.astype(self.compute_dtype))
 
   def einsum_f32(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The same product with its float32 accumulator kept; gradients flow in the compute format."""
+    """Computes `einsum`, but returns the float32 accumulator; gradients have the compute format."""
     return _einsum_f32(spec, self.precision, *self._cast((a, b)))
 
   @property
   def precision(self) -> lax.Precision | None:
+    """The `precision` of products in the compute format; see `einsum`."""
     return lax.Precision.HIGHEST if self.compute == "float32" else None
 
   def _cast(self, operands):

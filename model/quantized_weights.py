@@ -1,4 +1,4 @@
-"""Every linear layer's weight quantised ahead: once a step, not once a pass over a micro-batch.
+"""Quantises the weights of linear layers once per step, not in every pass over a micro-batch.
 
 Shape letters:  K input width  N output width
 """
@@ -12,19 +12,25 @@ from model.config import ModelConfig
 from model.variables import logical_axes
 from pallas_kernels import WeightOperands, quantize_weight
 
-_STACKED = ("layers", "expert")  # axes with a matrix for each index
-_SUMMED = {"w_o": 2}  # axes that a product sums, heads and their width; of others, one
+_STACKED = ("layers", "expert")  # logical axes that stack matrices
+# Leading axes of a weight that its product sums: heads and their width of w_o, else one axis.
+_SUMMED = {"w_o": 2}
 
 
 def quantize_weights(cfg: ModelConfig, params: Any) -> dict:
-  """`{"quantized": tree}`, to pass among variables beside these parameters; {} without a recipe.
+  """Quantises the weights of a model's linear layers to FP8.
 
-  Gradients are still those of the parameters. Scales are of blocks of whole matrices, however they
-  are spread over devices, and a device that gathers a weight gathers eight bits a number.
+  Gradients are still computed for the parameters. Scales belong to blocks of whole matrices,
+  however these are sharded, and a device that gathers a weight receives eight bits per value.
 
   Args:
-    cfg: of the model.
-    params: its parameters.
+    cfg: the architecture, with its numerics.
+    params: the tree of parameters, as in `model.init(...)["params"]`.
+
+  Returns:
+    `{"quantized": tree}`, to be passed to the model along with these parameters, where the tree has
+    a `pallas_kernels.WeightOperands` for every weight, and None for other parameters. An empty dict
+    if the numerics have no FP8 recipe.
   """
   recipe = cfg.numerics.recipe
   if recipe is None:

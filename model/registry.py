@@ -1,4 +1,4 @@
-"""Named architectures: each is a value of ModelConfig, and no other code knows the names."""
+"""Named architectures: each is a value of ModelConfig, and no other code depends on the names."""
 
 import difflib
 
@@ -16,7 +16,7 @@ from model.numerics import NUMERICS
 
 
 def _deepseek_v3() -> ModelConfig:
-  """671 B parameters, 37 B active, as released: with YaRN to 160 K positions and one MTP module."""
+  """As released: 671 B parameters, 37 B active, YaRN to 160 K positions, one MTP module."""
   return ModelConfig(
       vocab_size=129280, d_model=7168, num_layers=61, ffn_dim=18432, num_dense_layers=3,
       attention=MLAConfig(num_heads=128, q_lora_rank=1536, kv_lora_rank=512,
@@ -41,7 +41,7 @@ def _deepseek_v2() -> ModelConfig:
 
 
 def _deepseek_v2_lite() -> ModelConfig:
-  """15.7 B parameters, 2.4 B active: the shape of V3's small ablations."""
+  """15.7 B parameters, 2.4 B active; the size of V3's small ablation models."""
   return ModelConfig(
       vocab_size=102400, d_model=2048, num_layers=27, ffn_dim=10944, num_dense_layers=1,
       attention=MLAConfig(num_heads=16, kv_lora_rank=512,
@@ -54,7 +54,7 @@ def _deepseek_v2_lite() -> ModelConfig:
 
 
 def _nano() -> ModelConfig:
-  """1 M parameters: trains on two CPU cores in minutes."""
+  """1 M parameters; trains on two CPU cores in minutes."""
   return ModelConfig(
       vocab_size=512, d_model=128, num_layers=4, ffn_dim=352, num_dense_layers=1,
       attention=MLAConfig(num_heads=4, q_lora_rank=64, kv_lora_rank=32,
@@ -65,7 +65,7 @@ def _nano() -> ModelConfig:
 
 
 def _micro() -> ModelConfig:
-  """12 M parameters: the shape at which CPU training is compared with other libraries."""
+  """12 M parameters; the size at which CPU training is compared with other libraries."""
   return ModelConfig(
       vocab_size=4096, d_model=256, num_layers=6, ffn_dim=704, num_dense_layers=1,
       attention=MLAConfig(num_heads=4, q_lora_rank=128, kv_lora_rank=64,
@@ -76,7 +76,10 @@ def _micro() -> ModelConfig:
 
 
 def _small() -> ModelConfig:
-  """110 M parameters, 64 experts: the size of the GPU ablations; every width a multiple of 128."""
+  """110 M parameters, 64 experts; the size of the GPU ablations.
+
+  The widths of the model, its FFNs and its latents are multiples of 128.
+  """
   return ModelConfig(
       vocab_size=16384, d_model=512, num_layers=8, ffn_dim=1408, num_dense_layers=1,
       attention=MLAConfig(num_heads=8, q_lora_rank=256, kv_lora_rank=128,
@@ -87,7 +90,7 @@ def _small() -> ModelConfig:
 
 
 def _base() -> ModelConfig:
-  """1.24 B parameters, 64 experts of 512: the shape at which GPU training is compared."""
+  """1.24 B parameters, 64 experts of width 512; the size of comparisons of GPU training."""
   return ModelConfig(
       vocab_size=32768, d_model=1024, num_layers=12, ffn_dim=2816, num_dense_layers=1,
       attention=MLAConfig(num_heads=8, q_lora_rank=512, kv_lora_rank=256,
@@ -123,10 +126,10 @@ CONFIGS = {
 
 
 def get_config(name: str) -> ModelConfig:
-  """Returns the architecture called `name`.
+  """Returns the architecture of this name, a key of CONFIGS.
 
   Raises:
-    ValueError: if there is none, naming those that exist.
+    ValueError: if there is none; the message lists the names that exist.
   """
   if name not in CONFIGS:
     near = difflib.get_close_matches(str(name), CONFIGS, n=1, cutoff=0.0)

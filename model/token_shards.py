@@ -1,7 +1,7 @@
-"""Running a function on every device of a mesh, on the tokens that are there.
+"""Runs a function on every device of a mesh, on the device's own shard of the tokens.
 
-The compiler divides what it has made itself among devices, but no kernel. Which axes tokens are
-spread over is what the logical axes "batch" and "length" mean where the model is traced.
+XLA partitions its own operations over devices, but not our kernels. The mesh axes that tokens are
+sharded over are those that the logical axes "batch" and "length" map to while the model is traced.
 """
 
 import math
@@ -15,14 +15,16 @@ from jax.sharding import PartitionSpec
 
 def map_token_shards(
     function: Callable[[Any, jax.Array], jax.Array], weights: Any, x_BT: jax.Array) -> jax.Array:
-  """function(weights, x), by each device for its own tokens, the weights gathered whole.
+  """Returns function(weights, x_BT), computed by each device for its own tokens.
 
-  Without a mesh, on one device of it already, or where tokens do not divide over it, it is just
-  that, and the compiler's to divide.
+  The weights are gathered whole on every device. Without a mesh, inside a `jax.shard_map` over the
+  tokens' axes, or if the tokens do not divide evenly over those axes, the function is called
+  directly, and XLA partitions what it can.
 
   Args:
-    function: gives for every token what depends on no other.
-    weights: a tree; its gradients are summed over devices.
+    function: takes `weights` and [batch, length, ...] and returns [batch, length, ...]; the result
+      for a token must not depend on other tokens.
+    weights: a tree of arrays, whose gradients are summed over devices.
     x_BT: [batch, length, ...].
   """
   mesh, tokens = jax.sharding.get_abstract_mesh(), _axes_of_tokens()
@@ -31,7 +33,7 @@ def map_token_shards(
     return function(weights, x_BT)
 
   def local(weights, x_BT):
-    # Marked as varying, so that their gradients are summed over the devices on the way back.
+    # Marked as varying, so that the backward pass sums their gradients over the devices.
     varying = jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), weights)
     return function(varying, x_BT)
 
@@ -45,6 +47,6 @@ def _axes_of_tokens() -> PartitionSpec:
 
 
 def _divides(mesh: jax.sharding.AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
-  """Whether an array of this shape can be spread so."""
+  """Whether an array of this shape divides evenly over the mesh axes of the spec."""
   parts = (math.prod(mesh.shape[axis] for axis in jax.tree.leaves(axes)) for axes in spec)
   return all(size % part == 0 for size, part in zip(shape, parts, strict=False))

@@ -1,6 +1,7 @@
-"""The whole network: V3, V2, Llama and Qwen2 are values of its config.
+"""The whole network, whose config makes it V3, V2, Llama or Qwen2.
 
 Shape letters:  L layers  B batch  T tokens  D model width  V vocabulary  E routed experts
+                K experts per token
 """
 
 import functools
@@ -23,35 +24,37 @@ from model.moe import Dispatch, MoE, local_dispatch
 from model.rope import rotation
 
 _POLICIES = jax.checkpoint_policies
+# Rematerialisation policies: what is kept of a layer's forward pass; the backward pass recomputes
+# the rest.
 REMAT = {
     # Keep everything, recompute nothing.
     "none": None,
     # V3 section 3.2.3: recompute norms, MLA's up-projections, attention weights and the SwiGLU
-    # product; keep what the wide matrix products and the attention gave.
+    # product; keep the results of the wide matrix products and of attention.
     "v3": _POLICIES.save_from_both_policies(
         _POLICIES.save_only_these_names("latent", "qkv", "attention", "ffn_gate_up"),
         is_fused_forward),
     # Keep the results of matrix products with weights.
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
-    # Keep only what enters a layer.
+    # Keep only the inputs of the layer.
     "full": _POLICIES.nothing_saveable,
 }
 
 
 @flax.struct.dataclass
 class Output:
-  """What a forward pass gives. Under jit, what the caller leaves unused is not computed.
+  """The results of a forward pass. Under jit, those that the caller ignores are not computed.
 
   Attributes:
-    hidden_BTD: after the final norm: what the head reads.
-    logits_BTV: float32, or None if not asked for.
-    mtp_hidden: per MTP depth k (from 1), [B, T, D] after that module's norm: position i there knows
-      tokens up to i + k and predicts token i + k + 1. The last k positions, of the row and of every
-      segment, have no token of theirs to read: they are meaningless.
-    mtp_logits: per depth, float32 [B, T, V]; None if not asked for.
-    router: RouterStats by the name of the stack or module that the router sits in; those of a
-      stack have a leading layer axis. What `model.balance` turns into losses and bias updates.
-    cache: the cache passed in, with these tokens appended.
+    hidden_BTD: hidden states after the final norm, which the output head reads.
+    logits_BTV: float32; None if they were not asked for.
+    mtp_hidden: for every MTP module k = 1, 2, ..., hidden states [B, T, D] after its final norm.
+      Position i depends on tokens up to i + k, and predicts token i + k + 1. The last k positions,
+      of the row and of every segment, have no token i + k to read, and are meaningless.
+    mtp_logits: for every MTP module, float32 [B, T, V]; None if logits were not asked for.
+    router: RouterStats, from which `model.balance` computes losses and bias updates, by the name of
+      the stack of layers or of the MTP module; those of a stack have a leading layer axis.
+    cache: the cache that was passed in, with these tokens appended; None without a cache.
   """
 
   hidden_BTD: jax.Array
@@ -63,16 +66,16 @@ class Output:
 
   @property
   def expert_load_LE(self) -> jax.Array:
-    """int32: tokens that each expert of each MoE layer received in this batch, MTP left out."""
+    """int32, the tokens of the batch that each expert of each MoE layer received, without MTP's."""
     return self.router["moe_layers"].load_BE.sum(-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack(tree: Any, count: int) -> list[Any]:
-  """Slices of every array along its first axis.
+  """Returns the `count` slices of every array of a tree along its first axis, as trees.
 
-  Gradients are written to their places in one array as they come. Slicing alone would have them
-  concatenated at the end, which on a GPU takes four times as long.
+  The backward pass writes each slice's gradient into one array as soon as it is computed. That of
+  plain slicing would concatenate the gradients at the end, which takes four times as long on a GPU.
   """
   return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
 
@@ -91,15 +94,21 @@ unstack.defvjp(lambda tree, count: (unstack(tree, count), None), _join)
 
 
 def _layer(index: int) -> str:
-  """The key of a layer's parameters where they are apart; in dictionaries sorted as it counts."""
+  """Returns the key of a layer's parameters where they are not stacked; keys sort by index."""
   return f"layer_{index:04d}"
 
 
 class Block(nn.Module):
-  """Pre-norm attention, then a pre-norm dense or mixture-of-experts FFN."""
+  """Pre-norm attention, then a pre-norm FFN: dense, or a mixture of experts.
+
+  Attributes:
+    cfg: the architecture.
+    experts: implementation of the routed experts; None for a dense FFN.
+    dispatch, mla_form, attend: see `Transformer`.
+  """
 
   cfg: ModelConfig
-  experts: str | None  # how routed experts are computed; None for a dense FFN
+  experts: str | None
   dispatch: Dispatch
   mla_form: str | None
   attend: str | None
@@ -108,6 +117,16 @@ class Block(nn.Module):
   def __call__(
       self, carry: tuple[jax.Array, Cache | None], layer: jax.Array, context: Context,
   ) -> tuple[tuple[jax.Array, Cache | None], RouterStats | None]:
+    """Computes one layer.
+
+    Args:
+      carry: the residual stream [B, T, D], and the cache of all layers or None.
+      layer: int32 scalar, the layer's index, in the cache among others.
+      context: what all layers share.
+
+    Returns:
+      The new carry, and the statistics of the router; None if the FFN is dense.
+    """
     cfg, (x_BTD, cache) = self.cfg, carry
     if isinstance(cfg.attention, MLAConfig):
       attention = MultiHeadLatentAttention(
@@ -132,7 +151,12 @@ class Block(nn.Module):
 
 
 class MTPModule(nn.Module):
-  """One depth of multi-token prediction (V3 section 2.2, eq. 21-22); the head is the trunk's."""
+  """One module of multi-token prediction (V3 section 2.2, eq. 21-22), without the shared head.
+
+  Attributes:
+    cfg: the architecture; its `mtp` must not be None.
+    block: makes the module's block, given its name.
+  """
 
   cfg: ModelConfig
   block: Any
@@ -141,7 +165,17 @@ class MTPModule(nn.Module):
   def __call__(
       self, previous_BTD: jax.Array, embedded_BTD: jax.Array, context: Context,
   ) -> tuple[jax.Array, jax.Array, RouterStats | None]:
-    """Returns this depth's hidden state before and after its final norm, and its router's view."""
+    """Computes this depth's hidden states.
+
+    Args:
+      previous_BTD: hidden states of the depth before, or of the trunk for the first.
+      embedded_BTD: at position i, the embedding of token i + k, k being this depth.
+      context: what all layers share.
+
+    Returns:
+      The hidden states [B, T, D] before and after the module's final norm, and the statistics of
+      its router; None if its FFN is dense.
+    """
     cfg, d_model = self.cfg, self.cfg.d_model
     hidden = RMSNorm(cfg, name="hidden_norm")(previous_BTD)
     embedded = RMSNorm(cfg, name="embedding_norm")(embedded_BTD)
@@ -158,13 +192,14 @@ class Transformer(nn.Module):
   Attributes:
     cfg: the architecture.
     remat: what the backward pass recomputes, a key of REMAT.
-    experts: how routed experts are computed, a key of `model.experts.EXPERTS`; None for the fastest
-      that the numerics allow.
+    experts: implementation of the routed experts, a key of `model.experts.EXPERTS`; None for that
+      which `model.experts.fastest_experts` returns.
     dispatch: how tokens reach experts on other devices; see `model.moe`.
-    mla_form: "expanded" or "absorbed"; None chooses the cheaper for the shapes at hand.
-    attend: how attention is computed, as in `model.attention.attend`; None for what is fastest.
-    unroll: layers compiled one after another in the loop over layers: more make steps faster and
-      compiling slower. As many as there are layers need no loop, nor copies to and from it.
+    mla_form: "expanded" or "absorbed"; None for the cheaper one at the given shapes.
+    attend: implementation of attention; see `model.attention.attend`.
+    unroll: layers in one iteration of the loop over layers. More make steps faster and compilation
+      slower. If it is at least the number of layers, there is no loop, and no copying of parameters
+      and results out of and into arrays of all layers.
   """
 
   cfg: ModelConfig
@@ -194,13 +229,14 @@ class Transformer(nn.Module):
   def _block_class(self, *, looped: bool = False):
     if self.remat == "none":
       return Block
-    # Only in a loop can the compiler not take what is computed again for what was before.
+    # Without a loop, XLA's common subexpression elimination would replace recomputed values by
+    # those of the forward pass. In a loop it cannot, so that it need not be prevented.
     return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not looped)
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
-    way = (self.experts or fastest_experts(self.cfg)) if experts else None
-    return {"cfg": self.cfg, "experts": way, "dispatch": self.dispatch, "mla_form": self.mla_form,
-            "attend": self.attend}
+    chosen = (self.experts or fastest_experts(self.cfg)) if experts else None
+    return {"cfg": self.cfg, "experts": chosen, "dispatch": self.dispatch,
+            "mla_form": self.mla_form, "attend": self.attend}
 
   def __call__(
       self, tokens_BT: jax.Array, *, positions_BT: jax.Array | None = None,
@@ -210,24 +246,29 @@ class Transformer(nn.Module):
     """Runs the network.
 
     Args:
-      tokens_BT: int32 token ids.
-      positions_BT: rotary positions; None counts from each row's cache length, or 0.
-      segment_ids_BT: int32; tokens attend only within their segment, and a segment 0 is padding,
-        which experts see but no router statistic counts. None attends across documents, as V3's
-        pre-training does. Not with a cache.
-      cache: keys and values of earlier tokens; these are appended to it.
+      tokens_BT: int32, token ids.
+      positions_BT: int32, positions for the rotary embedding; None counts from the length of each
+        row in the cache, or from 0 without a cache.
+      segment_ids_BT: int32; tokens attend only within their segment. Segment 0 is padding, which
+        experts compute but no router statistic counts. None attends across documents, as V3's
+        pre-training does. Cannot be used with a cache.
+      cache: keys and values of earlier tokens, to which those of these tokens are appended.
       logits: whether to compute logits.
-      mtp: whether to run the MTP modules; None for whenever there are some and no cache.
-      experts_LBTK: experts to use in the trunk's MoE layers, as `Output.router` of an earlier pass
-        has them; None lets the routers choose.
+      mtp: whether to run the MTP modules; None runs them if there are any and no cache is given.
+      experts_LBTK: int32, experts to use in the trunk's MoE layers, as in `experts_BTK` of the
+        router statistics of an earlier pass; None lets the routers choose.
+
+    Returns:
+      Hidden states, logits and router statistics, and the cache; see `Output`.
 
     Raises:
-      ValueError: for a cache and segments together, or MTP with a cache.
+      ValueError: if a cache is given together with segments or with MTP.
     """
     if mtp is None:
       mtp = bool(self.mtp) and cache is None
     if cache is not None and (mtp or segment_ids_BT is not None):
-      raise ValueError("a cache goes with neither MTP modules nor segment_ids_BT")
+      raise ValueError("a cache can be used with neither MTP modules nor segment_ids_BT: leave out "
+                       "both, or the cache")
     context = self._context(tokens_BT, positions_BT, segment_ids_BT, cache, experts_LBTK)
     embedded_BTD = self.embedding.embed(tokens_BT)
     x_BTD, cache, router = self._trunk(embedded_BTD, context, cache)
@@ -245,33 +286,37 @@ class Transformer(nn.Module):
         router=router, cache=cache)
 
   def by_layer(self, params: dict) -> dict:
-    """Parameters with those of each layer apart, where layers run without a loop around them.
+    """Unstacks the parameters of layers that run without a loop: one tree for each layer.
 
-    That is an input like the stacked ones. Gradients for it are where backward passes of layers
-    wrote them; those for stacked parameters are joined, which fused with a sum is slow on a GPU.
+    The network takes parameters in either form. Gradients of unstacked parameters stay where the
+    backward pass of each layer wrote them; those of stacked parameters have to be joined, which is
+    slow on a GPU if it is fused with a sum.
+
+    Args:
+      params: the tree of parameters, as in `model.init(...)["params"]`.
     """
-    apart = {name: {_layer(i): each for i, each in enumerate(unstack(params[name], count))}
-             for name, count, _ in self.cfg.layer_stacks() if not self._loops(count)}
-    return {**params, **apart}
+    unstacked = {name: {_layer(i): each for i, each in enumerate(unstack(params[name], count))}
+                 for name, count, _ in self.cfg.layer_stacks() if not self._loops(count)}
+    return {**params, **unstacked}
 
   def _loops(self, count: int) -> bool:
     return self.unroll < max(2, count)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-    """The shared output head: float32 logits."""
+    """Applies the output head, which MTP modules share: [B, T, D] to float32 logits [B, T, V]."""
     return self.cfg.numerics.einsum_f32("btd,dv->btv", hidden_BTD, self.embedding.head_DV())
 
   def token_logprobs(
       self, hidden_BTD: jax.Array, targets_BT: jax.Array, *, chunk_size: int = 512,
       temperature: float | jax.Array = 1.0) -> jax.Array:
-    """`model.logprobs.token_logprobs` with this model's head."""
+    """Computes `model.logprobs.token_logprobs` with this model's head and numerics."""
     return token_logprobs(
         hidden_BTD, self.embedding.head_DV(), targets_BT, numerics=self.cfg.numerics,
         chunk_size=chunk_size, temperature=temperature)
 
   def logprob_sum(
       self, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """`model.logprobs.logprob_sum` with this model's head."""
+    """Computes `model.logprobs.logprob_sum` with this model's head and numerics."""
     return logprob_sum(hidden_BTD, self.embedding.head_DV(), targets_BT, weights_BT,
                        numerics=self.cfg.numerics)
 
@@ -287,7 +332,7 @@ class Transformer(nn.Module):
                    causal=cache is None)
 
   def _trunk(self, x_BTD, context, cache):
-    """The layers, stack by stack: the residual stream, the cache, and router statistics."""
+    """Runs the layers; returns the residual stream, the cache, and router statistics by stack."""
     carry, router, first = (x_BTD, cache), {}, 0
     for stack, (name, count, experts) in zip(self.stacks, self.cfg.layer_stacks(), strict=True):
       layers = jnp.arange(first, first + count, dtype=jnp.int32)
@@ -304,9 +349,9 @@ class Transformer(nn.Module):
     return x_BTD, cache, router
 
   def _unrolled(self, stack, experts, carry, layers, context):
-    """What `stack` does, layer after layer: nothing is copied to or from arrays of all layers."""
+    """Does what `stack` does, without a loop that copies out of and into arrays of all layers."""
     block = self._block_class()(**self._block_fields(experts), parent=None)
-    # Traced once for all layers.
+    # Jitted, so that the block is traced once for all layers.
     run = jax.jit(lambda variables, *operands: block.apply(variables, *operands))
     variables = dict(stack.variables)
     params = variables.pop("params")
@@ -319,7 +364,10 @@ class Transformer(nn.Module):
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *every_stats)
 
   def _mtp(self, previous_BTD, embedded_BTD, context, router):
-    """The MTP modules in turn: depth k reads the embedding of token i + k at position i."""
+    """Runs the MTP modules one after another, and adds their statistics to `router`.
+
+    At position i, depth k reads the embedding of token i + k. Returns their normed hidden states.
+    """
     num_tokens, normed = embedded_BTD.shape[1], []
     real_BT = jnp.ones((1, 1), bool) if context.real_BT is None else context.real_BT
     for k, module in enumerate(self.mtp, start=1):

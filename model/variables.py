@@ -1,4 +1,4 @@
-"""The model's variables as plain trees: making them, their shapes, and their logical axis names."""
+"""The model's variables as plain trees: initialisation, shapes, logical axis names, shardings."""
 
 import dataclasses
 import zlib
@@ -15,24 +15,30 @@ from model.transformer import Transformer
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> dict:
-  """Returns `{"params": ..., "router": ...}`, plain arrays in the policy's parameter format.
+  """Initialises the model's variables.
 
   Args:
     cfg: the architecture.
-    key: a jax.random key; matrices are normal with std `cfg.init_std`, norms one, biases zero.
+    key: a jax.random key.
+
+  Returns:
+    `{"params": ..., "router": ...}`, trees of plain arrays; "router" only if there is a balancing
+    bias. Matrices are normally distributed with std `cfg.init_std`, the scales of norms are one,
+    and biases zero. Parameters have the format `cfg.numerics.params`, balancing biases float32.
   """
   return nn.meta.unbox(_boxed(cfg)(key))
 
 
 def init_on_host(cfg: ModelConfig, seed: int) -> dict:
-  """The same distribution as numpy arrays: no compile, which takes a small model's `init` seconds.
+  """Returns variables like those of `init`, as numpy arrays, without compiling anything.
 
-  An array depends on the seed and on its own path alone, so that two architectures start from the
-  same values wherever they share a parameter.
+  Compiling `init` takes seconds, even for a small model. The distribution is the same, the values
+  are not. An array depends only on the seed and on its own path and shape, so that two
+  architectures start from the same values wherever they share a parameter.
 
   Args:
     cfg: the architecture.
-    seed: in 0..2^32 - 1.
+    seed: an integer in 0..2^32 - 1.
   """
   def draw(path, shape):
     name = "/".join(key.key for key in path)
@@ -48,29 +54,32 @@ def init_on_host(cfg: ModelConfig, seed: int) -> dict:
 
 
 def abstract_variables(cfg: ModelConfig) -> dict:
-  """The same tree with a ShapeDtypeStruct for every array; nothing is allocated."""
+  """Returns the tree of `init` with a ShapeDtypeStruct for every array; nothing is allocated."""
   return nn.meta.unbox(jax.eval_shape(_boxed(cfg), jax.random.key(0)))
 
 
 def logical_axes(cfg: ModelConfig) -> dict:
-  """The same tree with a PartitionSpec of logical axis names for every array.
+  """Returns the tree of `init` with a PartitionSpec of logical axis names for every array.
 
-  Names: layers, embed, vocab, heads, kv_heads, head_dim, q_lora, kv_lora, mlp, expert, norm.
+  The names are: layers, embed, vocab, heads, kv_heads, head_dim, q_lora, kv_lora, mlp, expert,
+  norm.
   """
   return nn.get_partition_spec(jax.eval_shape(_boxed(cfg), jax.random.key(0)))
 
 
 def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh, rules: Any = None) -> dict:
-  """The same tree with a NamedSharding for every array.
+  """Returns the tree of `init` with a NamedSharding for every array.
 
   Args:
     cfg: the architecture.
     mesh: the devices.
-    rules: logical axis name to mesh axis name (or several, or None), as a mapping, as pairs, or as
-      a dataclass such as `train.mesh.ShardingRules`; None means `embed` over an axis `fsdp`.
+    rules: a mesh axis (or several, or None) for every logical axis name: a mapping, a sequence of
+      pairs, or a dataclass such as `train.mesh.ShardingRules`. None shards `embed` over the mesh
+      axis `fsdp`, if there is one, and nothing else.
 
   Raises:
-    ValueError: if an array would use a mesh axis twice, or does not divide over the mesh.
+    ValueError: if an array would use a mesh axis twice, or does not divide evenly over its mesh
+      axes; all such arrays are named.
   """
   if rules is None:
     rules = {"embed": "fsdp"} if "fsdp" in mesh.axis_names else {}
@@ -86,20 +95,20 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh, rules: Any = None) -> d
       return None
     used = [axis for part in sharding.spec if part
             for axis in (part if isinstance(part, tuple) else (part,))]
-    if len(used) < len(_wanted(names, dict(rules))):
-      wrong.append(f"{name}, axes {tuple(names)}: two of them want the same mesh axis")
+    if len(used) < len(_mapped_axes(names, dict(rules))):
+      wrong.append(f"{name}, axes {tuple(names)}: two of them map to the same mesh axis")
     return sharding
 
   tree = jax.tree_util.tree_map_with_path(
       one, logical_axes(cfg), abstract_variables(cfg),
       is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
   if wrong:
-    raise ValueError("these arrays do not fit the mesh:\n  " + "\n  ".join(wrong))
+    raise ValueError("the rules cannot shard these arrays over the mesh:\n  " + "\n  ".join(wrong))
   return tree
 
 
-def _wanted(names, rules: dict) -> list[str]:
-  """The mesh axes that an array's logical axes ask for."""
+def _mapped_axes(names, rules: dict) -> list[str]:
+  """Returns the mesh axes that the rules give for an array's logical axes."""
   axes = [rules.get(name) for name in names if name]
   return [axis for part in axes if part for axis in (part if isinstance(part, tuple) else (part,))]
 
@@ -110,10 +119,12 @@ def _pairs(rules: Any) -> list[tuple[str, Any]]:
   if isinstance(rules, Mapping):
     rules = rules.items()
   if not isinstance(rules, Iterable):
-    raise ValueError(f"rules should be a mapping, pairs or a dataclass, not {rules!r}")
+    raise ValueError(
+        f"sharding rules must be a mapping, a sequence of pairs or a dataclass, not {rules!r}")
   return [(name, axes) for name, axes in rules]
 
 
 def _boxed(cfg: ModelConfig):
+  """Returns the jitted initialisation, whose arrays come in boxes with their logical axis names."""
   tokens_BT = jnp.zeros((1, 2), jnp.int32)
   return jax.jit(lambda key: Transformer(cfg).init(key, tokens_BT, logits=False))

@@ -1,1 +1,1 @@
-"""Decoding: the cache of latents, and loops that sample text."""
+"""Decoding: the key-value cache, and the loops that sample text."""

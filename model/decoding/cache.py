@@ -12,15 +12,15 @@ from model.config import MLAConfig, ModelConfig
 
 @flax.struct.dataclass
 class Cache:
-  """What attention remembers of the tokens seen so far.
+  """The keys and values, or MLA's latents, of the tokens so far.
 
-  Slots at and after a row's length hold rubbish that is never attended to, so lowering a length
-  rolls a row back. Donate the cache to a jitted step and it is updated in place.
+  The contents of slots from a row's length on are undefined, and never attended to, so that
+  lowering a length rolls the row back. A cache donated to a jitted step is updated in place.
 
   Attributes:
-    lengths_B: int32, tokens held per row.
-    entries: `{"latent": [L, B, S, C]}` for MLA (the normed latent and the rotated shared key, 576
-      wide in V3), `{"keys": [L, B, S, G, K], "values": [L, B, S, G, K]}` otherwise.
+    lengths_B: int32, the number of tokens in each row.
+    entries: `{"latent": [L, B, S, C]}` for MLA (the latent after its norm, then the rotated shared
+      key; 576 wide in V3), `{"keys": [L, B, S, G, K], "values": [L, B, S, G, K]}` otherwise.
   """
 
   lengths_B: jax.Array
@@ -28,14 +28,21 @@ class Cache:
 
   @property
   def num_slots(self) -> int:
+    """S, the most tokens that a row can hold."""
     return next(iter(self.entries.values())).shape[2]
 
   def new_slots_BT(self, num_tokens: int) -> jax.Array:
-    """The slots that the next `num_tokens` of each row go to."""
+    """Returns the slots of the next `num_tokens` tokens of each row, int32 [B, T]."""
     return self.lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
   def append(self, layer: jax.Array, **entries: jax.Array) -> "Cache":
-    """Writes [B, T, ...] entries of one layer after each row's length; past the end they drop."""
+    """Returns the cache with T more entries in every row of one layer, and unchanged lengths.
+
+    Args:
+      layer: int32 scalar, the layer's index.
+      **entries: [B, T, ...] by the names in `entries`. They are written to the slots from each
+        row's length on; those that would lie past the last slot are dropped.
+    """
     updated = dict(self.entries)
     for name, new in entries.items():
       rows_B1 = jnp.arange(new.shape[0])[:, None]
@@ -45,11 +52,11 @@ class Cache:
     return self.replace(entries=updated)
 
   def layer(self, name: str, layer: jax.Array) -> jax.Array:
-    """One layer's [B, S, ...] entries."""
+    """Returns the entries of this name of one layer, [B, S, ...]."""
     return jax.lax.dynamic_index_in_dim(self.entries[name], layer, keepdims=False)
 
   def with_lengths(self, lengths_B: jax.Array) -> "Cache":
-    """The cache with each row cut, or completed, to `lengths_B` tokens."""
+    """Returns the cache with other lengths: larger after `append`, smaller to roll rows back."""
     return self.replace(lengths_B=jnp.asarray(lengths_B, jnp.int32))
 
 
@@ -57,11 +64,14 @@ def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None) -> Cach
   """Returns an empty cache for `batch` rows of up to `num_slots` tokens.
 
   Args:
-    cfg: the model it is for.
-    batch: rows.
-    num_slots: the most tokens a row may reach; tokens past it would be lost, so size it to the
-      prompt plus all that will be generated.
-    dtype: of the entries; None for the compute format.
+    cfg: the architecture.
+    batch: B, the number of rows.
+    num_slots: S, the most tokens of a row. Further ones are dropped without an error, so it should
+      be at least the length of the prompt plus the number of tokens to be generated.
+    dtype: format of the entries; None for the compute format.
+
+  Raises:
+    ValueError: if `batch` or `num_slots` is below 1.
   """
   if batch < 1 or num_slots < 1:
     raise ValueError(f"a cache needs batch >= 1 and num_slots >= 1, not {batch} and {num_slots}")

@@ -1,4 +1,4 @@
-"""Sampling text: a prompt goes into the cache at once, then one token a step.
+"""Sampling of text: the prompt is processed in one forward pass, then there is one per new token.
 
 Shape letters:  B rows  T prompt tokens  N new tokens  V vocabulary
 """
@@ -15,21 +15,35 @@ from model.transformer import Output, Transformer
 
 
 class Generated(NamedTuple):
-  """What was sampled."""
+  """Sampled continuations.
 
-  tokens_BN: jax.Array    # int32; the stop token is included, what follows it repeats it
-  lengths_B: jax.Array    # int32, new tokens up to and including the stop token
-  logprobs_BN: jax.Array  # float32, of each token under the distribution it was sampled from
+  Attributes:
+    tokens_BN: int32, the new tokens. A row's stop token is included, and repeated to the row's end.
+    lengths_B: int32, the number of new tokens, up to and including the stop token.
+    logprobs_BN: float32, the log-probability in nats of each token under the distribution from
+      which it was sampled; 0 after the stop token.
+  """
+
+  tokens_BN: jax.Array
+  lengths_B: jax.Array
+  logprobs_BN: jax.Array
 
 
 def prefill(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
 ) -> tuple[jax.Array, Output]:
-  """Processes right-padded prompts at once, into an empty cache.
+  """Processes right-padded prompts in one forward pass.
+
+  Args:
+    model: the network.
+    variables: its variables.
+    prompts_BT: int32, token ids.
+    lengths_B: int32, the prompts' lengths, in 1..T.
+    cache: an empty cache of at least T slots.
 
   Returns:
-    Logits [B, V] of the token after each prompt, and the model's output, whose cache is cut to the
-    prompts' lengths.
+    float32 logits [B, V] of the token after each prompt, and the model's output, whose cache has
+    the prompts' lengths.
   """
   output = model.apply(variables, prompts_BT, cache=cache, logits=False)
   last_B1D = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
@@ -40,16 +54,28 @@ def prefill(
 def decode_step(
     model: Transformer, variables: dict, tokens_B: jax.Array, cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-  """Appends one token to every row: its successor's logits [B, V], and the cache."""
+  """Appends one token to every row.
+
+  Returns:
+    float32 logits [B, V] of the token after it, and the cache.
+  """
   output = model.apply(variables, tokens_B[:, None], cache=cache)
   return output.logits_BTV[:, 0], output.cache
 
 
 def sampling_logits(
     logits_BV: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
-  """Logits divided by the temperature, with all but the nucleus at -inf.
+  """Divides logits by the temperature, and sets those outside the nucleus to -inf.
 
-  The nucleus is the smallest set of most likely tokens whose probabilities reach `top_p`.
+  The nucleus is the smallest set of most likely tokens whose probabilities reach `top_p` in total.
+
+  Args:
+    logits_BV: logits of the next token.
+    temperature: divides the logits; above 0.
+    top_p: probability of the nucleus, in (0, 1].
+
+  Returns:
+    float32 [B, V].
   """
   logits_BV = logits_BV.astype(jnp.float32) / temperature
   sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
@@ -62,15 +88,19 @@ def sampling_logits(
 def sample_token(
     logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float,
     top_p: jax.Array | float, greedy: bool, nucleus: bool = True) -> tuple[jax.Array, jax.Array]:
-  """Samples, or takes the likeliest; with the log-probability of what was taken.
+  """Samples the next token of every row, or takes the most likely one.
 
   Args:
-    logits_BV: of the next token.
-    keys_B: one for each row.
-    temperature: above 0; not looked at if `greedy`.
-    top_p: not looked at unless `nucleus`, which costs a sort.
-    greedy: take the likeliest.
-    nucleus: sample from the likeliest only; see `sampling_logits`.
+    logits_BV: logits of the next token.
+    keys_B: a jax.random key for each row; ignored if `greedy`.
+    temperature: divides the logits; above 0; ignored if `greedy`.
+    top_p: probability of the nucleus, in (0, 1]; ignored if `greedy` or unless `nucleus`.
+    greedy: take the most likely token.
+    nucleus: sample from the nucleus only, which costs a sort; see `sampling_logits`.
+
+  Returns:
+    The tokens, int32 [B], and their log-probabilities under the distribution from which they were
+    sampled (if `greedy`, that of the logits as they are), float32 [B].
   """
   if not greedy:
     logits_BV = (sampling_logits(logits_BV, temperature, top_p) if nucleus
@@ -88,22 +118,26 @@ def generate(
     top_p: float = 1.0, stop_token: int | None = None) -> Generated:
   """Samples continuations of right-padded prompts.
 
-  A row's randomness is `fold_in(fold_in(key, row), step)`: it depends on neither the other rows nor
-  the devices.
+  The random key of a row at a step is `fold_in(fold_in(key, row), step)`, so that samples depend
+  neither on the other rows nor on the devices.
 
   Args:
     model: the network; its MTP modules are not used.
     variables: its variables.
-    prompts_BT: int32 token ids; what follows a prompt's length is ignored.
-    lengths_B: int32 in 1..T.
-    max_new_tokens: tokens after which a row ends without a stop token.
-    key: a jax.random key; needed unless temperature is 0.
-    temperature: 0 takes the likeliest token.
-    top_p: nucleus mass in (0, 1].
-    stop_token: ends its row.
+    prompts_BT: int32, token ids; those past a prompt's length are ignored.
+    lengths_B: int32, the prompts' lengths, in 1..T.
+    max_new_tokens: N, the number of tokens after which a row ends without a stop token.
+    key: a jax.random key; needed unless `temperature` is 0.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_p: probability of the nucleus from which tokens are sampled, in (0, 1]; see
+      `sampling_logits`.
+    stop_token: id of the token that ends a row; None for none.
+
+  Returns:
+    The new tokens, their number in each row, and their log-probabilities.
 
   Raises:
-    ValueError: for impossible arguments.
+    ValueError: if an argument is out of range, shapes do not fit, or the key is missing.
   """
   _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p)
   key = jax.random.key(0) if key is None else key
@@ -117,10 +151,10 @@ def _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p) -> No
     raise ValueError("generate needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
                      f"{temperature}, {top_p} and {max_new_tokens}")
   if temperature > 0 and key is None:
-    raise ValueError("sampling at a temperature above 0 needs a key")
+    raise ValueError("sampling at a temperature above 0 needs a key: pass a jax.random key")
   if prompts_BT.ndim != 2 or prompts_BT.shape[1] < 1 or lengths_B.shape != prompts_BT.shape[:1]:
-    raise ValueError(f"generate takes prompts [B, T >= 1] and lengths [B], not {prompts_BT.shape} "
-                     f"and {lengths_B.shape}")
+    raise ValueError("generate takes prompts of shape [B, T >= 1] and lengths of shape [B], not "
+                     f"{prompts_BT.shape} and {lengths_B.shape}")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
@@ -158,9 +192,16 @@ def stream(
     model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
     key: jax.Array | None = None, temperature: float = 1.0, top_p: float = 1.0,
     stop_token: int | None = None) -> Iterator[int]:
-  """`generate` for one prompt, a token at a time, as soon as it is known; the same tokens.
+  """Yields the tokens that `generate` samples for one prompt, each as soon as it is known.
 
-  Args and errors are `generate`'s; the prompt is not padded.
+  Args:
+    model: the network; its MTP modules are not used.
+    variables: its variables.
+    prompt_T: int32, token ids of the prompt, without padding.
+    max_new_tokens, key, temperature, top_p, stop_token: as in `generate`.
+
+  Raises:
+    ValueError: for what `generate` raises it, when the first token is asked for.
   """
   _check(prompt_T[None], jnp.array([len(prompt_T)]), max_new_tokens, key, temperature, top_p)
   row_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)

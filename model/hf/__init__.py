@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face folders of DeepSeek-V3, DeepSeek-V2, Llama and Qwen2."""
+"""Loading and saving of Hugging Face folders: DeepSeek-V3, DeepSeek-V2, Llama and Qwen2."""
 
 from model.hf.config import CheckpointError
 from model.hf.loading import load

@@ -1,7 +1,8 @@
-"""`config.json` of Hugging Face folders, to ModelConfig and back.
+"""Converts the `config.json` of Hugging Face folders to ModelConfig, and back.
 
-Four architectures are known: deepseek_v3, deepseek_v2, llama and qwen2. What transformers or the
-released code would compute differently from us is refused by name, never ignored.
+Four architectures are supported: deepseek_v3, deepseek_v2, llama and qwen2. A key whose value would
+make transformers or the released code compute something else than this model is reported as a
+problem, never ignored.
 """
 
 import dataclasses
@@ -28,11 +29,15 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
-FP8_BLOCK = 128
+FP8_BLOCK = 128  # rows, and columns, of a matrix that share a scale in V3's release
 
 
 class CheckpointError(ValueError):
-  """A folder that cannot be loaded; `problems` lists everything found wrong with it."""
+  """A folder that cannot be loaded.
+
+  Attributes:
+    problems: everything that was found wrong with the folder; the message shows the first 40.
+  """
 
   def __init__(self, path, problems: list[str]):
     self.problems = list(problems)
@@ -44,54 +49,70 @@ class CheckpointError(ValueError):
 
 
 class _Reader:
-  """Typed access to a JSON object that notes what is wrong instead of raising.
+  """Typed access to a JSON object, which collects problems instead of raising.
 
-  `guessed` tells whether any value had to be made up to go on, `unclear` whether shapes hang on it.
+  Attributes:
+    values: the JSON object.
+    problems: a list, to which problems are appended.
+    where: what problems call the object.
+    guessed: whether a placeholder was returned for a value that is missing or invalid.
+    unclear: whether such a placeholder may determine shapes of arrays.
   """
 
   def __init__(self, values: dict, problems: list[str], where: str = "config.json"):
     self.values, self.problems, self.where = values, problems, where
     self.guessed = self.unclear = False
 
-  def get(self, key: str, kind: type, default: Any = ..., *, least: float = 1) -> Any:
-    """The value of a key, of type `kind`; numbers not below `least` (floats: positive for 1)."""
+  def get(self, key: str, expected: type, default: Any = ..., *, least: float = 1) -> Any:
+    """Returns the value of a key, or a placeholder and a problem if it is missing or invalid.
+
+    Args:
+      key: a key of the JSON object.
+      expected: type of the value; an integer is also valid where a float is expected.
+      default: returned if the key is missing or null; without it, that is a problem.
+      least: the smallest valid integer. For floats, 1 means that the value must be positive.
+    """
     value = self.values.get(key)
     if value is None and default is not ...:
       return default
-    why = self._wrong(value, kind, least)
-    if why is None:
-      return kind(value)
+    requirement = self._unmet_requirement(value, expected, least)
+    if requirement is None:
+      return expected(value)
     self.guessed = True
-    self.unclear |= kind is not float
+    self.unclear |= expected is not float
     self.problems.append(
         f"{self.where}: {key} is missing" if value is None
-        else f"{self.where}: {key}={reprlib.repr(value)} should be {why}")
-    return kind(1) if kind in (int, float) else kind()
+        else f"{self.where}: {key}={reprlib.repr(value)} should be {requirement}")
+    return expected(1) if expected in (int, float) else expected()
 
   @staticmethod
-  def _wrong(value: Any, kind: type, least: float) -> str | None:
-    """What the value should have been, or None if it is."""
-    if kind in (int, float):
-      numbers = (int, float) if kind is float else int
+  def _unmet_requirement(value: Any, expected: type, least: float) -> str | None:
+    """Returns what the value should be, or None if it is valid."""
+    if expected in (int, float):
+      numbers = (int, float) if expected is float else int
       if not isinstance(value, numbers) or isinstance(value, bool):
-        return "a number" if kind is float else "an integer"
-      if kind is int:
+        return "a number" if expected is float else "an integer"
+      if expected is int:
         return None if least <= value < 2**31 else f"in {least}..{2**31 - 1}"
       within = abs(value) <= 10**30 and (value == 0 or abs(value) >= 1e-30)  # false for NaN
       if not within or (least == 1 and value <= 0):
         return "positive and between 1e-30 and 1e30"
       return None
-    return None if isinstance(value, kind) else f"of type {kind.__name__}"
+    return None if isinstance(value, expected) else f"of type {expected.__name__}"
 
   def refuse(self, key: str, *, unless: Any, why: str = "is not supported") -> None:
+    """Adds a problem if the key is present and its value is not `unless`."""
     value = self.values.get(key)
     alike = value == unless and isinstance(value, bool) == isinstance(unless, bool)
     if value is not None and not alike:
       self.problems.append(
-          f"{self.where}: {key}={reprlib.repr(value)} {why}; only {unless!r} is")
+          f"{self.where}: {key}={reprlib.repr(value)} {why}; it should be {unless!r}")
 
   def build(self, make: Callable, *args, **fields) -> Any:
-    """`make(...)`, its ValueError noted; the error of a made-up value is no news."""
+    """Returns `make(*args, **fields)`, or None and a problem if that raises ValueError.
+
+    If there are placeholders among the values, the error is not added: it may only be about those.
+    """
     try:
       return make(*args, **fields)
     except ValueError as error:
@@ -102,9 +123,15 @@ class _Reader:
 
 
 def parse(config: dict, problems: list[str]) -> ModelConfig | None:
-  """Returns the architecture that a `config.json` describes, and extends `problems`.
+  """Returns the architecture that a `config.json` describes.
 
-  None where it cannot even be guessed; with problems that leave the shapes clear, the architecture.
+  Args:
+    config: the JSON object.
+    problems: a list, to which everything that is wrong with the object is appended.
+
+  Returns:
+    The architecture; None if problems leave shapes of arrays unclear. If they do not, the
+    architecture is returned along with problems, so that the weights can be checked too.
   """
   model_type = config.get("model_type")
   if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -154,16 +181,16 @@ def _parse_rope(reader: _Reader, model_type: str) -> RopeConfig | None:
 
 
 def _parse_scaling(rope: _Reader) -> YarnScaling | Llama3Scaling | LinearScaling | None:
-  kinds = {rope.values[key] if isinstance(rope.values[key], str) else reprlib.repr(rope.values[key])
+  types = {rope.values[key] if isinstance(rope.values[key], str) else reprlib.repr(rope.values[key])
            for key in ("rope_type", "type") if rope.values.get(key) is not None}
-  if len(kinds) > 1:
-    rope.problems.append(f"{rope.where}: rope_type and type disagree: {sorted(kinds)}")
+  if len(types) > 1:
+    rope.problems.append(f"{rope.where}: rope_type and type disagree: {sorted(types)}")
     return None
-  kind = kinds.pop() if kinds else "default"
-  match kind:
+  rope_type = types.pop() if types else "default"
+  match rope_type:
     case "default":
       if rope.values.get("factor") is not None:
-        rope.problems.append(f"{rope.where}: has a factor, but its type is missing or default")
+        rope.problems.append(f"{rope.where}: has a factor, but rope_type is missing or 'default'")
       return None
     case "linear":
       return rope.build(LinearScaling, rope.get("factor", float))
@@ -175,13 +202,14 @@ def _parse_scaling(rope: _Reader) -> YarnScaling | Llama3Scaling | LinearScaling
       rope.refuse("truncate", unless=True)
       if rope.values.get("attention_factor") is not None:
         rope.problems.append(f"{rope.where}: attention_factor is not supported; "
-                             "mscale and mscale_all_dim are")
+                             "use mscale and mscale_all_dim")
       return rope.build(
           YarnScaling, rope.get("factor", float), rope.get("original_max_position_embeddings", int),
           rope.get("beta_fast", float, 32.0), rope.get("beta_slow", float, 1.0),
           rope.get("mscale", float, 0.0, least=0), rope.get("mscale_all_dim", float, 0.0, least=0))
   rope.problems.append(
-      f"{rope.where}: rope_type={kind!r} is not supported; default, linear, llama3 and yarn are")
+      f"{rope.where}: rope_type={rope_type!r} is not supported; it should be default, linear, "
+      "llama3 or yarn")
   return None
 
 
@@ -220,7 +248,8 @@ def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig | None:
                   why="means different things in the released code and in transformers")
   greedy = not v3 and reader.get("topk_method", str) == "greedy"
   if not (v3 or greedy):
-    reader.refuse("topk_method", unless="group_limited_greedy", why="is neither greedy nor known")
+    reader.refuse("topk_method", unless="group_limited_greedy",
+                  why="is neither 'greedy' nor supported")
   num_groups = 1 if greedy else reader.get("n_group", int)
   return reader.build(
       MoEConfig, num_experts=reader.get("n_routed_experts", int),
@@ -234,12 +263,15 @@ def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig | None:
 
 
 def is_fp8(config: dict, problems: list[str]) -> bool:
-  """Whether matrices are stored as V3's release does; any other quantisation is a problem."""
+  """Whether matrices are stored in FP8 as in V3's release, that is in e4m3 with 128 x 128 blocks.
+
+  Any other quantisation is appended to `problems`.
+  """
   quantization = config.get("quantization_config")
   if quantization is None:
     return False
   if not isinstance(quantization, dict):
-    problems.append("config.json: quantization_config should be an object")
+    problems.append("config.json: quantization_config should be a JSON object")
     return False
   reader = _Reader(quantization, problems, "config.json: quantization_config")
   reader.get("quant_method", str)
@@ -251,18 +283,22 @@ def is_fp8(config: dict, problems: list[str]) -> bool:
 
 
 def with_dtype(cfg: ModelConfig, dtype: str) -> ModelConfig:
-  """The config with parameters kept, and multiplied, in one format."""
+  """Returns the config with parameters stored, and products computed, in the format `dtype`."""
   return dataclasses.replace(cfg, numerics=Numerics(params=dtype, compute=dtype))
 
 
-# The other direction.
+# From ModelConfig to config.json.
 
 
 def render(cfg: ModelConfig, dtype: str) -> dict:
-  """Returns the `config.json` of the architecture that computes what `cfg` does.
+  """Returns the `config.json` of the Hugging Face architecture that computes what `cfg` does.
+
+  Args:
+    cfg: the architecture.
+    dtype: format of the weights, such as "bfloat16".
 
   Raises:
-    ValueError: if none of the four does, saying why.
+    ValueError: if none of the four does; the message says why.
   """
   model_type = _architecture(cfg)
   attention = cfg.attention
@@ -325,44 +361,45 @@ def _render_scaling(scaling) -> dict | None:
 
 
 def _architecture(cfg: ModelConfig) -> str:
-  """The model_type that computes what `cfg` does."""
-  why = []
+  """Returns the model_type that computes what `cfg` does; raises ValueError if none does."""
+  unsupported = []
   if isinstance(cfg.attention, GQAConfig):
     a = cfg.attention
     model_type = "qwen2" if a.qkv_bias and not a.out_bias else "llama"
     if a.out_bias and not a.qkv_bias:
-      why.append("an output bias without query, key and value biases")
+      unsupported.append("an output bias without query, key and value biases")
     if cfg.moe or cfg.mtp:
-      why.append("grouped-query attention with experts or MTP")
+      unsupported.append("grouped-query attention with experts or MTP")
     if cfg.rope.layout != "half":
-      why.append("grouped-query attention with interleaved rotation")
+      unsupported.append("grouped-query attention with interleaved rotary dimensions")
   else:
-    model_type = _check_deepseek(cfg, why)
+    model_type = _check_deepseek(cfg, unsupported)
   if model_type != "deepseek_v3" and cfg.d_model % cfg.attention.num_heads:
-    why.append(f"a d_model={cfg.d_model} that num_heads={cfg.attention.num_heads} does not divide")
-  if why:
-    raise ValueError("no Hugging Face architecture has " + ", nor ".join(why))
+    unsupported.append(
+        f"a d_model={cfg.d_model} that num_heads={cfg.attention.num_heads} does not divide")
+  if unsupported:
+    raise ValueError("no Hugging Face architecture supports " + ", nor ".join(unsupported))
   return model_type
 
 
-def _check_deepseek(cfg: ModelConfig, why: list[str]) -> str:
-  """deepseek_v3 or deepseek_v2 by the router; `why` gets what neither has."""
+def _check_deepseek(cfg: ModelConfig, unsupported: list[str]) -> str:
+  """Returns deepseek_v3 or deepseek_v2, by the router's score; collects what that does not have."""
   if cfg.moe is None:
-    why.append("latent attention without experts")
+    unsupported.append("latent attention without experts")
     return "deepseek_v3"
   v3 = cfg.moe.score == "sigmoid"
   if not cfg.attention.latent_norm:
-    why.append("latent attention without latent norms")
+    unsupported.append("latent attention without latent norms")
   if not cfg.moe.num_shared_experts:
-    why.append("no shared expert")
+    unsupported.append("routed experts without a shared expert")
   if cfg.moe.group_score != ("top2" if v3 else "max") and cfg.moe.num_groups > 1:
-    why.append(f"a {cfg.moe.score} router with group_score={cfg.moe.group_score!r}")
+    unsupported.append(f"a {cfg.moe.score} router with group_score={cfg.moe.group_score!r}")
   if v3 and not cfg.moe.balancing_bias:
-    why.append("a sigmoid router without balancing bias")
+    unsupported.append("a sigmoid router without balancing bias")
   if not v3 and (cfg.moe.balancing_bias or cfg.moe.normalize_gates):
-    why.append("a softmax router with balancing bias or normalised gates")
+    unsupported.append("a softmax router with balancing bias or normalised gates")
   if not v3 and cfg.rope.layout != "interleaved":
-    why.append("a softmax router with half rotation")
+    unsupported.append("a softmax router with rotary layout 'half'")
   if cfg.mtp and (not v3 or cfg.mtp.hidden != "post_norm"):
-    why.append("MTP beside a softmax router or on hidden states before the final norm")
+    unsupported.append("MTP with a softmax router, or on hidden states before the final norm")
   return "deepseek_v3" if v3 else "deepseek_v2"

@@ -1,7 +1,8 @@
-"""Which tensor of a Hugging Face folder holds which part of our variables: one table, both ways.
+"""Which tensor of a Hugging Face folder holds which part of our variables.
 
-A projection there is [out, in], and heads are rows; here it is [in, heads, width]. Layers and
-experts are tensors of their own there and leading axes here.
+Loading and saving use the same table. In the folder a projection is [out, in], with the heads among
+its rows; here it is [in, heads, width]. In the folder every layer and every expert has tensors of
+its own; here they are leading axes of arrays.
 """
 
 import dataclasses
@@ -16,10 +17,17 @@ from model.config import MLAConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A part of a stored tensor and its place in one of our arrays.
+  """A part of a stored tensor, and its place in one of our arrays.
 
-  The tensor is reshaped to `view`; of each axis the part in `take` is used; view axis i becomes
-  array axis `axes[i]`, all other array axes being 1 long; the result goes to index `start`.
+  The stored tensor is reshaped to `view`, and the ranges `take` are cut out of it. Its axes are
+  then moved to those of the array; the result is a block of the array, which begins at `start`.
+
+  Attributes:
+    path: keys of the array in the tree of variables.
+    view: shape that the stored tensor is reshaped to.
+    axes: the array's axis that each axis of the view becomes; the block's other axes have length 1.
+    start: index in the array at which the block begins.
+    take: for every axis of the view, the range (first, past the last) that belongs to the piece.
   """
 
   path: tuple[str, ...]
@@ -29,18 +37,19 @@ class Piece:
   take: tuple[tuple[int, int], ...]
 
   def block_shape(self) -> tuple[int, ...]:
-    """Shape of what is written, with the array's rank."""
+    """Returns the shape of the block, with as many axes as the array."""
     shape = [1] * len(self.start)
     for axis, (low, high) in zip(self.axes, self.take, strict=True):
       shape[axis] = high - low
     return tuple(shape)
 
   def index(self) -> tuple[slice, ...]:
+    """Returns the slices of the array that are the block."""
     return tuple(slice(at, at + length)
                  for at, length in zip(self.start, self.block_shape(), strict=True))
 
   def from_block(self, block: np.ndarray) -> np.ndarray:
-    """Turns what `index` selects back into the part of the view it came from."""
+    """Returns the part of the view that belongs to a block, with the view's order of axes."""
     order = sorted(range(len(self.axes)), key=lambda i: self.axes[i])
     squeezed = block.reshape([self.take[i][1] - self.take[i][0] for i in order])
     return squeezed.transpose(np.argsort(order))
@@ -48,25 +57,38 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A stored tensor: its name and shape, and where its parts go."""
+  """A stored tensor, and where its parts belong.
+
+  Attributes:
+    name: name in the folder.
+    shape: shape in the folder.
+    pieces: its parts and their places in our arrays.
+    wide: whether it is in float32 whatever the folder's format.
+    quantizable: whether it may be in FP8, along with a tensor of scales.
+  """
 
   name: str
   shape: tuple[int, ...]
   pieces: tuple[Piece, ...]
-  wide: bool = False        # kept in float32 whatever the folder's format
-  quantizable: bool = False  # may be FP8 with a tensor of scales beside it
+  wide: bool = False
+  quantizable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """All tensors of a folder, and the copies it may hold: name to the name it must equal."""
+  """All tensors of a folder.
+
+  Attributes:
+    tensors: the tensors that it must contain.
+    copies: tensors that it may contain too, by name, with the name of the tensor that each repeats.
+  """
 
   tensors: tuple[Tensor, ...]
   copies: dict[str, str]
 
 
 def num_tensors(cfg: ModelConfig) -> int:
-  """How many tensors `layout(cfg)` lists, without listing them."""
+  """Returns about how many tensors `layout(cfg)` has, without making them."""
   depth = cfg.mtp.depth if cfg.mtp else 0
   experts = cfg.moe.num_experts if cfg.moe else 0
   per_layer = 8 + (3 * experts if cfg.num_moe_layers or depth else 0)
@@ -74,13 +96,20 @@ def num_tensors(cfg: ModelConfig) -> int:
 
 
 class _Builder:
-  """Writes down the tensors of one block, or of the model around the blocks."""
+  """Makes the tensors of one block, or of the model around the blocks.
+
+  Attributes:
+    cfg: the architecture.
+    source: what the tensors' names in the folder begin with.
+    path: what the paths of our arrays begin with, after "params".
+    index: index of the layer (and expert) in our arrays, which their first axes are for.
+  """
 
   def __init__(self, cfg: ModelConfig, source: str, path: tuple[str, ...], index: tuple[int, ...]):
     self.cfg, self.source, self.path, self.index = cfg, source, path, index
 
   def piece(self, path, view, axes, *, start=None, take=None) -> Piece:
-    """`axes` and `start` count from after the layer (and expert) axes."""
+    """Makes a Piece; `axes` and `start` leave out the leading axes of layer (and expert)."""
     lead = len(self.index)
     rank = lead + (len(start) if start else len(view))
     full = self.index + (tuple(start) if start else (0,) * (rank - lead))
@@ -94,14 +123,17 @@ class _Builder:
     return self.tensor(f"{name}.weight", (size,), self.piece(path, (size,), (0,)))
 
   def matrix(self, name, path, outs: tuple[int, ...], ins: tuple[int, ...], **kwargs) -> Tensor:
-    """[outs, ins] there, [ins, outs] here, where either may be several axes."""
+    """Makes a projection: [outs, ins] in the folder, [ins, outs] here, each one or several axes."""
     axes = tuple(range(len(ins), len(ins) + len(outs))) + tuple(range(len(ins)))
     return self.tensor(f"{name}.weight", (math.prod(outs), math.prod(ins)),
                        self.piece(path, outs + ins, axes), **kwargs)
 
 
 def layout(cfg: ModelConfig) -> Layout:
-  """Returns the folder of `cfg`; MTP modules are layers after the last, as in V3's release."""
+  """Returns the layout of a folder of this architecture.
+
+  MTP modules are layers after the last one, as in V3's release.
+  """
   top = _Builder(cfg, "", (), ())
   embedding = ("embedding", "embedding")
   size = (cfg.vocab_size, cfg.d_model)
@@ -134,7 +166,7 @@ def _mtp(cfg: ModelConfig, source: str, module: str) -> Iterator[Tensor]:
   yield at.vector("hnorm", ("hidden_norm", "scale"), d)
   yield at.vector("enorm", ("embedding_norm", "scale"), d)
   yield at.vector("shared_head.norm", ("norm", "scale"), d)
-  # There the embedding's half always comes first.
+  # In the folder, the half for the embedding always comes first.
   swap = cfg.mtp.concat == "hidden_first"
   halves = [at.piece(("w_proj",), (d, 2 * d), (1, 0), start=((d - low) if swap else low, 0),
                      take=((0, d), (low, low + d))) for low in (0, d)]
@@ -183,7 +215,7 @@ def _mla(at: _Builder) -> Iterator[Tensor]:
   yield at.matrix(f"{name}kv_a_proj_with_mqa", (*path, "w_dkv"), (a.cache_elements,), (d,),
                   quantizable=True)
   yield at.vector(f"{name}kv_a_layernorm", (*path, "kv_norm", "scale"), a.kv_lora_rank)
-  # Every head's rows are its content key, then its value.
+  # The rows of each head are those of its content key, then those of its value.
   split, width = a.qk_nope_head_dim, a.qk_nope_head_dim + a.v_head_dim
   view = (a.num_heads, width, a.kv_lora_rank)
   parts = [at.piece((*path, part), view, (1, 2, 0),
@@ -210,7 +242,7 @@ def _gqa(at: _Builder) -> Iterator[Tensor]:
 
 
 def find(variables: dict, path: tuple[str, ...]) -> jax.Array:
-  """The array at `path`."""
+  """Returns the array at a path of keys."""
   for key in path:
     variables = variables[key]
   return variables

@@ -1,9 +1,9 @@
 """Loading Hugging Face folders of DeepSeek-V3, DeepSeek-V2, Llama and Qwen2.
 
-Everything about a folder that can be checked without reading weights is checked first, and reported
-at once. Then every tensor goes straight to its place: a slice of a file at a time, dequantised and
-transposed on the device, written into preallocated (stacked, sharded) arrays that are updated in
-place.
+Everything about a folder that can be checked without reading weights is checked first, and all
+problems are reported together. Then every tensor goes straight to its place, one slice of a file at
+a time: slices are dequantised and transposed on the device, and written into preallocated (stacked,
+sharded) arrays, which are updated in place.
 """
 
 import collections
@@ -28,6 +28,8 @@ from model.hf import layout as hf_layout
 from model.hf.config import FP8_BLOCK, CheckpointError
 from model.variables import abstract_variables, shardings
 
+# The size, in float32, of the slices in which tensors are read, and the size up to which
+# `_Target` treats an array as small.
 _CHUNK_BYTES = 16 << 20
 _SCALE = "_scale_inv"
 _FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -37,23 +39,24 @@ _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 def load(
     path, *, dtype=None, mesh: jax.sharding.Mesh | None = None, rules: Any = None,
 ) -> tuple[ModelConfig, dict]:
-  """Reads a folder of `config.json` and safetensors, in float32, bfloat16, float16 or V3's FP8.
+  """Loads a folder of `config.json` and safetensors in float32, bfloat16, float16 or V3's FP8.
 
-  Host memory peaks at the arrays themselves plus tens of megabytes.
+  The peak of host memory is the size of the arrays plus tens of megabytes.
 
   Args:
     path: the folder.
-    dtype: format of the parameters, and of the returned config's products; None keeps the folder's
-      (bfloat16 for FP8). The balancing bias stays float32.
-    mesh: devices to spread the arrays over; None puts them on the default device.
-    rules: what spreads over which mesh axis; see `model.shardings`.
+    dtype: format of the parameters, and of products in the returned config; None keeps the folder's
+      format (bfloat16 if that is FP8). The balancing bias is float32 in any case.
+    mesh: devices that the arrays are sharded over; None puts them on the default device.
+    rules: maps logical axes to axes of the mesh; see `model.shardings`.
 
   Returns:
-    The architecture, and its variables, a plain tree as `model.init` makes.
+    The architecture, and its variables, a tree like that of `model.init`.
 
   Raises:
-    CheckpointError: listing everything wrong with the folder; before anything large is allocated,
-      except for numbers that are not finite and copies that differ, which only reading can show.
+    CheckpointError: if anything is wrong with the folder; it lists all problems. It is raised
+      before anything large is allocated, except for values that are not finite or too large, and
+      for copies that differ, which only show when weights are read.
   """
   folder = pathlib.Path(path)
   cfg, layout, stored, is_fp8 = _check(folder)
@@ -69,14 +72,18 @@ def load(
     _read_tensor(tensor, stored, target, problems)
   for copy, original in layout.copies.items():
     if copy in stored and not _same(stored[copy], stored[original]):
-      problems.append(f"{copy} differs from {original}, which it should repeat")
+      problems.append(f"{copy} differs from {original}, of which it should be a copy")
   if problems:
     raise CheckpointError(folder, problems)
   return cfg, target.variables()
 
 
 def _check(folder: pathlib.Path):
-  """Everything that headers and JSON can show; raises CheckpointError."""
+  """Checks what headers and JSON can show, and raises CheckpointError if anything is wrong.
+
+  Returns:
+    The architecture, its layout, the stored tensors by name, and whether matrices may be in FP8.
+  """
   problems: list[str] = []
   if not os.path.isdir(folder):
     raise CheckpointError(folder, ["it is not a folder"])
@@ -87,35 +94,38 @@ def _check(folder: pathlib.Path):
   is_fp8 = config is not None and hf_config.is_fp8(config, problems)
   layout = None
   if cfg is not None and stored:
-    announced, cfg = cfg.mtp, _without_absent_mtp(cfg, stored)
+    declared, cfg = cfg.mtp, _without_absent_mtp(cfg, stored)
     if hf_layout.num_tensors(cfg) > 2 * len(stored) + 1000:
       problems.append(f"config.json describes about {hf_layout.num_tensors(cfg)} tensors, "
-                      f"but the folder holds {len(stored)}")
+                      f"but the folder contains {len(stored)}")
     else:
       layout = hf_layout.layout(cfg)
       _compare(layout, stored, is_fp8, problems)
   if problems:
     raise CheckpointError(folder, list(dict.fromkeys(problems)))
-  if announced and not cfg.mtp:
-    logging.getLogger(__name__).warning("%s announces MTP modules and has no weights for them",
-                                        folder)
+  if declared and not cfg.mtp:
+    logging.getLogger(__name__).warning(
+        "%s declares MTP modules but has no weights for them: they are left out", folder)
   return cfg, layout, stored, is_fp8
 
 
 def _without_absent_mtp(cfg: ModelConfig, stored: dict) -> ModelConfig:
-  """Folders written by transformers announce an MTP layer and leave all of it out."""
+  """Returns the config without MTP if the folder has no weights for it.
+
+  In folders that transformers writes, config.json declares an MTP layer that is not there.
+  """
   prefix = re.compile(rf"model\.layers\.({cfg.num_layers}|{cfg.num_layers + 1})\.")
   absent = cfg.mtp and not any(prefix.match(name) for name in stored)
   return dataclasses.replace(cfg, mtp=None) if absent else cfg
 
 
 def _compare(layout, stored, is_fp8: bool, problems: list[str]) -> None:
-  """Notes what is missing, extra, mis-shaped or mis-typed."""
+  """Appends a problem for every tensor that is missing, unknown, or of a wrong shape or type."""
   expected = {tensor.name: tensor for tensor in layout.tensors}
   scales = {name + _SCALE for name, tensor in expected.items() if tensor.quantizable}
   originals = {copy: expected[original] for copy, original in layout.copies.items()}
   problems.extend(f"{name} is missing" for name in expected if name not in stored)
-  # Any tensor may be wider; those that are not share one format.
+  # Any tensor may be in float32; the others must have one 16-bit format in common.
   halves = collections.Counter(found.dtype for found in stored.values()
                                if found.dtype in ("BF16", "F16"))
   usual = {"F32"} | {dtype for dtype, _ in halves.most_common(1)}
@@ -126,7 +136,7 @@ def _compare(layout, stored, is_fp8: bool, problems: list[str]) -> None:
         problems.append(f"{name} is not part of this architecture")
       continue
     if found.shape != tensor.shape:
-      problems.append(f"{name} has shape {list(found.shape)}; config.json asks for "
+      problems.append(f"{name} has shape {list(found.shape)}; by config.json it should be "
                       f"{list(tensor.shape)}")
     if found.dtype == "F8_E4M3" and is_fp8 and tensor.quantizable:
       _compare_scale(name, tensor, stored, problems)
@@ -135,7 +145,7 @@ def _compare(layout, stored, is_fp8: bool, problems: list[str]) -> None:
       problems.append(f"{name} has type {found.dtype}; it should be "
                       + " or ".join(sorted(allowed)))
     elif name + _SCALE in stored:
-      problems.append(f"{name} has type {found.dtype}, but scales beside it")
+      problems.append(f"{name} has type {found.dtype}, but the folder contains scales for it")
 
 
 def _compare_scale(name, tensor, stored, problems) -> None:
@@ -148,15 +158,15 @@ def _compare_scale(name, tensor, stored, problems) -> None:
                     f"{list(blocks)}")
 
 
-# Reading.
+# Reading the weights.
 
 
 class _Target:
-  """The variables being filled.
+  """The variables that are being filled.
 
-  A small array is put together on the host, and goes to its devices when it is complete. Of a large
-  one, every device has its piece from the start, updated in place: a compiled step per kind of
-  tensor, which small arrays would not repay.
+  A small array is assembled on the host, and moved to its devices when it is complete. For a large
+  one every device has its part from the beginning, and updates it in place. That needs a compiled
+  step for every type of tensor, which would not pay off for small arrays.
   """
 
   def __init__(self, cfg: ModelConfig, mesh, rules):
@@ -176,12 +186,18 @@ class _Target:
         for number, shape in enumerate(self.shapes) if not small(shape)}
 
   def write(self, piece: hf_layout.Piece, values: np.ndarray, scales: np.ndarray | None) -> None:
-    """Puts a run of the piece's view (its first axis cut to `values`) where it belongs."""
+    """Writes values to the place of a piece.
+
+    Args:
+      piece: the piece, or the part of it that `_run` returns for some rows of its view.
+      values: those rows of the stored tensor, in the shape of the view.
+      scales: float32, for values in FP8: a row of block scales for each row of the stored matrix.
+    """
     number = self.number[piece.path]
     shape = self.shapes[number].shape
     if number in self.staged:
       whole = self.staged[number]
-      whole[piece.index()] = _turn(
+      whole[piece.index()] = _to_block(
           np, values, scales, whole.dtype, whole.ndim, piece.axes, piece.take)
       return
     for device, index in self.indices[number].items():
@@ -194,10 +210,11 @@ class _Target:
           axes=piece.axes, take=take)
 
   def limit(self, path: tuple[str, ...]) -> float:
-    """The largest number that the array at `path` can hold."""
+    """Returns the largest finite value in the format of the array at `path`."""
     return float(jnp.finfo(self.shapes[self.number[path]].dtype).max)
 
   def variables(self) -> dict:
+    """Returns the tree of variables, once they have been filled."""
     arrays = []
     for number, (shape, sharding) in enumerate(zip(self.shapes, self.shardings, strict=True)):
       if number in self.staged:
@@ -222,7 +239,12 @@ def _extent(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _intersect(piece: hf_layout.Piece, index: tuple[slice, ...], shape: tuple[int, ...]):
-  """Where in a device's part the piece starts, and what of its view falls there; or None."""
+  """Intersects a piece with the part of an array that a device has.
+
+  Returns:
+    The index in the device's part at which the piece begins, and the ranges of its view that belong
+    there; None if the two do not overlap.
+  """
   lengths, begins, take = piece.block_shape(), [], list(piece.take)
   view_axis = {axis: i for i, axis in enumerate(piece.axes)}
   for axis, (at, length, part, size) in enumerate(
@@ -240,12 +262,15 @@ def _intersect(piece: hf_layout.Piece, index: tuple[slice, ...], shape: tuple[in
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "take"))
 def _place(array, values, scales, start, *, axes, take):
-  block = _turn(jnp, values, scales, array.dtype, array.ndim, axes, take)
+  block = _to_block(jnp, values, scales, array.dtype, array.ndim, axes, take)
   return lax.dynamic_update_slice(array, block, tuple(start))
 
 
-def _turn(xnp, values, scales, dtype, rank: int, axes, take):
-  """What a piece's view, or a run of it, is in our array: dequantised, cut, cast, transposed."""
+def _to_block(xnp, values, scales, dtype, rank: int, axes, take):
+  """Turns a piece's view into a block of our array: dequantises, cuts, casts and transposes it.
+
+  `xnp` is numpy or jax.numpy; see `hf_layout.Piece` and `_Target.write` for the other arguments.
+  """
   if scales is not None:
     scales = xnp.repeat(scales, FP8_BLOCK, axis=1)
     flat = values.reshape(scales.shape[0], -1).astype(np.float32)
@@ -259,14 +284,15 @@ def _turn(xnp, values, scales, dtype, rank: int, axes, take):
 
 
 def _read_tensor(tensor, stored, target: _Target, problems: list[str]) -> None:
-  """Streams one stored tensor to all the places its parts belong in."""
+  """Reads one stored tensor a slice at a time, and writes its parts to their places."""
   source, scale = stored[tensor.name], stored.get(tensor.name + _SCALE)
   scales, limit = None, target.limit(tensor.pieces[0].path)
   if scale is not None:
     scales = scale.read(0, hf_files.num_elements(scale)).reshape(scale.shape)
     most = limit / hf_files.largest("F8_E4M3")
     if not ((scales > 0) & (scales <= most)).all():
-      problems.append(f"{tensor.name}{_SCALE} holds numbers that are not in 0..{most:.3g}")
+      problems.append(
+          f"{tensor.name}{_SCALE} has values that are not above 0, or not at most {most:.3g}")
       return
   view = tensor.pieces[0].view
   unit = math.prod(view[1:])
@@ -275,10 +301,11 @@ def _read_tensor(tensor, stored, target: _Target, problems: list[str]) -> None:
     count = min(step, view[0] - first)
     values = source.read(first * unit, count * unit)
     if not hf_files.all_finite(values, source.dtype):
-      problems.append(f"{tensor.name} holds numbers that are not finite")
+      problems.append(f"{tensor.name} has values that are not finite")
       return
     if limit < hf_files.largest(source.dtype) and np.abs(values).max() > limit:
-      problems.append(f"{tensor.name} holds numbers beyond {limit:.3g}, the asked format's largest")
+      problems.append(
+          f"{tensor.name} has values beyond {limit:.3g}, the largest of the requested format")
       return
     row_scales = None if scales is None else _row_scales(scales, tensor.shape, first * unit,
                                                          count * unit)
@@ -289,13 +316,16 @@ def _read_tensor(tensor, stored, target: _Target, problems: list[str]) -> None:
 
 
 def _row_scales(scales, shape, first: int, count: int) -> np.ndarray:
-  """The block scales of the matrix rows that these elements are, one line a row."""
+  """Returns the block scales of the matrix rows that contain these elements, a row for each row."""
   rows = np.arange(first // shape[1], (first + count) // shape[1])
   return scales[rows // FP8_BLOCK]
 
 
 def _run(piece: hf_layout.Piece, first: int, count: int) -> hf_layout.Piece | None:
-  """The part of a piece that lies in view rows first..first + count, relative to those rows."""
+  """Returns the part of a piece that is in `count` rows of its view, or None if there is none.
+
+  Its `take` counts from the first of these rows, `first`.
+  """
   (low, high), *rest = piece.take
   begin, end = max(low, first), min(high, first + count)
   if begin >= end:
@@ -307,6 +337,7 @@ def _run(piece: hf_layout.Piece, first: int, count: int) -> hf_layout.Piece | No
 
 
 def _same(a: hf_files.Stored, b: hf_files.Stored) -> bool:
+  """Whether two tensors of the same shape are equal to the bit."""
   total = hf_files.num_elements(a)
   step = _CHUNK_BYTES // 4
   return a.dtype == b.dtype and all(

@@ -1,4 +1,4 @@
-"""Saving a model as a Hugging Face folder, in the layout of the release that it has."""
+"""Saving models as Hugging Face folders, in the layout of their architecture's release."""
 
 import json
 import math
@@ -20,13 +20,19 @@ _SHARD_BYTES = 5 << 30
 
 
 def save(path, cfg: ModelConfig, variables: dict) -> None:
-  """Writes a folder that transformers loads, in the variables' own format.
+  """Writes a folder that transformers can load, with weights in the format of the variables.
 
-  MTP modules are written as V3's release has them, as layers after the last. What an earlier save
-  left in the folder is replaced, after the new files are complete.
+  MTP modules are written as layers after the last one, as in V3's release. The model files of an
+  earlier save are replaced once the new ones are complete.
+
+  Args:
+    path: the folder; it is created if it does not exist.
+    cfg: the architecture.
+    variables: a tree like that of `model.init`.
 
   Raises:
-    ValueError: if no known architecture computes what `cfg` does, or the variables do not fit it.
+    ValueError: if no Hugging Face architecture computes what `cfg` does, or if the variables do not
+      fit it.
   """
   folder = pathlib.Path(path)
   variables = nn.meta.unbox(variables)
@@ -39,7 +45,8 @@ def save(path, cfg: ModelConfig, variables: dict) -> None:
     _write_shards(staged, hf_layout.layout(cfg), variables, params_dtype)
     (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for file in staged.glob("*.safetensors"):
-      shutil.copymode(staged / "config.json", file)  # that package makes them private
+      # The safetensors package makes files that only their owner may read.
+      shutil.copymode(staged / "config.json", file)
     for old in folder.glob("model*.safetensors*"):
       old.unlink()
     for new in sorted(staged.iterdir()):
@@ -47,18 +54,23 @@ def save(path, cfg: ModelConfig, variables: dict) -> None:
 
 
 def _check_variables(cfg: ModelConfig, variables: dict) -> None:
-  want = {"/".join(k.key for k in path): leaf.shape for path, leaf in
-          jax.tree_util.tree_flatten_with_path(abstract_variables(cfg))[0]}
-  have = {"/".join(k.key for k in path): leaf.shape for path, leaf in
-          jax.tree_util.tree_flatten_with_path(variables)[0]}
-  wrong = [f"{name}: {have.get(name)} instead of {want.get(name)}"
-           for name in sorted(want.keys() | have.keys()) if want.get(name) != have.get(name)]
+  expected = {"/".join(k.key for k in path): leaf.shape for path, leaf in
+              jax.tree_util.tree_flatten_with_path(abstract_variables(cfg))[0]}
+  actual = {"/".join(k.key for k in path): leaf.shape for path, leaf in
+            jax.tree_util.tree_flatten_with_path(variables)[0]}
+  wrong = [f"{name}: shape {actual.get(name)} instead of {expected.get(name)}"
+           for name in sorted(expected.keys() | actual.keys())
+           if expected.get(name) != actual.get(name)]
   if wrong:
-    raise ValueError("the variables do not fit the config:\n  " + "\n  ".join(wrong[:40]))
+    raise ValueError("the variables do not fit the config (None means that there is no such array):"
+                     "\n  " + "\n  ".join(wrong[:40]))
 
 
 def _write_shards(folder: pathlib.Path, layout, variables: dict, dtype) -> None:
-  """Writes files of at most _SHARD_BYTES, named as Hugging Face names them, and their index."""
+  """Writes files of at most _SHARD_BYTES, with Hugging Face's names, and an index if several.
+
+  A tensor that is larger than that has a file of its own.
+  """
   sizes = [math.prod(t.shape) * (4 if t.wide else dtype.itemsize) for t in layout.tensors]
   shards, room = [[]], _SHARD_BYTES
   for tensor, size in zip(layout.tensors, sizes, strict=True):
@@ -79,7 +91,7 @@ def _write_shards(folder: pathlib.Path, layout, variables: dict, dtype) -> None:
 
 
 def _gather(tensor: hf_layout.Tensor, variables: dict) -> np.ndarray:
-  """One tensor as it is stored, from the parts of ours that it is made of."""
+  """Returns one tensor as it is stored in the folder, assembled from parts of our arrays."""
   view = tensor.pieces[0].view
   dtype = hf_layout.find(variables, tensor.pieces[0].path).dtype
   values = np.empty(view, dtype)

@@ -1,7 +1,7 @@
-"""Small configurations that differ in every dimension, with seeded weights that make them loud.
+"""Small configurations that differ in every dimension, with seeded weights and large logits.
 
-Needs numpy alone: both the generator of the reference (which has torch, but not jax) and the tests
-(the other way round) import it.
+Needs only numpy: both the generator of the reference (which has torch, but not jax) and the tests
+(which have jax, but not torch) import it.
 """
 
 import zlib
@@ -36,10 +36,11 @@ _LLAMA = {
 }
 
 CASES = {
-    # Many groups, query compression, YaRN with the release's temperatures, one MTP module.
+    # Several expert groups, query compression, YaRN with the release's temperatures, an MTP module.
     "v3": _V3 | {"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
                  "num_nextn_predict_layers": 1},
-    # One group, no compression, no YaRN, tied, two shared experts, half rotation.
+    # One expert group, no query compression, no YaRN, tied embeddings, two shared experts, RoPE in
+    # the half layout.
     "v3_plain": _V3 | {
         "num_hidden_layers": 2, "first_k_dense_replace": 0, "q_lora_rank": None, "n_group": 1,
         "topk_group": 1, "n_shared_experts": 2, "tie_word_embeddings": True,
@@ -65,7 +66,7 @@ def tokens(config: dict) -> np.ndarray:
 
 
 def make_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-  """Weights by name, the same wherever they are made: logits exceed 3 and no norm is one."""
+  """Returns weights by name, equal on every machine; logits exceed 3 and no norm's gain is one."""
   weights = {}
   for name, shape in shapes.items():
     rng = np.random.default_rng(zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""The committed reference of transformers, and the distance of our model from it."""
+"""The committed results of transformers, and the distance of our model from them."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def shapes(case: str) -> dict[str, tuple[int, ...]]:
 
 
 def gradients(case: str, path: pathlib.Path = FIXTURES) -> dict[str, np.ndarray]:
-  """The reference's gradients by stored name."""
+  """Returns the gradients of transformers by stored name."""
   flat, by_name, first = reference(path)[f"{case}/grads"], {}, 0
   for name, shape in shapes(case).items():
     if "correction_bias" in name:
@@ -48,7 +48,7 @@ def gradients(case: str, path: pathlib.Path = FIXTURES) -> dict[str, np.ndarray]
 
 
 def write_folder(case: str, folder: pathlib.Path) -> pathlib.Path:
-  """The case as a Hugging Face folder."""
+  """Writes a case as a Hugging Face folder, and returns the folder."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(hf_cases.CASES[case]))
   save_file(hf_cases.make_weights(shapes(case)), folder / "model.safetensors")
@@ -56,7 +56,7 @@ def write_folder(case: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def run(cfg: model.ModelConfig, variables: dict) -> tuple[jax.Array, tuple, dict]:
-  """Logits, MTP logits, and gradients of the fixture's loss."""
+  """Returns our logits, MTP logits, and gradients of the fixture's loss."""
   tokens_BT = jnp.asarray(hf_cases.tokens({"vocab_size": cfg.vocab_size}), jnp.int32)
   transformer = model.Transformer(cfg)
 
@@ -77,27 +77,28 @@ def _cross_entropy(logits, targets):
 
 
 def forward_distance(case: str, cfg: model.ModelConfig, variables: dict) -> float:
-  """How far the logits alone are."""
+  """Returns the distance of our logits from those of transformers."""
   tokens_BT = jnp.asarray(hf_cases.tokens({"vocab_size": cfg.vocab_size}), jnp.int32)
   logits = jax.jit(lambda v: model.Transformer(cfg).apply(v, tokens_BT).logits_BTV)(variables)
   return relative(logits, reference()[f"{case}/logits"])
 
 
 def distance(case: str, cfg: model.ModelConfig, variables: dict) -> tuple[float, dict[str, float]]:
-  """How far logits, and every stored tensor's gradient, are from transformers'."""
+  """Returns the distances from transformers of our logits and of every stored tensor's gradient."""
   want = reference()
   logits, mtp_logits, grads = run(cfg, variables)
-  apart = relative(logits, want[f"{case}/logits"])
+  logits_distance = relative(logits, want[f"{case}/logits"])
   if mtp_logits:
-    apart = max(apart, relative(mtp_logits[0][:, :-1], want[f"{case}/mtp_logits"]))
+    logits_distance = max(
+        logits_distance, relative(mtp_logits[0][:, :-1], want[f"{case}/mtp_logits"]))
   layout = {tensor.name: tensor for tensor in hf_layout.layout(cfg).tensors}
   by_name = {name: relative(saving._gather(layout[name], {"params": grads}), theirs)
              for name, theirs in gradients(case).items()}
-  return apart, by_name
+  return logits_distance, by_name
 
 
 def relative(ours, reference_values) -> float:
   ours = np.asarray(ours, np.float64)
   largest = np.abs(reference_values).max()
-  # An expert that no token chose has no gradient at all, in both.
+  # The gradient of an expert that no token chose is exactly zero in both.
   return float(np.abs(ours - reference_values).max() / (largest or np.finfo(np.float32).tiny))

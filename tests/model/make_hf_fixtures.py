@@ -1,12 +1,12 @@
-"""Makes tests/model/fixtures/hf.npz: what transformers computes for tests/model/hf_cases.py.
+"""Writes tests/model/fixtures/hf.npz: the results of transformers for tests/model/hf_cases.py.
 
 Run by an interpreter that has torch and transformers (jax is not needed):
 
     python tests/model/make_hf_fixtures.py [--out FILE]
 
-For every case: the names and shapes of the folder that transformers writes, logits, and gradients
-of the mean next-token loss (plus 0.3 times the MTP loss) for every stored tensor but the router
-bias, in that order, flat, in float32.
+For every case it holds the names and shapes of the tensors that transformers writes, the loss, the
+logits, and the gradients of the mean next-token loss (plus 0.3 times the MTP loss) by every stored
+tensor except the router bias, in the order of the names, flattened and concatenated, in float32.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import hf_cases  # noqa: E402
 
 
 def stored_shapes(model, config, folder) -> dict[str, tuple[int, ...]]:
-  """Names and shapes as transformers writes them; MTP's as V3's release has them."""
+  """Returns names and shapes as transformers writes them; those of MTP are as in V3's release."""
   model.save_pretrained(folder)
   with safe_open(f"{folder}/model.safetensors", "pt") as file:
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -42,7 +42,7 @@ def stored_shapes(model, config, folder) -> dict[str, tuple[int, ...]]:
 
 
 def build(config, weights, folder):
-  """The model with these weights, through from_pretrained, and its MTP module if it has one."""
+  """Returns the model that from_pretrained loads with these weights, and its MTP module or None."""
   (folder / "config.json").write_text(json.dumps(config))
   tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
   save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -66,7 +66,7 @@ def build(config, weights, folder):
 
 
 def merge_experts(state):
-  """transformers holds all experts of a layer in two tensors; the folder has one each."""
+  """Stacks experts, which the folder stores one by one, into the two tensors of transformers."""
   stem = "layers.0.mtp_block.mlp.experts."
   count = 1 + max(int(name[len(stem):].split(".")[0]) for name in state if name.startswith(stem))
   take = lambda e, which: state.pop(f"{stem}{e}.{which}.weight")
@@ -77,7 +77,7 @@ def merge_experts(state):
 
 
 def split_experts(named):
-  """The inverse, for gradients."""
+  """Inverts `merge_experts`, for gradients by name."""
   out = {}
   for name, value in named:
     if name.endswith(".experts.gate_up_proj"):
@@ -94,7 +94,7 @@ def split_experts(named):
 
 
 def run(config, model, mtp):
-  """Logits, MTP logits and gradients by stored name."""
+  """Returns the loss, the logits, the MTP logits or None, and the gradients by stored name."""
   ids = torch.from_numpy(hf_cases.tokens(config))
   outputs = model(input_ids=ids, output_hidden_states=True)
   logits, mtp_logits = outputs.logits, None

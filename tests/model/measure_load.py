@@ -1,9 +1,9 @@
-"""Prints what loading a Hugging Face folder costs: run as a process of its own.
+"""Prints the memory and time that loading a Hugging Face folder takes; run as a separate process.
 
     python tests/model/measure_load.py FOLDER
 
-Prints a JSON object: MB held by the variables, MB by which the process's peak grew over what it
-held before, and seconds.
+Prints a JSON object: the size of the variables in MB, by how many MB the process's peak memory
+exceeds its memory before loading, and the seconds that loading took.
 """
 
 import json
@@ -18,10 +18,10 @@ import model
 
 
 def main(folder: str) -> None:
-  # Not getrusage's maximum: a process inherits that from the one that started it.
+  # Not getrusage's maximum, which a process inherits from the one that started it.
   status = lambda field: 1024 * int(re.search(
       rf"{field}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
-  jax.block_until_ready(jax.numpy.zeros(1))  # the runtime's own
+  jax.block_until_ready(jax.numpy.zeros(1))  # allocates the runtime's own memory first
   before, started = status("VmRSS"), time.perf_counter()
   _, variables = model.hf.load(folder)
   jax.block_until_ready(variables)

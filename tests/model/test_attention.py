@@ -1,6 +1,6 @@
-"""Attention by cuDNN beside XLA's: who is chosen, what it is given, and what is kept of it.
+"""cuDNN's and XLA's attention: which is chosen, its operands, and what remat recomputes.
 
-Without a GPU, programs for one are made but not run: tests say what this process' first device is.
+Without a GPU, programs are lowered for one but not run: tests replace this process's first device.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CALL, CALL_BACKWARD = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
 
 @pytest.fixture
 def hopper(monkeypatch):
-  """As if the first device were an H200 with cuDNN, to the end of tracing."""
+  """Makes tracing and lowering believe that the first device is an H200 with cuDNN."""
   if jax.devices()[0].platform == "gpu":
     return
   monkeypatch.setattr(jax, "devices", lambda *_: [HOPPER])
@@ -47,7 +47,7 @@ def heads(key: int, length: int, count: int, width: int, dtype=jnp.bfloat16) -> 
 
 
 def lowered(cfg: model.ModelConfig, **fields) -> str:
-  """Of the gradient of the training loss, for an NVIDIA GPU."""
+  """Returns the gradient of the training loss, lowered for an NVIDIA GPU, as text."""
   variables = model.abstract_variables(cfg)
   loss = LanguageModelLoss(model.Transformer(cfg, **fields))
   batch = Batch(jax.ShapeDtypeStruct((2, 17), jnp.int32), jax.ShapeDtypeStruct((2, 16), jnp.bool_))
@@ -61,10 +61,10 @@ def variables_of(shapes):
 
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
-def test_training_on_a_gpu_calls_cudnn_once_each_way_in_every_loop_over_layers(hopper, name):
+def test_training_on_a_gpu_calls_cudnn_once_per_direction_in_every_loop_over_layers(hopper, name):
   cfg = dataclasses.replace(BF16[name], mtp=None)
   loops = len(cfg.layer_stacks())
-  for remat in ("none", "v3"):  # neither computes attention again
+  for remat in ("none", "v3"):  # neither recomputes attention
     text = lowered(cfg, remat=remat)
     assert (text.count(CALL), text.count(CALL_BACKWARD)) == (loops, loops), remat
   text = lowered(cfg, remat="full")
@@ -72,8 +72,8 @@ def test_training_on_a_gpu_calls_cudnn_once_each_way_in_every_loop_over_layers(h
   assert "__cudnn" not in lowered(cfg, attend="xla")
 
 
-def called(keys: int, values: int) -> str:
-  """Cuda's program for heads of these widths, whose results are as wide as values."""
+def lowered_attention(keys: int, values: int) -> str:
+  """Returns attention for heads of these widths, lowered for CUDA; results have values' width."""
   shapes = [heads(0, 16, 2, width) for width in (keys, keys, values)]
   run = lambda q, k, v: attend(q, k, v, context(16), 1.0, BF16["v3"])
   traced = jax.jit(run).trace(*shapes)
@@ -81,24 +81,24 @@ def called(keys: int, values: int) -> str:
   return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_cudnn_is_given_heads_of_one_width_that_is_a_multiple_of_8(hopper):
-  assert "tensor<2x16x2x24xbf16>" in called(12, 18)
+def test_cudnn_gets_heads_padded_to_one_width_that_is_a_multiple_of_8(hopper):
+  assert "tensor<2x16x2x24xbf16>" in lowered_attention(12, 18)
 
 
-def test_cudnn_is_given_v3s_heads_as_they_are_if_it_takes_them(hopper, monkeypatch):
-  assert "stablehlo.pad" not in called(192, 128)
+def test_cudnn_gets_v3s_heads_without_padding_if_its_version_supports_them(hopper, monkeypatch):
+  assert "stablehlo.pad" not in lowered_attention(192, 128)
   monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90900)
-  assert "stablehlo.pad" in called(192, 128)
+  assert "stablehlo.pad" in lowered_attention(192, 128)
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"cfg": tiny.V3}, "compute in bfloat16 or float16"),
     ({"context": context(16).replace(causal=False)}, "neither cache nor segments"),
     ({"context": context(16, segment_ids_BT=jnp.ones((2, 16), jnp.int32))}, "neither cache nor"),
-    ({"k": 264}, "up to 256 wide on NVIDIA H200, and these have 264"),
+    ({"k": 264}, "up to 256 wide on NVIDIA H200, and these are 264 wide"),
     ({"v": 264}, "up to 256 wide"),
 ])
-def test_what_cudnn_cannot_do_is_refused_if_it_is_named_and_else_done_by_xla(
+def test_what_cudnn_does_not_support_is_refused_if_requested_and_else_computed_by_xla(
     hopper, change, message):
   q, v = (heads(0, 16, 2, change.get(name, 16)) for name in "kv")
   run = lambda implementation: jax.eval_shape(lambda: attend(
@@ -119,7 +119,7 @@ def test_without_a_gpu_cudnn_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
-def test_only_a_cache_takes_causality_away(name):
+def test_attention_is_marked_causal_unless_there_is_a_cache(name):
   seen = []
   cfg = tiny.ALL[name]
   net = model.Transformer(cfg)
@@ -129,20 +129,21 @@ def test_only_a_cache_takes_causality_away(name):
   assert seen == [True, False]
 
 
-@pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="cuDNN runs on a GPU alone")
+@pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize(("queries", "keys", "width", "values"), [
     (4, 4, 192, 128), (4, 4, 64, 96), (8, 2, 128, 128), (3, 1, 20, 12)])
-def test_cudnn_computes_what_xla_does_in_float32(queries, keys, width, values):
+def test_cudnn_in_bfloat16_agrees_with_xla_in_float32(queries, keys, width, values):
   inputs = (heads(0, 200, queries, width), heads(1, 200, keys, width), heads(2, 200, keys, values))
   dy = heads(3, 200, queries, values)
 
-  def both_ways(cfg, implementation, dtype):
+  def result_and_gradients(cfg, implementation, dtype):
     run = lambda *inputs: attend(*inputs, context(200), width**-0.5, cfg, implementation)
     out, vjp = jax.vjp(jax.jit(run), *(x.astype(dtype) for x in inputs))
     return [np.asarray(x, np.float32) for x in (out, *vjp(dy.astype(out.dtype)))]
 
-  ours = both_ways(BF16["v3"], "cudnn", jnp.bfloat16)
-  exact = both_ways(tiny.V3, "xla", jnp.float32)
+  ours = result_and_gradients(BF16["v3"], "cudnn", jnp.bfloat16)
+  exact = result_and_gradients(tiny.V3, "xla", jnp.float32)
   for a, b in zip(ours, exact, strict=True):
-    # Weights, their gradient and the result are each rounded to bfloat16, 2^-9 of their size.
+    # The attention weights, their gradient and the result are each rounded to bfloat16, which
+    # errs by 2^-9 of their magnitude.
     assert np.linalg.norm(a - b) < 4 * 2**-9 * np.linalg.norm(b)

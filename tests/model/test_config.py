@@ -1,4 +1,4 @@
-"""Configs count what the model built from them has, and refuse what cannot be."""
+"""Configs count the parameters, cache and FLOPs of their model, and refuse impossible values."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def count(tree) -> int:
 
 
 @pytest.mark.parametrize("name", EVERY_CONFIG)
-def test_counts_equal_the_shape_evaluated_model_exactly(name):
+def test_counts_equal_those_of_the_models_abstract_variables(name):
   cfg = EVERY_CONFIG[name]
   variables = model.abstract_variables(cfg)
   trunk = {key: value for key, value in variables["params"].items() if not key.startswith("mtp")}
@@ -55,7 +55,7 @@ def test_counts_equal_the_shape_evaluated_model_exactly(name):
   assert 2 * 5 * cfg.kv_cache_elements_per_token() == count(cache.entries)
 
 
-def test_published_numbers():
+def test_counts_are_the_published_numbers():
   v3, lite = model.get_config("deepseek_v3"), model.get_config("deepseek_v2_lite")
   assert v3.param_count() == 671_026_404_352
   assert count(model.abstract_variables(v3)["router"]["moe_layers"]) == 14_848
@@ -65,22 +65,22 @@ def test_published_numbers():
   assert round(lite.active_param_count() / 1e9, 2) == 2.45
   assert v3.kv_cache_elements_per_token() == 35_136
   assert lite.kv_cache_elements_per_token() == 15_552
-  # arXiv:2505.09343, table 2: 250 and 155 GFLOP a token at 4096.
+  # arXiv:2505.09343, table 2: 250 and 155 GFLOP per token at a length of 4096.
   assert round(v3.flops_per_token(4096) / 1e9) == 250
   assert round(model.get_config("deepseek_v2").flops_per_token(4096) / 1e9) == 155
-  # The models' own cards.
+  # From the model cards.
   assert model.get_config("llama3_8b").param_count() == 8_030_261_248
   assert model.get_config("qwen2_1_5b").param_count() == 1_543_714_304
 
 
 @pytest.mark.parametrize(("name", "millions"), [
     ("nano", (0.8, 1.3)), ("micro", (8, 14)), ("small", (80, 130)), ("base", (1239, 1240))])
-def test_the_ladder_has_its_sizes(name, millions):
+def test_the_ladder_of_models_has_its_nominal_sizes(name, millions):
   low, high = millions
   assert low < model.get_config(name).param_count() / 1e6 < high
 
 
-def test_flops_are_what_the_compiler_counts():
+def test_flops_agree_with_the_compilers_count():
   cfg = dataclasses.replace(
       model.get_config("nano"), mtp=None, vocab_size=1024,
       moe=dataclasses.replace(model.get_config("nano").moe, expert_dim=128))
@@ -94,7 +94,7 @@ def test_flops_are_what_the_compiler_counts():
   transformer = model.Transformer(cfg, experts="dense", mla_form="expanded")
   lowered = jax.jit(lambda v, t: transformer.apply(v, t).logits_BTV).lower(variables, tokens)
   counted = lowered.compile().cost_analysis()["flops"] / length
-  # The compiler's attention is not halved, and it counts norms, rotations and softmax too.
+  # The compiler does not halve causal attention, and also counts norms, rotations and softmax.
   attention = cfg.attention
   causal_half = attention.num_heads * (attention.score_dim + attention.value_dim) * length
   ours = cfg.flops_per_token(length, training=False) + causal_half
@@ -127,17 +127,17 @@ def test_training_flops_are_three_times_forward_and_mtp_adds_its_module_and_head
     (lambda: model.MTPConfig(concat="both"), "'hidden_first' or 'embedding_first'"),
     (lambda: model.Numerics(compute="int4"), "must be one of float32"),
 ])
-def test_impossible_configs_are_refused_by_field(make, message):
+def test_impossible_configs_are_refused_naming_the_field(make, message):
   with pytest.raises(ValueError, match=message):
     make()
 
 
-def test_an_unknown_name_is_refused_with_the_nearest():
+def test_an_unknown_name_is_refused_suggesting_the_nearest():
   with pytest.raises(ValueError, match="did you mean 'deepseek_v3'"):
     model.get_config("deepseek-v3")
 
 
-def test_configs_are_values():
+def test_configs_are_hashable_values_that_json_can_hold():
   one, two = model.get_config("nano"), model.get_config("nano")
   assert one == two and hash(one) == hash(two)
   assert json.loads(json.dumps(dataclasses.asdict(one)))["moe"]["num_experts"] == 16

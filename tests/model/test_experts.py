@@ -1,4 +1,4 @@
-"""Every way of computing routed experts equals the dense oracle, whatever the routing."""
+"""Every implementation of routed experts equals the dense oracle, whatever the routing."""
 
 import dataclasses
 import functools
@@ -15,13 +15,14 @@ from model.transformer import REMAT
 from pallas_kernels import implementations
 
 TOKENS, WIDTH, NUM_EXPERTS, CHOSEN, EXPERT_WIDTH = 96, 12, 8, 3, 10
-WAYS = {"grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"],
-        # One slot an expert: nearly all overflows, in blocks that its rows do not fill.
-        "overflow": functools.partial(slot_experts, capacity_factor=0.0, block=16)}
+IMPLEMENTATIONS = {
+    "grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"],
+    # One slot per expert: nearly all rows overflow, into blocks that they do not fill.
+    "overflow": functools.partial(slot_experts, capacity_factor=0.0, block=16)}
 
 
 def distinct(seed: int, pool: int) -> np.ndarray:
-  """CHOSEN distinct experts a token, out of the first `pool`."""
+  """Returns CHOSEN distinct experts per token, out of the first `pool`."""
   rng = np.random.default_rng(seed)
   return np.stack([rng.permutation(pool)[:CHOSEN] for _ in range(TOKENS)])
 
@@ -38,9 +39,13 @@ ROUTINGS = {
 
 
 @functools.cache
-def step(way: str | None):
-  """Output and gradients with respect to weights, tokens and gates; None for the oracle."""
-  experts = WAYS[way] if way else EXPERTS["dense"]
+def step(implementation: str | None):
+  """Returns a jitted function of the output and its gradients by weights, tokens and gates.
+
+  Args:
+    implementation: a name in IMPLEMENTATIONS; None means the dense oracle.
+  """
+  experts = IMPLEMENTATIONS[implementation] if implementation else EXPERTS["dense"]
 
   def run(weights, x_ND, gates_NK, experts_NK, dy_ND):
     forward = lambda *args: experts(*args, experts_NK, NUMERICS["fp32"])
@@ -60,11 +65,11 @@ def inputs(seed: int = 0):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("way", WAYS)
-def test_outputs_and_gradients_equal_the_dense_oracle(way, routing):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_outputs_and_gradients_equal_the_dense_oracle(implementation, routing):
   weights, x_ND, gates_NK, dy_ND = inputs()
   experts_NK = jnp.asarray(ROUTINGS[routing], jnp.int32)
-  ours = step(way)(weights, x_ND, gates_NK, experts_NK, dy_ND)
+  ours = step(implementation)(weights, x_ND, gates_NK, experts_NK, dy_ND)
   oracle = step(None)(weights, x_ND, gates_NK, experts_NK, dy_ND)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(oracle), strict=True):
     # Float32 sums of at most TOKENS * CHOSEN products, each rounded once.
@@ -73,7 +78,7 @@ def test_outputs_and_gradients_equal_the_dense_oracle(way, routing):
 
 
 def test_slots_do_not_compute_every_expert_for_every_token():
-  # Slots' work does not depend on the number of experts, the dense oracle's does.
+  # The work of slots does not depend on the number of experts; that of the dense oracle does.
   def flops(experts, num_experts):
     shapes = (ExpertWeights(jnp.zeros((num_experts, 64, 2, 64)), jnp.zeros((num_experts, 64, 64))),
               jnp.zeros((512, 64)), jnp.zeros((512, 2)), jnp.zeros((512, 2), jnp.int32))
@@ -85,32 +90,32 @@ def test_slots_do_not_compute_every_expert_for_every_token():
   assert flops(EXPERTS["slots"], 32) < 2 * useful
 
 
-@pytest.mark.parametrize("way", ["slots", "grouped"])
-def test_experts_batch_over_a_leading_axis(way):
+@pytest.mark.parametrize("implementation", ["slots", "grouped"])
+def test_vmapped_experts_equal_separate_calls(implementation):
   stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *[inputs(seed)[i] for seed in (0, 1)])
              for i in range(3)]
   experts = jnp.stack([ROUTINGS["random"], ROUTINGS["same experts for every token"]]).astype(
       jnp.int32)
-  run = functools.partial(WAYS[way], numerics=NUMERICS["fp32"])
+  run = functools.partial(IMPLEMENTATIONS[implementation], numerics=NUMERICS["fp32"])
   both = jax.jit(jax.vmap(run))(*stacked, experts)
   for seed in (0, 1):
     alone = jax.jit(run)(*inputs(seed)[:3], experts[seed])
     np.testing.assert_allclose(both[seed], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["slots", "grouped"])
-def test_bfloat16_stays_bfloat16_and_near(way):
+@pytest.mark.parametrize("implementation", ["slots", "grouped"])
+def test_bfloat16_results_are_bfloat16_and_close_to_float32(implementation):
   weights, x_ND, gates_NK, _ = inputs()
   experts_NK = jnp.asarray(ROUTINGS["random"], jnp.int32)
-  wide = WAYS[way](weights, x_ND, gates_NK, experts_NK, NUMERICS["fp32"])
-  narrow = WAYS[way](weights, x_ND, gates_NK, experts_NK, NUMERICS["bf16"])
+  wide = IMPLEMENTATIONS[implementation](weights, x_ND, gates_NK, experts_NK, NUMERICS["fp32"])
+  narrow = IMPLEMENTATIONS[implementation](weights, x_ND, gates_NK, experts_NK, NUMERICS["bf16"])
   assert narrow.dtype == jnp.bfloat16
-  # Four roundings of 2^-9 relative each, on sums of a hundred terms of one size.
+  # Four roundings of relative size 2^-9 each, on sums of a hundred terms of similar magnitude.
   assert float(jnp.abs(narrow - wide).max() / jnp.abs(wide).max()) < 4 * 2**-8
 
 
-@pytest.mark.parametrize(("remat", "again"), [("none", 0), ("v3", 0), ("full", 1)])
-def test_where_gate_and_up_are_kept_no_grouped_product_is_computed_again(remat, again):
+@pytest.mark.parametrize(("remat", "recomputed"), [("none", 0), ("v3", 0), ("full", 1)])
+def test_no_grouped_product_is_recomputed_where_remat_saves_gate_and_up(remat, recomputed):
   weights, x_ND, gates_NK, dy_ND = inputs()
   experts_NK = jnp.asarray(ROUTINGS["random"], jnp.int32)
   experts = lambda *args: EXPERTS["grouped"](*args, experts_NK, NUMERICS["bf16"])
@@ -118,13 +123,14 @@ def test_where_gate_and_up_are_kept_no_grouped_product_is_computed_again(remat, 
     experts = jax.checkpoint(experts, policy=REMAT[remat])
   step = lambda *args: jax.vjp(experts, *args)[1](dy_ND.astype(jnp.bfloat16))
   program = str(jax.make_jaxpr(step)(weights, x_ND, gates_NK))
-  assert program.count("ragged_dot_general[") == 6 + again
+  assert program.count("ragged_dot_general[") == 6 + recomputed
 
 
-@pytest.mark.parametrize(("name", "numerics", "way"), [
+@pytest.mark.parametrize(("name", "numerics", "implementation"), [
     ("small", "bf16", "grouped"), ("nano", "bf16", "slots"),  # its experts are 32 wide
     ("small", "fp32", "slots"), ("nano", "fp8", "grouped")])
-def test_on_hopper_experts_are_grouped_where_a_kernel_takes_them(monkeypatch, name, numerics, way):
+def test_on_hopper_experts_are_grouped_where_a_kernel_supports_them(
+    monkeypatch, name, numerics, implementation):
   monkeypatch.setattr(implementations, "local_backend", lambda: "mosaic_gpu")
   cfg = dataclasses.replace(model.get_config(name), numerics=NUMERICS[numerics])
-  assert fastest_experts(cfg) == way
+  assert fastest_experts(cfg) == implementation

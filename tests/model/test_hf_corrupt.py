@@ -1,7 +1,8 @@
-"""Damaged Hugging Face folders: one CheckpointError that lists all of it, before weights are read.
+"""Damaged Hugging Face folders raise one CheckpointError with all damage, before weights are read.
 
-First named kinds of damage, one by one and together; then seeded random ones, redrawn where a draw
-changed nothing. What no loader could tell (another rope_theta, say, or payload bits) is left out.
+First come named kinds of damage, one by one and combined; then seeded random damage, redrawn where
+a draw changed nothing. Damage that no loader could detect (another rope_theta, say, or flipped
+payload bits) is left out.
 """
 
 import json
@@ -34,11 +35,11 @@ SAME_SIZE = {"F32": ("I32", "U32"), "BF16": ("F16", "I16", "U16"),
 GONE = object()
 
 
-# Folders, taken apart and put together without the code under test.
+# Reading and writing folders without the code under test.
 
 
 def split(path: pathlib.Path) -> tuple[dict, bytes]:
-  """A safetensors file's header and payload."""
+  """Returns the header and the payload of a safetensors file."""
   data = path.read_bytes()
   end = 8 + int.from_bytes(data[:8], "little")
   return json.loads(data[8:end]), data[end:]
@@ -83,7 +84,7 @@ def write(folder: pathlib.Path, config: dict, arrays: dict[str, np.ndarray], sha
 
 
 def to_fp8(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The matrices that V3's release quantises, in blocks with scales; the rest in bfloat16."""
+  """Quantises the matrices that V3's release does; the rest but router biases becomes bfloat16."""
   stored = {}
   for name, array in arrays.items():
     if name.endswith("correction_bias"):
@@ -103,7 +104,7 @@ def to_fp8(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """One good folder of each kind."""
+  """Returns undamaged folders by name, one of each kind."""
   root = tmp_path_factory.mktemp("good")
   v3, shapes = hf_cases.CASES["v3"], hf_reference.shapes("v3")
   weights = hf_cases.make_weights(shapes)
@@ -122,16 +123,16 @@ def good(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 @pytest.fixture
 def damaged(good, tmp_path):
-  """Copies a good folder."""
+  """Returns a function that copies an undamaged folder, for the test to damage."""
   return lambda base: shutil.copytree(good[base], tmp_path / "folder")
 
 
 @pytest.fixture
-def closed(monkeypatch):
-  """Nothing may be read of the weights, nor allocated for them."""
+def no_weight_access(monkeypatch):
+  """Fails a test in which weights are read or memory for them is allocated."""
 
   def refuse(*args, **kwargs):
-    raise AssertionError("the damage passed: weights were allocated or read")
+    raise AssertionError("the damage was not detected: weights were allocated or read")
 
   monkeypatch.setattr(hf_files.Stored, "read", refuse)
   monkeypatch.setattr(loading, "_Target", refuse)
@@ -151,7 +152,7 @@ def unnamed(clues, problems: list[str]) -> list[str]:
   return [clue for clue in clues if not any(clue in problem for problem in problems)]
 
 
-# Damage.
+# Ways to damage a folder.
 
 
 def edit_json(path: pathlib.Path, change) -> None:
@@ -161,7 +162,7 @@ def edit_json(path: pathlib.Path, change) -> None:
 
 
 def set_config(folder, **changes) -> None:
-  """Sets keys of config.json, `scaling__key` being a key of rope_scaling; GONE removes one."""
+  """Sets keys of config.json, `scaling__key` being a key of rope_scaling; GONE removes a key."""
 
   def change(config):
     for key, value in changes.items():
@@ -176,7 +177,7 @@ def set_config(folder, **changes) -> None:
 
 
 def set_tensors(folder, **changes) -> None:
-  """Sets tensors by name, as `raw` gives them, in the file that has them or the first; or GONE."""
+  """Sets tensors, as `raw` returns them, in their file or else the first; GONE removes a tensor."""
   files = sorted(folder.glob("*.safetensors"))
   for name, value in changes.items():
     file = next((f for f in files if name in unpack(f)), files[0])
@@ -189,7 +190,7 @@ def set_tensors(folder, **changes) -> None:
 
 
 def set_entry(folder, tensor: str, **changes) -> None:
-  """Sets fields of a tensor's header entry, whatever the payload."""
+  """Sets fields of a tensor's header entry without changing the payload."""
   file = next(f for f in sorted(folder.glob("*.safetensors")) if tensor in split(f)[0])
   header, payload = split(file)
   header[tensor] |= changes
@@ -240,7 +241,7 @@ F32_3x3 = raw(np.ones((3, 3), np.float32))
 SHARD_2 = "model-00002-of-00003.safetensors"
 SCALE = f"{DOWN}_scale_inv"
 
-# What is done to which folder, and what the problems then name.
+# By kind of damage: the folder, what is done to it, and what the problems must name.
 STRUCTURAL = {
     "missing tensor": ("single", lambda f: set_tensors(f, **{O_PROJ: GONE}), [O_PROJ]),
     "missing router bias": ("single", lambda f: set_tensors(f, **{BIAS: GONE}), [BIAS]),
@@ -286,7 +287,7 @@ STRUCTURAL = {
     "other quantisation": ("fp8", lambda f: set_config(
         f, quantization_config={"quant_method": "awq", "fmt": "e5m2", "weight_block_size": [64]}),
         ["quant_method", "fmt", "weight_block_size"]),
-    "quantisation of no kind": (
+    "quantisation without a method": (
         "single", lambda f: set_config(f, quantization_config={}), ["quant_method"]),
     "quantization_config of the wrong type": (
         "fp8", lambda f: set_config(f, quantization_config="fp8"), ["quantization_config"]),
@@ -344,9 +345,9 @@ STRUCTURAL = {
     "empty config": ("single", lambda f: cut(f / "config.json", 0), ["config.json"]),
     "config that is a list": (
         "single", lambda f: (f / "config.json").write_text("[1]"), ["config.json"]),
-    "config of endless nesting": ("single", lambda f: (f / "config.json").write_text(
+    "config with excessive nesting": ("single", lambda f: (f / "config.json").write_text(
         '{"model_type":' + "[" * 200_000), ["config.json"]),
-    "config that is no UTF-8": ("single", lambda f: (f / "config.json").write_bytes(
+    "config that is not UTF-8": ("single", lambda f: (f / "config.json").write_bytes(
         (f / "config.json").read_bytes().replace(b"silu", b"s\xfflu")), ["config.json"]),
     "config with a key twice": ("single", repeat_key, ["hidden_size"]),
     "unknown architecture": ("single", lambda f: set_config(f, model_type="mamba"), ["mamba"]),
@@ -375,16 +376,16 @@ STRUCTURAL = {
         "single", lambda f: set_config(f, n_routed_experts=3 * 10**12), ["config.json"]),
     "huge depth of MTP": (
         "single", lambda f: set_config(f, num_nextn_predict_layers=10**12), ["config.json"]),
-    "an integer no float can hold": (
+    "an integer that no float can hold": (
         "single", lambda f: set_config(f, rope_theta=10**400), ["rope_theta"]),
     "NaN": ("single", lambda f: set_config(f, rms_norm_eps=math.nan), ["rms_norm_eps"]),
     "NaN temperature": (
         "single", lambda f: set_config(f, scaling__mscale=math.nan), ["mscale"]),
     "infinity": ("single", lambda f: set_config(f, rms_norm_eps=math.inf), ["rms_norm_eps"]),
     "infinite scaling": ("single", lambda f: set_config(f, scaling__factor=math.inf), ["factor"]),
-    "a temperature without a square": (
+    "a temperature whose square overflows": (
         "single", lambda f: set_config(f, scaling__mscale_all_dim=1e308), ["mscale_all_dim"]),
-    "temperatures whose ratio is no number": (
+    "temperatures whose ratio is undefined": (
         "single", lambda f: set_config(f, scaling__mscale_all_dim=-10 / math.log(8)),
         ["mscale_all_dim"]),
     "a rotation count beyond floats": (
@@ -392,7 +393,7 @@ STRUCTURAL = {
     "a length beyond floats": (
         "single", lambda f: set_config(f, scaling__original_max_position_embeddings=10**400),
         ["original_max_position_embeddings"]),
-    "scaling of no type": (
+    "scaling without a type": (
         "single", lambda f: set_config(f, scaling__type=GONE), ["rope_scaling"]),
     "scaling of two types": (
         "single", lambda f: set_config(f, scaling__rope_type="default"), ["rope_scaling"]),
@@ -424,7 +425,7 @@ STRUCTURAL = {
 
 
 @pytest.mark.parametrize("kind", STRUCTURAL)
-def test_damage_is_named_before_weights_are_allocated_or_read(kind, damaged, closed):
+def test_damage_is_named_before_weights_are_allocated_or_read(kind, damaged, no_weight_access):
   base, harm, clues = STRUCTURAL[kind]
   folder = damaged(base)
   harm(folder)
@@ -434,7 +435,7 @@ def test_damage_is_named_before_weights_are_allocated_or_read(kind, damaged, clo
 
 @pytest.mark.parametrize("name", ["absent", "x" * 300, "a\0b"],
                          ids=["absent", "overlong", "NUL"])
-def test_a_path_that_is_no_folder_is_refused(name, tmp_path):
+def test_a_path_that_is_not_a_folder_is_refused(name, tmp_path):
   assert problems_of(tmp_path / name)
 
 
@@ -442,7 +443,8 @@ def test_a_file_in_place_of_the_folder_is_refused(good):
   assert problems_of(good["single"] / "config.json")
 
 
-def test_problems_are_complete_where_the_message_is_not(damaged, closed):
+def test_the_list_of_problems_is_complete_even_where_the_message_is_shortened(
+    damaged, no_weight_access):
   folder = damaged("sharded")
   lost = []
   for file in sorted(folder.glob("model-*"))[:2]:
@@ -464,7 +466,7 @@ READ = {
     "negative scale": ("fp8", lambda f: set_element(f, SCALE, 0, -1e-3), [SCALE]),
     "NaN scale": ("fp8", lambda f: set_element(f, SCALE, 1, math.nan), [SCALE]),
     "infinite scale": ("fp8", lambda f: set_element(f, SCALE, 1, math.inf), [SCALE]),
-    "scale that takes weights to infinity": (
+    "scale that overflows weights": (
         "fp8", lambda f: set_element(f, SCALE, 1, 3e38), [DOWN]),
     "copy that differs": ("half", lambda f: set_config(f, tie_word_embeddings=True), [HEAD]),
     "MTP copy that differs": ("single", lambda f: set_tensors(
@@ -474,7 +476,7 @@ READ = {
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_damage_that_only_reading_shows_is_named(kind, damaged):
+def test_damage_that_only_reading_the_weights_reveals_is_named(kind, damaged):
   base, harm, clues = READ[kind]
   folder = damaged(base)
   harm(folder)
@@ -483,7 +485,7 @@ def test_damage_that_only_reading_shows_is_named(kind, damaged):
 
 
 @pytest.mark.parametrize("base", ["single", "sharded", "fp8", "half"])
-def test_a_good_folder_loads(base, good):
+def test_an_undamaged_folder_loads(base, good):
   cfg, variables = model.hf.load(good[base])
   dtype, shape, data = stored(good[base], EMBED)
   want = np.frombuffer(data, hf_files.DTYPES[dtype]).reshape(shape)
@@ -492,7 +494,8 @@ def test_a_good_folder_loads(base, good):
   assert (cfg.mtp is None) == (base == "half")
 
 
-# Random damage. Every function harms a folder by `rng` and returns what the problems must name.
+# Random damage. Every function damages a folder, drawing from `rng`, and returns what the problems
+# must name. Its name is part of the seed.
 
 V3 = ("single", "sharded", "fp8")
 ALL = (*V3, "half")
@@ -774,7 +777,7 @@ def unlisted_or_invented_in_index(folder, rng):
 
 
 def break_json(path: pathlib.Path, rng) -> None:
-  """Cuts it short, makes it no UTF-8, or takes out one structural character."""
+  """Truncates a file, makes it invalid UTF-8, or removes one structural character."""
   data = path.read_bytes()
   match rng.randrange(3):
     case 0:
@@ -807,7 +810,7 @@ def config_of_other_types(folder, rng):
   return "config.json"
 
 
-# Keys whose absence, or whose size, contradicts the weights or another key.
+# Keys of the config whose absence, or whose size, contradicts the weights or another key.
 COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
@@ -936,7 +939,7 @@ def scale_not_positive(folder, rng):
 
 
 def meaning(folder: pathlib.Path) -> dict:
-  """Everything a reader of the folder's files can see, to tell whether damage changed any of it."""
+  """Returns all that a reader of the folder's files can see, to tell whether damage changed it."""
   found = {}
   for path in sorted(folder.iterdir()):
     data = path.read_bytes() if path.is_file() else None
@@ -964,6 +967,6 @@ def test_random_damage_is_refused(name, draw, good, tmp_path, request):
     shutil.copytree(base, folder)
     clue = harm(folder, rng)
   if not read:
-    request.getfixturevalue("closed")
+    request.getfixturevalue("no_weight_access")
   problems = problems_of(folder)
   assert unnamed([clue], problems) == [], problems

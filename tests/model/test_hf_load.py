@@ -1,4 +1,4 @@
-"""Folders in every format land where they should, and come back out as transformers reads them."""
+"""Folders in every format load exactly, and are saved as transformers reads them."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_saving_and_loading_give_the_same_config_and_variables(name, tmp_path):
   variables = tiny.variables(cfg)
   hf.save(tmp_path, cfg, variables)
   loaded_cfg, loaded = hf.load(tmp_path)
-  if cfg.mtp:  # stored embedding first, whichever order the model computes
+  if cfg.mtp:  # stored embedding first, whichever order the model uses
     assert loaded_cfg.mtp == model.MTPConfig(depth=cfg.mtp.depth, concat="embedding_first")
     cfg = dataclasses.replace(cfg, mtp=loaded_cfg.mtp)
     variables = jax.tree.map(lambda leaf: leaf, variables)
@@ -63,7 +63,7 @@ def test_saving_and_loading_give_the_same_config_and_variables(name, tmp_path):
 
 
 @pytest.mark.parametrize(("case", "staged"), [("v3", True), ("llama_mqa", False)])
-def test_what_is_saved_is_what_was_loaded_tensor_by_tensor(case, staged, tmp_path, monkeypatch):
+def test_saving_a_loaded_folder_reproduces_every_tensor(case, staged, tmp_path, monkeypatch):
   if not staged:
     monkeypatch.setattr(loading, "_CHUNK_BYTES", 0)
   good = hf_reference.write_folder(case, tmp_path / "good")
@@ -75,7 +75,7 @@ def test_what_is_saved_is_what_was_loaded_tensor_by_tensor(case, staged, tmp_pat
     np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_saving_again_replaces_and_leaves_nothing_over(tmp_path, monkeypatch):
+def test_saving_again_replaces_all_files_of_the_earlier_save(tmp_path, monkeypatch):
   cfg, variables = tiny.GQA, tiny.variables(tiny.GQA)
   monkeypatch.setattr(saving, "_SHARD_BYTES", 4000)
   hf.save(tmp_path, cfg, variables)
@@ -88,7 +88,7 @@ def test_saving_again_replaces_and_leaves_nothing_over(tmp_path, monkeypatch):
   assert_equal(hf.load(tmp_path)[1], variables)
 
 
-def test_saving_refuses_what_no_architecture_computes(tmp_path):
+def test_saving_refuses_configs_without_an_architecture_and_variables_that_do_not_fit(tmp_path):
   odd = dataclasses.replace(
       tiny.V3, moe=dataclasses.replace(tiny.V3.moe, group_score="max"),
       attention=dataclasses.replace(tiny.V3.attention, latent_norm=False))
@@ -99,7 +99,7 @@ def test_saving_refuses_what_no_architecture_computes(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_dtype_decides_parameters_and_products_but_not_the_bias(tmp_path):
+def test_dtype_sets_the_format_of_parameters_and_products_but_not_of_the_router_bias(tmp_path):
   folder = hf_reference.write_folder("v3", tmp_path)
   cfg, wide = hf.load(folder)
   assert cfg.numerics == model.Numerics("float32", "float32")
@@ -115,20 +115,24 @@ def test_dtype_decides_parameters_and_products_but_not_the_bias(tmp_path):
 
 
 def quantize(value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """V3's release: 128x128 blocks, zero-padded at the edges; FP8, scales, and what they mean."""
+  """Quantises as V3's release does, in 128x128 blocks that are zero-padded at the edges.
+
+  Returns:
+    The FP8 values, the scales, and the dequantised values.
+  """
   blocks = tuple(-(-size // 128) for size in value.shape)
   padded = np.zeros((blocks[0] * 128, blocks[1] * 128), np.float32)
   padded[:value.shape[0], :value.shape[1]] = value
   tiles = padded.reshape(blocks[0], 128, blocks[1], 128)
   scales = (np.maximum(np.abs(tiles).max((1, 3)), 1e-4) / 448).astype(np.float32)
   codes = (tiles / scales[:, None, :, None]).astype(ml_dtypes.float8_e4m3fn)
-  meant = (codes.astype(np.float32) * scales[:, None, :, None]).reshape(padded.shape)
-  cut = tuple(slice(size) for size in value.shape)
-  return np.ascontiguousarray(codes.reshape(padded.shape)[cut]), scales, meant[cut]
+  dequantised = (codes.astype(np.float32) * scales[:, None, :, None]).reshape(padded.shape)
+  unpadded = tuple(slice(size) for size in value.shape)
+  return np.ascontiguousarray(codes.reshape(padded.shape)[unpadded]), scales, dequantised[unpadded]
 
 
 def fp8_folder(folder: pathlib.Path):
-  """A V3 with edges that fill no block, as released, and the same folder dequantised."""
+  """Writes a V3 with partial blocks as released, and the same dequantised; returns both folders."""
   cfg = dataclasses.replace(
       tiny.V3, d_model=200, ffn_dim=300, mtp=model.MTPConfig(concat="embedding_first"),
       attention=model.MLAConfig(num_heads=3, q_lora_rank=130, kv_lora_rank=140,
@@ -138,7 +142,7 @@ def fp8_folder(folder: pathlib.Path):
   variables = tiny.variables(cfg)
   hf.save(folder / "wide", cfg, variables)
   tensors = load_file(folder / "wide" / "model.safetensors")
-  stored, meant = {}, {}
+  stored, dequantised = {}, {}
   for tensor in hf_layout.layout(cfg).tensors:
     value = tensors[tensor.name]
     if tensor.quantizable:
@@ -149,7 +153,7 @@ def fp8_folder(folder: pathlib.Path):
       stored[tensor.name] = value
     else:
       stored[tensor.name] = value
-    meant[tensor.name] = value
+    dequantised[tensor.name] = value
   # The release repeats the shared matrices in the MTP layer.
   stored["model.layers.3.embed_tokens.weight"] = stored["model.embed_tokens.weight"]
   stored["model.layers.3.shared_head.head.weight"] = stored["lm_head.weight"]
@@ -158,17 +162,17 @@ def fp8_folder(folder: pathlib.Path):
   (folder / "fp8" / "config.json").write_text(
       json.dumps(config | {"quantization_config": FP8_CONFIG}))
   save_file(stored, folder / "fp8" / "model.safetensors")
-  save_file({k: v.astype(np.float32) for k, v in meant.items()},
+  save_file({k: v.astype(np.float32) for k, v in dequantised.items()},
             folder / "wide" / "model.safetensors")
   return folder / "fp8", folder / "wide"
 
 
-def test_fp8_blocks_are_dequantised_to_the_bit_ragged_edges_included(tmp_path, monkeypatch):
+def test_fp8_blocks_including_partial_ones_are_dequantised_to_the_bit(tmp_path, monkeypatch):
   fp8, wide = fp8_folder(tmp_path)
   _, exact = hf.load(fp8, dtype=jnp.float32)
   assert_equal(exact, hf.load(wide)[1])
-  # In the format that FP8 stands for by default, and on the device, in chunks that cut blocks and
-  # heads: the same.
+  # By default FP8 folders load as bfloat16: the same values, rounded, even if they are loaded onto
+  # the device in chunks that split blocks and heads.
   monkeypatch.setattr(loading, "_CHUNK_BYTES", 40_000)
   cfg, narrow = hf.load(fp8)
   assert cfg.numerics.params == "bfloat16"
@@ -185,7 +189,7 @@ def test_absent_mtp_weights_load_as_no_mtp(tmp_path):
   assert hf.load(tmp_path)[0].mtp is None
 
 
-def test_peak_memory_is_the_target_the_largest_tensor_and_200_mb(tmp_path):
+def test_peak_memory_is_at_most_the_variables_the_largest_tensor_and_200_mb(tmp_path):
   cfg = dataclasses.replace(
       tiny.V3, d_model=1024, vocab_size=8192, num_layers=5, ffn_dim=2048, mtp=None,
       moe=dataclasses.replace(tiny.V3.moe, num_experts=16, expert_dim=1024),
@@ -205,7 +209,7 @@ def test_peak_memory_is_the_target_the_largest_tensor_and_200_mb(tmp_path):
   print(measured)
 
 
-def test_the_folder_that_transformers_wrote_is_the_one_we_expect():
+def test_the_layout_has_the_names_and_shapes_that_transformers_writes():
   for case in hf_cases.CASES:
     cfg = hf_config.parse(hf_cases.CASES[case], problems := [])
     assert not problems

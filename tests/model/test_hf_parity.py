@@ -1,4 +1,4 @@
-"""Our model computes what transformers computes: logits, and the gradient of every parameter."""
+"""Our model matches transformers: its logits and the gradient of every parameter."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ CASES = list(hf_cases.CASES)
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-  """Every case's folder, loaded once."""
+  """The config and variables of every case, loaded once."""
   root = tmp_path_factory.mktemp("hf")
   return {case: model.hf.load(hf_reference.write_folder(case, root / case)) for case in CASES}
 
@@ -26,7 +26,7 @@ def test_logits_and_gradients_equal_those_of_transformers(case, loaded):
   assert {name: value for name, value in grads.items() if value > hf_reference.GRADIENTS} == {}
 
 
-# Each mutant is a mistake that other code has made; the test above has to see it.
+# Each mutant is a mistake seen in other implementations, which the test above must detect.
 
 
 def _other_layout(cfg, monkeypatch):
@@ -39,16 +39,16 @@ def _other_theta(cfg, monkeypatch):
 
 
 def _norm_left_out(cfg, monkeypatch):
-  honest = layers.RMSNorm.__call__
+  original = layers.RMSNorm.__call__
   monkeypatch.setattr(layers.RMSNorm, "__call__", lambda self, x: (
-      x + 0 * honest(self, x) if self.name == "ffn_norm" else honest(self, x)))
+      x + 0 * original(self, x) if self.name == "ffn_norm" else original(self, x)))
   return cfg
 
 
 def _biased_gates(cfg, monkeypatch):
-  honest = moe.route
+  original = moe.route
   monkeypatch.setattr(
-      moe, "route", lambda scores, bias, *rest: honest(scores + bias, 0.0, *rest))
+      moe, "route", lambda scores, bias, *rest: original(scores + bias, 0.0, *rest))
   return cfg
 
 
@@ -58,7 +58,7 @@ MUTANTS = [(mutant, case) for case in CASES
 
 
 @pytest.mark.parametrize(("mutant", "case"), MUTANTS)
-def test_a_mutant_is_caught_by_logits(mutant, case, loaded, monkeypatch):
+def test_a_mutant_is_detected_by_its_logits(mutant, case, loaded, monkeypatch):
   cfg, variables = loaded[case]
   mutated = mutant(cfg, monkeypatch)
   assert hf_reference.forward_distance(case, mutated, variables) > 10 * hf_reference.LOGITS
@@ -66,7 +66,7 @@ def test_a_mutant_is_caught_by_logits(mutant, case, loaded, monkeypatch):
 
 @pytest.mark.long("compiles the gradient of every mutant of every case")
 @pytest.mark.parametrize(("mutant", "case"), MUTANTS)
-def test_a_mutant_is_caught_by_logits_and_by_gradients(mutant, case, loaded, monkeypatch):
+def test_a_mutant_is_detected_by_its_logits_and_by_its_gradients(mutant, case, loaded, monkeypatch):
   cfg, variables = loaded[case]
   logits, grads = hf_reference.distance(case, mutant(cfg, monkeypatch), variables)
   assert logits > 10 * hf_reference.LOGITS

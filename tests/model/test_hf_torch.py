@@ -1,4 +1,4 @@
-"""transformers itself agrees: the committed fixtures are its results, and it loads what we save.
+"""The committed fixtures are the results of transformers, and it loads the folders that we save.
 
 Needs an interpreter that has torch and transformers; see tests/README.md.
 """
@@ -22,14 +22,15 @@ HERE = pathlib.Path(__file__).parent
 CASES = list(hf_cases.CASES)
 VARIABLE = "DEEPSEEK_JAX_TORCH_PYTHON"
 
-# Remade on another CPU, or with another number of threads, sums are taken in another order: with
-# every vector unit off and one thread, logits move by 2e-6 and gradients by 9e-6. A reference that
-# may be off by half of what the parity test allows leaves our own rounding the other half.
+# When fixtures are regenerated on another CPU or with another number of threads, sums are computed
+# in another order: with every vector unit disabled and one thread, logits change by 2e-6 and
+# gradients by 9e-6. Allowing the reference half of the parity test's tolerance leaves our own
+# rounding the other half.
 LOGITS, GRADIENTS = hf_reference.LOGITS / 2, hf_reference.GRADIENTS / 2
 
 
 def interpreter() -> str | None:
-  if os.environ.get(VARIABLE):  # asked for by name: one that lacks them has to fail, not to skip
+  if os.environ.get(VARIABLE):  # named explicitly: if it lacks them, fail instead of skipping
     return os.environ[VARIABLE]
   both = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
   return sys.executable if both else None
@@ -38,7 +39,7 @@ def interpreter() -> str | None:
 pytestmark = [
     pytest.mark.long("runs torch and transformers"),
     pytest.mark.skipif(interpreter() is None, reason=(
-        f"no torch and transformers here: install the extra `hf`, or set {VARIABLE} to an "
+        f"needs torch and transformers: install the extra `hf`, or set {VARIABLE} to an "
         "interpreter that has both")),
 ]
 
@@ -51,7 +52,7 @@ def run(script: str, *arguments) -> None:
 
 
 @pytest.fixture(scope="module")
-def remade(tmp_path_factory):
+def regenerated(tmp_path_factory):
   path = tmp_path_factory.mktemp("fixtures") / "hf.npz"
   run("make_hf_fixtures.py", "--out", path)
   return path
@@ -59,7 +60,7 @@ def remade(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """By case: our logits, and those of transformers for the folder that we save."""
+  """Returns, by case, our logits and those of transformers for the folder that we save."""
   root, ours = tmp_path_factory.mktemp("saved"), {}
   for case in CASES:
     cfg, variables = model.hf.load(hf_reference.write_folder(case, root / "given" / case))
@@ -72,8 +73,8 @@ def saved(tmp_path_factory):
   return {case: (ours[case], np.load(root / case / "logits.npy")) for case in CASES}
 
 
-def test_remade_fixtures_hold_the_same_arrays_and_shapes(remade):
-  new, committed = hf_reference.reference(remade), hf_reference.reference()
+def test_regenerated_fixtures_hold_the_same_arrays_and_shapes(regenerated):
+  new, committed = hf_reference.reference(regenerated), hf_reference.reference()
   assert {name: array.shape for name, array in new.items() if name != "versions"} == {
       name: array.shape for name, array in committed.items() if name != "versions"}
   for case in CASES:
@@ -81,22 +82,22 @@ def test_remade_fixtures_hold_the_same_arrays_and_shapes(remade):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_remade_fixtures_equal_the_committed_ones(case, remade):
-  new, committed = hf_reference.reference(remade), hf_reference.reference()
+def test_regenerated_fixtures_equal_the_committed_ones(case, regenerated):
+  new, committed = hf_reference.reference(regenerated), hf_reference.reference()
   for what in ("loss", "logits", "mtp_logits"):
     if f"{case}/{what}" in committed:
       name = f"{case}/{what}"
       assert hf_reference.relative(new[name], committed[name]) < LOGITS, what
-  new, committed = hf_reference.gradients(case, remade), hf_reference.gradients(case)
-  apart = {name: hf_reference.relative(new[name], committed[name]) for name in committed}
-  print(f"{case}: gradients up to {max(apart.values()):.1e} apart")
-  assert {name: value for name, value in apart.items() if value > GRADIENTS} == {}
+  new, committed = hf_reference.gradients(case, regenerated), hf_reference.gradients(case)
+  distances = {name: hf_reference.relative(new[name], committed[name]) for name in committed}
+  print(f"{case}: gradients differ by up to {max(distances.values()):.1e}")
+  assert {name: value for name, value in distances.items() if value > GRADIENTS} == {}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_computes_our_logits_from_the_folder_that_we_save(case, saved):
   ours, theirs = saved[case]
-  apart = hf_reference.relative(ours, theirs)
-  print(f"{case}: logits {apart:.1e} apart")
-  assert np.abs(theirs).max() > 3  # the weights' own, not an initialisation's
-  assert apart < hf_reference.LOGITS
+  distance = hf_reference.relative(ours, theirs)
+  print(f"{case}: logits differ by up to {distance:.1e}")
+  assert np.abs(theirs).max() > 3  # from the stored weights; freshly initialised ones give less
+  assert distance < hf_reference.LOGITS

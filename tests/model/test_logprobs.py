@@ -1,4 +1,4 @@
-"""Chunked token log-probabilities equal those of all logits, and never hold them."""
+"""Chunked token log-probabilities equal those of the full logits, which never exist in memory."""
 
 import dataclasses
 import functools
@@ -21,47 +21,47 @@ def inputs(batch, length, d_model, vocab):
           jax.random.randint(KEYS[2], (batch, length), 0, vocab))
 
 
-def by_all_logits(hidden, head, targets, temperature=1.0):
+def from_all_logits(hidden, head, targets, temperature=1.0):
   logp = jax.nn.log_softmax(jnp.matmul(hidden, head, precision="highest") / temperature)
   return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 11, 64])
-def test_values_and_gradients_do_not_depend_on_the_chunk(chunk_size):
+def test_values_and_gradients_do_not_depend_on_the_chunk_size(chunk_size):
   hidden, head, targets = inputs(2, 11, 6, 19)
   weights = jnp.arange(22.0).reshape(2, 11)
   chunked = lambda h, w: (weights * model.token_logprobs(
       h, w, targets, numerics=FP32, chunk_size=chunk_size, temperature=0.7)).sum()
-  whole = lambda h, w: (weights * by_all_logits(h, w, targets, 0.7)).sum()
+  whole = lambda h, w: (weights * from_all_logits(h, w, targets, 0.7)).sum()
   ours = jax.value_and_grad(chunked, (0, 1))(hidden, head)
   reference = jax.value_and_grad(whole, (0, 1))(hidden, head)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4),
                ours, reference)
 
 
-def test_all_logits_are_never_held_forward_or_backward():
+def test_the_full_logits_are_never_materialised_forward_or_backward():
   batch, length, vocab, chunk = 2, 1024, 8192, 64
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                         jax.eval_shape(lambda: inputs(batch, length, 16, vocab)))
   chunked = lambda h, w, t: model.token_logprobs(h, w, t, numerics=FP32, chunk_size=chunk).sum()
   summed = lambda h, w, t: model.logprob_sum(
       h, w, t, jnp.ones(t.shape), numerics=FP32, chunk_size=chunk)
-  whole = lambda h, w, t: by_all_logits(h, w, t).sum()
-  held = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(
+  whole = lambda h, w, t: from_all_logits(h, w, t).sum()
+  temporary_bytes = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(
       *shapes).compile().memory_analysis().temp_size_in_bytes
   all_logits = 4 * batch * length * vocab
-  assert held(whole) >= all_logits
-  assert held(chunked) < 5 * all_logits * chunk // length
-  assert held(summed) < 5 * all_logits * chunk // length
+  assert temporary_bytes(whole) >= all_logits
+  assert temporary_bytes(chunked) < 5 * all_logits * chunk // length
+  assert temporary_bytes(summed) < 5 * all_logits * chunk // length
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 11, 64])
-def test_a_weighted_sum_and_all_its_gradients_are_those_of_all_logits(chunk_size):
+def test_a_weighted_sum_and_all_its_gradients_equal_those_of_the_full_logits(chunk_size):
   hidden, head, targets = inputs(2, 11, 6, 19)
   weights = jnp.arange(22.0).reshape(2, 11)
   ours = lambda h, w, g: 0.3 * model.logprob_sum(h, w, targets, g, numerics=FP32,
                                                  chunk_size=chunk_size)
-  whole = lambda h, w, g: 0.3 * (g * by_all_logits(h, w, targets)).sum()
+  whole = lambda h, w, g: 0.3 * (g * from_all_logits(h, w, targets)).sum()
   operands = (hidden, head, weights)
   np.testing.assert_allclose(ours(*operands), whole(*operands), rtol=2e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4),
@@ -69,7 +69,7 @@ def test_a_weighted_sum_and_all_its_gradients_are_those_of_all_logits(chunk_size
                jax.value_and_grad(whole, (0, 1, 2))(*operands))
 
 
-def test_a_short_sequence_costs_what_it_has_and_masked_tokens_need_not_be_finite():
+def test_a_chunk_longer_than_the_sequence_costs_no_more_and_masked_tokens_may_be_infinite():
   hidden, head, weights = jnp.ones((2, 11, 8)), jnp.ones((8, 16)), jnp.ones((2, 11))
   targets = jnp.zeros((2, 11), jnp.int32)
   run = lambda size: jax.jit(jax.grad(functools.partial(
@@ -82,21 +82,21 @@ def test_a_short_sequence_costs_what_it_has_and_masked_tokens_need_not_be_finite
   assert jnp.isfinite(loss)
 
 
-def test_a_sum_has_gradients_in_a_shard_map():
+def test_the_sum_is_differentiable_in_a_shard_map():
   hidden, head, targets = inputs(2, 11, 6, 19)
   summed = lambda h, w, t, g: model.logprob_sum(h, w, t, g, numerics=FP32)
   by_device = lambda h, w, t, g: jax.lax.psum(
       summed(h, jax.lax.pcast(w, "data", to="varying"), t, g), "data")
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  data, same = jax.P("data"), jax.P()
-  sharded = jax.shard_map(by_device, mesh=mesh, in_specs=(data, same, data, data),
-                          out_specs=same)
+  data, replicated = jax.P("data"), jax.P()
+  sharded = jax.shard_map(by_device, mesh=mesh, in_specs=(data, replicated, data, data),
+                          out_specs=replicated)
   operands = hidden, head, targets, jnp.ones((2, 11))
   for a, b in zip(*(jax.grad(f, (0, 1))(*operands) for f in (sharded, summed)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_logits_are_computed_once_for_a_sum_and_its_gradients():
+def test_logits_are_computed_once_for_the_sum_and_its_gradients():
   hidden, head, targets = inputs(1, 8, 6, 19)
   summed = lambda h, w: model.logprob_sum(
       h, w, targets, jnp.ones((1, 8)), numerics=FP32, chunk_size=4)
@@ -106,7 +106,7 @@ def test_logits_are_computed_once_for_a_sum_and_its_gradients():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_models_own_head_is_used(tied):
+def test_token_logprobs_use_the_models_own_head(tied):
   cfg = dataclasses.replace(tiny.GQA, tie_embeddings=tied)
   tokens_BT, transformer = tiny.tokens(cfg), model.Transformer(cfg)
   out = tiny.apply(cfg)(tiny.variables(cfg), tokens_BT)

@@ -1,4 +1,4 @@
-"""Numerics policies: which products are in FP8, and that no other is."""
+"""Numerics policies: the intended products are in FP8, and no others."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ def normal(shape, seed=0):
 @pytest.mark.parametrize(("spec", "x", "w"), [
     ("btd,dgf->btgf", (2, 5, 6), (6, 2, 7)), ("bthv,hvd->btd", (2, 5, 3, 4), (3, 4, 7)),
     ("btf,fd->btd", (2, 5, 6), (6, 7))])
-def test_linear_is_einsum_or_with_a_recipe_an_fp8_layer_of_flat_axes(spec, x, w):
+def test_linear_is_einsum_or_with_a_recipe_an_fp8_layer_on_flattened_axes(spec, x, w):
   x, w = normal(x), normal(w, 1)
   bf16 = model.NUMERICS["bf16"]
   plain, ours = bf16.linear(spec, x, w), FP8.linear(spec, x, w)
@@ -36,7 +36,7 @@ def test_linear_is_einsum_or_with_a_recipe_an_fp8_layer_of_flat_axes(spec, x, w)
 
 
 def fp8_weights(jaxpr, num_tokens: int, times: int = 1) -> collections.Counter:
-  """How often a weight of so many elements enters a layer that rounds to FP8."""
+  """Counts the weights that enter layers which round to FP8, by their number of elements."""
   found = collections.Counter()
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "custom_vjp_call":
@@ -56,7 +56,7 @@ def fp8_weights(jaxpr, num_tokens: int, times: int = 1) -> collections.Counter:
 def test_every_matrix_but_embedding_head_and_gate_is_multiplied_in_fp8(name):
   cfg = dataclasses.replace(tiny.ALL[name], numerics=FP8)
   net = model.Transformer(cfg, mla_form="expanded")
-  tokens_BT = tiny.tokens(cfg, length=17)  # in all as many as no weight has rows
+  tokens_BT = tiny.tokens(cfg, length=17)  # 34 in all: no weight has as many rows
   jaxpr = jax.make_jaxpr(net.apply)(model.abstract_variables(cfg), tokens_BT)
   want = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract_variables(cfg)["params"]):
@@ -68,7 +68,7 @@ def test_every_matrix_but_embedding_head_and_gate_is_multiplied_in_fp8(name):
   assert sum(want.values())
 
 
-def test_absorbed_weights_are_a_part_of_attention():
+def test_absorbed_weights_are_not_multiplied_in_fp8():
   cfg = dataclasses.replace(tiny.PLAIN_MLA, numerics=FP8)
   tokens_BT = tiny.tokens(cfg, length=17)
   count = lambda form: sum(fp8_weights(jax.make_jaxpr(model.Transformer(cfg, mla_form=form).apply)(
@@ -76,15 +76,15 @@ def test_absorbed_weights_are_a_part_of_attention():
   assert count("expanded") - count("absorbed") == 2 * cfg.num_layers  # W^UK and W^UV
 
 
-@pytest.mark.parametrize("way", ["dense", "slots"])
-def test_ways_of_computing_experts_that_know_no_fp8_refuse_it(way):
-  with pytest.raises(ValueError, match=f"experts='{way}' do not multiply in FP8"):
-    EXPERTS[way](None, None, None, None, FP8)
+@pytest.mark.parametrize("implementation", ["dense", "slots"])
+def test_implementations_of_experts_without_fp8_refuse_it(implementation):
+  with pytest.raises(ValueError, match=f"experts='{implementation}' does not support FP8"):
+    EXPERTS[implementation](None, None, None, None, FP8)
 
 
-def test_policies_are_found_by_name_and_checked():
+def test_policies_are_looked_up_by_name_and_validated():
   assert model.Numerics.parse("fp8") == FP8
   with pytest.raises(ValueError, match="no numerics policy 'int8'; there are: fp32, bf16, fp8"):
     model.Numerics.parse("int8")
-  with pytest.raises(ValueError, match="compute='float16' goes with no recipe"):
+  with pytest.raises(ValueError, match="compute='float16' cannot be used with a recipe"):
     model.Numerics(compute="float16", recipe=Recipe())

@@ -1,8 +1,8 @@
-"""The model is the papers' equations: a float64 reference, and the invariants that follow.
+"""The model computes the papers' equations: a float64 reference, and invariants that follow.
 
 The reference is written from the text alone (arXiv:2412.19437 section 2, arXiv:2405.04434 section
-2.2, arXiv:2408.15664), with matrices as the papers have them, W in R^{out x in}, one token at a
-time. Only `paper_weights` and the functions below it know the library's parameters.
+2.2, arXiv:2408.15664), with matrices as the papers write them, W in R^{out x in}, one token at
+a time. Only `paper_weights` and the functions below it know the library's parameters.
 
 Shape letters:  B sequences  T tokens  D model width  V vocabulary  E routed experts  N tokens
                 K experts per token  M expert groups
@@ -46,13 +46,13 @@ def yarn_frequencies(dim, base, s=1.0, length=4096, beta_fast=32, beta_slow=1):
 
 
 def rotated(x, angles):
-  """Adjacent pairs as complex numbers, turned; over the last axis."""
+  """Rotates adjacent pairs of the last axis, as complex numbers, by the given angles."""
   z = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)
   return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
 
 
 def attention(w, x_TD, a, freqs, m):
-  """Eq. 1-11; `m` is YaRN's temperature, whose square multiplies the softmax scale."""
+  """Attention by eq. 1-11; `m` is YaRN's temperature, whose square multiplies the softmax scale."""
   heads, queries, keys, values, out = a.num_heads, [], [], [], []
   scale = m**2 / math.sqrt(a.qk_nope_head_dim + a.qk_rope_head_dim)
   for t, x in enumerate(x_TD):
@@ -73,7 +73,7 @@ def attention(w, x_TD, a, freqs, m):
 
 
 def top(x, k):
-  """The k largest, which must be decided by more than float32 could blur; exact ties by index."""
+  """Returns the indices of the k largest, which float32 error must not change; ties go by index."""
   order = np.argsort(-x, kind="stable")
   gap = x[order[k - 1]] - x[order[k]] if k < len(x) else 1.0
   assert gap == 0 or gap > 1e-5, "a near tie: choose another seed"
@@ -87,7 +87,7 @@ def kept_groups(biased, c):
 
 
 def gates(s, bias, c):
-  """Eq. 13-16, then the route scale; V2 does not renormalise: {expert: gate}."""
+  """Returns {expert: gate} by eq. 13-16, times the route scale; V2 does not renormalise."""
   kept, size = kept_groups(s + bias, c), c.num_experts // c.num_groups
   masked = [s_b if i // size in kept else -np.inf for i, s_b in enumerate(s + bias)]
   chosen = top(np.array(masked), c.experts_per_token)
@@ -96,7 +96,7 @@ def gates(s, bias, c):
 
 
 def moe_ffn(w, u, c):
-  """Eq. 12 without its residual: the output, the scores, and which experts were chosen."""
+  """Returns eq. 12 without its residual, the scores, and whether each expert was chosen."""
   logits = w["e"] @ u
   s = softmax(logits) if c.score == "softmax" else 1 / (1 + np.exp(-logits))
   g = gates(s, w["b"], c)
@@ -106,7 +106,7 @@ def moe_ffn(w, u, c):
 
 
 def block(w, x_TD, cfg, seen):
-  """Pre-norm attention and FFN; a router's scores and choices [T, E] are appended to `seen`."""
+  """Applies pre-norm attention and FFN; appends a router's scores and choices [T, E] to `seen`."""
   scaling = cfg.rope.scaling
   freqs, m = yarn_frequencies(cfg.attention.qk_rope_head_dim, cfg.rope.theta), 1.0
   if scaling:
@@ -125,7 +125,7 @@ def block(w, x_TD, cfg, seen):
 
 
 def paper_forward(w, tokens, cfg):
-  """One sequence: final hidden states, by depth (0 is the trunk), and what each router saw."""
+  """Returns a sequence's final hidden states by depth (0: trunk), and what each router computed."""
   x_TD, seen, result = w["embedding"][tokens], [], []
   for layer in w["layers"]:
     x_TD = block(layer, x_TD, cfg, seen)
@@ -148,7 +148,10 @@ def among_top(s_TE, k):
 
 
 def balance_loss(s_TE, counted_TE, k, devices=None):
-  """Eq. 17-20 with alpha = 1 (V2: f' is a device's mean f, P' its sum of P); f counts `counted`."""
+  """Returns eq. 17-20 with alpha = 1; V2's f' is a device's mean f, and its P' a device's sum of P.
+
+  f counts the assignments in `counted_TE`; every expert is a device of its own without `devices`.
+  """
   num_tokens, num_experts = s_TE.shape
   f_E = num_experts / (k * num_tokens) * counted_TE.sum(0)
   P_E = sum(s / s.sum() for s in s_TE) / num_tokens
@@ -156,7 +159,7 @@ def balance_loss(s_TE, counted_TE, k, devices=None):
   return sum(f.mean() * P.sum() for f, P in zip(f_M, P_M, strict=True))
 
 
-# The library beside it.
+# The library, compared with the reference.
 
 BATCH, TOKENS = 2, 13
 V3_LIKE = model.ModelConfig(
@@ -185,7 +188,7 @@ TOLERANCE = float(jnp.finfo(jnp.float32).eps) * 2 * V3_LIKE.d_model * (
 
 
 def random_variables(cfg, rng):
-  """Norms away from 1, biases from 0; two matrices so small that the norms' eps shows."""
+  """Draws norms away from 1, biases away from 0, and two matrices so small that eps matters."""
   def draw(path, leaf):
     name, noise = path[-1].key, rng.standard_normal(leaf.shape)
     spread = {"bias": 0.2, "embedding": 0.02, "w_dq": 0.003}.get(name, cfg.init_std)
@@ -194,7 +197,7 @@ def random_variables(cfg, rng):
 
 
 def paper_weights(variables, cfg):
-  """The library's parameters as the papers' matrices, in float64."""
+  """Returns the library's parameters as the papers' matrices, in float64."""
   wide = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
   params, router = wide["params"], wide.get("router", {})
   a, c = cfg.attention, cfg.moe
@@ -236,7 +239,7 @@ def paper_weights(variables, cfg):
 
 
 def router_views(output):
-  """RouterStats of every MoE layer in order, then of the MTP modules."""
+  """Returns the RouterStats of every MoE layer in order, then those of the MTP modules."""
   layers = [jax.tree.map(lambda x, n=n: x[n], output.router["moe_layers"]) for n in (0, 1)]
   return [*layers, output.router["mtp_1"], output.router["mtp_2"]]
 
@@ -267,7 +270,7 @@ def assert_near(ours, papers):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_hidden_states_and_logits_of_every_depth_are_the_papers(name):
+def test_hidden_states_and_logits_of_every_depth_equal_the_papers(name):
   both = Both(name)
   hidden = (both.output.hidden_BTD, *both.output.mtp_hidden)
   logits = (both.output.logits_BTV, *both.output.mtp_logits)
@@ -280,7 +283,7 @@ def test_hidden_states_and_logits_of_every_depth_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_router_statistics_are_counts_and_sums_of_the_papers_routing(name):
+def test_router_statistics_are_counts_and_sums_over_the_papers_routing(name):
   both = Both(name)
   views, top_k, differ = router_views(both.output), both.cfg.moe.experts_per_token, 0
   for n, (stats, sequences) in enumerate(zip(views, both.seen, strict=True)):
@@ -290,13 +293,13 @@ def test_router_statistics_are_counts_and_sums_of_the_papers_routing(name):
     assert_near(stats.affinity_BE, [sum(s / s.sum() for s in s_TE) for s_TE, _ in sequences])
     np.testing.assert_array_equal(stats.tokens_B, BATCH * [TOKENS - max(0, n - 1)])
     differ += (stats.load_BE != stats.top_BE).sum()
-  assert differ > 20, "bias and groups should matter here"
+  assert differ > 20, "the bias and the groups should change the choice of experts"
   np.testing.assert_array_equal(
       both.output.expert_load_LE, [stats.load_BE.sum(0) for stats in views[:2]])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_balance_losses_are_the_papers_in_every_scope(name):
+def test_balance_losses_equal_the_papers_in_every_scope(name):
   both = Both(name)
   top_k, groups = both.cfg.moe.experts_per_token, both.cfg.moe.num_groups
   for stats, sequences in zip(router_views(both.output), both.seen, strict=True):
@@ -339,14 +342,14 @@ def test_mtp_logits_of_position_i_depend_on_tokens_up_to_i_plus_k_only():
       assert j < k or (change_BT[:, j - k] > 100 * TOLERANCE).all()
 
 
-# Invariants.
+# Invariants of the equations.
 
 V3, V2, LITE = (model.get_config(f"deepseek_{name}") for name in ("v3", "v2", "v2_lite"))
 
 
 @pytest.mark.parametrize(("cfg", "offset"), [(V3.moe, 0.0), (V3.moe, -4.0), (V2.moe, 0.0)],
                          ids=["v3", "v3 with negative s + b", "v2"])
-def test_routes_at_full_width_are_the_papers_choice_and_gates(cfg, offset):
+def test_routing_at_full_width_equals_the_papers_choice_and_gates(cfg, offset):
   rng, shape = np.random.default_rng(3), (64, cfg.num_experts)
   s_NE = rng.integers(1, 2**12, shape) / 2**12  # multiples of 2^-12, so that s + b is exact
   bias_E = rng.integers(-2**9, 2**9, shape[1]) / 2**12 + offset
@@ -386,7 +389,7 @@ def test_bias_steps_by_gamma_towards_the_mean_load():
   assert set(np.unique(np.abs(updated_LE - bias_LE))) == {0, gamma}
 
 
-def test_bias_stays_at_equal_loads_of_a_batch_of_v3s_size():
+def test_bias_is_unchanged_by_equal_loads_of_a_batch_of_v3s_size():
   load_E = jnp.full(V3.moe.num_experts, 15360 * 4096 * 8 // 256 + 1)
   updated_E = balance.update_bias(jnp.zeros(len(load_E)), load_E, 1e-3)
   np.testing.assert_array_equal(updated_E, np.zeros(len(load_E)))
@@ -404,7 +407,7 @@ def test_every_balance_loss_is_alpha_at_uniform_routing():
   assert balance.max_violation(stats.load_BE.sum(0)) == 0
 
 
-def test_yarn_leaves_fast_pairs_divides_slow_ones_and_joins_them_monotonely():
+def test_yarn_keeps_fast_pairs_divides_slow_ones_and_is_monotonic_in_between():
   dim = V3.attention.qk_rope_head_dim
   plain_r = rope.frequencies(model.RopeConfig(), dim)
   scaled_r = rope.frequencies(V3.rope, dim)
@@ -433,7 +436,7 @@ def test_cache_keeps_the_latent_and_one_rotated_key_per_layer():
 
 
 def paper_counts(d, layers, dense, width, vocab, n_h, d_q, d_c, d_h, d_R, d_v, N_s, N_r, K_r, F):
-  """In billions: total, active (the head, no input embedding), MTP's own, MTP's own active."""
+  """Returns billions: total, active (with head, without input embedding), MTP's own, its active."""
   queries = d * d_q + d_q + d_q * n_h * (d_h + d_R) if d_q else d * n_h * (d_h + d_R)
   attention = queries + d * (d_c + d_R) + d_c + d_c * n_h * (d_h + d_v) + n_h * d_v * d + 2 * d
   experts = lambda n: attention + d * N_r + 3 * d * F * (N_s + n)
@@ -449,7 +452,7 @@ DIMS = {  # config: the arguments of paper_counts
 }
 
 
-def test_parameter_counts_are_the_papers_to_a_million():
+def test_parameter_counts_equal_the_papers_to_a_million():
   counts = {name: paper_counts(*dims) for name, dims in DIMS.items()}
   for name, (total, active, _, _) in counts.items():
     cfg = model.get_config(f"deepseek_{name}")

@@ -1,4 +1,4 @@
-"""Weights quantised ahead are what products would have made of them."""
+"""Weights quantised ahead equal those that the products would quantise themselves."""
 
 import dataclasses
 
@@ -20,24 +20,24 @@ def gradients(cfg, ahead):
   variables, tokens = tiny.variables(cfg), tiny.tokens(cfg)
 
   @jax.jit
-  def of(params):
+  def loss_and_gradients(params):
     more = model.quantize_weights(cfg, params) if ahead else {}
     loss = lambda p: model.Transformer(cfg).apply(
         {**variables, "params": p, **more}, tokens).logits_BTV.var()
     return jax.value_and_grad(loss)(params)
 
-  return of(variables["params"])
+  return loss_and_gradients(variables["params"])
 
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
-def test_losses_and_gradients_are_those_of_weights_quantised_where_they_are_read(name):
+def test_losses_and_gradients_equal_those_of_weights_quantised_where_they_are_used(name):
   cfg = dataclasses.replace(tiny.ALL[name], num_layers=2, mtp=None, numerics=FP8)
   jax.tree.map(np.testing.assert_array_equal, gradients(cfg, True), gradients(cfg, False))
 
 
 @pytest.mark.parametrize("recipe", [
     RECIPES["v3"], RECIPES["per_tensor"], dataclasses.replace(FP8.recipe, forward=None)])
-def test_every_matrix_is_quantised_as_its_products_read_it(recipe):
+def test_every_matrix_is_quantised_in_the_format_of_its_products(recipe):
   cfg = dataclasses.replace(SMALL, numerics=dataclasses.replace(FP8, recipe=recipe))
   params = tiny.variables(cfg)["params"]
   quantized = model.quantize_weights(cfg, params)["quantized"]["moe_layers"]

@@ -1,4 +1,4 @@
-"""What the whole network promises: causality, separation of documents, and no needless work."""
+"""The whole network: causality, separation of packed documents, and no unused computation."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import tiny
 import model
 
 NO_MTP = dataclasses.replace(tiny.V3, mtp=None)
-FLOAT32 = 1e-5  # relative: some hundred operations deep, sums of some tens of terms
+FLOAT32 = 1e-5  # relative: about a hundred operations deep, with sums of tens of terms
 
 
 def close(a, b, tolerance=FLOAT32):
@@ -41,7 +41,7 @@ def test_mtp_depth_k_reads_k_tokens_ahead_and_no_more():
     assert float(jnp.abs(other[:, 7 - k] - one[:, 7 - k]).max()) > 1e-3
 
 
-def test_mtp_fractions_the_trunks_embedding_and_head():
+def test_mtp_shares_the_trunks_embedding_and_head():
   cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(depth=1))
   v = tiny.variables(cfg)
 
@@ -56,45 +56,45 @@ def test_mtp_fractions_the_trunks_embedding_and_head():
     close(both[name], trunk[name] + mtp[name])
 
 
-def test_both_concat_orders_are_one_function_with_the_halves_swapped():
+def test_concat_orders_differ_only_by_swapping_the_halves_of_the_projection():
   cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(concat="hidden_first"))
   swapped = dataclasses.replace(cfg, mtp=model.MTPConfig(concat="embedding_first"))
   v = tiny.variables(cfg)
   w_proj = v["params"]["mtp_1"]["w_proj"]
-  turned = jnp.concatenate(jnp.split(w_proj, 2)[::-1])
-  other = v | {"params": v["params"] | {"mtp_1": v["params"]["mtp_1"] | {"w_proj": turned}}}
+  reordered = jnp.concatenate(jnp.split(w_proj, 2)[::-1])
+  other = v | {"params": v["params"] | {"mtp_1": v["params"]["mtp_1"] | {"w_proj": reordered}}}
   close(tiny.apply(swapped)(other, tiny.tokens(cfg)).mtp_logits[0],
         tiny.apply(cfg)(v, tiny.tokens(cfg)).mtp_logits[0])
 
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
-def test_segments_keep_packed_documents_apart(name):
+def test_segments_isolate_packed_documents(name):
   cfg = tiny.ALL[name]
   v, (one, two) = tiny.variables(cfg), (tiny.tokens(cfg, 1, 6), tiny.tokens(cfg, 1, 6, seed=3))
   packed = jnp.concatenate([one, two], axis=1)
   segments = jnp.array([[1] * 6 + [2] * 6])
   run = tiny.apply(cfg)
-  apart = jnp.concatenate([run(v, one).logits_BTV, run(v, two).logits_BTV], axis=1)
+  separate = jnp.concatenate([run(v, one).logits_BTV, run(v, two).logits_BTV], axis=1)
   # Rotary positions are relative: the second document need not start at 0.
-  close(run(v, packed, segment_ids_BT=segments).logits_BTV, apart)
-  assert float(jnp.abs(run(v, packed).logits_BTV - apart)[:, 6:].max()) > 0.1
+  close(run(v, packed, segment_ids_BT=segments).logits_BTV, separate)
+  assert float(jnp.abs(run(v, packed).logits_BTV - separate)[:, 6:].max()) > 0.1
 
 
-def test_padding_counts_in_no_router_statistic():
+def test_padding_is_excluded_from_every_router_statistic():
   cfg = tiny.V3
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   segments = jnp.ones_like(tokens_BT).at[0, 9:].set(0)
   out = tiny.apply(cfg)(v, tokens_BT, segment_ids_BT=segments)
   assert (out.expert_load_LE.sum(-1) == (24 - 3) * cfg.moe.experts_per_token).all()
   np.testing.assert_array_equal(out.router["moe_layers"].tokens_B, [[9, 12]] * 2)
-  # Depth k has no token to read at the last k positions either.
+  # MTP depth k has no token to read at the last k positions, so these do not count either.
   np.testing.assert_array_equal(out.router["mtp_2"].tokens_B, [7, 10])
   alone = tiny.apply(cfg)(v, tokens_BT[:1, :9])
   np.testing.assert_array_equal(out.router["moe_layers"].load_BE[:, 0],
                                 alone.router["moe_layers"].load_BE[:, 0])
 
 
-def test_the_router_bias_changes_the_choice_and_never_the_gates():
+def test_the_router_bias_changes_the_choice_of_experts_but_never_the_gates():
   cfg = tiny.V3
   v = tiny.variables(cfg)
   pushed = v | {"router": jax.tree.map(lambda b: b.at[..., 0].add(10.0), v["router"])}
@@ -121,16 +121,16 @@ def _gradients(remat: str):
 
 
 @pytest.mark.parametrize("remat", sorted(set(model.REMAT) - {"none"}))
-def test_remat_gives_the_same_gradients_for_less_memory(remat):
-  (plain_bytes, (value, plain)), (fewer_bytes, (again, grads)) = (
+def test_remat_gives_the_same_gradients_with_less_memory(remat):
+  (plain_bytes, (value, plain)), (fewer_bytes, (remat_value, grads)) = (
       _gradients("none"), _gradients(remat))
-  close(again, value)
+  close(remat_value, value)
   jax.tree.map(close, grads, plain)
   assert fewer_bytes < 0.8 * plain_bytes
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_layers_without_a_loop_give_the_same_outputs_and_gradients(remat):
+def test_unrolled_layers_give_the_same_outputs_and_gradients(remat):
   v, tokens_BT = tiny.variables(tiny.V3), tiny.tokens(tiny.V3)
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -146,7 +146,7 @@ def test_layers_without_a_loop_give_the_same_outputs_and_gradients(remat):
 
 
 def _rematerialised(jaxpr, looped=False) -> set:
-  """Of the blocks: whether they are in a loop, and whether compilers may not reuse their values."""
+  """Returns, for all remat blocks of a jaxpr, whether they are in a loop and prevent CSE."""
   found = set()
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "remat2" and eqn.params["policy"]:
@@ -158,25 +158,25 @@ def _rematerialised(jaxpr, looped=False) -> set:
 
 
 @pytest.mark.parametrize("unroll", [1, 99])
-def test_unstack_layers_give_what_their_stack_does(unroll):
+def test_unstacked_layers_give_the_same_logits_as_stacked_ones(unroll):
   v, net = tiny.variables(tiny.V3), model.Transformer(tiny.V3, unroll=unroll)
-  apart, joined = jax.vjp(net.by_layer, v["params"])
-  assert (jax.tree.structure(apart) == jax.tree.structure(v["params"])) == (unroll == 1)
-  jax.tree.map(np.testing.assert_array_equal, joined(apart)[0], v["params"])
+  unstacked, restack = jax.vjp(net.by_layer, v["params"])
+  assert (jax.tree.structure(unstacked) == jax.tree.structure(v["params"])) == (unroll == 1)
+  jax.tree.map(np.testing.assert_array_equal, restack(unstacked)[0], v["params"])
   logits = jax.jit(lambda p: net.apply(v | {"params": p}, tiny.tokens(tiny.V3)).logits_BTV)
-  np.testing.assert_array_equal(logits(apart), logits(v["params"]))
+  np.testing.assert_array_equal(logits(unstacked), logits(v["params"]))
 
 
 @pytest.mark.parametrize(("unroll", "want"), [(1, {(True, False), (False, True)}),
                                               (2, {(False, True)})])
-def test_what_remat_computes_again_outside_a_loop_is_never_taken_for_what_was_before(unroll, want):
-  # A dense layer by itself, two with experts, and MTP modules.
+def test_remat_outside_a_loop_prevents_common_subexpression_elimination(unroll, want):
+  # The model has a single dense layer, two MoE layers, and MTP modules.
   net = model.Transformer(tiny.V3, remat="full", unroll=unroll)
   run = lambda tokens_BT: net.apply(tiny.variables(tiny.V3), tokens_BT).mtp_hidden
   assert _rematerialised(jax.make_jaxpr(run)(tiny.tokens(tiny.V3)).jaxpr) == want
 
 
-def test_what_is_not_used_is_not_computed():
+def test_unused_outputs_are_not_computed():
   cfg = dataclasses.replace(tiny.V3, vocab_size=4096, mtp=model.MTPConfig(depth=1))
   shapes = (model.abstract_variables(cfg), jax.ShapeDtypeStruct((2, 32), jnp.int32))
   transformer = model.Transformer(cfg)
@@ -192,9 +192,9 @@ def test_what_is_not_used_is_not_computed():
   logits = cost(lambda out: out.logits_BTV)
   assert head < logits < 1.2 * (head + hidden)
   assert cost(lambda out: out.mtp_logits) > head + hidden
-  if jax.default_backend() != "cpu":  # elsewhere a top-k has no one name to count
+  if jax.default_backend() != "cpu":  # other backends have no single name for top-k
     return
-  # The balance statistics need a second top-k, which nobody asked for here.
+  # The balance statistics need a second top-k, which the hidden states do not.
   text = jax.jit(lambda v, t: transformer.apply(v, t).hidden_BTD).lower(*shapes).compile().as_text()
   with_stats = jax.jit(lambda v, t: transformer.apply(v, t).router).lower(*shapes).compile()
   assert text.count("TopK") < with_stats.as_text().count("TopK")
@@ -202,7 +202,7 @@ def test_what_is_not_used_is_not_computed():
 
 @pytest.mark.parametrize("init", [
     lambda cfg: model.init(cfg, jax.random.key(3)), lambda cfg: model.init_on_host(cfg, 3)])
-def test_initialisation_is_one_std_with_norms_one_and_biases_zero(init):
+def test_initialisation_has_a_single_std_with_norms_one_and_biases_zero(init):
   cfg = dataclasses.replace(
       NO_MTP, attention=tiny.MQA.attention, d_model=64, num_layers=2, num_dense_layers=0,
       tie_embeddings=True, init_std=0.006)
@@ -219,7 +219,7 @@ def test_initialisation_is_one_std_with_norms_one_and_biases_zero(init):
   assert all((leaf == 0).all() for leaf in jax.tree.leaves(variables["router"]))
 
 
-def test_misuse_is_refused():
+def test_mtp_with_a_cache_and_a_cache_without_slots_are_refused():
   cfg = tiny.V3
   cache = model.init_cache(cfg, 2, 12)
   with pytest.raises(ValueError, match="neither MTP modules nor segment"):

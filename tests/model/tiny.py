@@ -1,4 +1,4 @@
-"""Small models that tests share, with weights loud enough that mistakes show."""
+"""Small models that tests share, with weights large enough for mistakes to show."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ ALL = {"v3": V3, "plain mla": PLAIN_MLA, "gqa": GQA, "mha": MHA, "mqa": MQA}
 
 @functools.cache
 def variables(cfg: model.ModelConfig) -> dict:
-  """Random variables: norms around one, biases (the router's too) around zero.
+  """Returns random variables: norms around one, all else (router biases too) around zero.
 
-  From numpy: compiling a random draw for every shape would take longer than most tests.
+  Drawn by numpy: compiling a random draw for every shape would take longer than most tests.
   """
   def draw(path, leaf):
     rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
@@ -50,5 +50,5 @@ def tokens(cfg: model.ModelConfig, batch: int = 2, length: int = 12, seed: int =
 
 @functools.cache
 def apply(cfg: model.ModelConfig, **fields):
-  """A jitted forward pass, compiled once for all tests of a file."""
+  """Returns a jitted forward pass, which is compiled once for all tests of a process."""
   return jax.jit(model.Transformer(cfg, **fields).apply, static_argnames=("logits", "mtp"))

@@ -1,10 +1,10 @@
-"""Writes what transformers computes for saved folders; the other half of test_hf_torch.py.
+"""Writes the logits that transformers computes for saved folders; run by test_hf_torch.py.
 
 Run by an interpreter that has torch and transformers (jax is not needed):
 
     python tests/model/torch_logits.py FOLDER...
 
-In every folder: tokens.npy is read, logits.npy is written. One process for all of them, because
+Reads tokens.npy and writes logits.npy in every folder. One process handles all folders, because
 importing takes longer than everything else.
 """
 
@@ -21,14 +21,14 @@ def main(folders: list[str]) -> None:
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
   for folder in map(pathlib.Path, folders):
-    # Attention is whatever its default is, as for anyone who loads the folder. Experts' default
-    # wants rows of a multiple of 16 bytes, which these cases' odd widths are not.
+    # Attention uses the default implementation, as it does for any user who loads the folder. The
+    # default for experts needs rows of a multiple of 16 bytes, which these odd widths do not give.
     network, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True)
-    # It has no place for MTP modules, which follow the last layer.
-    after = f"model.layers.{network.config.num_hidden_layers}."
+    # transformers' model has no MTP modules; a folder stores theirs after those of the last layer.
+    mtp_prefix = f"model.layers.{network.config.num_hidden_layers}."
     info["unexpected_keys"] = {
-        name for name in info["unexpected_keys"] if not name.startswith(after)}
+        name for name in info["unexpected_keys"] if not name.startswith(mtp_prefix)}
     wrong = {kind: names for kind, names in info.items() if names}
     assert not wrong, (folder, wrong)
     tokens = torch.from_numpy(np.load(folder / "tokens.npy"))

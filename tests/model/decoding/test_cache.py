@@ -1,4 +1,4 @@
-"""Cached, uncached, expanded and absorbed attention are one function."""
+"""Cached, uncached, expanded and absorbed attention compute the same function."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ import tiny
 
 import model
 
-AGREE = 1e-4  # fp32, relative to the largest logit
+TOLERANCE = 1e-4  # fp32, relative to the largest logit
 
 
 def close(a, b):
-  np.testing.assert_allclose(a, b, rtol=0, atol=AGREE * float(jnp.abs(b).max()))
+  np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * float(jnp.abs(b).max()))
 
 
 FORMS = [(name, form) for name, cfg in tiny.ALL.items()
@@ -34,10 +34,10 @@ def test_prefill_and_decode_equal_the_uncached_model(name, form):
   np.testing.assert_array_equal(cache.lengths_B, [12, 12])
 
 
-def test_layers_without_a_loop_fill_the_cache_and_take_earlier_experts_as_a_loop_does():
+def test_unrolled_layers_fill_the_cache_and_use_given_experts_as_scanned_ones_do():
   cfg = tiny.V3
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
-  other = tiny.apply(cfg)(v, tokens_BT[:, ::-1])  # whose experts nobody would choose here
+  other = tiny.apply(cfg)(v, tokens_BT[:, ::-1])  # for experts that these tokens would not choose
   looped, unrolled = (tiny.apply(cfg, unroll=unroll)(
       v, tokens_BT, cache=model.init_cache(cfg, 2, 16),
       experts_LBTK=other.router["moe_layers"].experts_BTK) for unroll in (1, 3))
@@ -46,7 +46,7 @@ def test_layers_without_a_loop_fill_the_cache_and_take_earlier_experts_as_a_loop
 
 
 @pytest.mark.parametrize("name", ["plain mla", "mqa"])
-def test_uncached_forms_agree(name):
+def test_expanded_and_absorbed_forms_agree_without_a_cache(name):
   cfg = tiny.ALL[name]
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   close(tiny.apply(cfg, mla_form="absorbed")(v, tokens_BT).logits_BTV,
@@ -54,12 +54,12 @@ def test_uncached_forms_agree(name):
 
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
-def test_rows_advance_on_their_own_and_roll_back(name):
+def test_rows_advance_independently_and_roll_back(name):
   cfg = tiny.ALL[name]
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   whole = tiny.apply(cfg)(v, tokens_BT).logits_BTV
   run = tiny.apply(cfg)
-  # Row 0 keeps four of its nine tokens, row 1 seven: the rest was a wrong guess.
+  # Row 0 keeps four of its nine tokens and row 1 seven; the others are rejected drafts.
   wrong = tokens_BT.at[0, 4:].set(1).at[1, 7:].set(2)
   cache = run(v, wrong[:, :9], cache=model.init_cache(cfg, 2, 12)).cache
   cache = cache.with_lengths(jnp.array([4, 7]))
@@ -69,13 +69,13 @@ def test_rows_advance_on_their_own_and_roll_back(name):
   np.testing.assert_array_equal(out.cache.lengths_B, [7, 10])
 
 
-def test_mla_caches_the_latent_alone():
+def test_mla_caches_only_the_latent():
   cfg = model.get_config("deepseek_v3")
   cache = jax.eval_shape(lambda: model.init_cache(cfg, 1, 4096))
   assert {name: entry.shape for name, entry in cache.entries.items()} == {
       "latent": (61, 1, 4096, 576)}
   size = sum(entry.size * entry.dtype.itemsize for entry in cache.entries.values())
-  assert size / 4096 == 70_272  # bytes a token in bfloat16: arXiv:2505.09343, table 1
+  assert size / 4096 == 70_272  # bytes per token in bfloat16: arXiv:2505.09343, table 1
 
 
 def test_the_cache_is_updated_in_place():
@@ -87,11 +87,11 @@ def test_the_cache_is_updated_in_place():
   size = cache.entries["latent"].size * 4
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes >= size
-  # One layer's slice at a time, its scores and mixtures: never a second cache.
+  # Temporaries are one layer's slice, its scores and its mixtures, but never a second cache.
   assert memory.temp_size_in_bytes < 1.5 * size
 
 
-def test_tokens_past_the_end_leave_the_cache_alone():
+def test_tokens_past_the_end_leave_the_cache_unchanged():
   cfg = tiny.GQA
   v = tiny.variables(cfg)
   cache = tiny.apply(cfg)(v, tiny.tokens(cfg, length=4), cache=model.init_cache(cfg, 2, 4)).cache
