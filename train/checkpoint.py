@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: written in the background, committed whole, verified when read.
+"""Checkpoints of a training run: written in the background, committed atomically, verified on read.
 
-A checkpoint is a folder `step_00000123`: what Orbax wrote, in `arrays/`, and a `manifest.json` with
-the size and the hash of each file. It is built under another name and renamed last, so that a
-process killed at any moment leaves the earlier checkpoints as they were. One process saves, from
-any number of devices.
+A checkpoint is a folder `step_00000123` with Orbax's files in `arrays/` and a `manifest.json` that
+lists the size and the hash of every file. It is written under a temporary name and renamed last, so
+that a process killed at any moment leaves the earlier checkpoints intact. A single process saves,
+from any number of devices.
 """
 
 import asyncio
@@ -26,10 +26,11 @@ from etils import epath
 
 from train.run_folder import fsync, write_text_atomic
 
-_UNFINISHED = "tmp."  # prefix of what does not count and may be deleted at any time
-_SHOWN = 5  # differing leaves that an error names
+_UNFINISHED = "tmp."  # prefix of folders that are not checkpoints and may be deleted at any time
+_SHOWN = 5  # how many differing leaves an error message lists
 
-# Orbax logs the traceback of a failed write from its own threads; it is raised as CheckpointError.
+# Orbax logs the traceback of a failed write from its own threads. That would only repeat the
+# failure, which is raised as a CheckpointError.
 logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname))
 
@@ -43,10 +44,10 @@ class Restored:
   """What `Checkpoints.restore` found.
 
   Attributes:
-    step: the step it was saved at.
-    arrays: of the structure, shapes, dtypes and shardings asked for.
-    extra: as given to `save`, after a trip through JSON.
-    damaged: a message for each newer checkpoint that was passed over.
+    step: the step at which the checkpoint was saved.
+    arrays: the saved pytree, with the structure, shapes, dtypes and shardings asked for.
+    extra: the dict given to `save`, after a round trip through JSON.
+    damaged: a message for each newer checkpoint that was skipped because it is damaged.
   """
 
   step: int
@@ -56,7 +57,7 @@ class Restored:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-  """The leaves by their dotted path, which is what a checkpoint knows of the tree's structure."""
+  """Returns the leaves by dotted path, all that a checkpoint records of the tree's structure."""
   named = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -73,7 +74,7 @@ def _described(leaves: dict[str, Any]) -> dict[str, str]:
 
 
 def _stored(leaves: dict[str, Any]) -> dict[str, Any]:
-  """Without the arrays of no elements, which Orbax refuses and which have nothing to store."""
+  """Returns the leaves that have elements: Orbax refuses empty arrays, which have no content."""
   return {name: leaf for name, leaf in leaves.items() if leaf.size}
 
 
@@ -82,7 +83,7 @@ def _name(step: int) -> str:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-  """Of everything that is named like a checkpoint, whether or not it is intact; ascending."""
+  """Returns, ascending, the steps of all folders named like a checkpoint, intact or not."""
   matches = (re.fullmatch(r"step_(\d{8,})", path.name) for path in folder.glob("step_*"))
   return sorted(int(match[1]) for match in matches if match)
 
@@ -93,16 +94,16 @@ def _hash(path: pathlib.Path) -> str:
 
 
 def _render(body: dict) -> str:
-  """A manifest's text, which vouches for itself: it is intact if it renders to what it was."""
+  """Returns a manifest's text with a hash of its body: intact if rendering it reproduces it."""
   digest = hashlib.blake2b(json.dumps(body, sort_keys=True).encode()).hexdigest()
   return json.dumps({"body": body, "blake2b": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def _manifest(checkpoint: pathlib.Path) -> dict:
-  """The manifest's body.
+  """Returns the body of a checkpoint's manifest.
 
   Raises:
-    ValueError: saying what is wrong with it, if it is not intact.
+    ValueError: if the manifest is not intact; the message says what is wrong with it.
   """
   path = checkpoint / "manifest.json"
   try:
@@ -119,10 +120,10 @@ def _manifest(checkpoint: pathlib.Path) -> dict:
 
 
 def _verified_manifest(checkpoint: pathlib.Path) -> dict:
-  """`_manifest` of a checkpoint whose every file is as it was written.
+  """Returns the body of a checkpoint's manifest after checking every file against it.
 
   Raises:
-    ValueError: naming the first that is not.
+    ValueError: if a file is not as it was written; the message names the first one.
   """
   manifest = _manifest(checkpoint)
   for name, expected in manifest["files"].items():
@@ -137,14 +138,14 @@ def _verified_manifest(checkpoint: pathlib.Path) -> dict:
   return manifest
 
 
-def _check_same_tree(checkpoint: pathlib.Path, there: dict[str, str], here: dict[str, str]):
+def _check_same_tree(checkpoint: pathlib.Path, stored: dict[str, str], asked: dict[str, str]):
   differing = [
-      f"  {name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} now"
-      for name in there | here if there.get(name) != here.get(name)]
+      f"  {name}: {stored.get(name, 'absent')} in the checkpoint, {asked.get(name, 'absent')} now"
+      for name in stored | asked if stored.get(name) != asked.get(name)]
   if differing:
     more = len(differing) - _SHOWN
     raise ValueError(
-        f"{checkpoint} is of another model or optimizer:\n" + "\n".join(differing[:_SHOWN])
+        f"{checkpoint} was saved with another model or optimizer:\n" + "\n".join(differing[:_SHOWN])
         + (f"\n  and {more} more\n" if more > 0 else "\n")
         + "Use the configuration that it was saved with, or another folder.")
 
@@ -154,7 +155,7 @@ def _read_arrays(checkpoint: pathlib.Path, leaves: dict[str, Any]) -> dict[str, 
   leaves = {
       name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
       for name, leaf in leaves.items()}
-  # Made empty, then overwritten by what is stored.
+  # Arrays without elements are not stored, so they are created here.
   arrays = {name: jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
             for name, leaf in leaves.items() if not leaf.size}
   with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
@@ -168,7 +169,10 @@ def _read_arrays(checkpoint: pathlib.Path, leaves: dict[str, Any]) -> dict[str, 
 
 
 def _reason(error: BaseException) -> str:
-  """What went wrong, in a line; TensorStore's many have the system's own reason at their end."""
+  """Returns the cause of an error in one line.
+
+  TensorStore's messages have many lines; the operating system's error code is near their end.
+  """
   code = re.search(r"os_error_code='(\d+)'", str(error))
   if code:
     return os.strerror(int(code[1]))
@@ -176,16 +180,18 @@ def _reason(error: BaseException) -> str:
 
 
 def read_newest(folder: str | os.PathLike, abstract: Any) -> Restored | None:
-  """The newest intact checkpoint of a folder, which is left as it is; None if it has none.
+  """Returns the newest intact checkpoint of a folder, or None if there is no checkpoint at all.
+
+  The folder is not changed.
 
   Args:
-    folder: of a `Checkpoints`, maybe another process'.
-    abstract: a pytree of `jax.ShapeDtypeStruct` as was saved, with the shardings wanted; the first
-      device where there are none.
+    folder: the folder of a `Checkpoints`, which another process may be using.
+    abstract: a pytree of `jax.ShapeDtypeStruct` with the saved structure, shapes and dtypes, and
+      the shardings wanted; leaves without a sharding go to the first device.
 
   Raises:
-    ValueError: if it holds another tree, naming the first leaves that differ.
-    CheckpointError: if every checkpoint is damaged, saying how.
+    ValueError: if the checkpoint holds another tree; the message names the first differing leaves.
+    CheckpointError: if every checkpoint is damaged; the message says how.
   """
   folder, leaves = pathlib.Path(folder), _named(abstract)
   damaged = []
@@ -204,19 +210,21 @@ def read_newest(folder: str | os.PathLike, abstract: Any) -> Restored | None:
   if damaged:
     raise CheckpointError(
         f"every checkpoint in {folder} is damaged:\n  " + "\n  ".join(damaged)
-        + "\nBring one back from a copy, or delete them to begin anew.")
+        + "\nRestore one from a copy, or delete them to start over.")
   return None
 
 
 class Checkpoints:
-  """The checkpoints of a folder; one process at a time may have it (see `RunFolder`).
+  """The checkpoints in a folder, which one process at a time may use (see `RunFolder`).
 
   Args:
-    folder: made if need be; what killed saves left in it is deleted.
-    keep: how many of the newest stay.
+    folder: where the checkpoints are; created if it does not exist. Leftovers of saves that were
+      killed are deleted.
+    keep: how many of the newest checkpoints are kept, at least 1.
 
   Raises:
-    CheckpointError: if the folder cannot be made or cleaned up.
+    CheckpointError: if the folder cannot be created or cleaned up.
+    ValueError: if `keep` is below 1.
   """
 
   def __init__(self, folder: str | os.PathLike, *, keep: int):
@@ -234,16 +242,18 @@ class Checkpoints:
     self._saving: concurrent.futures.Future | None = None
 
   def save(self, step: int, arrays: Any, extra: dict) -> None:
-    """Saves in the background, once the save before is done and the arrays are on the host.
+    """Saves in the background; returns once the previous save is done and the host has the arrays.
 
     Args:
-      step: not yet saved.
+      step: the step to save, of which there is no checkpoint yet.
       arrays: a pytree of jax.Array, which may be donated as soon as this returns.
-      extra: what else a resumed run needs, as JSON.
+      extra: anything else that a resumed run needs, as JSON data.
 
     Raises:
-      CheckpointError: if the save before failed (then this one is not begun), or this one at once.
-      ValueError: if the step is there already.
+      CheckpointError: if the previous save failed (this one is then not started), or if this one
+        fails while the arrays are copied to the host.
+      ValueError: if the step has a checkpoint already, or if `arrays` holds typed random keys or
+        dict keys with dots that make two names equal.
     """
     self.wait()
     if (self.folder / _name(step)).exists():
@@ -252,11 +262,12 @@ class Checkpoints:
     body = {"step": step, "extra": json.loads(json.dumps(extra)), "leaves": _described(leaves)}
     unfinished = self.folder / f"{_UNFINISHED}{_name(step)}"
     try:
-      # A failed save's last writes may have outlived its clean-up.
+      # Writes of a failed save may still have created files after its clean-up.
       shutil.rmtree(unfinished, ignore_errors=True)
       (unfinished / "arrays").mkdir(parents=True)
-      # Orbax has copied every array to the host when this is done; only writing is left. In the
-      # thread, since the caller's may have an event loop of its own (a notebook's has).
+      # When this returns, Orbax has copied every array to the host and only writing is left. It
+      # runs in the background thread, because the caller's thread may already have an event loop
+      # (a notebook's has).
       writes = self._thread.submit(asyncio.run, self._handler.async_save(
           epath.Path(unfinished / "arrays"), args=ocp.args.StandardSave(_stored(leaves)))).result()
     except Exception as error:
@@ -264,7 +275,7 @@ class Checkpoints:
     self._saving = self._thread.submit(self._finish, unfinished, body, writes or [])
 
   def restore(self, abstract: Any) -> Restored | None:
-    """`read_newest`, which see; damaged checkpoints newer than it are renamed `step_*.damaged`."""
+    """Returns `read_newest` of the folder, and renames newer, damaged ones `step_*.damaged`."""
     self.wait()
     restored = read_newest(self.folder, abstract)
     if restored is not None:
@@ -274,21 +285,25 @@ class Checkpoints:
     return restored
 
   def steps(self) -> list[int]:
-    """Those committed, ascending; their manifests are intact, their other files not looked at."""
+    """Returns the committed steps, ascending. Manifests are verified, the other files are not."""
     return [step for step in _steps(self.folder) if self._is_committed(step)]
 
   def wait(self) -> None:
-    """Returns when nothing is being saved.
+    """Blocks until no save is in progress.
 
     Raises:
-      CheckpointError: once, if the last save failed.
+      CheckpointError: if the last save failed; raised once only.
     """
     saving, self._saving = self._saving, None
     if saving is not None:
       saving.result()
 
   def close(self) -> None:
-    """`wait`, then end the background thread."""
+    """Waits for a save in progress, then ends the background thread.
+
+    Raises:
+      CheckpointError: if that save failed.
+    """
     try:
       self.wait()
     finally:
@@ -311,7 +326,10 @@ class Checkpoints:
                             f"not be deleted: {_reason(error)}") from error
 
   def _commit(self, unfinished: pathlib.Path, body: dict) -> None:
-    """Nothing that a manifest vouches for may still be on its way to the disk."""
+    """Flushes all files to the disk, then writes the manifest, then renames the folder.
+
+    The manifest comes after the flush, because nothing that it lists may still be unwritten.
+    """
     files = {}
     for path in sorted(unfinished.rglob("*")):
       fsync(path)
@@ -324,7 +342,7 @@ class Checkpoints:
 
   def _delete_oldest(self) -> None:
     for step in self.steps()[:-self.keep]:
-      # Renamed first: a half deleted checkpoint must not look like a damaged one.
+      # Renamed first, so that a half-deleted checkpoint is not taken for a damaged one.
       doomed = self.folder / f"{_UNFINISHED}old_{_name(step)}"
       (self.folder / _name(step)).rename(doomed)
       shutil.rmtree(doomed)
@@ -347,4 +365,4 @@ class Checkpoints:
     newest = f"the newest good one is step {steps[-1]}" if steps else "there is none yet"
     return CheckpointError(
         f"step {step} could not be saved in {self.folder} ({_reason(error)}). Earlier checkpoints "
-        f"are untouched; {newest}. Make room or mend the folder, then resume the run.")
+        f"are untouched; {newest}. Free space or repair the folder, then resume the run.")

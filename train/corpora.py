@@ -1,7 +1,8 @@
-"""Three corpora that need no download: the World English Bible, Python's own library, arithmetic.
+"""Three corpora that need no download: the World English Bible, Python's library, arithmetic.
 
-The Bible (public domain, 1,074 chapters, 4.9 MB) is packaged as LZMA'd JSONL. The standard library
-is that of the Python that runs. Arithmetic is generated: problem i is the same everywhere.
+The Bible (public domain, 1,074 chapters, 4.9 MB) is packaged as LZMA-compressed JSONL. Python's
+library is the standard library of the running interpreter. Arithmetic problems are generated:
+problem i is the same on every machine.
 """
 
 import pathlib
@@ -16,10 +17,12 @@ _LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-pac
 
 
 def files(name: str) -> list[pathlib.Path]:
-  """The files whose contents decide builtin corpus `name`; for arithmetic, its generator.
+  """Returns the files whose contents determine the builtin corpus `name`.
+
+  For arithmetic, that is the generator: this file.
 
   Raises:
-    ValueError: for an unknown name, or where the standard library is not installed as files.
+    ValueError: if the name is unknown, or if the standard library is not installed as files.
   """
   if name not in _FILES:
     raise ValueError(f"there is no builtin:{name}; there are "
@@ -48,19 +51,19 @@ _FILES = {
 
 
 def arithmetic() -> Iterator[str]:
-  """All problems, about 3 MB."""
+  """Yields the texts of all problems in order, about 3 MB in total."""
   return map(problem, range(NUM_PROBLEMS))
 
 
 def problem(index: int) -> str:
-  """Problem `index` >= 0 as "Question: ...", worked steps, and "Answer: " with an integer."""
+  """Returns problem `index` >= 0: "Question: ...", worked steps, and "Answer: " with an integer."""
   rng = random.Random(index)
   kinds = (_addition, _subtraction, _multiplication, _word_problem, _expression)
   question, steps, answer = kinds[index % len(kinds)](rng)
   return "\n".join([f"Question: {question}", *steps, f"Answer: {answer}\n"])
 
 
-Worked = tuple[str, list[str], int]
+Worked = tuple[str, list[str], int]  # the question, its worked steps, and the answer
 
 
 def _number(rng: random.Random, max_digits: int) -> int:
@@ -122,17 +125,17 @@ def _multiplication(rng: random.Random) -> Worked:
 
 
 def _expression(rng: random.Random) -> Worked:
-  """Left to right, each step worked on the value so far; brackets as precedence needs them."""
+  """An expression worked from left to right, with brackets where precedence requires them."""
   value = rng.randint(1, 99)
-  text, loose, steps = str(value), False, []
+  text, is_sum, steps = str(value), False, []
   for _ in range(rng.randint(2, 5)):
     sign, operand = rng.choice("+-*"), rng.randint(1, 99)
     if sign == "*":
       operand = rng.randint(2, 9)
-      text = f"({text})" if loose else text
+      text = f"({text})" if is_sum else text
     result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign]
     steps.append(f"{value} {sign} {operand} = {result}.")
-    text, value, loose = f"{text} {sign} {operand}", result, sign != "*"
+    text, value, is_sum = f"{text} {sign} {operand}", result, sign != "*"
   return _ask(rng, text), steps, value
 
 
@@ -178,8 +181,9 @@ def _sharing(rng: random.Random, who: str, things: str) -> Worked:
 
 def _walking(rng: random.Random, who: str, things: str) -> Worked:
   speed, hours, extra = rng.randint(3, 90), rng.randint(2, 12), rng.randint(1, 99)
-  way = speed * hours
+  distance = speed * hours
   question = (f"{who} carries {things} to market, at {speed} km an hour for {hours} hours and then "
               f"{extra} km more. How many km is that in all?")
-  return question, [f"In {hours} hours it is {speed} * {hours} = {way} km.",
-                    f"In all it is {way} + {extra} = {way + extra} km."], way + extra
+  return question, [f"In {hours} hours it is {speed} * {hours} = {distance} km.",
+                    f"In all it is {distance} + {extra} = {distance + extra} km."
+                    ], distance + extra

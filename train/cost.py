@@ -1,4 +1,4 @@
-"""What a run cost, kept on disk while it runs, so that the work of killed processes counts too."""
+"""The cost of a run, written to disk while it runs, so that killed processes are counted too."""
 
 import json
 import os
@@ -10,18 +10,18 @@ import jax
 from train.hardware import joules
 from train.run_folder import write_json_atomic
 
-_FOLDER = "cost"  # of one JSON file a process
+_FOLDER = "cost"  # in the run folder; has one JSON file per process
 _WRITE_SECONDS = 5.0
 _KEYS = ("device_seconds", "flops", "tokens", "joules")
 
 
 class CostMeter:
-  """Counts this process' part of the cost in a file of its own; `total` adds up all files.
+  """Counts what this process adds to a run's cost, in a file of its own; `total` sums the files.
 
   Args:
-    path: the run's folder.
-    flops_per_token: of training.
-    num_runs: runs that train as a vmapped batch.
+    path: the run folder.
+    flops_per_token: FLOPs of a training step per token.
+    num_runs: number of runs that train as one vmapped batch.
   """
 
   def __init__(self, path: pathlib.Path, flops_per_token: int, num_runs: int = 1):
@@ -33,12 +33,13 @@ class CostMeter:
     self._written = self._started
 
   def add(self, tokens: int) -> None:
-    """Counts tokens that every run trained on; now and then writes the count to disk."""
+    """Counts tokens that each of the runs was trained on; writes to disk at most every 5 s."""
     self._tokens += tokens * self._num_runs
     if time.monotonic() - self._written > _WRITE_SECONDS:
       self.write()
 
   def write(self) -> None:
+    """Writes the cost of this process so far to its file."""
     self._written = time.monotonic()
     now = joules()
     write_json_atomic(self._path, {
@@ -51,14 +52,19 @@ class CostMeter:
 
 
 def total(path: pathlib.Path) -> dict:
-  """Of all processes that worked on the run in a folder; joules are None if one could not tell.
+  """Returns the cost of a run, summed over all processes that worked on it.
 
-  Device-seconds, evaluation and compiling included; FLOPs and tokens of training; joules.
+  Args:
+    path: the run folder.
+
+  Returns:
+    "device_seconds" (wall-clock seconds times devices, evaluation and compilation included),
+    "flops" and "tokens" of training, and "joules", None if a process could not measure them.
   """
   return add_up([json.loads(file.read_text()) for file in sorted((path / _FOLDER).glob("*.json"))])
 
 
 def add_up(costs: list[dict]) -> dict:
-  """The sum of costs; None where one of them is."""
+  """Returns the sum of several costs by key; None where one of them is None."""
   return {key: None if any(cost[key] is None for cost in costs) else
           sum(cost[key] for cost in costs) for key in _KEYS}

@@ -1,8 +1,10 @@
-"""Tokens become rows: filled in the middle, packed, mixed, and shared out by one global index.
+"""Turns tokens into training rows: fill-in-the-middle (FIM), packing, mixing, and batches.
 
-Letters: N documents, R rows of an epoch, T = seq_len predicted tokens of a row, L = T + 1 tokens of
-it, B rows of a batch, S seeds. Row i is the same whatever the batch size, the number of hosts and
-where reading begins, so that a position in the data is one integer.
+Rows have a global index. Row i is the same whatever the batch size, the number of hosts and the
+position at which reading starts, so that a position in the data is a single integer.
+
+Letters: N documents, F documents rearranged for FIM, R rows of an epoch or of a domain, T = seq_len
+tokens predicted by a row, L = T + 1 tokens of a row, B rows of a batch, S seeds.
 """
 
 import dataclasses
@@ -18,21 +20,26 @@ from train.tokens import Store, heldout_masks, open_bpe, open_store
 
 Rows = dict[str, np.ndarray]
 
-# What randomness is for; part of its key.
+# Uses of random bits. The use is part of the key from which the bits are made.
 _DOCUMENTS, _ROWS, _FIM, _CUTS = range(4)
-_ENDLESS = 2**48
+_ENDLESS = 2**48  # the number of rows reported to grain; in fact there is always a next epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """A domain's validation rows.
+  """Validation rows of a domain.
+
+  They hold held-out documents in the order of their hashes, up to `DataConfig.heldout_bytes`. Each
+  is whole, appears once, is not rearranged for FIM and is followed by eos. Every token is predicted
+  once.
 
   Attributes:
-    tokens, loss_mask, segments: [R, L], [R, T] and [R, T], as `TrainingRows` has them. The
-      documents come in the order of their hashes, each once and whole, followed by eos and not
-      filled in the middle; every token of theirs is predicted once.
-    num_bytes: of text that is predicted. Bits per byte are the rows' nats / ln 2 / num_bytes.
-    num_documents: of them.
+    tokens: int32 [R, L], as in `TrainingRows`.
+    loss_mask: bool [R, T], as in `TrainingRows`.
+    segments: int32 [R, T], as in `TrainingRows`.
+    num_bytes: UTF-8 bytes of the documents' texts, prompts not included. Bits per byte are the
+      rows' summed loss in nats / ln 2 / num_bytes.
+    num_documents: number of documents in the rows.
   """
 
   tokens: np.ndarray
@@ -44,15 +51,15 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What a run trains on and is judged by.
+  """The training and validation data of a run.
 
   Attributes:
-    cfg: where it came from.
-    tokenizer: of all its tokens.
-    domains: names; a row's "domain" is an index into them.
-    heldout: by domain; only those that have held-out documents.
-    stores: by source.
-    training_documents: int64 [N] of each store, those that are not held out.
+    cfg: the configuration from which the data was loaded.
+    tokenizer: the tokenizer that encoded all documents.
+    domains: names of the domains; "domain" of a row is an index into them.
+    heldout: validation rows by domain name, for the domains that have held-out documents.
+    stores: tokenised documents of each source, in the order of `cfg.sources`.
+    training_documents: int64 [N] for each store, indices of the documents that are not held out.
   """
 
   cfg: DataConfig
@@ -63,17 +70,28 @@ class Data:
   training_documents: tuple[np.ndarray, ...]
 
   def train(self, seed: int) -> "TrainingRows":
-    """The rows in the order that `seed` >= 0 gives them."""
+    """Returns the training rows in the order that `seed` >= 0 determines."""
     return TrainingRows(self, seed)
 
   def batches(self, seeds: Sequence[int], start: int, sizes: Iterable[int], **sharing
               ) -> Iterator[Rows]:
-    """`batches` of one seed's rows, or with a leading axis for several seeds."""
+    """Returns batches of the rows of one seed or, with a leading axis of seeds, of several.
+
+    Args:
+      seeds: determine the order of the rows.
+      start: index of the first row.
+      sizes: rows of each batch, over all processes.
+      **sharing: further keyword arguments of `train.data.batches`.
+    """
     rows = [self.train(seed) for seed in seeds]
     return batches(rows if len(rows) > 1 else rows[0], start, sizes, **sharing)
 
   def summary(self) -> dict:
-    """Counts for reports: bad rows by source, distinct documents, bytes and tokens by domain."""
+    """Returns counts for reports.
+
+    Of each source: documents, bytes, tokens and unusable rows. Of each domain: distinct documents,
+    their bytes and their tokens, for training and held out.
+    """
     return {
         "tokenizer": {"name": self.cfg.tokenizer, "vocab_size": self.tokenizer.vocab_size,
                       "content_hash": self.tokenizer.content_hash},
@@ -112,16 +130,16 @@ class Data:
 
 
 def load(cfg: DataConfig) -> Data:
-  """Reads, tokenises (once; see `cache_dir`) and splits what `cfg` names.
+  """Reads, tokenises (once; see `DataConfig.cache_dir`) and splits the sources that `cfg` names.
 
   Raises:
-    ValueError: if a source or the tokenizer is unusable, if too many documents are, if a source has
-      no document for training, or if `fim_rate` needs tokens that the tokenizer lacks.
+    ValueError: if a source, the tokenizer or too many documents are unusable, if a source has no
+      document left for training, or if `fim_rate` needs tokens that the tokenizer does not have.
   """
   tokenizer = _tokenizer(cfg)
   if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
-    raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs tokens for filling in the middle, and "
-                     f"tokenizer {cfg.tokenizer} has none: set data.fim_rate=0")
+    raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs fill-in-the-middle tokens, which "
+                     f"tokenizer {cfg.tokenizer} does not have: set data.fim_rate=0")
   stores = tuple(open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_fraction)
                  for source in cfg.sources)
   domains = tuple(dict.fromkeys(name for store in stores for name in store.domain_names))
@@ -130,7 +148,7 @@ def load(cfg: DataConfig) -> Data:
   for source, held_N in zip(cfg.sources, held, strict=True):
     if held_N.all():
       raise ValueError(f"data source {source.path}: all of its {len(held_N)} documents are held "
-                       "out; give it more, or set data.heldout_fraction lower")
+                       "out: add documents, or lower data.heldout_fraction")
   heldout = {}
   for domain, name in enumerate(domains):
     chosen = [(s, n) for s, held_N in enumerate(held)
@@ -142,7 +160,7 @@ def load(cfg: DataConfig) -> Data:
 
 
 def _domain_ids(domains: Sequence[str], store: Store) -> np.ndarray:
-  """The index into `domains` of each of the store's domain_names."""
+  """Returns the index in `domains` of each of the store's domain_names, int32."""
   return np.array([domains.index(name) for name in store.domain_names], np.int32)
 
 
@@ -159,8 +177,12 @@ def _tokenizer(cfg: DataConfig) -> Tokenizer:
 
 def _heldout(cfg: DataConfig, tokenizer: Tokenizer, stores: Sequence[Store],
              chosen: Sequence[tuple[int, int]]) -> HeldOut:
-  """Rows of the `chosen` (store, document), of `heldout_bytes` of them but at least one."""
-  by_hash = {stores[s].hashes_N[n]: (stores[s], n) for s, n in chosen}  # copies fall together
+  """Returns the validation rows of the `chosen` (index of the store, index of the document).
+
+  They have at most `cfg.heldout_bytes` of text (0 for no limit), but at least one document.
+  """
+  # Keyed by hash, so that copies of a document count once.
+  by_hash = {stores[s].hashes_N[n]: (stores[s], n) for s, n in chosen}
   eos = np.array([tokenizer.eos])
   tokens, mask, segments, num_bytes = [eos], [], [], 0
   for number, (_, (store, n)) in enumerate(sorted(by_hash.items())):
@@ -187,19 +209,20 @@ def _heldout(cfg: DataConfig, tokenizer: Tokenizer, stores: Sequence[Store],
 
 
 class TrainingRows:
-  """All training rows of one seed, without end: `rows[i]` for any i >= 0.
+  """The endless sequence of training rows of one seed: `rows[i]` exists for every i >= 0.
 
   A row is a dict of
-    tokens: int32 [T + 1], of which the model reads the first T and predicts the last T;
-    loss_mask: bool [T], of predictions: not of padding and of prompts;
-    segments: int32 [T], the document that each *prediction* belongs to, from 1; 0 is padding. So an
-      eos, read, begins the next document, and no document's loss depends on its neighbours where
-      segments are kept apart;
-    domain: int32 scalar, that of most of the row's predictions.
+    tokens: int32 [T + 1]; the model reads the first T and predicts the last T;
+    loss_mask: bool [T], which predictions are trained on: not those of prompts and padding;
+    segments: int32 [T], the number, from 1, of the document that each *prediction* belongs to; 0 is
+      padding. An eos that is read thus belongs to the document after it, so that no document's loss
+      depends on its neighbours if attention does not cross segments;
+    domain: int32 scalar, the domain of most of the row's predictions.
 
-  Sources are mixed by weight. Each gives epoch after epoch: its documents in a new order, each
-  followed by eos and `fim_rate` of them rearranged, cut into rows that are then shuffled. Rows
-  overlap by one token, so that every token is predicted exactly once an epoch.
+  Sources are mixed by weight. Each source yields one epoch after another. In an epoch its documents
+  come in a new order, a fraction `fim_rate` of them rearranged for FIM, each followed by eos; this
+  stream is cut into rows, which are then shuffled. Consecutive rows of the stream overlap by one
+  token, so that every token is predicted exactly once per epoch.
   """
 
   def __init__(self, data: Data, seed: int):
@@ -215,20 +238,21 @@ class TrainingRows:
     return self._mixed[index]
 
   def epochs(self, position: int) -> list[float]:
-    """How often the rows before `position` have gone through each of the config's sources."""
+    """Returns how many epochs of each of the config's sources the rows before `position` hold."""
     return [position * weight / sum(self._weights) / source.rows_per_epoch
             for weight, source in zip(self._weights, self._sources, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Epoch:
-  """Where everything is in one epoch's stream.
+  """The layout of one epoch's token stream.
 
   Attributes:
-    documents_N: the store's documents in their order.
-    bounds: int64 [N + 1], where each begins in the stream.
-    cuts_N2: where each is cut in three for filling in the middle, (-1, -1) if it is not.
-    rows_R: the order of the rows.
+    documents_N: int64 [N], indices of the store's documents, in the order of the stream.
+    bounds: int64 [N + 1], the positions in the stream at which the documents begin, and its end.
+    cuts_N2: int64 [N, 2], the positions in each document at which its middle begins and ends,
+      (-1, -1) if the document is not rearranged for FIM.
+    rows_R: int64 [R], indices of the stream's rows, in the order in which they are given.
   """
 
   documents_N: np.ndarray
@@ -238,7 +262,7 @@ class _Epoch:
 
 
 class _SourceRows:
-  """One source's rows of all epochs, packed; random access for grain."""
+  """The packed rows of all epochs of one source, with random access for grain."""
 
   def __init__(self, data: Data, index: int, seed: int):
     self._store, self._documents_N = data.stores[index], data.training_documents[index]
@@ -246,12 +270,12 @@ class _SourceRows:
     self._tokenizer, self._seq_len = data.tokenizer, data.cfg.seq_len
     self._key = (seed, index)
     self._may_fim_N = np.flatnonzero(self._store.prompt_tokens_N[self._documents_N] == 0)
-    # An exact share, not a coin for each, so that all epochs have equally many rows.
+    # An exact number, not a coin toss per document, so that all epochs have equally many rows.
     self._num_fim = round(data.cfg.fim_rate * len(self._may_fim_N))
     num_tokens = (int(self._store.lengths_N[self._documents_N].sum())
                   + len(self._documents_N) + 3 * self._num_fim)
     self.rows_per_epoch = -(-num_tokens // self._seq_len)
-    self._epoch = functools.lru_cache(maxsize=2)(self._plan)  # prefetching looks ahead
+    self._epoch = functools.lru_cache(maxsize=2)(self._plan)  # prefetching may be an epoch ahead
 
   def __len__(self) -> int:
     return _ENDLESS
@@ -266,7 +290,7 @@ class _SourceRows:
     chosen = self._may_fim_N[_shuffled(len(self._may_fim_N), *key, _FIM)[:self._num_fim]]
     lengths_N = self._store.lengths_N[documents_N]
     cuts_N2 = np.full((len(documents_N), 2), -1)
-    # Two cuts, each at any boundary of tokens, ends included (V3 section 4.1: at random).
+    # Two cuts at random (V3 section 4.1): at any token boundary, the document's ends included.
     bits_F2 = _bits(2 * len(chosen), *key, _CUTS).reshape(-1, 2)
     cuts_N2[chosen] = np.sort(bits_F2 % (lengths_N[chosen, None] + 1).astype(np.uint64), axis=1)
     order = _shuffled(len(documents_N), *key, _DOCUMENTS)
@@ -275,11 +299,11 @@ class _SourceRows:
                   _shuffled(self.rows_per_epoch, *key, _ROWS))
 
   def _row(self, plan: _Epoch, begin: int) -> Rows:
-    """The row that predicts the stream from `begin`."""
+    """Returns the row whose first prediction is the token at position `begin` of the stream."""
     seq_len, store = self._seq_len, self._store
     end = min(begin + seq_len, int(plan.bounds[-1]))
     tokens_L = np.full(seq_len + 1, self._tokenizer.pad, np.int32)
-    tokens_L[0] = self._tokenizer.eos  # before a document there is always one
+    tokens_L[0] = self._tokenizer.eos  # the token before a row that begins with a document
     mask_T, segments_T = np.zeros(seq_len, bool), np.zeros(seq_len, np.int32)
     by_domain = np.zeros(len(self._domain_ids), np.int64)
     first = int(np.searchsorted(plan.bounds, begin, "right")) - 1
@@ -287,7 +311,7 @@ class _SourceRows:
     while at < end:
       n = plan.documents_N[first + number]
       start, stop = int(plan.bounds[first + number]), min(int(plan.bounds[first + number + 1]), end)
-      since = max(at - 1, start)  # the first prediction of a row reads the token before
+      since = max(at - 1, start)  # a row also holds the token before its first prediction
       _copy(self._pieces(n, plan.cuts_N2[first + number]), since - start,
             tokens_L[since - begin + 1:stop - begin + 1])
       mask_T[max(at, start + int(store.prompt_tokens_N[n])) - begin:stop - begin] = True
@@ -299,7 +323,7 @@ class _SourceRows:
             "domain": self._domain_ids[by_domain.argmax()]}
 
   def _pieces(self, n: int, cuts: np.ndarray) -> list[np.ndarray]:
-    """Document n as views of its tokens, in the order of the stream."""
+    """Returns document n and its eos, as views of its tokens in the order of the stream."""
     tokenizer, store = self._tokenizer, self._store
     tokens = store.tokens[store.offsets[n]:store.offsets[n + 1]]
     one, two = cuts
@@ -312,7 +336,7 @@ class _SourceRows:
 
 
 def _copy(pieces: Sequence[np.ndarray], begin: int, out: np.ndarray) -> None:
-  """Fills `out` from the pieces, put end to end, from `begin` on."""
+  """Fills `out` with the concatenated pieces from position `begin` on."""
   filled = 0
   for piece in pieces:
     part = piece[begin:begin + len(out) - filled]
@@ -322,16 +346,20 @@ def _copy(pieces: Sequence[np.ndarray], begin: int, out: np.ndarray) -> None:
 
 
 def _bits(count: int, *key: int) -> np.ndarray:
-  """uint64 [count], a function of `key`: unlike a Generator's, this stream is never to change."""
+  """Returns random bits, uint64 [count], as a function of `key`.
+
+  Philox' raw bits, because NumPy guarantees that they never change, unlike a Generator's values.
+  """
   return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
 def _shuffled(count: int, *key: int) -> np.ndarray:
+  """Returns a random permutation of 0..count - 1 as a function of `key`."""
   return np.argsort(_bits(count, *key), kind="stable")
 
 
 class _Batches:
-  """Batch s of this process, for grain."""
+  """This process' part of every batch, with random access by step for grain."""
 
   def __init__(self, rows: Sequence[TrainingRows], start: int, sizes: Sequence[int], process: int,
                num_processes: int):
@@ -353,26 +381,27 @@ def _stack(rows: Sequence[Rows]) -> Rows:
 def batches(
     rows: TrainingRows | Sequence[TrainingRows], start: int, sizes: Iterable[int], *,
     process: int = 0, num_processes: int = 1, prefetch: int = 4) -> Iterator[Rows]:
-  """Batches of consecutive rows, read ahead by grain's threads.
+  """Returns batches of consecutive rows, read ahead by grain's threads.
 
   Args:
-    rows: of one seed, or of several at once.
-    start: the first row; after s batches the position is start + sum(sizes[:s]).
-    sizes: rows of each batch, over all processes.
-    process, num_processes: which share of each batch to give: process p the p-th run of rows.
-    prefetch: batches read ahead.
+    rows: the rows of one seed, or a sequence with the rows of several seeds.
+    start: index of the first row; after s batches the position is start + sum(sizes[:s]).
+    sizes: number of rows of each batch, over all processes.
+    process, num_processes: which part of each batch to return: process p of num_processes gets the
+      p-th block of consecutive rows.
+    prefetch: number of batches that are read ahead.
 
   Returns:
-    An iterator over len(sizes) dicts like a row's, stacked: [B / num_processes, ...], and
-    [S, B / num_processes, ...] for a sequence of S seeds.
+    An iterator over len(sizes) dicts with the stacked arrays of rows: [B / num_processes, ...] or,
+    for a sequence of S seeds, [S, B / num_processes, ...].
 
   Raises:
-    ValueError: if a size does not divide among the processes.
+    ValueError: if a size is not positive or does not divide among the processes.
   """
   sizes = list(sizes)
   if bad := [size for size in sizes if size <= 0 or size % num_processes]:
     raise ValueError(f"a batch of {bad[0]} rows does not divide among {num_processes} processes: "
-                     "choose a batch size that is a multiple")
+                     "choose a batch size that is a positive multiple of their number")
   single = isinstance(rows, TrainingRows)
   source = _Batches([rows] if single else rows, start, sizes, process, num_processes)
   dataset = grain.MapDataset.source(source).to_iter_dataset(

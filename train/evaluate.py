@@ -1,4 +1,4 @@
-"""Held-out loss by domain, how often MTP's guess would be accepted, and which experts saw what.
+"""Evaluation: held-out loss by domain, acceptance of MTP's drafts, and the load of the experts.
 
 Shape letters:  L MoE layers  E routed experts  R held-out sequences  B sequences  T tokens  D width
 """
@@ -19,14 +19,16 @@ from train.losses import Batch, mtp_mask
 
 @flax.struct.dataclass
 class Counts:
-  """Sums over each sequence.
+  """Sums over the tokens of each sequence.
 
   Attributes:
-    nll_B: nats.
-    tokens_B: tokens predicted.
-    accepted_B: places where the first MTP module and the main model would predict the same token.
-    drafted_B: places where it could have.
-    loads_BLE: tokens that each expert of each MoE layer received; L is 0 without experts.
+    nll_B: negative log-likelihood of the predicted tokens, in nats.
+    tokens_B: number of predicted tokens.
+    accepted_B: number of tokens for which the first MTP module and the main model have the same
+      most likely prediction.
+    drafted_B: number of tokens that both of them predict.
+    loads_BLE: int32, tokens that each expert of each MoE layer received; L and E are 0 without
+      experts.
   """
 
   nll_B: jax.Array
@@ -37,7 +39,13 @@ class Counts:
 
 
 def count(model: Transformer, variables: dict, batch: Batch) -> Counts:
-  """Runs the model over a [B, T + 1] batch."""
+  """Returns the sums of each sequence of a batch, from a forward pass of the model.
+
+  Args:
+    model: the network.
+    variables: its variables.
+    batch: sequences of T + 1 tokens each, [B, T + 1].
+  """
   inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
   output = model.apply(variables, inputs_BT, segment_ids_BT=batch.segments, logits=False)
   logp_BT = model.apply(variables, output.hidden_BTD, targets_BT, method="token_logprobs")
@@ -57,7 +65,10 @@ def count(model: Transformer, variables: dict, batch: Batch) -> Counts:
 
 
 def _likeliest(model: Transformer, variables: dict, hidden_BTD: jax.Array) -> jax.Array:
-  """The token with the largest logit, [B, T], with one sequence's logits in memory at a time."""
+  """Returns the token with the largest logit, int32 [B, T].
+
+  Sequence by sequence, so that the logits of only one are in memory.
+  """
   def one(hidden_TD):
     return model.apply(variables, hidden_TD[None], method="unembed")[0].argmax(-1)
 
@@ -66,14 +77,17 @@ def _likeliest(model: Transformer, variables: dict, hidden_BTD: jax.Array) -> ja
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What `Evaluator` finds, per domain; with several seeds, values have a leading axis for them.
+  """The results of an `Evaluator`; with several seeds, all values have a leading axis of seeds.
 
   Attributes:
-    loss: nats per token.
-    bits_per_byte: of the text, end-of-document tokens paid for but not counted as bytes.
-    mtp_acceptance: share of places where MTP's guess is the main model's too; None without MTP.
-    loads: int64 [L, E].
-    row_loads: int32 [R, L, E] of every sequence, for statistics over sequences.
+    loss: mean loss in nats per token, by domain.
+    bits_per_byte: bits per byte of text, by domain. The loss of end-of-document tokens is included,
+      but they count as no bytes.
+    mtp_acceptance: fraction of positions at which the first MTP module's most likely token is the
+      main model's too, over all domains; None without MTP.
+    loads: int64 [L, E], tokens that each expert received, by domain.
+    row_loads: int32 [R, L, E], tokens that each expert received from every sequence, by domain, for
+      statistics over sequences.
   """
 
   loss: dict[str, np.ndarray]
@@ -84,16 +98,20 @@ class Evaluation:
 
   @property
   def mean_bits_per_byte(self) -> np.ndarray:
-    """The unweighted mean over domains."""
+    """The unweighted mean of `bits_per_byte` over domains."""
     return np.mean(list(self.bits_per_byte.values()), axis=0)
 
   @property
   def mean_loss(self) -> np.ndarray:
+    """The unweighted mean of `loss` over domains, in nats per token."""
     return np.mean(list(self.loss.values()), axis=0)
 
   @property
   def max_violation(self) -> np.ndarray | None:
-    """MaxVio over all held-out tokens, the mean over layers (MaxVio_global, arXiv:2408.15664)."""
+    """MaxVio over all held-out tokens, averaged over layers; None without experts.
+
+    This is MaxVio_global of arXiv:2408.15664.
+    """
     load_LE = sum(np.asarray(load) for load in self.loads.values())
     if not load_LE.size:
       return None
@@ -104,20 +122,21 @@ class Evaluator:
   """Evaluates variables on the held-out sequences of every domain.
 
   Args:
-    counts: `count` for a model, jitted: of variables and a batch.
-    heldout: by domain.
-    batch_size: sequences at a time.
-    several: whether variables, and so counts, have a leading axis of seeds.
-    masked: whether documents are kept from attending to each other.
+    counts: jitted `count` of a model, a function of variables and a batch.
+    heldout: the held-out sequences by domain.
+    batch_size: number of sequences that are evaluated at a time.
+    several: whether the variables, and hence the counts, have a leading axis of seeds.
+    masked: whether documents packed into a sequence are kept from attending to each other.
   """
 
   def __init__(self, counts: Callable[[dict, Batch], Counts], heldout: Mapping[str, HeldOut], *,
                batch_size: int, several: bool = False, masked: bool = False):
     self._count, self._heldout, self._batch_size = counts, heldout, batch_size
     self._masked = masked
-    self._axis = int(several)  # that of sequences
+    self._axis = int(several)  # the axis of sequences in the counts
 
   def __call__(self, variables: dict) -> Evaluation:
+    """Returns the evaluation of `variables` on all domains."""
     counts = {domain: self._domain(variables, rows) for domain, rows in self._heldout.items()}
     axis = self._axis
     total = lambda c, name: np.asarray(getattr(c, name)).sum(axis, dtype=np.float64)
@@ -133,7 +152,7 @@ class Evaluator:
         {domain: c.loads_BLE for domain, c in counts.items()})
 
   def _domain(self, variables: dict, rows: HeldOut) -> Counts:
-    """Counts of all sequences, gathered on the host."""
+    """Returns the counts of all sequences of a domain, gathered on the host."""
     tokens_RL, mask_RT = rows.tokens, rows.loss_mask
     batches, size = [], min(self._batch_size, len(tokens_RL))
     for start in range(0, len(tokens_RL), size):

@@ -1,4 +1,4 @@
-"""What the devices can do and what they use: peak arithmetic rate, and energy."""
+"""The peak arithmetic rate of the devices, and the energy that they use."""
 
 import ctypes
 import functools
@@ -8,20 +8,22 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 peaks from the vendors' data sheets, in FLOP/s, by a part of `device_kind`.
+# Dense bfloat16 peaks from the vendors' data sheets, in FLOP/s, by a substring of `device_kind`.
+# The first match counts.
 _BF16_PEAKS = {"H200": 990e12, "H100": 990e12, "A100": 312e12, "TPU v5 lite": 197e12,
                "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU v4": 275e12}
 
 
 @functools.cache
 def peak_flops(compute: str = "float32") -> float:
-  """FLOP/s that all devices together could do: the data sheet's for accelerators, at bfloat16.
+  """Returns the peak FLOP/s of all devices together.
 
-  A CPU has no such figure: there it is measured, as a 2048-wide matrix product in the compute
-  format.
+  For the accelerators listed above it is the data sheet's figure for dense bfloat16 products. Other
+  devices, such as CPUs, have no such figure: there it is measured, with a 2048 x 2048 x 2048 matrix
+  product in the compute format.
 
   Args:
-    compute: `Numerics.compute`.
+    compute: format of the measured product, as in `Numerics.compute`.
   """
   kind = jax.devices()[0].device_kind
   for name, peak in _BF16_PEAKS.items():
@@ -40,9 +42,9 @@ def peak_flops(compute: str = "float32") -> float:
 
 
 def joules() -> float | None:
-  """A running count of the energy used, of all NVIDIA GPUs or of the CPU packages.
+  """Returns a running count, in joules, of the energy used by all NVIDIA GPUs or the CPU packages.
 
-  None where the hardware does not tell. Only differences mean anything.
+  Only the difference of two counts is meaningful. None if the hardware does not report energy.
   """
   return _gpu_joules() if jax.default_backend() == "gpu" else _cpu_joules()
 

@@ -1,4 +1,4 @@
-"""Loading a model from a run folder of training on text, or from a Hugging Face folder."""
+"""Loads models from run folders of training on text and from Hugging Face folders."""
 
 import dataclasses
 import json
@@ -17,12 +17,12 @@ TOKENIZER = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-  """A model in memory, and where its tokenizer is.
+  """A model in memory, and the path of its tokenizer.
 
   Attributes:
     cfg: the architecture.
-    variables: collections "params" and, with experts, "router".
-    tokenizer_path: None if the folder has no tokenizer.
+    variables: the collections "params" and, with experts, "router".
+    tokenizer_path: the folder's `tokenizer.json`; None if it has none.
   """
 
   cfg: model.ModelConfig
@@ -30,24 +30,25 @@ class LoadedModel:
   tokenizer_path: str | None
 
   def tokenizer(self, path: str | None = None) -> Tokenizer:
-    """The model's own tokenizer, or the one at `path`.
+    """Returns the tokenizer at `path` or, if that is None, the model's own.
 
     Raises:
-      ValueError: if there is neither.
+      ValueError: if there is neither, or if it cannot be read.
     """
     path = path or self.tokenizer_path
     if path is None:
-      raise ValueError(f"there is no {TOKENIZER} beside the checkpoint: copy it there")
+      raise ValueError(f"the checkpoint's folder has no {TOKENIZER}: copy it there")
     return Tokenizer.load(path)
 
 
 def load_model(path: str | os.PathLike) -> LoadedModel:
-  """Loads a folder that training wrote (its newest checkpoint), or a Hugging Face folder.
+  """Loads the newest checkpoint of a run folder, or a Hugging Face folder.
 
-  Of several seeds that trained as a vmapped batch, the first.
+  If several seeds were trained as a vmapped batch, the model is that of the first.
 
   Raises:
-    ValueError: if the folder is neither, or has no checkpoint.
+    ValueError: if the folder is neither of these, or has no checkpoint.
+    CheckpointError: if every checkpoint is damaged.
   """
   folder = pathlib.Path(path)
   if not folder.is_dir():
@@ -77,6 +78,6 @@ def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
 
 def export(path: str | os.PathLike, cfg: model.ModelConfig, variables: dict,
            tokenizer: Tokenizer) -> None:
-  """Writes a Hugging Face folder with its tokenizer."""
+  """Writes a model and its tokenizer as a Hugging Face folder."""
   model.hf.save(path, cfg, variables)
   tokenizer.save(pathlib.Path(path) / TOKENIZER)

@@ -1,7 +1,8 @@
-"""The loop: steps, evaluations, checkpoints, and a record of it all that survives being killed.
+"""The training loop: steps, evaluations, checkpoints, and records that survive a kill.
 
-Order matters: rows and evaluations of a step are on disk before its checkpoint is begun, and a
-resumed run drops those past the checkpoint it starts from, so each step is recorded once.
+The order of writes matters: a step's metrics and evaluation are on disk before its checkpoint is
+begun, and a resumed run drops those past the checkpoint that it starts from. So every step is
+recorded exactly once.
 """
 
 import contextlib
@@ -25,34 +26,45 @@ from train.step import TrainState
 
 
 class TrainingError(ValueError):
-  """Training cannot go on; what is on disk is good."""
+  """Training cannot continue. What is on disk is intact."""
 
 
 def check_skipped(
     step: int, skipped: int, allowed: int, setting: str, checkpoints: Checkpoints) -> None:
-  """Raises TrainingError if more steps were skipped than `setting`, which is `allowed`, allows."""
+  """Raises an error if too many steps have been skipped.
+
+  Args:
+    step: the step that has just been taken.
+    skipped: number of steps skipped so far, because their loss or gradient was not finite.
+    allowed: the largest number of skipped steps that is tolerated.
+    setting: name of the setting that gives `allowed`, for the message.
+    checkpoints: the run's checkpoints, for the message.
+
+  Raises:
+    TrainingError: if `skipped` exceeds `allowed`.
+  """
   if skipped > allowed:
     raise TrainingError(
-        f"step {step}: the loss or gradient was not finite for the {skipped}th time, and {setting} "
-        f"is {allowed}. Skipped steps changed nothing; {checkpoints.folder.parent} holds "
-        f"checkpoints of steps {checkpoints.steps() or 'none'}. Lower optimizer.learning_rate, or "
-        "look at the data near this step")
+        f"step {step}: the loss or gradient has not been finite in {skipped} steps so far, more "
+        f"than {setting}={allowed} allows. Skipped steps changed nothing; "
+        f"{checkpoints.folder.parent} holds checkpoints of steps {checkpoints.steps() or 'none'}. "
+        "Lower optimizer.learning_rate, or look at the data near this step")
 
 
 @dataclasses.dataclass
 class Result:
-  """What a run leaves in memory.
+  """The result of `train`.
 
   Attributes:
-    seeds: of the runs.
-    status: "finished", or "stopped" by a signal or a limit; the same call resumes.
-    state: the last one.
-    steps: taken so far.
-    rows: of metrics.
-    evaluations: of `program.mean_evaluation`, each with its "step".
-    evaluation: the last one whole, or None if it was made before a resume.
-    cost: see `train.cost.total`.
-    messages: what went wrong and was got over.
+    seeds: seeds of the runs, one for each.
+    status: "finished", or "stopped" by a signal or a time limit; the same call then resumes.
+    state: the training state after the last step.
+    steps: number of steps taken so far.
+    rows: metrics of every step, as in `metrics.jsonl`.
+    evaluations: `program.mean_evaluation` of every evaluation, each with its "step".
+    evaluation: the last Evaluation in full; None if this process was stopped before making one.
+    cost: the cost of the run so far; see `train.cost.total`.
+    messages: problems from which the run recovered, such as damaged checkpoints.
   """
 
   seeds: list[int]
@@ -70,26 +82,28 @@ def train(
     configs: Sequence[RunConfig], data: Data, folder: RunFolder, *, variables: dict | None = None,
     show: bool = True, max_seconds: float | None = None, profile: bool = False,
     on_evaluation: Callable[[int, Any], None] | None = None) -> Result:
-  """Trains, or resumes what the folder holds.
+  """Trains a run, or resumes the one in the folder.
 
   Args:
-    configs: one for each run; several train as a vmapped batch (see `train.program`).
-    data: what `train.data.load` gave for their `data`.
-    folder: where the record and the checkpoints are.
-    variables: to start from instead of random ones.
-    show: whether to draw a progress bar, on stderr.
-    max_seconds: stop, saved, after so long.
-    profile: leave a trace of a few steps in the folder.
-    on_evaluation: called with the step and the Evaluation.
+    configs: one config per run; several runs train as a vmapped batch (see `train.program`).
+    data: what `train.data.load` returned for the configs' `data`.
+    folder: the run folder, with the metrics and the checkpoints.
+    variables: initial variables of all runs; None for random ones.
+    show: whether to draw a progress bar on stderr.
+    max_seconds: stop, after saving, once this much time has passed; None for no limit.
+    profile: whether to write a profiler trace of a few steps to the folder's `profile`.
+    on_evaluation: called after every evaluation with the step and the Evaluation.
 
   Raises:
-    TrainingError: after too many steps that were not finite.
-    CheckpointError: if a checkpoint cannot be written.
+    TrainingError: if too many steps were skipped because their loss or gradient was not finite.
+    CheckpointError: if a checkpoint cannot be written, or none of those in the folder can be read.
+    ValueError: if the folder's checkpoints are those of another model or optimizer.
   """
   return _Run(configs, data, folder, show, profile, on_evaluation).run(variables, max_seconds)
 
 
 class _Run:
+  """A run in progress: its program, its files, and what it has evaluated so far."""
 
   def __init__(self, configs, data, folder, show, profile, on_evaluation):
     self.cfg, self.data, self.path = configs[0], data, folder.path
@@ -140,13 +154,13 @@ class _Run:
           status = "stopped"
           break
       self.checkpoints.wait()
-      if status == "finished" and self.last_evaluation is None:  # made by a process before this
+      if status == "finished" and self.last_evaluation is None:  # by an earlier process
         self.last_evaluation = self.program.evaluate(state.variables)
     return Result(self.seeds, status, state, step, self.metrics.read(), self.evaluations.read(),
                   self.last_evaluation, total(self.path), self.messages)
 
   def _start(self, variables) -> tuple[TrainState, int, int]:
-    """The state to go on from, the steps it has behind it, and its place in the data."""
+    """Returns the state to start or resume from, its step, and its position in the data."""
     restored = self.checkpoints.restore(self.program.abstract_state())
     step, position = (restored.step, restored.extra["position"]) if restored else (0, 0)
     if restored:
@@ -175,7 +189,10 @@ class _Run:
     self.checkpoints.save(step, state, {"position": position, "seeds": self.seeds})
 
   def _write_rows(self, leave: int) -> None:
-    """Writes rows of finished steps, leaving the newest on the device: reading it would wait."""
+    """Writes the metrics of finished steps, except those of the `leave` newest.
+
+    These may still be running, and reading their metrics would wait for the device.
+    """
     while len(self.pending) > leave:
       step, metrics, seen = self.pending.pop(0)
       metrics = jax.device_get(metrics)
@@ -201,7 +218,7 @@ class _Run:
 
   @contextlib.contextmanager
   def _profiled(self, step: int, start: int):
-    """A trace of the fourth to sixth step of this process."""
+    """Traces the fourth to sixth step of this process, if profiling was asked for."""
     if not self.profile or not start + 4 <= step <= start + 6:
       yield
       return

@@ -1,7 +1,7 @@
-"""The language model's training loss as named terms: each a sum, each with its own denominator.
+"""The language model's training loss as named terms, each a sum with its own denominator.
 
-Denominators come from the whole batch before the first micro-batch is looked at, so that gradients
-are the same however a batch is split.
+Denominators are computed from the whole batch before the first micro-batch is processed, so that
+gradients do not depend on how the batch is split into micro-batches.
 
 Shape letters:  B sequences  T tokens
 """
@@ -17,12 +17,13 @@ Sums = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class Batch:
-  """Sequences to learn from; more axes (micro-batches, seeds) may lead.
+  """Training sequences; arrays may have further leading axes (micro-batches, seeds).
 
   Attributes:
-    tokens: int32 [B, T + 1].
-    loss_mask: bool [B, T]; whether token t + 1 is learned.
-    segments: int32 [B, T] when documents are kept apart (0 is padding), else None.
+    tokens: int32 [B, T + 1]; the model reads the first T and predicts the last T.
+    loss_mask: bool [B, T]; whether the prediction of token t + 1 is trained on.
+    segments: int32 [B, T], number of the document of each prediction (0 is padding) if documents
+      must not attend to each other, else None.
   """
 
   tokens: jax.Array
@@ -32,11 +33,11 @@ class Batch:
 
 @flax.struct.dataclass
 class AuxOutputs:
-  """What a micro-batch shows besides its loss, added up over micro-batches.
+  """What a micro-batch yields besides its loss; summed over micro-batches.
 
   Attributes:
-    loads: int32 [..., E] by router, in `Output.router`'s order: what each expert received.
-    means: metrics as (sum, count).
+    loads: int32 [..., E] for each key of `Output.router`: tokens that each expert received.
+    means: metrics that are means, as pairs of a sum and a count.
   """
 
   loads: dict[str, jax.Array]
@@ -44,13 +45,13 @@ class AuxOutputs:
 
 
 class LanguageModelLoss:
-  """Next-token and multi-token prediction (V3 eq. 24-25), and the balancing losses."""
+  """The losses of next-token and multi-token prediction (V3 eq. 24-25), and of load balance."""
 
   def __init__(self, model: Transformer):
     self.model = model
 
   def denominators(self, batch: Batch) -> Sums:
-    """What each term of the whole batch, micro-batches included, is divided by."""
+    """Returns the denominator of each term, from the whole batch with all its micro-batches."""
     tokens = jnp.maximum(batch.loss_mask.sum(), 1).astype(jnp.float32)
     sequences = jnp.maximum(_counts(batch).sum(), 1).astype(jnp.float32)
     depth = self.model.cfg.mtp.depth if self.model.cfg.mtp else 1
@@ -59,10 +60,10 @@ class LanguageModelLoss:
             "batch_balance": one, "expert_balance": one}
 
   def sums(self, variables: dict, batch: Batch) -> tuple[Sums, AuxOutputs]:
-    """The terms of one micro-batch.
+    """Returns the terms of one micro-batch, and its AuxOutputs.
 
-    "lm" and "mtp" are in nats, summed over tokens and depths; "sequence_balance" is summed over
-    sequences and MoE layers; "batch_balance" and "expert_balance" over MoE layers.
+    "lm" and "mtp" are in nats, summed over tokens and (for "mtp") over depths; "sequence_balance"
+    is summed over sequences and MoE layers; "batch_balance" and "expert_balance" over MoE layers.
     """
     model = self.model
     inputs_BT = batch.tokens[:, :-1]
@@ -88,14 +89,15 @@ class LanguageModelLoss:
 
 
 def _counts(batch: Batch) -> jax.Array:
-  """[..., B]: which rows are sequences, and not there to fill up a batch."""
+  """Returns bool [..., B]: which rows are sequences rather than padding of the batch."""
   return (batch.loss_mask if batch.segments is None else batch.segments).any(-1)
 
 
 def mtp_mask(batch: Batch, depth: int) -> jax.Array:
-  """[B, T]: where MTP module `depth` has both a token to read and one to predict, in one document.
+  """Returns bool [B, T]: where MTP module `depth` has a token to read and one to predict.
 
-  Eq. 24 still divides by all T positions, not by those that are left.
+  Both must be in the sequence and in the same document, and the second must be trained on. V3's eq.
+  24 nevertheless divides by all T positions, not by the number of such positions.
   """
   num_tokens = batch.loss_mask.shape[1]
   inside_T = jnp.arange(num_tokens) < num_tokens - depth

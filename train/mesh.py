@@ -1,7 +1,7 @@
-"""Meshes of devices, and which axis of an array is divided over which axis of the mesh.
+"""Device meshes, and which axis of an array is divided over which axis of the mesh.
 
-The model names the axes of its arrays (`model.logical_axes`); `ShardingRules` maps those names to
-mesh axes.
+The model names the axes of its arrays (`model.logical_axes`); `ShardingRules` maps those logical
+names to mesh axes.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ def make_mesh(
   """Returns a mesh with all five axes, in AXES' order.
 
   Args:
-    data, fsdp, expert, tensor, pipe: devices along each axis; one of them may be -1, for all that
-      the others leave.
-    devices: None for all there are.
+    data, fsdp, expert, tensor, pipe: number of devices along each axis; one of them may be -1, for
+      all devices that the others leave.
+    devices: the devices of the mesh; None for all devices.
 
   Raises:
-    ValueError: if the product is not the number of devices.
+    ValueError: if a size is invalid, or if their product is not the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, expert, tensor, pipe]
   asked = dict(zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f"mesh axes must be positive, and at most one -1, not {asked}")
+    raise ValueError(f"mesh axes must be positive, with at most one -1, not {asked}")
   if -1 in sizes:
     sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
   if math.prod(sizes) != len(devices):
@@ -49,7 +49,25 @@ Axes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-  """Mesh axis (or axes, or None) for every logical axis of parameters and activations."""
+  """The mesh axes over which each logical axis of parameters and activations is divided.
+
+  Every rule is a mesh axis, a tuple of mesh axes, or None for an axis that is not divided.
+
+  Attributes:
+    batch: sequences of a batch.
+    length: tokens of a sequence.
+    layers: layers of a stack.
+    embed: width of the model.
+    vocab: tokens of the vocabulary.
+    heads: attention heads, those of the queries.
+    kv_heads: heads of keys and values.
+    head_dim: width of a head.
+    q_lora: width of MLA's query latent.
+    kv_lora: width of MLA's key-value latent.
+    mlp: hidden width of dense feed-forward networks and experts.
+    expert: routed experts.
+    norm: weights of a normalisation.
+  """
 
   batch: Axes = ("data", "fsdp")
   length: Axes = None
@@ -74,31 +92,38 @@ class ShardingRules:
                          f"{', '.join(AXES)}")
 
   def pairs(self) -> list[tuple[str, Axes]]:
+    """Returns the rules as (logical axis, mesh axes), for `flax.linen.logical_axis_rules`."""
     return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedModel:
-  """A model on a mesh: where its variables and batches live, and how to run it there."""
+  """A model on a mesh: the shardings of its variables and batches, and how to run it there.
+
+  Attributes:
+    cfg: the architecture.
+    mesh: the devices.
+    rules: the mesh axes of every logical axis.
+  """
 
   cfg: model.ModelConfig
   mesh: Mesh
   rules: ShardingRules = ShardingRules()
 
   def variables(self) -> dict:
-    """A NamedSharding for every variable."""
+    """Returns a NamedSharding for every variable."""
     return model.shardings(self.cfg, self.mesh, self.rules)
 
   def replicated(self) -> NamedSharding:
-    """The sharding of an array that every device has a copy of."""
+    """Returns the sharding of an array of which every device has a copy."""
     return NamedSharding(self.mesh, PartitionSpec())
 
   def train_state(self, state: Any, params: Any = None) -> Any:
-    """A NamedSharding for every array of a `train.step.TrainState`.
+    """Returns a NamedSharding for every array of a `train.step.TrainState`.
 
     Args:
-      state: arrays, or their shapes.
-      params: of its parameters; None if they are the model's own.
+      state: the state, with arrays or their shapes.
+      params: shardings of its parameters; None if they are the parameters of `cfg`'s model.
     """
     variables = self.variables()
     params = variables["params"] if params is None else params
@@ -109,23 +134,35 @@ class ShardedModel:
 
   @property
   def batch_devices(self) -> int:
-    """How many parts a batch is divided into."""
+    """The number of parts into which a batch is divided."""
     return math.prod(self.mesh.shape[axis] for axis in _tuple(self.rules.batch))
 
   def batch(self) -> NamedSharding:
-    """The sharding of a [B, T] batch."""
+    """Returns the sharding of a [B, T] batch."""
     return NamedSharding(self.mesh, PartitionSpec(self.rules.batch, self.rules.length))
 
   def transformer(self, **fields) -> model.Transformer:
-    """The network, its tokens routed to experts without leaving their device."""
+    """Returns the network with `dispatch`, so that routed tokens do not leave their device.
+
+    Args:
+      **fields: further fields of `model.Transformer`.
+    """
     return model.Transformer(self.cfg, **({"dispatch": self.dispatch()} | fields))
 
   def init(self, key: jax.Array) -> dict:
-    """`model.init`, each array made where it belongs."""
+    """Returns `model.init` of a jax.random key, each array created on the devices that hold it."""
     return jax.jit(lambda key: model.init(self.cfg, key), out_shardings=self.variables())(key)
 
   def jit(self, function: Callable, **kwargs) -> Callable:
-    """`jax.jit` with the mesh and the rules in force while tracing; it has `lower`, too."""
+    """Returns `jax.jit` of a function, traced with the mesh and the rules in force.
+
+    Args:
+      function: takes positional arguments only.
+      **kwargs: further arguments of `jax.jit`.
+
+    Returns:
+      The jitted function; of its other methods it has `lower`.
+    """
     def traced(*args):
       with nn.logical_axis_rules(self.rules.pairs()):
         return function(*args)
@@ -144,16 +181,16 @@ class ShardedModel:
     return run
 
   def dispatch(self) -> Callable:
-    """A `model.moe` dispatch: each device runs the experts on its own tokens.
+    """Returns a `model.moe` dispatch with which each device runs the experts on its own tokens.
 
-    The experts' weights are gathered on every device.
+    Every device gathers the weights of all experts.
     """
     axes = _tuple(self.rules.batch)
     tokens, replicated = PartitionSpec(axes or None), PartitionSpec()
 
     def dispatch(experts, weights, x_ND, gates_NK, experts_NK):
       def local(weights, *tokens):
-        # Marked as varying, so that their gradients are summed over the devices on the way back.
+        # Marked as varying over devices, so that the backward pass sums their gradients over them.
         varying = jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), weights)
         return experts(varying, *tokens)
 
@@ -169,19 +206,23 @@ def _tuple(axes: Axes) -> tuple[str, ...]:
 
 
 def commit_to_device[T](tree: T) -> T:
-  """Commits a tree's arrays to the single device that each is on.
+  """Returns a tree with each array committed to the single device that it is on.
 
-  What a jitted function returns is committed; given arrays that are not, it compiles again.
+  Arrays that a jitted function returns are committed. If a first call is given uncommitted arrays,
+  the next one, on results of the first, compiles the function again.
   """
   return jax.tree.map(lambda x: jax.device_put(x, next(iter(x.devices()))), tree)
 
 
 def make_sharded_model(cfg: model.ModelConfig, mesh: MeshConfig) -> ShardedModel | None:
-  """The model on a mesh of all devices, or None for a single device, which needs no mesh.
+  """Returns the model on a mesh of all devices, or None for a single device, which needs no mesh.
 
   Args:
-    cfg: of the model.
-    mesh: devices along each axis; `make_mesh` says what is raised.
+    cfg: the architecture.
+    mesh: number of devices along each axis.
+
+  Raises:
+    ValueError: if the mesh does not fit the number of devices; see `make_mesh`.
   """
   if mesh.is_single_device:
     return None

@@ -11,28 +11,38 @@ import optax
 import model
 from train.config import OptimizerConfig, RunConfig
 
-# V3 section 4.2, in shares of its 14.8 T tokens: constant to 10 T, a cosine over 4.3 T to a tenth,
-# 333 B there, and the last 167 B at 7.3e-6 of a peak of 2.2e-4.
+# V3 section 4.2, as fractions of its 14.8 T tokens: constant until 10 T, a cosine to a tenth over
+# 4.3 T, constant for 333 B, and 7.3e-6 for the last 167 B, where the peak is 2.2e-4.
 _V3_CONSTANT, _V3_DECAYED, _V3_LAST = 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8
 _V3_FINAL = 7.3 / 220
 
 
 class Moments(NamedTuple):
-  """Running means of the gradient and of its square, shaped like the parameters."""
+  """AdamW's moments: running means of the gradient (mu) and of its square (nu).
+
+  Attributes:
+    mu: first moments, a tree with the parameters' structure and shapes.
+    nu: second moments, a tree with the parameters' structure and shapes.
+  """
 
   mu: dict
   nu: dict
 
 
 def init_moments(params: dict, cfg: OptimizerConfig) -> Moments:
+  """Returns the moments before the first step: zeros in the format `cfg.moments`."""
   zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, cfg.moments), params)
   return Moments(zeros(), zeros())
 
 
 def decay_mask(cfg: model.ModelConfig) -> dict:
-  """Which parameters decay: matrices, so neither norms nor biases. Stacking layers adds no axis."""
+  """Returns a bool for every parameter: whether weight decay applies to it.
+
+  It applies to matrices, but not to norms and biases. The axis along which layers are stacked does
+  not count: stacked vectors are not matrices.
+  """
   def decays(path, axes):
-    # A bias of several heads has two axes and is none the less a bias.
+    # The bias of several heads has two axes, but is not a matrix.
     is_bias = path[-1].key.startswith("b_")
     return not is_bias and sum(axis != "layers" for axis in axes) >= 2
 
@@ -44,16 +54,18 @@ def decay_mask(cfg: model.ModelConfig) -> dict:
 def adamw(
     grads: dict, moments: Moments, params: dict, count: jax.Array, learning_rate: jax.Array,
     decays: dict, cfg: OptimizerConfig) -> tuple[dict, Moments]:
-  """One step of AdamW (arXiv:1711.05101); arithmetic in float32, moments kept in their format.
+  """Takes one step of AdamW (arXiv:1711.05101).
+
+  All arithmetic is in float32; the moments are stored in the format `cfg.moments`.
 
   Args:
-    grads: already clipped.
-    moments: see Moments.
-    params: float32 masters.
-    count: updates before this one.
-    learning_rate: also scales the decay.
-    decays: a bool for every parameter.
-    cfg: see OptimizerConfig.
+    grads: gradients, already scaled down to `cfg.max_grad_norm`.
+    moments: the moments before the step.
+    params: float32 master weights.
+    count: number of updates before this one, an integer scalar.
+    learning_rate: learning rate of this step, a scalar; it also multiplies the weight decay.
+    decays: a bool for every parameter, whether weight decay applies (`decay_mask`).
+    cfg: beta1, beta2, eps, weight decay and the format of the moments.
 
   Returns:
     The parameters and moments after the step.
@@ -76,7 +88,14 @@ def adamw(
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The learning rate of every step from 0; the first is one warm-up step above zero."""
+  """Returns the learning rate as a function of the step, which counts from 0.
+
+  Step 0 is already one increment of the warm-up above zero.
+
+  Args:
+    cfg: the kind of schedule, its peak and its fractions.
+    steps: number of optimizer steps of the run.
+  """
   peak, warmup = cfg.learning_rate, max(1, round(cfg.warmup_fraction * steps))
   ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
   if cfg.schedule == "constant":
@@ -85,7 +104,8 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     decay = max(1, steps - 1 - warmup)
     after, bounds = [optax.cosine_decay_schedule(peak, decay, cfg.final_ratio)], [warmup]
   else:
-    bounds = [warmup] + [round(share * steps) for share in (_V3_CONSTANT, _V3_DECAYED, _V3_LAST)]
+    bounds = [warmup] + [
+        round(fraction * steps) for fraction in (_V3_CONSTANT, _V3_DECAYED, _V3_LAST)]
     after = [optax.constant_schedule(peak),
              optax.cosine_decay_schedule(peak, max(1, bounds[2] - bounds[1]), 0.1),
              optax.constant_schedule(0.1 * peak), optax.constant_schedule(_V3_FINAL * peak)]
@@ -93,18 +113,22 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 class Schedule:
-  """Values of step `i` of a run, as numbers: they enter the step as data and recompile nothing."""
+  """The hyper-parameters that change during a run; `schedule[i]` are those of step i, from 0.
+
+  They are numbers that enter the compiled step as data, so that a change does not recompile it.
+  """
 
   def __init__(self, cfg: RunConfig):
     self.cfg = cfg
 
   @functools.cached_property
   def _learning_rates(self) -> np.ndarray:
-    # In one call: schedules are jax functions, and slow one number at a time.
+    # All steps in one call: schedules are JAX functions, which are slow for one step at a time.
     steps = self.cfg.train.steps
     return np.asarray(jax.vmap(learning_rate(self.cfg.optimizer, steps))(jnp.arange(steps)))
 
   def __getitem__(self, step: int) -> dict:
+    """Returns "learning_rate", "bias_rate" (gamma) and the "weights" of the loss terms."""
     train, balance = self.cfg.train, self.cfg.balance
     early = step < train.mtp_fraction * train.steps
     biased = step < balance.bias_fraction * train.steps
@@ -119,10 +143,10 @@ class Schedule:
             "expert_balance": np.float32(balance.expert_weight)}}
 
   def num_micro_batches(self, step: int) -> int:
-    """How many micro-batches step `step` has: fewer than all while the batch ramps up."""
+    """Returns the number of micro-batches of a step: fewer than all while the batch ramps up."""
     train = self.cfg.train
     ramp, full = train.batch_ramp_fraction * train.steps, train.num_micro_batches
     if step >= ramp:
       return full
-    share = train.batch_ramp_start + (1 - train.batch_ramp_start) * step / ramp
-    return max(1, round(share * full))
+    fraction = train.batch_ramp_start + (1 - train.batch_ramp_start) * step / ramp
+    return max(1, round(fraction * full))

@@ -1,8 +1,8 @@
-"""The compiled side of training, for one run or for several that train as a vmapped batch.
+"""The compiled program of training, for one run or for several that train as a vmapped batch.
 
-Runs of a vmapped batch share one program: they may differ in their seeds and in hyper-parameters
-that enter the step as data. Their arrays have a leading axis of runs; a single run has no such
-axis.
+The runs of a vmapped batch share one program: they may differ only in their seeds and in the
+hyper-parameters that enter the step as data. Their arrays have a leading axis of runs; those of a
+single run do not.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from train.mesh import ShardedModel, make_sharded_model
 from train.optimizer import Schedule, decay_mask
 from train.step import TrainState, init_state, make_train_step, unstack_layers
 
-_EVALUATION_TOKENS = 16384  # at a time, over all runs
+_EVALUATION_TOKENS = 16384  # tokens evaluated at a time, over all runs
 
 # Fields that enter the step as data, so that runs of a vmapped batch may differ in them.
 DATA_FIELDS = {
@@ -34,20 +34,31 @@ DATA_FIELDS = {
 
 
 def static_config(cfg: RunConfig) -> RunConfig:
-  """The config with defaults for all that enters as data: equal ones share a program."""
+  """Returns a config with the default of every field that enters the step as data.
+
+  Configs for which the results are equal share one program.
+  """
   return dataclasses.replace(cfg, **{
       section: without_data_fields(getattr(cfg, section), section) for section in DATA_FIELDS})
 
 
 def without_data_fields[T](part: T, section: str) -> T:
-  """A section of a config, with what enters the step as data set to its default."""
+  """Returns a section of a config, with the default of every field that enters the step as data.
+
+  Args:
+    part: the section, such as `cfg.optimizer`.
+    section: its name, a key of DATA_FIELDS.
+  """
   defaults = {field.name: field.default for field in dataclasses.fields(part)}
   return dataclasses.replace(part, **{name: defaults[name] for name in DATA_FIELDS[section]})
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Callable, Callable]:
-  """The mesh if there is one, and the jitted step and count: made once for equal configs."""
+  """Returns the sharded model (None without a mesh), the jitted step and the jitted `count`.
+
+  They are cached, so that equal configs are compiled once.
+  """
   mesh = _make_mesh(cfg, num_runs)
   net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
   jit = mesh.jit if mesh else jax.jit
@@ -66,7 +77,7 @@ def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Calla
 
 def _make_mesh(cfg: RunConfig, num_runs: int) -> ShardedModel | None:
   if num_runs > 1 and not cfg.mesh.is_single_device:
-    raise ValueError("several seeds train as a vmapped batch on one device: with "
+    raise ValueError("several seeds train as a vmapped batch, which needs a single device: with "
                      f"{cfg.mesh} run one seed at a time")
   mesh = make_sharded_model(cfg.model, cfg.mesh)
   rows = cfg.train.batch_size // cfg.train.num_micro_batches
@@ -77,21 +88,22 @@ def _make_mesh(cfg: RunConfig, num_runs: int) -> ShardedModel | None:
 
 
 class Program:
-  """Everything compiled for a run, or for runs that train as a vmapped batch.
+  """Everything that is compiled for a run, or for several runs that train as a vmapped batch.
 
   Args:
-    configs: of the runs.
-    heldout: see `train.data`.
+    configs: one config per run.
+    heldout: validation rows by domain, see `train.data.Data`.
 
   Raises:
-    ValueError: if the runs need different programs, or do not fit the mesh.
+    ValueError: if the runs need different programs, if several runs have a mesh, or if the mesh
+      does not fit the devices or the batch.
   """
 
   def __init__(self, configs: Sequence[RunConfig], heldout: Mapping[str, Any]):
     self.cfg, self.num_runs = configs[0], len(configs)
     if any(static_config(cfg) != static_config(self.cfg) for cfg in configs):
       allowed = [f"{part}.{name}" for part, names in DATA_FIELDS.items() for name in names]
-      raise ValueError(f"runs that train together may differ in {', '.join(allowed)} only")
+      raise ValueError(f"runs of a vmapped batch may differ in {', '.join(allowed)} only")
     self._seeds = [cfg.train.seed for cfg in configs]
     self._schedules = [Schedule(cfg) for cfg in configs]
     self._mesh, self._step, count = _compiled(static_config(self.cfg), self.num_runs)
@@ -100,7 +112,11 @@ class Program:
                               masked=self.cfg.data.sample_masking)
 
   def init(self, variables: dict | None = None) -> TrainState:
-    """The state before the first step: from every run's seed, or all from the same variables."""
+    """Returns the state before the first step.
+
+    Args:
+      variables: initial variables of all runs; None for random ones, from each run's seed.
+    """
     def one(seed):
       start = variables or model.init_on_host(self.cfg.model, seed)
       return init_state(start, self.cfg.optimizer)
@@ -110,7 +126,7 @@ class Program:
     return jax.tree.map(lambda *runs: jnp.stack(runs), *map(one, self._seeds))
 
   def abstract_state(self) -> TrainState:
-    """Shapes, formats and places of the state, for restoring one."""
+    """Returns the state's shapes, dtypes and shardings, from which a checkpoint is restored."""
     shapes = jax.eval_shape(lambda variables: init_state(variables, self.cfg.optimizer),
                             model.abstract_variables(self.cfg.model))
     if self.num_runs > 1:
@@ -123,30 +139,38 @@ class Program:
 
   def step(self, state: TrainState, index: int, batch: Mapping[str, np.ndarray],
            ) -> tuple[TrainState, dict]:
-    """Trains on a batch of [runs,] B sequences; the state passed in is donated.
+    """Takes one optimizer step; the state passed in is donated.
 
-    Fewer than `batch_size` sequences, while the batch ramps up, must be whole micro-batches.
+    Args:
+      state: the state before the step.
+      index: index of the step, from 0; it determines the hyper-parameters.
+      batch: rows as `train.data.batches` yields them: [B, ...] or, for several runs,
+        [runs, B, ...]. B is `batch_size(index)`, which is smaller while the batch ramps up.
+
+    Returns:
+      The state after the step, and its metrics.
     """
     return self._step(state, *self.step_arguments(index, batch))
 
   def lower(self) -> jax.stages.Lowered:
-    """The training step lowered for abstract arguments: to be compiled ahead of time or measured.
+    """Returns the training step, lowered for abstract arguments without allocating anything.
 
-    Nothing is allocated. Call its `compile()` for the executable, which takes a state, the
-    micro-batches and the hyper-parameters (`step_arguments`).
+    It can be compiled ahead of time or analysed. The executable that `compile()` returns takes a
+    state, the micro-batches and the hyper-parameters (`step_arguments`).
     """
     return self._step.lower(self.abstract_state(), *self.abstract_step_arguments())
 
   def compute_config(self) -> RunConfig:
-    """The run with parameters in the compute format, as `lower_gradients` takes them."""
+    """Returns the run's config with parameters in the compute format, for `lower_gradients`."""
     numerics = self.cfg.model.numerics
     return dataclasses.replace(self.cfg, model=dataclasses.replace(
         self.cfg.model, numerics=dataclasses.replace(numerics, params=numerics.compute)))
 
   def lower_gradients(self) -> jax.stages.Lowered:
-    """A forward and backward pass alone, lowered like `lower`: the gradients of the loss.
+    """Returns a forward and a backward pass, lowered like the step: the gradients of the loss.
 
-    It takes variables of `compute_config`'s model in place of the state, and one micro-batch.
+    Its arguments are those of the step, but with variables of `compute_config`'s model in place of
+    the state. Of the micro-batches it processes the first only.
     """
     cfg = self.compute_config()
     mesh = self._mesh and dataclasses.replace(self._mesh, cfg=cfg.model)
@@ -173,7 +197,7 @@ class Program:
     return jit(gradients).lower(variables, *self.abstract_step_arguments())
 
   def abstract_step_arguments(self) -> tuple[Batch, dict]:
-    """Shapes, formats and shardings of the micro-batches and the hyper-parameters."""
+    """Returns shapes, dtypes and shardings of the micro-batches and the hyper-parameters."""
     train, length = self.cfg.train, self.cfg.data.seq_len
     runs = (self.num_runs,) if self.num_runs > 1 else ()
     lead = (*runs, train.num_micro_batches, train.batch_size // train.num_micro_batches)
@@ -184,7 +208,12 @@ class Program:
     return Batch(array(length + 1, np.int32), array(length, bool), segments), hyper
 
   def step_arguments(self, index: int, batch: Mapping[str, np.ndarray]) -> tuple[Batch, dict]:
-    """What the compiled step takes besides the state: micro-batches, and hyper-parameters."""
+    """Returns what the compiled step takes besides the state: micro-batches, hyper-parameters.
+
+    Args:
+      index: index of the step, from 0.
+      batch: rows as for `step`.
+    """
     return self._micro_batches(batch), self._hyper(index)
 
   def _hyper(self, index: int) -> dict:
@@ -194,15 +223,16 @@ class Program:
     return {**stacked, "num_micro_batches": np.int32(self.num_micro_batches(index))}
 
   def num_micro_batches(self, index: int) -> int:
+    """Returns the number of micro-batches of step `index`."""
     return self._schedules[0].num_micro_batches(index)
 
   def batch_size(self, index: int) -> int:
-    """Sequences per run that step `index` takes."""
+    """Returns the number of sequences per run that step `index` takes."""
     train = self.cfg.train
     return train.batch_size // train.num_micro_batches * self.num_micro_batches(index)
 
   def hyper(self, index: int) -> list[dict]:
-    """Every run's hyper-parameters at a step, for the record."""
+    """Returns every run's hyper-parameters at step `index`, for the run's records."""
     return [schedule[index] for schedule in self._schedules]
 
   def _micro_batches(self, batch: Mapping[str, np.ndarray]) -> Batch:
@@ -230,12 +260,15 @@ class Program:
 
 
 def first_run(variables: dict, num_runs: int) -> dict:
-  """The variables of the first run of a vmapped batch; of a single run, they are as given."""
+  """Returns the first run's variables from those of a vmapped batch; a single run's unchanged."""
   return jax.tree.map(lambda x: x[0], variables) if num_runs > 1 else variables
 
 
 def mean_evaluation(evaluation: Evaluation) -> dict:
-  """An evaluation as JSON; of a vmapped batch means over runs, with each run's under "per_seed"."""
+  """Returns an evaluation as JSON data.
+
+  For a vmapped batch, values are means over its runs, and "per_seed" has those of every run.
+  """
   several = np.ndim(evaluation.mean_loss) == 1
 
   def mean(x):

@@ -1,4 +1,4 @@
-"""A progress bar with what a person wants to know, and the rates that go into the record."""
+"""The progress bar of training, and the throughput that goes into the metrics."""
 
 import sys
 
@@ -9,7 +9,13 @@ from train.hardware import peak_flops
 
 
 def bar(total: int, start: int, show: bool) -> tqdm:
-  """A bar on stderr that has `start` of `total` steps behind it; a terminal sees it move."""
+  """Returns a progress bar on stderr, updated often on a terminal and every 10 s elsewhere.
+
+  Args:
+    total: number of steps.
+    start: number of steps that are already done.
+    show: whether to draw anything.
+  """
   interactive = sys.stderr.isatty()
   return tqdm(
       total=total, initial=start, unit="step", disable=not show, file=sys.stderr,
@@ -17,12 +23,12 @@ def bar(total: int, start: int, show: bool) -> tqdm:
 
 
 class Progress:
-  """Shows steps, loss, tokens/s, model FLOP utilisation and the time that is left.
+  """Shows steps, loss, tokens/s, model FLOPs utilisation (MFU) and the remaining time.
 
   Args:
-    cfg: of the run.
-    num_runs: runs that train as a vmapped batch; rates are of all of them.
-    start: steps done before.
+    cfg: config of the run.
+    num_runs: number of runs that train as a vmapped batch; rates are summed over them.
+    start: number of steps that are already done.
     show: whether to draw anything.
   """
 
@@ -35,13 +41,15 @@ class Progress:
     self._note = ""
 
   def rates(self, now: float, num_sequences: int) -> dict:
-    """Tokens/s and utilisation since the step before; of a process' first, which compiles, none.
+    """Returns tokens/s and utilisation since the previous step.
 
-    Utilisation is the FLOP/s of `ModelConfig.flops_per_token` over `peak_flops`.
+    Utilisation is the model's FLOP/s, by `ModelConfig.flops_per_token`, over `peak_flops`. There
+    are no rates for the first step of a process, which includes compilation, nor for the first step
+    after `note`.
 
     Args:
-      now: when the step was begun, in seconds.
-      num_sequences: of the step, per run.
+      now: time at which the step was issued, in seconds.
+      num_sequences: sequences of the step, per run.
     """
     last, self._last = self._last, now
     if last is None:
@@ -61,7 +69,10 @@ class Progress:
     self._bar.update()
 
   def note(self, text: str) -> None:
-    """Keeps a word beside the bar, and forgets the time since the last step: not all training."""
+    """Shows a text after the bar, and leaves the time since the last step out of the next rates.
+
+    That time is not all training: notes are made around evaluations.
+    """
     self._note, self._last = text, None
     self._bar.set_postfix_str(text, refresh=True)
 

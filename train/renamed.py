@@ -1,14 +1,14 @@
-"""Settings that have been renamed: the one table through which old `config.json` files load.
+"""Settings that have been renamed: the table by which `config.json` files of old versions load.
 
-A setting is named by its dotted path below the dataclass that it belonged to. Files of any earlier
-version are translated when they are read; on the command line an old name is an error that gives
-the new one.
+A setting is named by its dotted path below the dataclass to which it belonged. Files of any earlier
+version are translated when they are read. On the command line an old name is an error, whose
+message gives the new one.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# By dataclass, old path to new path.
+# New path by old path, by dataclass.
 SETTINGS: dict[str, dict[str, str]] = {
     "DataConfig": {"heldout_share": "heldout_fraction", "max_bad_share": "max_bad_fraction"},
     "OptimizerConfig": {"warmup_share": "warmup_fraction", "clip": "max_grad_norm"},
@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def renamed(cls: type) -> dict[str, str]:
-  """Old to new paths below a dataclass, those of its base classes included."""
+  """Returns new paths by old paths below a dataclass, those of its base classes included."""
   found: dict[str, str] = {}
   for base in reversed(cls.__mro__):
     found |= SETTINGS.get(base.__name__, {})
@@ -33,11 +33,13 @@ def renamed(cls: type) -> dict[str, str]:
 
 
 def translate(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
-  """Plain data of a dataclass with old names replaced; nested dataclasses are left as they are.
+  """Returns plain data of a dataclass with its old names replaced by the new ones.
+
+  Names that belong to nested dataclasses are left as they are.
 
   Args:
     cls: the dataclass.
-    plain: what `config_io.to_dict` of any version gave for it.
+    plain: what `config_io.to_dict` of any version returned for it.
   """
   translated = dict(plain)
   for old, new in renamed(cls).items():
@@ -48,7 +50,10 @@ def translate(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pop(node: dict[str, Any], path: list[str]) -> tuple[Any, bool]:
-  """Removes what a path leads to; dicts on the way are copied, not changed."""
+  """Removes and returns the value at a path, and whether there is one.
+
+  Dicts below `node` are copied rather than changed.
+  """
   name, *rest = path
   if name not in node:
     return None, False
@@ -61,7 +66,7 @@ def _pop(node: dict[str, Any], path: list[str]) -> tuple[Any, bool]:
 
 
 def _put(node: dict[str, Any], path: list[str], value: Any) -> None:
-  """Sets what a path leads to, unless it is set: a file that has both names is of today."""
+  """Sets the value at a path unless there is one: if a file has both names, the new one counts."""
   name, *rest = path
   if not rest:
     node.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, its configuration, metrics and TensorBoard events."""
+"""The folder of a run: exclusive access, its configuration, metrics and TensorBoard events."""
 
 import contextlib
 import fcntl
@@ -22,7 +22,7 @@ def fsync(path: pathlib.Path) -> None:
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-  """Writes a file such that a reader, whenever the writer is killed, sees all of it or none."""
+  """Writes a file such that a reader sees all of it or none, even if the writer is killed."""
   path = pathlib.Path(path)
   unfinished = path.with_name(f"{path.name}.tmp")
   with open(unfinished, "w", encoding="utf-8") as file:
@@ -34,7 +34,10 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def _strict(value: Any, replace: Callable[[float], Any]) -> Any:
-  """`value` with lists for arrays and tuples, and numbers replaced that JSON does not have."""
+  """Returns `value` with lists for arrays and tuples, and with non-finite floats replaced.
+
+  JSON has no representation of these.
+  """
   if hasattr(value, "tolist"):
     value = value.tolist()
   if isinstance(value, dict):
@@ -45,7 +48,7 @@ def _strict(value: Any, replace: Callable[[float], Any]) -> Any:
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> Any:
-  """`write_text_atomic` of an object as indented JSON, with null for NaN and infinities.
+  """Writes an object as indented JSON by `write_text_atomic`, with null for NaN and infinities.
 
   Returns:
     The object as it was written.
@@ -56,7 +59,10 @@ def write_json_atomic(path: str | os.PathLike, obj: Any) -> Any:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-  """Every scalar of nested dicts and lists, by its dotted name; empty ones count as scalars."""
+  """Yields the dotted name and value of every scalar of nested dicts and lists.
+
+  Empty dicts and lists count as scalars.
+  """
   if isinstance(value, dict | list | tuple) and value:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
@@ -66,13 +72,16 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class RunFolder:
-  """A run's folder, made if need be and locked for as long as this process lives.
+  """A run's folder, created if it does not exist, and locked for other processes.
+
+  It stays locked until `close` or the end of this process.
 
   Attributes:
     path: the folder.
 
   Raises:
-    ValueError: if it cannot be made or written to, or another process holds it.
+    ValueError: if the folder cannot be created, written to or locked, or is in use by another
+      process.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -84,8 +93,9 @@ class RunFolder:
       self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
       raise ValueError(f"the run's folder {self.path} cannot be made or written to "
-                       f"({error.strerror}): give another --out, or its permission") from error
-    # Else workers that outlive a killed run would keep its folder locked.
+                       f"({error.strerror}): change its permissions, or give another --out"
+                       ) from error
+    # Otherwise worker processes that outlive a killed run would keep its folder locked.
     os.register_at_fork(after_in_child=self._lock.close)
     try:
       self._acquire()
@@ -109,36 +119,37 @@ class RunFolder:
     self._lock.flush()
 
   def close(self) -> None:
-    """Lets others have the folder."""
+    """Unlocks the folder, so that other processes can use it."""
     self._lock.close()
 
   def check_config(
       self, as_dict: dict, upgrade: Callable[[dict], dict] = lambda stored: stored) -> None:
-    """Writes `config.json` the first time, and from then on requires the same.
+    """Writes `config.json` if there is none; otherwise requires the configuration to be the same.
 
     Args:
-      as_dict: what decides the run's numbers, as JSON.
-      upgrade: translates what an earlier version wrote.
+      as_dict: everything that determines the run's results, as JSON data.
+      upgrade: translates the content of a `config.json` that an earlier version wrote.
 
     Raises:
-      ValueError: naming every field that differs from the folder's, or if that is not JSON.
+      ValueError: if a field differs from the folder's; the message names every such field. Also if
+        `config.json` is not JSON.
     """
     path = self.path / "config.json"
     if not path.exists():
       write_json_atomic(path, as_dict)
       return
     try:
-      there = dict(leaves(upgrade(json.loads(path.read_text(encoding="utf-8")))))
+      stored = dict(leaves(upgrade(json.loads(path.read_text(encoding="utf-8")))))
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}): give another --out") from error
-    here = dict(leaves(json.loads(json.dumps(as_dict))))  # as it would be read back
+    asked = dict(leaves(json.loads(json.dumps(as_dict))))  # as it would be read back
     differing = [
-        f"  {name}: {_shown(there, name)} in the folder, {_shown(here, name)} now"
-        for name in there | here
-        if name not in there or name not in here or there[name] != here[name]]
+        f"  {name}: {_shown(stored, name)} in the folder, {_shown(asked, name)} now"
+        for name in stored | asked
+        if name not in stored or name not in asked or stored[name] != asked[name]]
     if differing:
       raise ValueError(
-          f"{self.path} holds a run of another configuration:\n" + "\n".join(differing)
+          f"{self.path} holds a run with another configuration:\n" + "\n".join(differing)
           + "\nGive another --out for a new run, or the old values to resume this one.")
 
 
@@ -158,10 +169,11 @@ def _decoded(value: Any) -> Any:
 
 
 class MetricsFile:
-  """Rows of metrics, one JSON object a line; each has an integer "step".
+  """A file of metrics with one JSON object per line, a row; every row has an integer "step".
 
-  Floats come back bit-exact; those that are not finite are written as "nan", "inf" and "-inf",
-  which JSON has no numbers for. The file is first touched by `append` or `truncate_after`.
+  Floats are read back bit-exactly. NaN and infinities, for which JSON has no numbers, are written
+  as "nan", "inf" and "-inf". The file is not created or changed before the first call of `append`
+  or `truncate_after`.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -169,7 +181,7 @@ class MetricsFile:
     self._file = None
 
   def append(self, row: dict) -> None:
-    """Writes a row out; killing the process afterwards does not lose it."""
+    """Appends a row, which is not lost if the process is killed afterwards."""
     if self._file is None:
       self._drop_torn_line()
       self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -177,15 +189,15 @@ class MetricsFile:
     self._file.flush()
 
   def read(self) -> list[dict]:
-    """All rows but a torn last one; none if there is no file.
+    """Returns all rows except an incomplete last one; no rows if there is no file.
 
     Raises:
-      ValueError: if another line is not a JSON object, naming it.
+      ValueError: if another line is not a row; the message gives its number.
     """
     return [row for row, _ in self._rows()]
 
   def truncate_after(self, step: int) -> None:
-    """Drops the rows past a step, and a torn last line."""
+    """Drops the rows past a step, and an incomplete last line."""
     self.close()
     if self.path.exists():
       kept = [line for row, line in self._rows() if row["step"] <= step]
@@ -204,29 +216,30 @@ class MetricsFile:
       try:
         row = _decoded(json.loads(line))
         if not (isinstance(row, dict) and "step" in row and line.endswith("\n")):
-          raise ValueError("not a whole row")
+          raise ValueError("not a complete row")
       except ValueError as error:
         if number == len(lines):
           return
-        raise ValueError(f"line {number} of {self.path} is no row of metrics but {line[:80]!r}: "
-                         "delete that line, or give another --out") from error
+        raise ValueError(f"line {number} of {self.path} is not a row of metrics: {line[:80]!r}. "
+                         "Delete that line, or give another --out") from error
       yield row, line
 
   def _drop_torn_line(self) -> None:
-    """What is appended must not continue the line that a killed process left unfinished."""
+    """Removes a last line that a killed process left unfinished, so that no row is added to it."""
     if self.path.exists():
       with open(self.path, "r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class Events:
-  """TensorBoard's view of the rows of a `MetricsFile`.
+  """Writes the rows of a `MetricsFile` as TensorBoard events.
 
-  Event files cannot be cut at a step, so those of earlier processes are deleted and written anew.
+  Event files cannot be truncated at a step, so those of earlier processes are deleted and their
+  rows are written again.
 
   Args:
-    folder: where the event files are; made if need be.
-    rows: the kept rows of the run so far.
+    folder: folder of the event files, created if it does not exist.
+    rows: the rows of the run so far, as they were kept in its `MetricsFile`.
   """
 
   def __init__(self, folder: str | os.PathLike, rows: Iterable[dict] = ()):
@@ -245,5 +258,5 @@ class Events:
         self._writer.add_scalar(name, value, row["step"], walltime=row.get("time"))
 
   def close(self) -> None:
-    """Writes out what is still held back."""
+    """Writes out events that are still buffered, and closes the file."""
     self._writer.close()

@@ -1,14 +1,16 @@
-"""Stopping when told to, but not before everything is saved."""
+"""Signals that ask a run to stop, which it does after saving."""
 
 import contextlib
 import signal
 
 
 class Signals:
-  """Notes SIGTERM and SIGINT, so that a loop can save first; a second SIGINT interrupts.
+  """Records SIGTERM and SIGINT instead of acting on them, so that a loop can save before it stops.
+
+  A signal that follows a SIGINT raises KeyboardInterrupt.
 
   Attributes:
-    received: the last one's number, or None.
+    received: number of the last signal, None if there was none.
   """
 
   def __init__(self):
@@ -16,7 +18,7 @@ class Signals:
 
   def __enter__(self):
     self._before = {}
-    with contextlib.suppress(ValueError):  # only the main thread may
+    with contextlib.suppress(ValueError):  # raised outside the main thread
       for number in (signal.SIGTERM, signal.SIGINT):
         self._before[number] = signal.signal(number, self._note)
     return self

@@ -1,6 +1,7 @@
-"""Documents from files: what can be read is, and what cannot is counted and named.
+"""Reads documents from files. Those that cannot be used are counted and reported.
 
-Everything streams: at most a block of a text file, a line of JSONL or a batch of rows is in memory.
+Everything is streamed: at most one block of a text file, one line of JSONL, or one batch of Parquet
+rows or ArrayRecord records is in memory.
 """
 
 import collections
@@ -21,18 +22,25 @@ from array_record.python import array_record_module
 from train import corpora
 from train.config import Source
 
-PIECE_BYTES = 64 * 1024
+PIECE_BYTES = 64 * 1024  # longest document that is made of a text file
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".arrayrecord")
 BUILTIN = "builtin:"
 
 _OPEN_JSONL = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 _ROWS_AT_ONCE = 256
-_EXAMPLES = 3
+_EXAMPLES = 3  # reported per kind of unusable document
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-  """A text, what precedes it untrained ("" for nothing), and what it is filed under."""
+  """A document as it is read from a source.
+
+  Attributes:
+    text: the text that is trained on.
+    prompt: text before it that is not trained on; "" for none.
+    domain: name of the domain under which the document is evaluated.
+    language: name of its language.
+  """
 
   text: str
   prompt: str
@@ -42,12 +50,12 @@ class Document:
 
 @dataclasses.dataclass
 class Tally:
-  """How many documents were good and how many of which kind were not.
+  """Counts of the usable and the unusable documents of a source.
 
   Attributes:
-    good: documents read.
-    bad: unusable ones by kind.
-    examples: the first few of each kind, `file:line: reason`.
+    good: number of usable documents.
+    bad: number of unusable documents by the kind of defect.
+    examples: the first few of each kind of defect, as `file:line: reason`.
   """
 
   good: int = 0
@@ -55,13 +63,23 @@ class Tally:
   examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def add_bad(self, where: str, bad: "_BadError") -> None:
+    """Counts an unusable document at `where`, a `file:line`."""
     self.bad[bad.kind] += 1
     examples = self.examples.setdefault(bad.kind, [])
     if len(examples) < _EXAMPLES:
       examples.append(f"{where}: {bad.reason}")
 
   def check(self, path: str, max_bad_fraction: float) -> None:
-    """Raises ValueError, naming counts and examples, if the source at `path` is not usable."""
+    """Checks that a source has documents, and that not too many of them are unusable.
+
+    Args:
+      path: the source's path, for messages.
+      max_bad_fraction: the largest tolerated fraction of unusable documents.
+
+    Raises:
+      ValueError: if there are no documents, none that are usable, or too many that are not; the
+        message gives counts and examples.
+    """
     num_bad = self.bad.total()
     total = self.good + num_bad
     if not total:
@@ -77,7 +95,7 @@ class Tally:
 
 
 class _BadError(Exception):
-  """A row that cannot be used; `kind` is what it is counted under."""
+  """A row cannot be used. It is counted under `kind`; `reason` describes it in more detail."""
 
   def __init__(self, kind: str, reason: str | None = None):
     super().__init__(kind)
@@ -87,13 +105,13 @@ class _BadError(Exception):
 def read(source: Source, tally: Tally | None = None) -> Iterator[Document]:
   """Yields the usable documents of `source` in a fixed order, and counts all of them in `tally`.
 
-  A text file is one document, or pieces of at most 64 KiB, cut at line ends where there are any;
-  empty ones are passed over. Each JSONL line, Parquet row and ArrayRecord record is one document;
-  a record is a JSON object like a JSONL line, or else text.
+  A text file is one document; a longer one than 64 KiB is split into pieces of at most that size,
+  at line ends where possible. Empty pieces are skipped. Each JSONL line, Parquet row and
+  ArrayRecord record is one document; a record is a JSON object like a JSONL line, or plain text.
 
   Raises:
-    ValueError: for a path with nothing to read, or a file that cannot be opened or decompressed.
-      Whether too much was unusable is for `Tally.check` to say, afterwards.
+    ValueError: if there is nothing to read at the path, or if a file cannot be opened or
+      decompressed. Whether too many documents are unusable is checked by `Tally.check`, afterwards.
   """
   tally = Tally() if tally is None else tally
   domain, language = source.domain or default_domain(source.path), source.language or "en"
@@ -114,7 +132,7 @@ def read(source: Source, tally: Tally | None = None) -> Iterator[Document]:
 
 
 def files(source: Source) -> list[pathlib.Path]:
-  """The files that decide what `read` gives, in its order.
+  """Returns the files that determine what `read` yields, in the order in which it reads them.
 
   Raises:
     ValueError: if there are none.
@@ -138,7 +156,7 @@ def files(source: Source) -> list[pathlib.Path]:
 
 
 def fingerprint(source: Source) -> str:
-  """A hash of the files' contents and of all else that decides what `read` gives."""
+  """Returns a hash of the files' contents and of all settings that determine what `read` yields."""
   total = hashlib.blake2b(digest_size=16)
   settings = dataclasses.replace(source, path=default_domain(source.path), weight=1.0)
   total.update(json.dumps(dataclasses.astuple(settings)).encode())
@@ -153,7 +171,7 @@ def fingerprint(source: Source) -> str:
 
 
 def default_domain(path: str) -> str:
-  """The path's stem; a glob's last part that is not a pattern."""
+  """Returns the stem of a path or, for a glob, that of its last component without wildcards."""
   parts = pathlib.PurePath(path.removeprefix(BUILTIN)).parts
   name = next((part for part in reversed(parts) if not glob.has_magic(part)), "text")
   return name.split(".")[0] or name
@@ -165,7 +183,7 @@ def _ending(path: pathlib.Path) -> str | None:
 
 
 def _rows(source: Source) -> Iterator[tuple[str, "dict | _BadError"]]:
-  """`file:line` and a dict with the source's fields, or why there is none."""
+  """Yields `file:line` with a row's fields, or with the _BadError that says why there are none."""
   if source.path == BUILTIN + "arithmetic":
     for i, text in enumerate(corpora.arithmetic()):
       yield f"{source.path}:{i}", {source.text_field: text}
@@ -196,7 +214,7 @@ def _text_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict 
 
 
 def _cut(block: bytes) -> int:
-  """Where to end a piece: after a line, else (there being none) before a character."""
+  """Returns where to cut a block: after its last line end or, without one, between characters."""
   if cut := block.rfind(b"\n") + 1:
     return cut
   cut = len(block) - 1
@@ -225,7 +243,7 @@ def _parquet_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, dic
     columns = [name for name in dict.fromkeys([*needed, "domain", "language"]) if name in names]
     number = 1
     for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-      # As bytes, so that one row of invalid UTF-8 is one bad row, not a bad batch.
+      # As bytes, so that invalid UTF-8 in one row does not make its whole batch unreadable.
       for row in batch.cast(pyarrow.schema(map(_as_bytes, batch.schema))).to_pylist():
         yield number, row
         number += 1
@@ -239,7 +257,7 @@ def _as_bytes(field: pyarrow.Field) -> pyarrow.Field:
 def _record_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
   reader = array_record_module.ArrayRecordReader(str(path))
   total = reader.num_records()
-  # A damaged file opens without complaint and without records, and cannot be closed.
+  # A damaged file opens without an error, has no records, and cannot be closed.
   if not reader.ok() or (not total and path.stat().st_size):
     raise OSError("it is not an intact ArrayRecord file")
   for first in range(0, total, _ROWS_AT_ONCE):
@@ -253,7 +271,7 @@ def _record_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dic
 
 
 def _parsed(parse, *args):
-  """`parse`'s result, or the _BadError that it raised."""
+  """Returns the result of `parse(*args)`, or the _BadError that it raised."""
   try:
     return parse(*args)
   except _BadError as bad:
@@ -276,13 +294,13 @@ def _parse_record(record: bytes, text_field: str) -> dict:
     try:
       return _parse_json(record)
     except _BadError:
-      pass  # text may begin with a brace, too
+      pass  # plain text may begin with a brace, too
   return {text_field: record}
 
 
 def _field(row: dict, name: str, may_be_empty: bool = False) -> str:
   if row.get(name) is None:
-    raise _BadError(f"without {name!r}", f"no {name!r} among {list(row)[:9]}")
+    raise _BadError(f"without {name!r}", f"there is no {name!r} among {list(row)[:9]}")
   value = row[name]
   if isinstance(value, bytes):
     value = _decode(value)
@@ -292,7 +310,7 @@ def _field(row: dict, name: str, may_be_empty: bool = False) -> str:
     raise _BadError(f"with {name!r} empty")
   try:
     value.encode()
-  except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+  except UnicodeEncodeError as error:  # JSON can express a lone surrogate
     raise _BadError("invalid UTF-8", str(error)) from error
   return value
 

@@ -1,8 +1,8 @@
-"""Training on text as a stage: from a configuration and a model to start from to a run folder.
+"""Training on text as a stage, which makes a run folder of a configuration and a start model.
 
-Every stage has the form `stage(config, start, *, out, max_seconds) -> folder`, so that stages
-chain: the folder of one is the `start` of the next (`rl.stages.run_stages`). Pretraining and SFT
-are the same stage; their configurations differ.
+Every stage has the form `stage(config, start, *, out, max_seconds) -> folder`, so that stages can
+be chained: the folder of one is the `start` of the next (`rl.stages.run_stages`). Pretraining and
+SFT are the same stage with different configurations.
 """
 
 import contextlib
@@ -19,42 +19,43 @@ from train.loading import TOKENIZER, LoadedModel, load_model
 from train.loop import train
 from train.run_folder import RunFolder
 
-_FINISHED = "finished"  # an empty file that a finished stage leaves
+_FINISHED = "finished"  # an empty file that marks the folder of a finished stage
 
 
 def fit_vocabulary[T: RunConfig](cfg: T, data: Data, *, keep: bool) -> T:
-  """The config with its model's vocabulary set to the tokenizer's.
+  """Returns the config with the model's vocabulary size set to the tokenizer's.
 
   Args:
-    cfg: of the run.
-    data: what it trains on.
-    keep: leave the vocabulary as it is, as a start model or the user decides it, and only check it.
+    cfg: config of the run.
+    data: the run's data, with its tokenizer.
+    keep: whether to leave the vocabulary size as it is, because the start model or the user has
+      determined it, and only check it.
 
   Raises:
-    ValueError: if a vocabulary that is kept has fewer tokens than the tokenizer.
+    ValueError: if a vocabulary size that is kept is smaller than the tokenizer's.
   """
   needed = data.tokenizer.vocab_size
   if keep:
     if cfg.model.vocab_size < needed:
-      raise ValueError(f"model.vocab_size={cfg.model.vocab_size}, but the tokenizer has {needed} "
-                       "tokens: leave it out, or set at least that")
+      raise ValueError(f"model.vocab_size={cfg.model.vocab_size} is too small for the tokenizer's "
+                       f"{needed} tokens: leave it out, or set it to at least that number")
     return cfg
   return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=needed))
 
 
 def with_seeds(cfg: RunConfig, seeds: list[int]) -> list[RunConfig]:
-  """The config once for each seed."""
+  """Returns a copy of the config for every seed."""
   return [dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=seed))
           for seed in seeds]
 
 
 def start_from[T: RunConfig](cfg: T, start: LoadedModel, *, keep_tokenizer: bool = False) -> T:
-  """The config with the start model's architecture, and its tokenizer if it has one.
+  """Returns the config with the start model's architecture and, if it has one, its tokenizer.
 
   Args:
-    cfg: of the run.
-    start: the model.
-    keep_tokenizer: use the config's own tokenizer whatever the model's is.
+    cfg: config of the run.
+    start: the model from which the run starts.
+    keep_tokenizer: whether to keep the config's tokenizer even if the start model has one.
   """
   if start.tokenizer_path and not keep_tokenizer:
     cfg = dataclasses.replace(
@@ -67,22 +68,23 @@ def train_on_text(
     keep_vocabulary: bool = False, max_seconds: float | None = None,
     load_model: Callable[[str | os.PathLike], LoadedModel] = load_model,
 ) -> pathlib.Path | None:
-  """The stage: trains on text, or resumes or skips what `out` already holds of it.
+  """Trains on text, resumes the stage in `out`, or does nothing if that stage has finished.
 
   Args:
-    cfg: the run.
-    start: the folder of the model to start from, which then decides the architecture and the
+    cfg: config of the run.
+    start: folder of the model to start from, which then determines the architecture and the
       tokenizer; None for random weights.
     out: the run folder.
-    keep_vocabulary: see `fit_vocabulary`; implied by `start`.
-    max_seconds: stop after saving once so much time has passed.
-    load_model: reads `start`; `rl.loading.load_model` reads RL run folders, too.
+    keep_vocabulary: whether `model.vocab_size` is left as it is; see `fit_vocabulary`. Implied by
+      `start`.
+    max_seconds: stop, after saving, once this much time has passed; None for no limit.
+    load_model: loads `start`; `rl.loading.load_model` loads RL run folders, too.
 
   Returns:
-    The folder; None if the stage was stopped before its end.
+    The path of the run folder; None if the stage was stopped before its end.
 
   Raises:
-    ValueError: if `out` holds another configuration.
+    ValueError: if `out` holds a run with another configuration.
   """
   requested = {"run": to_dict(cfg), "start": None if start is None else str(start)}
   with open_stage(out, requested) as folder:
@@ -103,7 +105,7 @@ def train_on_text(
 
 
 def upgrade_run(stored: dict) -> dict:
-  """The `config.json` of a run on text, of whichever version, as this one would write it."""
+  """Returns the `config.json` of a run on text, of any version, as this version would write it."""
   return upgrade(stored, {"config": RunConfig})
 
 
@@ -111,15 +113,15 @@ def upgrade_run(stored: dict) -> dict:
 def open_stage(
     out: str | os.PathLike, requested: dict, upgrade: Callable[[dict], dict] = upgrade_run,
 ) -> Iterator[RunFolder | None]:
-  """Holds a stage's run folder; gives None instead if the stage has finished there.
+  """Opens and locks a stage's run folder; yields None instead if the stage has finished there.
 
   Args:
-    out: the folder.
-    requested: the stage's configuration, as `config.json` has it under "requested".
-    upgrade: translates a `config.json` of an earlier version.
+    out: the run folder.
+    requested: the stage's configuration, as it is stored in `config.json` under "requested".
+    upgrade: translates the content of a `config.json` that an earlier version wrote.
 
   Raises:
-    ValueError: if the finished stage had another configuration.
+    ValueError: if the finished stage had another configuration, or if the folder cannot be used.
   """
   with contextlib.closing(RunFolder(out)) as folder:
     if not (folder.path / _FINISHED).exists():
@@ -131,6 +133,6 @@ def open_stage(
 
 
 def close_stage(folder: RunFolder) -> pathlib.Path:
-  """Marks the stage in a folder as finished; returns the folder's path."""
+  """Marks the stage in a folder as finished, and returns the folder's path."""
   (folder.path / _FINISHED).touch()
   return folder.path

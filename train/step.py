@@ -1,4 +1,4 @@
-"""One pure optimizer step, around any objective that is a weighted sum of named terms."""
+"""The optimizer step: a pure function, for any objective that is a weighted sum of named terms."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -17,15 +17,15 @@ Tree = Any
 
 @flax.struct.dataclass
 class TrainState:
-  """All that training changes. With several seeds, every array has a leading axis for them.
+  """Everything that a step changes. With several seeds, every array has a leading axis of seeds.
 
   Attributes:
-    step: int32, steps taken, skipped ones too.
-    skipped: int32, steps whose loss or gradient was not finite.
-    params: float32 masters.
-    router: balancing biases.
-    moments: see `train.optimizer.Moments`.
-    ema: an exponential moving average of the parameters, or None.
+    step: int32 scalar, number of steps taken, skipped ones included.
+    skipped: int32 scalar, number of steps skipped because their loss or gradient was not finite.
+    params: float32 master weights, the collection "params".
+    router: biases of loss-free balancing, the collection "router"; {} without experts.
+    moments: AdamW's moments of the parameters.
+    ema: exponential moving average of the parameters; None if none is kept.
   """
 
   step: jax.Array
@@ -37,22 +37,29 @@ class TrainState:
 
   @property
   def variables(self) -> dict:
+    """The collections with which the model is applied."""
     return {"params": self.params, "router": self.router}
 
 
 class Objective(Protocol):
-  """What is minimised: sum over terms of weight x sum / denominator."""
+  """What is minimised: the sum over named terms of weight x sum / denominator."""
 
   def denominators(self, batch: Tree) -> dict[str, jax.Array]:
-    """Of the whole batch, its micro-batches along the leading axis."""
+    """Returns the denominator of each term, a scalar, for a whole batch.
+
+    The leading axis of the batch's arrays is that of its micro-batches.
+    """
 
   def sums(self, variables: dict, batch: Tree) -> tuple[dict[str, jax.Array], Any]:
-    """Terms of one micro-batch, and an AuxOutputs whose leaves are added up."""
+    """Returns the sum of each term over one micro-batch, and an AuxOutputs.
+
+    Over the micro-batches of a step, both are added up leaf by leaf.
+    """
 
 
 def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
-  """The state before the first step."""
-  # Copies, since a step donates its state, and the caller may go on using the variables.
+  """Returns the state before the first step, from initial variables."""
+  # Copies, because a step donates its state and the caller may continue to use the variables.
   params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), variables["params"])
   router = jax.tree.map(lambda b: jnp.array(b, copy=True), variables.get("router", {}))
   ema = jax.tree.map(jnp.copy, params) if cfg.ema_decay else None
@@ -62,7 +69,10 @@ def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
 
 
 def unstack_layers(net: Transformer) -> Callable[[Tree], Tree]:
-  """`net.by_layer` on a GPU; elsewhere to join the gradients is one more pass over them."""
+  """Returns `net.by_layer` on a GPU, and elsewhere the identity.
+
+  On other backends, joining the gradients of single layers is an additional pass over them.
+  """
   return net.by_layer if jax.default_backend() == "gpu" else lambda params: params
 
 
@@ -71,14 +81,25 @@ def make_train_step(
     prepare: Callable[[Tree], dict] = lambda params: {},
     by_layer: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[[TrainState, Tree, dict], tuple[TrainState, dict]]:
-  """Returns `train_step(state, batch, hyper) -> state, metrics`, to be jitted or mapped over seeds.
+  """Returns `train_step(state, batch, hyper) -> (state, metrics)`, to be jitted or vmapped.
 
-  The batch's leaves lead with an axis of `num_micro_batches`; `hyper` is what
-  `train.optimizer.Schedule` gives, and its "num_micro_batches" says how many of them count. A step
-  whose loss or gradient is not finite changes nothing, the balancing bias included. `prepare` makes
-  of parameters, once a step, variables that the objective is given beside them as constants, such
-  as `model.quantize_weights`. `by_layer` arranges parameters, linearly, as the objective is given
-  them and their gradients are measured; see `unstack_layers`.
+  The leaves of `batch` have a leading axis of `num_micro_batches`. `hyper` has the values of
+  `train.optimizer.Schedule` and, as "num_micro_batches", the number of micro-batches to use. A step
+  whose loss or gradient is not finite is skipped: it changes nothing but the two counters of the
+  state, not even the balancing biases.
+
+  The metrics are "loss" (the term "lm" or, without one, the total), "loss_NAME" of the other terms
+  and the total, "grad_norm" before scaling, "skipped", MaxVio and the objective's own means.
+
+  Args:
+    objective: the terms to minimise.
+    cfg: AdamW's constants, the largest gradient norm and the decay of the EMA.
+    decays: a bool for every parameter, whether weight decay applies (`train.optimizer.decay_mask`).
+    num_micro_batches: size of the batch's leading axis.
+    prepare: makes further variables from the parameters, once per step, which the objective is
+      given as constants, such as `model.quantize_weights`.
+    by_layer: rearranges the parameters, linearly, into the tree that the objective is given and in
+      which the gradient norm is computed; see `unstack_layers`.
   """
 
   def loss_and_grads(state, params, prepared, micro, weights, denominators):
@@ -103,10 +124,10 @@ def make_train_step(
     return jax.lax.fori_loop(0, hyper["num_micro_batches"], add, zeros)
 
   def train_step(state: TrainState, batch: Tree, hyper: dict) -> tuple[TrainState, dict]:
-    params, joined = jax.vjp(by_layer, state.params)
+    params, join_gradients = jax.vjp(by_layer, state.params)
     terms, observed, grads = accumulate(state, params, batch, hyper)
     grad_norm = optax.tree.norm(grads)
-    grads, = joined(grads)
+    grads, = join_gradients(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
     scale = jnp.minimum(1.0, cfg.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
     with jax.named_scope("optimizer"):
@@ -136,7 +157,10 @@ def _named(terms: dict) -> dict:
 
 
 def _update_router(router: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
-  """The biases after a step, from the whole batch's loads: each router's sits under its stack."""
+  """Returns the balancing biases after a step, from the loads of the whole batch.
+
+  The first key in a bias' path is its layer stack, which is also the key of its loads.
+  """
   def one(path, bias_E):
     return balance.update_bias(bias_E, loads[path[0].key], rate)
 
@@ -144,7 +168,7 @@ def _update_router(router: Tree, loads: dict[str, jax.Array], rate: jax.Array) -
 
 
 def _load_metrics(loads: dict[str, jax.Array]) -> dict:
-  """The trunk's MaxVio on this batch, averaged over layers and by layer."""
+  """Returns the main model's MaxVio on this batch, averaged over layers and by layer."""
   if "moe_layers" not in loads:
     return {}
   violation_L = balance.max_violation(loads["moe_layers"])

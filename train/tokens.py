@@ -1,7 +1,9 @@
-"""Documents of a source, tokenised once and kept on disk, and which of them are held out.
+"""The documents of a source, tokenised once and cached on disk, and which of them are held out.
 
-Letters: N documents of a store, U distinct documents. Stores are memory-mapped, so that they may be
-larger than memory. A cache entry is a folder, written aside and renamed: it is whole or not there.
+Stores are memory-mapped, so that they may be larger than memory. A cache entry is a folder, which
+is written under another name and then renamed, so that it is either complete or absent.
+
+Letters: N documents of a store, U distinct documents.
 """
 
 import contextlib
@@ -19,27 +21,31 @@ from train import sources
 from train.config import Source
 from train.tokenizer import Tokenizer
 
-FORMAT = 1  # of stores and of what a tokenizer is trained on: raise it when either changes
+# Version of the stores' format and of the choice of what a BPE is trained on, part of cache keys.
+# Raise it when either changes.
+FORMAT = 1
 
-_CHUNK_CHARACTERS = 2**20
-_SAMPLE_BYTES = 4 * 10**6
-# What a missing, truncated or scrambled entry can raise while it is read.
+_CHUNK_CHARACTERS = 2**20  # text that is tokenised at a time
+_SAMPLE_BYTES = 4 * 10**6  # text on which a BPE is trained
+# What reading a missing, truncated or corrupted cache entry can raise.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """A source's documents as tokens, in the source's order.
+  """The documents of a source as tokens, in the source's order.
 
   Attributes:
-    tokens: all documents' ids (uint16 or uint32), end to end, prompts first, no eos.
+    tokens: concatenated ids of all documents, uint16 or uint32; each document is its prompt's and
+      its text's tokens, without eos.
     offsets: int64 [N + 1]; document n is tokens[offsets[n]:offsets[n + 1]].
-    prompt_tokens_N: how many of a document's tokens are its prompt's.
-    bytes_N: UTF-8 bytes of each text, without its prompt.
-    hashes_N: uint64, of prompt and text.
-    domains_N, languages_N: indices into the names.
-    domain_names, language_names: in order of first appearance.
-    tally: what was read, and what could not be.
+    prompt_tokens_N: int64, number of tokens of each document's prompt.
+    bytes_N: int64, number of UTF-8 bytes of each text, without its prompt.
+    hashes_N: uint64, hash of each document's prompt and text.
+    domains_N, languages_N: int32, index of each document's domain in `domain_names`, and of its
+      language in `language_names`.
+    domain_names, language_names: distinct names in the order of their first appearance.
+    tally: counts of the documents that were read and of those that are unusable.
   """
 
   tokens: np.ndarray
@@ -55,7 +61,7 @@ class Store:
 
   @property
   def lengths_N(self) -> np.ndarray:
-    """Tokens of each document, its prompt included."""
+    """The number of tokens of each document, its prompt included."""
     return np.diff(self.offsets)
 
 
@@ -64,10 +70,16 @@ _ARRAYS = ("offsets", "prompt_tokens_N", "bytes_N", "hashes_N", "domains_N", "la
 
 def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_fraction: float
                ) -> Store:
-  """The tokens of `source`, from `cache` where they are there.
+  """Returns the tokens of `source`, from the cache or, if they are not there, made and cached.
+
+  Args:
+    source: the documents.
+    tokenizer: encodes them.
+    cache: the cache folder.
+    max_bad_fraction: the largest tolerated fraction of unusable documents.
 
   Raises:
-    ValueError: if the source is unusable (`sources.read`, `Tally.check`), or the cache cannot be
+    ValueError: if the source is unusable (`sources.read`, `Tally.check`), or if the cache cannot be
       written.
   """
   key = _key(sources.fingerprint(source), tokenizer.content_hash)
@@ -80,10 +92,17 @@ def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_ba
 
 def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_fraction: float,
              cache: pathlib.Path, max_bad_fraction: float) -> Tokenizer:
-  """A BPE trained on at most 4 MB of `all_sources`' training documents, from `cache` if there.
+  """Returns a BPE trained on at most 4 MB of training documents, from the cache if it is there.
+
+  Args:
+    all_sources: the sources, each of which contributes about the same number of bytes.
+    vocab_size: largest vocabulary, special tokens included.
+    heldout_fraction: fraction of the documents that are held out, and not used here either.
+    cache: the cache folder.
+    max_bad_fraction: the largest tolerated fraction of unusable documents of a source.
 
   Raises:
-    ValueError: as `open_store`.
+    ValueError: if a source is unusable, or if the cache cannot be written.
   """
   def train(folder: pathlib.Path) -> None:
     texts = _training_sample(all_sources, heldout_fraction, max_bad_fraction)
@@ -95,25 +114,26 @@ def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_fraction: f
 
 
 def heldout_masks(
-    hashes: Sequence[np.ndarray], domains: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
-  """Which documents are kept from training.
+    hashes: Sequence[np.ndarray], domains: Sequence[np.ndarray], fraction: float,
+) -> list[np.ndarray]:
+  """Returns which documents are held out of training.
 
-  A document's hash decides, so that its copies stay together and nothing else matters, except that
-  a domain of two or more different documents has at least one on either side. A domain of one is
-  for training.
+  Only the hash of a document decides, so that all of its copies are treated alike. As an exception,
+  a domain of two or more different documents has at least one for training and at least one held
+  out. The only document of a domain is for training.
 
   Args:
-    hashes: uint64 [N] of each store.
-    domains: int [N] of each store, one numbering for all.
-    share: of documents held out, 0..0.5; 0 for none at all.
+    hashes: hashes of the documents of each store, uint64 [N].
+    domains: domains of the documents of each store, int [N], numbered alike in all stores.
+    fraction: expected fraction of the documents that is held out, 0..0.5; 0 holds out none at all.
 
   Returns:
-    bool [N] for each store.
+    For each store bool [N], True for held-out documents.
   """
   unique_U, inverse = np.unique(np.concatenate(hashes), return_inverse=True)
   domain = np.concatenate(domains)
-  held_U = unique_U < np.uint64(int(share * 2**64))
-  for name in np.unique(domain) if share else ():
+  held_U = unique_U < np.uint64(int(fraction * 2**64))
+  for name in np.unique(domain) if fraction else ():
     mine = np.unique(inverse[domain == name])
     if not held_U[mine].any():
       held_U[mine[0]] = True
@@ -133,19 +153,20 @@ def _key(*parts) -> str:
 
 def _cached[T](folder: pathlib.Path, read: Callable[[pathlib.Path], T],
                write: Callable[[pathlib.Path], None]) -> T:
-  """`read(folder)`, written first if it is not there or cannot be read."""
+  """Returns `read(folder)`, after writing the folder if it is absent or unreadable."""
   try:
     return read(folder)
   except _UNREADABLE:
     is_broken = folder.exists()
-    logging.info("Preparing %s, once", folder)
+    logging.info("Preparing %s, which is done only once", folder)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as beside:
-      fresh, broken = pathlib.Path(beside, "fresh"), pathlib.Path(beside, "broken")
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
+      fresh, broken = pathlib.Path(scratch, "fresh"), pathlib.Path(scratch, "broken")
       fresh.mkdir()
       write(fresh)
-      # Read before others can see it: what is mapped stays, whatever becomes of the folder.
+      # Read before other processes can see it, because what is mapped then stays valid, whatever
+      # they do with the folder.
       result = read(fresh)
       if is_broken:
         with contextlib.suppress(FileNotFoundError):
@@ -153,16 +174,16 @@ def _cached[T](folder: pathlib.Path, read: Callable[[pathlib.Path], T],
       try:
         fresh.rename(folder)
       except OSError:
-        if not folder.exists():  # not just another process that was faster
+        if not folder.exists():  # else another process has written the same entry first
           raise
       return result
   except OSError as error:
-    raise ValueError(f"the cache folder {folder.parent} cannot be written: {error}. Make room "
+    raise ValueError(f"the cache folder {folder.parent} cannot be written: {error}. Free space "
                      "there, or set data.cache_dir") from error
 
 
 class _Names:
-  """Numbers names in order of first appearance."""
+  """Numbers names in the order of their first appearance."""
 
   def __init__(self):
     self.ids: dict[str, int] = {}
@@ -215,9 +236,9 @@ def _read_store(folder: pathlib.Path) -> Store:
   tokens = np.memmap(folder / "tokens.bin", meta["dtype"], mode="r", shape=(num_tokens,))
   lengths = {len(array) - (name == "offsets") for name, array in arrays.items()}
   if lengths != {meta["num_documents"]} or arrays["offsets"][-1] != num_tokens:
-    raise ValueError("arrays of different documents")
+    raise ValueError("the arrays have different numbers of documents")
   return Store(
-      # A plain array: slices of a memmap are several times slower.
+      # A plain array, because slicing a memmap is several times slower.
       tokens=np.asarray(tokens), **arrays, domain_names=tuple(meta["domain_names"]),
       language_names=tuple(meta["language_names"]),
       tally=sources.Tally(tally["good"], sources.collections.Counter(tally["bad"]),
@@ -227,7 +248,10 @@ def _read_store(folder: pathlib.Path) -> Store:
 def _training_sample(
     all_sources: Sequence[Source], heldout_fraction: float, max_bad_fraction: float,
 ) -> Iterator[str]:
-  """Training documents of every source, the same ones each time, about equally many bytes."""
+  """Yields training documents, of every source about equally many bytes.
+
+  Their hashes decide which ones, so that the sample is always the same.
+  """
   names, hashes, domains, sizes = _Names(), [], [], []
   for source in all_sources:
     tally = sources.Tally()
@@ -242,7 +266,7 @@ def _training_sample(
   held = heldout_masks(hashes, domains, heldout_fraction)
   limit = _SAMPLE_BYTES // len(all_sources)
   for source, hash_N, size_N, held_N in zip(all_sources, hashes, sizes, held, strict=True):
-    order = np.argsort(hash_N)[::-1]  # the low hashes are held out
+    order = np.argsort(hash_N)[::-1]  # from the highest hash, because the lowest are held out
     order = order[~held_N[order]]
     before = np.cumsum(size_N[order]) - size_N[order]
     chosen = set(order[before < limit].tolist())

@@ -1,10 +1,10 @@
-"""Compiles a model's gradient with the real TPU compiler, for TPUs that are not here.
+"""Compiles a model's gradient with the real TPU compiler, for TPUs that this host does not have.
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
       python tests/train/compile_for_tpu.py v5e:2x2
 
-Prints a JSON object: devices, seconds, and what a device needs: its peak memory, and the arguments,
-results, temporaries and program that it is made of, in GB.
+Prints a JSON object: the number of devices, the compile time in seconds, and the memory that one
+device needs in GB: the peak, and its arguments, results, temporaries and program.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ from jax.experimental import topologies
 import model
 from train.mesh import ShardedModel, make_mesh
 
-# In float32, every product is six on a TPU, and the compiler takes more than twice as long.
+# A TPU computes a float32 product as six bfloat16 products, and the compiler takes more than twice
+# as long.
 CFG = dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"])
 BATCH_PER_DEVICE = 2
 
 
 def loss(transformer, params, router, tokens_BT):
-  """Mean negative log-probability of the next token, and 0.3 times that of the one after."""
+  """Returns the mean negative log-probability of the next token plus 0.3 times the one after's."""
   variables = {"params": params, "router": router}
   out = transformer.apply(variables, tokens_BT, logits=False)
   nll = lambda hidden_BTD, ahead: -transformer.apply(
@@ -42,10 +43,10 @@ def compile_gradient(sharded: ShardedModel):
   tokens_BT = jax.ShapeDtypeStruct(
       (BATCH_PER_DEVICE * sharded.mesh.size, sharded.cfg.max_seq_len), jnp.int32,
       sharding=sharded.batch())
-  # Unless told, the compiler leaves all of every gradient on every device.
+  # Without out_shardings, the compiler replicates every gradient on all devices.
   step = jax.jit(jax.value_and_grad(lambda *args: loss(transformer, *args)),
                  out_shardings=(None, shardings["params"]))
-  # What ShardedModel.jit does: its result can be called, but not lowered.
+  # The context that ShardedModel.jit traces in.
   with jax.set_mesh(sharded.mesh), nn.logical_axis_rules(sharded.rules.pairs()):
     return step.lower(variables["params"], variables["router"], tokens_BT).compile()
 

@@ -1,4 +1,4 @@
-"""Runs FP8 layers and a small model on one and on eight simulated devices; prints JSON.
+"""Compares FP8 layers and a small model on one and on eight simulated devices; prints JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/train/fp8_on_eight_devices.py
 
@@ -27,10 +27,10 @@ from train.mesh import ShardedModel, make_mesh
 from train.optimizer import decay_mask
 from train.step import init_state, make_train_step
 
-# Four shards of its width are 64 wide: half of a block of weights that shares a scale. Products in
-# float32, so that what differs is what the mesh does.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# Four shards of a width of 256 are 64 wide, half of a block of weights that shares a scale.
+# Products are in float32, so that only the mesh makes a difference.
 CFG = dataclasses.replace(
     tiny.V3, d_model=256, num_layers=1, num_dense_layers=0, mtp=None, vocab_size=40,
     attention=dataclasses.replace(tiny.V3.attention, num_heads=2),
@@ -43,8 +43,8 @@ HYPER = {"learning_rate": np.float32(1e-3), "bias_rate": np.float32(0), "num_mic
 MESH = ShardedModel(CFG, make_mesh(data=2, fsdp=4))
 
 
-def apart(a, b) -> float:
-  """Largest relative Frobenius norm of a difference, over arrays that are not zero."""
+def max_rel_norm(a, b) -> float:
+  """Returns the largest Frobenius norm of any array's difference, relative to that array in b."""
   relative = lambda x, y: float(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y))
                                 / max(np.linalg.norm(np.asarray(y, np.float64)), 1e-30))
   return max(jax.tree.leaves(jax.tree.map(relative, a, b)))
@@ -56,7 +56,7 @@ def same(a, b) -> bool:
 
 
 def training() -> dict:
-  """A step with 128 tokens a device, so that tiles along tokens are those of one device."""
+  """Trains a step with 128 tokens per device, so that tiles along tokens are as on one device."""
   def step(net):
     return make_train_step(LanguageModelLoss(net), OPTIMIZER, decay_mask(CFG),
                            prepare=functools.partial(model.quantize_weights, CFG))
@@ -64,16 +64,17 @@ def training() -> dict:
   tokens = np.random.default_rng(0).integers(0, 40, (1, 8, 129)).astype(np.int32)
   batch = Batch(tokens, np.ones((1, 8, 128), bool), None)
   state = init_state(tiny.variables(CFG), OPTIMIZER)
-  one, ones = jax.jit(step(model.Transformer(CFG)))(state, batch, HYPER)
+  one, one_metrics = jax.jit(step(model.Transformer(CFG)))(state, batch, HYPER)
   placed = jax.device_put(state, MESH.train_state(state))
   eight, metrics = MESH.jit(step(MESH.transformer()))(placed, batch, HYPER)
   # After one step, the first moment is a tenth of the gradient.
-  return {"losses": [float(ones["loss"]), float(metrics["loss"])],
-          "apart": apart(jax.device_get(eight.moments.mu), jax.device_get(one.moments.mu))}
+  return {"losses": [float(one_metrics["loss"]), float(metrics["loss"])],
+          "difference": max_rel_norm(
+              jax.device_get(eight.moments.mu), jax.device_get(one.moments.mu))}
 
 
 def weights() -> dict:
-  """Whether quantised weights are bit for bit those of one device, and how wide a shard is."""
+  """Returns the width of a shard, and whether quantised weights equal one device's bit for bit."""
   variables = tiny.variables(CFG)
   quantize = functools.partial(model.quantize_weights, CFG)
   placed = jax.device_put(variables, MESH.variables())["params"]
@@ -83,7 +84,7 @@ def weights() -> dict:
 
 
 def layer(ahead: bool, implementation: str, w_DN, x_BTD):
-  """A linear layer as the model calls it."""
+  """A linear layer as the model calls it; `ahead` quantises its weight before the call."""
   w = Weight(w_DN, quantize_weight(w_DN, CFG.numerics.recipe)) if ahead else w_DN
 
   def local(w, x_BTD):
@@ -94,20 +95,20 @@ def layer(ahead: bool, implementation: str, w_DN, x_BTD):
 
 
 def gradients(ahead: bool, implementation: str):
-  def of(w_DN, x_BTD):
+  def gradient(w_DN, x_BTD):
     loss = lambda *operands: (layer(ahead, implementation, *operands).astype(jnp.float32)**2).sum()
     return jax.grad(loss, argnums=(0, 1))(w_DN, x_BTD)
 
-  return of
+  return gradient
 
 
-def seam(ahead: bool) -> dict:
-  """A layer's gradients on eight devices, and the shapes that its kernels would see on a GPU."""
+def compare_layer(ahead: bool) -> dict:
+  """Compares a layer's gradients on eight devices; lists the operand sizes of its GPU kernels."""
   rng = np.random.default_rng(0)
   w_DN = jnp.asarray(rng.standard_normal((256, 384)), jnp.float32)
   x_BTD = jnp.asarray(rng.standard_normal((8, 128, 256)), jnp.float32)
-  places = (NamedSharding(MESH.mesh, PartitionSpec("fsdp")), MESH.batch())
-  placed = jax.device_put((w_DN, x_BTD), places)
+  shardings = (NamedSharding(MESH.mesh, PartitionSpec("fsdp")), MESH.batch())
+  placed = jax.device_put((w_DN, x_BTD), shardings)
   ours, want = (MESH.jit(gradients(ahead, "xla"))(*placed),
                 jax.jit(gradients(ahead, "xla"))(w_DN, x_BTD))
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in placed]
@@ -122,10 +123,10 @@ def seam(ahead: bool) -> dict:
       refused = str(error)
   kernels = re.findall(r"@mosaic_gpu_v2.*?: \((.*?)\) -> \(?([^)\n]*)", text)
   sizes = {int(size) for kernel in kernels for size in re.findall(r"\d+(?=x)", " ".join(kernel))}
-  return {"apart": apart(ours, want), "dx same": same(ours[1], want[1]), "kernels": len(kernels),
-          "sizes": sorted(sizes), "refused": refused}
+  return {"difference": max_rel_norm(ours, want), "dx same": same(ours[1], want[1]),
+          "kernels": len(kernels), "sizes": sorted(sizes), "refused": refused}
 
 
 if __name__ == "__main__":
   print(json.dumps({"training": training(), "weights": weights(),
-                    "seam": {str(ahead): seam(ahead) for ahead in (False, True)}}))
+                    "layer": {str(ahead): compare_layer(ahead) for ahead in (False, True)}}))

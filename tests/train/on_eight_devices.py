@@ -1,8 +1,8 @@
-"""Runs small models on one and on eight simulated devices; prints how far apart they are as JSON.
+"""Runs small models on one and on eight simulated devices; prints the differences as JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/train/on_eight_devices.py FOLDER
 
-FOLDER is for a checkpoint that is written and read back under the mesh.
+FOLDER receives a checkpoint, which is loaded with and without a mesh.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def step(transformer):
   return run
 
 
-def apart(a, b) -> float:
-  """Largest difference over any array, relative to that array's largest value."""
+def max_rel_diff(a, b) -> float:
+  """Returns the largest difference in any array, relative to that array's largest value in b."""
   relative = lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()
                                 / max(np.abs(np.asarray(y)).max(), 1e-30))
   return max(jax.tree.leaves(jax.tree.map(relative, a, b)))
@@ -53,7 +53,7 @@ def main(folder: str) -> None:
   results = {}
   for name, sizes, fields in (
       ("data x fsdp, token parallel", {"data": 2, "fsdp": 4}, {}),
-      ("data x fsdp, left to the compiler", {"data": 2, "fsdp": 4},
+      ("data x fsdp, partitioned by the compiler", {"data": 2, "fsdp": 4},
        {"dispatch": model.moe.local_dispatch})):
     sharded = ShardedModel(CFG, make_mesh(**sizes))
     placed = jax.device_put(variables, sharded.variables())
@@ -62,21 +62,21 @@ def main(folder: str) -> None:
     (value, (hidden, load)), grads = run(placed["params"], placed["router"], batch)
     (want, (want_hidden, want_load)), want_grads = one
     results[name] = {
-        "forward": apart([value, hidden], [want, want_hidden]),
-        "gradients": apart(grads, want_grads),
+        "forward": max_rel_diff([value, hidden], [want, want_hidden]),
+        "gradients": max_rel_diff(grads, want_grads),
         "loads_equal": bool((np.asarray(load) == np.asarray(want_load)).all())}
 
   mesh = make_mesh(data=2, fsdp=-1)
   dense = dataclasses.replace(tiny.MHA, d_model=32, num_layers=1)
-  results["init"] = apart(ShardedModel(dense, mesh).init(jax.random.key(0)),
-                          model.init(dense, jax.random.key(0)))
+  results["init"] = max_rel_diff(ShardedModel(dense, mesh).init(jax.random.key(0)),
+                                 model.init(dense, jax.random.key(0)))
   model.hf.save(folder, CFG, variables)
   _, loaded = model.hf.load(folder, mesh=mesh, rules=ShardingRules())
   _, plain = model.hf.load(folder)
   w_down = loaded["params"]["moe_layers"]["ffn"]["w_down"]
   results["load"] = {
-      "apart": apart(loaded, plain), "shard": list(w_down.addressable_shards[0].data.shape),
-      "whole": list(w_down.shape)}
+      "difference": max_rel_diff(loaded, plain),
+      "shard": list(w_down.addressable_shards[0].data.shape), "whole": list(w_down.shape)}
   print(json.dumps(results))
 
 

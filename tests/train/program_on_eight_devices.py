@@ -1,4 +1,4 @@
-r"""Trains one step on one and on eight simulated devices; prints how far apart they are as JSON.
+r"""Trains one step on one and on eight simulated devices; prints the differences as JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
       python tests/train/program_on_eight_devices.py
@@ -16,8 +16,8 @@ from train.program import Program
 
 ROWS = small.rows(16)
 JOINED = np.ones_like(ROWS["loss_mask"], np.int32)
-APART = JOINED + (np.arange(small.LENGTH, dtype=np.int32) > 6)  # two documents in every row
-MODEL = dataclasses.replace(  # every width divides over the axes below
+SEPARATE = JOINED + (np.arange(small.LENGTH, dtype=np.int32) > 6)  # two documents in every row
+MODEL = dataclasses.replace(  # every width divides over the mesh axes below
     small.MOE, d_model=32, ffn_dim=32, vocab_size=small.MOE.vocab_size // 2 * 2,
     attention=dataclasses.replace(small.MOE.attention, num_heads=4, num_kv_heads=2),
     moe=dataclasses.replace(small.MOE.moe, expert_dim=8))
@@ -25,7 +25,8 @@ ONE = RunConfig(
     MODEL, data=DataConfig(sample_masking=True),
     optimizer=small.OPTIMIZER, train=TrainConfig(steps=2, batch_size=16, micro_batch_size=8))
 EIGHT = dataclasses.replace(ONE, mesh=MeshConfig(data=2, fsdp=4))
-# Experts' weights and heads divided, sequences whole: every axis that a mesh may have.
+# Together with EIGHT, this uses every axis that a mesh may have: experts over `expert`, heads and
+# hidden widths over `tensor`. A sequence is never divided.
 MIXED = dataclasses.replace(ONE, mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
 
 
@@ -38,12 +39,12 @@ def refusal(**train) -> str:
 
 
 def run(cfg):
-  """A step's results, a shard's shape, and whether the state is as `abstract_state` says."""
+  """Returns a step's results, a shard's shape, and whether the state matches `abstract_state`."""
   program = Program([cfg], {})
   first, abstract = program.init(), program.abstract_state()
   start = jax.device_get(first.params)
-  state, metrics = program.step(first, 0, ROWS | {"segments": APART})
-  as_told = jax.tree.map(
+  state, metrics = program.step(first, 0, ROWS | {"segments": SEPARATE})
+  as_declared = jax.tree.map(
       lambda x, a: (x.shape, x.dtype) == (a.shape, a.dtype)
       and (a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)),
       state, abstract)
@@ -51,7 +52,7 @@ def run(cfg):
   w_down = state.params["moe_layers"]["ffn"]["w_down"].addressable_shards[0].data.shape
   return {"start": start, "state": state, "metrics": metrics, "loss": float(metrics["loss"]),
           "joined_loss": float(joined["loss"]), "w_down": list(w_down),
-          "as_told": all(jax.tree.leaves(as_told))}
+          "as_declared": all(jax.tree.leaves(as_declared))}
 
 
 def main() -> None:
@@ -59,19 +60,19 @@ def main() -> None:
   one, eight, mixed = run(ONE), run(EIGHT), run(MIXED)
   state, want = eight["state"], one["state"]
   print(json.dumps({
-      "start": small.apart(eight["start"], one["start"]),
-      "params": small.apart(state.params, want.params),
-      "moments": small.apart(state.moments, want.moments),
-      "router": small.apart(state.router, want.router),
-      "metrics": small.apart(eight["metrics"], one["metrics"]),
-      "moved": small.apart(want.params, one["start"]),
-      "whole": one["w_down"], "shard": eight["w_down"], "as_told": eight["as_told"],
+      "start": small.max_rel_diff(eight["start"], one["start"]),
+      "params": small.max_rel_diff(state.params, want.params),
+      "moments": small.max_rel_diff(state.moments, want.moments),
+      "router": small.max_rel_diff(state.router, want.router),
+      "metrics": small.max_rel_diff(eight["metrics"], one["metrics"]),
+      "moved": small.max_rel_diff(want.params, one["start"]),
+      "whole": one["w_down"], "shard": eight["w_down"], "as_declared": eight["as_declared"],
       "loss": eight["loss"], "joined_loss": eight["joined_loss"],
       "refusal": refusal(micro_batch_size=4),
-      "mixed": {"params": small.apart(mixed["state"].params, want.params),
-                "router": small.apart(mixed["state"].router, want.router),
-                "metrics": small.apart(mixed["metrics"], one["metrics"]),
-                "shard": mixed["w_down"], "as_told": mixed["as_told"]}}))
+      "mixed": {"params": small.max_rel_diff(mixed["state"].params, want.params),
+                "router": small.max_rel_diff(mixed["state"].router, want.router),
+                "metrics": small.max_rel_diff(mixed["metrics"], one["metrics"]),
+                "shard": mixed["w_down"], "as_declared": mixed["as_declared"]}}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Processes that save checkpoints and come to harm; for test_checkpoint.py.
+"""Saves checkpoints in processes that are killed or run out of space; for test_checkpoint.py.
 
-    python tests/train/saves.py killed FOLDER   # one run per moment, in FOLDER/<moment>
-    python tests/train/saves.py full FOLDER     # FOLDER has room for a small checkpoint only
-    python tests/train/saves.py limited FOLDER  # likewise, by a limit on the size of a file
-    python tests/train/saves.py sharded FOLDER  # over eight simulated devices
+    python tests/train/saves.py killed FOLDER   # one process per moment, in FOLDER/<moment>
+    python tests/train/saves.py full FOLDER     # FOLDER's file system fits a small checkpoint only
+    python tests/train/saves.py limited FOLDER  # the same with a limit on file sizes (RLIMIT_FSIZE)
+    python tests/train/saves.py sharded FOLDER  # arrays sharded over eight simulated devices
 """
 
 import json
@@ -23,7 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from train.checkpoint import CheckpointError, Checkpoints
 from train.mesh import make_mesh
 
-# Audit events that a save raises, each with a part of what it is about.
+# Moments of a save at which the process kills itself: the audit event that Python raises then, and
+# a part of the event's first argument.
 PINNED = {
     "arrays_created": ("os.mkdir", "arrays"),
     "orbax_done": ("open", "_METADATA"),
@@ -40,16 +41,19 @@ def state(step):
   return {"w": jnp.full((300, 400), step, jnp.float32), "m": jnp.full(50_000, step, jnp.bfloat16)}
 
 
-def killer(event, about):
+def killer(event, part):
   def hook(name, args):
-    if name == event and about in str(args[0]):
+    if name == event and part in str(args[0]):
       os.kill(os.getpid(), signal.SIGKILL)
 
   return hook
 
 
 def save_forever(folder, moment):
-  """Logs a step once `wait` says that it is committed, until killed; a pinned moment must come."""
+  """Saves until killed, and logs each step once `wait` has returned, which means it is committed.
+
+  A process that never reaches its pinned moment exits after nine steps, which fails in `killed`.
+  """
   log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
   checkpoints = Checkpoints(folder / "checkpoints", keep=2)
   for step in range(1, 10 if moment in PINNED else 10_000):
@@ -66,7 +70,7 @@ def killed(folder):
   children = {}
   for moment in [*PINNED, *RANDOM]:
     (folder / moment).mkdir()
-    children[moment] = os.fork()  # before JAX has threads, and without importing it all again
+    children[moment] = os.fork()  # before JAX starts threads; a fork also saves the imports
     if not children[moment]:
       save_forever(folder / moment, moment)
   for moment in RANDOM:
@@ -83,7 +87,7 @@ def full(folder):
   checkpoints = Checkpoints(folder / "checkpoints", keep=1)
   checkpoints.save(1, state(1), {})
   checkpoints.wait()
-  # Random, since what repeats is compressed away.
+  # Random values, since repeated ones are compressed to almost nothing.
   large = {"w": jax.random.normal(jax.random.key(0), (2_000_000,))}
   checkpoints.save(2, large, {})
   try:
@@ -110,20 +114,20 @@ def sharded(folder):
   mesh = make_mesh(data=2, fsdp=4)
   split = NamedSharding(mesh, PartitionSpec("fsdp", "data"))
   saved = {"split": jax.device_put(x_BD, split),
-           "everywhere": jax.device_put(x_BD, NamedSharding(mesh, PartitionSpec()))}
+           "replicated": jax.device_put(x_BD, NamedSharding(mesh, PartitionSpec()))}
   checkpoints = Checkpoints(folder, keep=1)
   checkpoints.save(1, saved, {})
-  wanted = {"as saved": split, "another mesh": NamedSharding(
+  targets = {"as saved": split, "another mesh": NamedSharding(
       make_mesh(fsdp=8), PartitionSpec(None, "fsdp")), "none": None}
   result = {}
-  for name, sharding in wanted.items():
+  for name, sharding in targets.items():
     abstract = {key: jax.ShapeDtypeStruct(x_BD.shape, x_BD.dtype, sharding=sharding)
                 for key in saved}
     arrays = checkpoints.restore(abstract).arrays
     result[name] = {
         "exact": all(np.array_equal(array, x_BD) for array in arrays.values()),
-        "where": all(array.sharding == sharding if sharding else len(array.devices()) == 1
-                     for array in arrays.values())}
+        "placed": all(array.sharding == sharding if sharding else len(array.devices()) == 1
+                      for array in arrays.values())}
   print(json.dumps(result))
 
 

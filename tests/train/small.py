@@ -1,4 +1,4 @@
-"""Models and batches that train within a test: one layer each, of parts that compile quickly."""
+"""Models and batches for training within a test: one layer each, of parts that compile quickly."""
 
 import collections
 import dataclasses
@@ -25,11 +25,14 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, schedule="constant", warmup_fraction=0, eps=1e-2, moments="float32")
 
 LENGTH = 12
-RAGGED = (12, 11, 1, 0, 3, 2, 12, 7)  # tokens that each row learns: by pairs 23, 1, 5, 19
+RAGGED = (12, 11, 1, 0, 3, 2, 12, 7)  # learned tokens of each row; pairs of rows: 23, 1, 5, 19
 
 
 def rows(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
-  """Sequences of any token but the last of the vocabulary, which learn RAGGED many tokens."""
+  """Returns random rows; of row i, the last RAGGED[i] tokens are learned.
+
+  No row contains the vocabulary's last token.
+  """
   tokens = np.random.default_rng(seed).integers(0, MOE.vocab_size - 1, (count, LENGTH + 1))
   learned = np.resize(RAGGED, count)
   return {"tokens": tokens.astype(np.int32),
@@ -37,14 +40,14 @@ def rows(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def batch(values: dict[str, np.ndarray], num_micro_batches: int | None = None) -> Batch:
-  """Rows as a Batch, with an axis of micro-batches in front if asked for."""
+  """Returns rows as a Batch, with a leading axis of micro-batches if their number is given."""
   if num_micro_batches:
     values = {k: v.reshape(num_micro_batches, -1, *v.shape[1:]) for k, v in values.items()}
   return Batch(values["tokens"], values["loss_mask"], values.get("segments"))
 
 
-def apart(a, b) -> float:
-  """The largest difference of any array, relative to that array's largest value."""
+def max_rel_diff(a, b) -> float:
+  """Returns the largest difference in any array, relative to that array's largest value in b."""
   def one(x, y):
     x, y = np.asarray(x), np.asarray(y)
     return float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30))
@@ -58,7 +61,7 @@ def assert_same_bits(a, b) -> None:
 
 
 def fp8_blocks(jaxpr, loops: int = 0) -> collections.Counter:
-  """How often an array is rounded to FP8 in blocks of 128x128, by how many loops are around."""
+  """Counts the conversions to FP8 in blocks of 128x128, by the number of enclosing loops."""
   found = collections.Counter()
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "convert_element_type":

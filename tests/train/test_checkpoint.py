@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, whole or absent, and never trusted unverified."""
+"""Checkpoints are bit-exact, complete or absent, and verified before they are used."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def checkpoints(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory):
-  """A folder with steps 1 and 2, to be copied."""
+  """Returns a folder with steps 1 and 2; a test copies it before changing it."""
   folder = tmp_path_factory.mktemp("saved") / "checkpoints"
   checkpoints = Checkpoints(folder, keep=2)
   for step in (1, 2):
@@ -61,7 +61,7 @@ def bits(array):
   return array.dtype, array.shape, array.tobytes()
 
 
-def test_every_dtype_comes_back_bit_exact(checkpoints):
+def test_every_dtype_is_restored_bit_for_bit(checkpoints):
   nan_payloads = np.array([0x7FC00001, 0xFF800000, 0x80000000, 1], np.uint32).view(np.float32)
   tree = {
       "f32": jnp.asarray(nan_payloads), "bf16": jnp.arange(300, dtype=jnp.bfloat16) / 7,
@@ -91,11 +91,11 @@ def test_donating_the_arrays_after_save_does_not_change_what_is_saved(checkpoint
   assert all((restored[f"w{i}"] == i).all() for i in range(20))
 
 
-def test_no_checkpoint_is_none(checkpoints):
+def test_restoring_without_a_checkpoint_returns_none(checkpoints):
   assert checkpoints.restore(SMALL) is None and checkpoints.steps() == []
 
 
-def test_only_the_newest_are_kept(checkpoints):
+def test_only_the_newest_checkpoints_are_kept(checkpoints):
   for step in (1, 2, 5, 9):
     checkpoints.save(step, small(step), {})
   checkpoints.wait()
@@ -109,7 +109,7 @@ def test_a_step_is_not_saved_twice(checkpoints):
     checkpoints.save(1, small(2), {})
 
 
-def test_typed_keys_are_refused(checkpoints):
+def test_typed_prng_keys_are_refused(checkpoints):
   with pytest.raises(ValueError, match=r"'key' is a key<fry>: save its jax.random.key_data"):
     checkpoints.save(1, {"key": jax.random.key(0)}, {})
 
@@ -128,13 +128,13 @@ def halve(path):
   os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("harm", [flip_a_byte, halve, pathlib.Path.unlink])
+@pytest.mark.parametrize("damage", [flip_a_byte, halve, pathlib.Path.unlink])
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(
-    two_saved, tmp_path, file, harm):
+def test_a_damaged_checkpoint_is_reported_renamed_and_skipped(
+    two_saved, tmp_path, file, damage):
   folder = shutil.copytree(two_saved, tmp_path / "checkpoints")
   victim = sorted((folder / "step_00000002").glob(file))[0]
-  harm(victim)
+  damage(victim)
   assert read_newest(folder, SMALL).step == 1
   assert sorted(os.listdir(folder)) == ["step_00000001", "step_00000002"]
   checkpoints = Checkpoints(folder, keep=2)
@@ -146,18 +146,18 @@ def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(
   assert str(victim.relative_to(folder / "step_00000002")) in message
   assert sorted(os.listdir(folder)) == ["step_00000001", "step_00000002.damaged"]
   assert checkpoints.steps() == [1]
-  checkpoints.save(2, small(2), {})  # trained again
+  checkpoints.save(2, small(2), {})  # the step is trained again
   checkpoints.close()
   assert checkpoints.steps() == [1, 2]
 
 
-def test_nothing_but_damaged_checkpoints_is_an_error_that_names_them_and_stays(
+def test_a_folder_of_damaged_checkpoints_remains_an_error_that_names_them(
     two_saved, tmp_path):
   folder = shutil.copytree(two_saved, tmp_path / "checkpoints")
   (folder / "step_00000001" / "manifest.json").unlink()
   flip_a_byte(folder / "step_00000002" / "arrays" / "_METADATA")
   checkpoints = Checkpoints(folder, keep=2)
-  for _ in range(2):  # a run must not begin anew because it was started twice
+  for _ in range(2):  # a run must not start over because it was started twice
     with pytest.raises(CheckpointError) as raised:
       checkpoints.restore(SMALL)
     for part in ("step_00000001: manifest.json cannot be read (No such file",
@@ -166,13 +166,13 @@ def test_nothing_but_damaged_checkpoints_is_an_error_that_names_them_and_stays(
   checkpoints.close()
 
 
-def test_another_tree_is_an_error_that_names_the_first_differing_leaves(two_saved):
+def test_restoring_another_tree_is_an_error_that_names_the_first_differing_leaves(two_saved):
   another = {"w": jax.ShapeDtypeStruct((3, 5), jnp.float32),
              "c": [jax.ShapeDtypeStruct((1,), jnp.bfloat16)] * 9}
   with pytest.raises(ValueError) as raised:
     read_newest(two_saved, another)
   assert str(raised.value) == (
-      f"{two_saved}/step_00000002 is of another model or optimizer:\n"
+      f"{two_saved}/step_00000002 was saved with another model or optimizer:\n"
       "  b: int32[5] in the checkpoint, absent now\n"
       "  w: float32[3, 4] in the checkpoint, float32[3, 5] now\n"
       "  c.0: absent in the checkpoint, bfloat16[1] now\n"
@@ -182,10 +182,10 @@ def test_another_tree_is_an_error_that_names_the_first_differing_leaves(two_save
       "Use the configuration that it was saved with, or another folder.")
 
 
-def test_a_failed_save_is_raised_by_the_next_call_once(checkpoints):
+def test_a_failed_save_is_raised_once_by_the_next_call(checkpoints):
   checkpoints.save(1, small(1), {})
   checkpoints.wait()
-  (checkpoints.folder / "step_00000002").symlink_to("nowhere")  # cannot be renamed over
+  (checkpoints.folder / "step_00000002").symlink_to("nowhere")  # a folder cannot be renamed onto it
   checkpoints.save(2, small(2), {})
   with pytest.raises(CheckpointError, match=r"step 2 .*untouched; the newest good one is step 1"):
     checkpoints.save(3, small(3), {})
@@ -194,7 +194,7 @@ def test_a_failed_save_is_raised_by_the_next_call_once(checkpoints):
   assert checkpoints.steps() == [1, 3]
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(CheckpointError, match="cannot be used"):
     Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
@@ -215,14 +215,14 @@ def killed_runs(tmp_path_factory):
   return folder
 
 
-MOMENTS = {  # the last committed step, if that is certain
+MOMENTS = {  # the newest committed step, or None where it depends on timing
     "arrays_created": 3, "orbax_done": 3, "manifest_begun": 3, "manifest_written": 3,
     "before_commit": 3, "committed": 4, "while_deleting_the_oldest": 4,
     **{f"random_{i}": None for i in range(4)}}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_9_in_a_save_leaves_the_newest_committed(killed_runs, moment):
+def test_sigkill_during_a_save_leaves_the_newest_committed_checkpoint(killed_runs, moment):
   run = killed_runs / moment
   logged = int((run / "log").read_text().split()[-1])
   checkpoints = Checkpoints(run / "checkpoints", keep=2)
@@ -238,7 +238,7 @@ def test_kill_9_in_a_save_leaves_the_newest_committed(killed_runs, moment):
 
 
 @pytest.mark.parametrize("how", ["full", "limited"])
-def test_a_full_disk_is_a_clear_error_and_harms_no_earlier_checkpoint(tmp_path, how):
+def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints_untouched(tmp_path, how):
   prefix = ()
   if how == "full":
     prefix = ("unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=4m none "$0" && exec "$@"',
@@ -246,20 +246,20 @@ def test_a_full_disk_is_a_clear_error_and_harms_no_earlier_checkpoint(tmp_path, 
     try:
       subprocess.run([*prefix, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-      pytest.skip("no small file system can be mounted here")
+      pytest.skip("cannot mount a small file system here")
   result = json.loads(run_script(how, tmp_path, prefix=prefix))
   message = result["message"]
   cause = "No space left on device" if how == "full" else "File too large"
   assert f"step 2 could not be saved in {tmp_path}/checkpoints ({cause}). Earlier" in message
   assert "untouched; the newest good one is step 1" in message
   assert result["restored"] == 1 and result["intact"]
-  assert result["left"] == ["step_00000002"]  # saved once less was asked for
+  assert result["left"] == ["step_00000002"]  # the second attempt at step 2 was small enough
 
 
-def test_sharded_arrays_come_back_where_they_are_wanted(tmp_path):
+def test_sharded_arrays_are_restored_with_the_requested_shardings(tmp_path):
   result = json.loads(run_script(
       "sharded", tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
-  assert result == {name: {"exact": True, "where": True}
+  assert result == {name: {"exact": True, "placed": True}
                     for name in ("as saved", "another mesh", "none")}
 
 
@@ -278,5 +278,5 @@ def test_save_of_15m_parameters_with_moments_blocks_for_less_than_300_ms(checkpo
     checkpoints.save(step, tree, {})
     seconds.append(time.perf_counter() - begin)
     checkpoints.wait()
-    print(f"blocked {seconds[-1]:.3f} s, all {time.perf_counter() - begin:.3f} s")
+    print(f"blocked {seconds[-1]:.3f} s, total {time.perf_counter() - begin:.3f} s")
   assert min(seconds) < 0.3

@@ -1,4 +1,4 @@
-"""Every token is predicted once, in an order that only the seed decides, and none is held out."""
+"""Training tokens are predicted once per epoch, in a seeded order; held-out tokens never are."""
 
 import collections
 import dataclasses
@@ -40,19 +40,19 @@ def config(folder, *names, **fields):
 
 
 def epoch_of(rows, epoch=0):
-  """One source's rows of an epoch in the order of its stream, undone from their shuffling."""
+  """Returns the first source's rows of an epoch in stream order, with their shuffling undone."""
   source = rows._sources[0]
   order = np.argsort(source._epoch(epoch).rows_R)
-  return [rows[epoch * source.rows_per_epoch + int(place)] for place in order]
+  return [rows[epoch * source.rows_per_epoch + int(index)] for index in order]
 
 
 def stream(rows):
-  """What rows in order predict, padding left out."""
+  """Returns the tokens that rows in stream order predict, without padding."""
   return np.concatenate([row["tokens"][1:][row["segments"] > 0] for row in rows])
 
 
 def documents(ids):
-  """Splits at eos."""
+  """Splits token ids into documents, each of which ends with eos."""
   ends = np.flatnonzero(ids == BYTES.eos)
   assert ends[-1] == len(ids) - 1
   return [part[part != BYTES.eos] for part in np.split(ids, ends[:-1] + 1)]
@@ -80,7 +80,7 @@ def mixed(folder):
   return data.load(config(folder, "one", "two", fim_rate=0.3))
 
 
-def test_every_training_token_is_predicted_once_an_epoch(single):
+def test_every_training_token_is_predicted_once_per_epoch(single):
   held = set(heldout_texts(single)["one"])
   training = sorted(text("one", i) for i in range(60) if text("one", i) not in held)
   assert 0 < len(held) < 30
@@ -106,19 +106,19 @@ def test_rows_are_a_function_of_seed_and_index(single, folder):
              for i in range(5))
 
 
-def test_rows_have_the_promised_shapes(mixed):
+def test_rows_have_the_documented_shapes_and_dtypes(mixed):
   row = mixed.train(0)[7]
   assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
       "tokens": ((SEQ_LEN + 1,), np.int32), "loss_mask": ((SEQ_LEN,), bool),
       "segments": ((SEQ_LEN,), np.int32), "domain": ((), np.int32)}
 
 
-def all_rows(rows, start, sizes, **sharing):
-  return [row for batch in data.batches(rows, start, sizes, **sharing)
+def all_rows(rows, start, sizes, **kwargs):
+  return [row for batch in data.batches(rows, start, sizes, **kwargs)
           for row in np.concatenate([batch["tokens"], batch["segments"]], axis=1)]
 
 
-def test_batch_size_hosts_and_where_reading_begins_do_not_change_the_stream(mixed):
+def test_batch_size_processes_and_start_position_do_not_change_the_stream(mixed):
   rows = mixed.train(1)
   expected = [np.concatenate([rows[i]["tokens"], rows[i]["segments"]]) for i in range(120)]
   np.testing.assert_array_equal(all_rows(rows, 0, [4] * 30), expected)
@@ -126,26 +126,26 @@ def test_batch_size_hosts_and_where_reading_begins_do_not_change_the_stream(mixe
   for position in (1, 37, 119):
     np.testing.assert_array_equal(
         all_rows(mixed.train(1), position, iter([1] * (120 - position))), expected[position:])
-  shares = [data.batches(rows, 20, [4, 8, 88], process=p, num_processes=4) for p in range(4)]
-  whole = [np.concatenate(parts) for batch in zip(*shares, strict=True)
+  readers = [data.batches(rows, 20, [4, 8, 88], process=p, num_processes=4) for p in range(4)]
+  whole = [np.concatenate(parts) for batch in zip(*readers, strict=True)
            for parts in [[part["tokens"] for part in batch]]]
   np.testing.assert_array_equal(np.concatenate(whole), np.array(expected)[20:, :SEQ_LEN + 1])
 
 
-def test_several_seeds_are_stacked(mixed):
+def test_batches_of_several_seeds_are_stacked(mixed):
   both = next(mixed.batches([1, 2], 8, [4]))
   assert both["tokens"].shape == (2, 4, SEQ_LEN + 1) and both["domain"].shape == (2, 4)
-  for lane, seed in enumerate((1, 2)):
-    assert_same({name: array[lane] for name, array in both.items()},
+  for run, seed in enumerate((1, 2)):
+    assert_same({name: array[run] for name, array in both.items()},
                 next(mixed.batches([seed], 8, [4])))
 
 
-def test_no_batches_are_left_after_the_last(mixed):
+def test_iteration_ends_after_the_last_batch(mixed):
   assert len(list(mixed.batches([0], 3, [2, 2]))) == 2
   assert list(mixed.batches([0], 3, [])) == []
 
 
-def test_a_batch_that_does_not_divide_is_refused(mixed):
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(mixed):
   with pytest.raises(ValueError, match="batch of 3 rows does not divide among 2 processes"):
     data.batches(mixed.train(0), 0, [4, 3], process=0, num_processes=2)
 
@@ -163,7 +163,7 @@ def test_sources_are_mixed_by_weight_whatever_their_size(folder):
   assert math.isclose(two, 300 / rows._sources[1].rows_per_epoch)
 
 
-def test_fim_rearranges_its_share_of_documents_anew_each_epoch(folder):
+def test_fim_rearranges_its_fraction_of_documents_differently_each_epoch(folder):
   loaded = data.load(config(folder, "one", fim_rate=0.5))
   held = set(heldout_texts(loaded)["one"])
   training = sorted(text("one", i) for i in range(60) if text("one", i) not in held)
@@ -187,7 +187,7 @@ def test_fim_rearranges_its_share_of_documents_anew_each_epoch(folder):
   assert layouts[0] != layouts[1] != layouts[2]
 
 
-def test_prompts_are_read_and_not_learned(folder):
+def test_prompts_are_inputs_but_not_learned(folder):
   source = Source(str(folder / "sft.jsonl"), prompt_field="q")
   loaded = data.load(config(folder, sources=(source,), fim_rate=1.0))
   rows = epoch_of(loaded.train(0))
@@ -207,7 +207,7 @@ def test_segments_number_the_documents_that_predictions_belong_to(mixed):
   for i in range(60):
     row = rows[i]
     segments, real = row["segments"], row["segments"] > 0
-    begins = row["tokens"][:-1] == BYTES.eos  # an eos that is read begins the next document
+    begins = row["tokens"][:-1] == BYTES.eos  # an input eos begins the next document
     expected = np.cumsum(begins) + (0 if begins[0] else 1)
     np.testing.assert_array_equal(segments, np.where(real, expected, 0))
     assert (np.diff(real.astype(int)) <= 0).all()
@@ -227,7 +227,7 @@ def test_no_held_out_document_is_trained_on(folder):
     assert trained and not held.intersection(trained)
 
 
-def test_held_out_documents_are_predicted_once_whole_and_without_copies(folder):
+def test_held_out_documents_are_predicted_once_completely_and_without_copies(folder):
   loaded = data.load(config(folder, "one", "two"))
   for name, texts in heldout_texts(loaded).items():
     held = loaded.heldout[name]
@@ -240,7 +240,7 @@ def test_held_out_documents_are_predicted_once_whole_and_without_copies(folder):
     assert held.segments[0, 0] == 1 and held.segments[:, 0].max() == 1
 
 
-def test_the_split_and_its_bytes_are_the_same_for_every_tokenizer(folder):
+def test_the_split_and_its_byte_counts_are_the_same_for_every_tokenizer(folder):
   by_bytes = data.load(config(folder, "one", "two"))
   by_bpe = data.load(config(folder, "one", "two", tokenizer="bpe", bpe_vocab_size=512))
   for name, held in by_bytes.heldout.items():
@@ -259,7 +259,7 @@ def test_held_out_bytes_are_limited_to_whole_documents(folder):
   assert data.load(config(folder, "one", heldout_fraction=0)).heldout == {}
 
 
-def test_rows_carry_their_own_domain(folder, tmp_path):
+def test_rows_of_one_source_can_have_different_domains(folder, tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_text("".join(json.dumps({"text": "ab"[i % 2] * 200 + str(i), "domain": "ab"[i % 2]})
                           + "\n" for i in range(40)))
@@ -268,10 +268,11 @@ def test_rows_carry_their_own_domain(folder, tmp_path):
   rows = loaded.train(0)
   for row in (rows[i] for i in range(100)):
     count = collections.Counter(BYTES.decode(row["tokens"][1:]))
-    assert count["ab"[row["domain"]]] >= count["ab"[1 - row["domain"]]] - 8  # but for the digits
+    # Some characters of a row may be digits.
+    assert count["ab"[row["domain"]]] >= count["ab"[1 - row["domain"]]] - 8
 
 
-def test_the_summary_counts_what_there_is(single, folder):
+def test_the_summary_counts_documents_tokens_and_bytes(single, folder):
   loaded = data.load(config(folder, "one", "two"))
   summary = json.loads(json.dumps(loaded.summary()))
   one = summary["domains"]["one"]
@@ -295,7 +296,7 @@ def test_unusable_data_is_refused(folder, tmp_path):
     data.load(dataclasses.replace(cfg, fim_rate=0.1))
 
 
-def test_a_document_longer_than_many_rows_is_cut_and_complete(folder, tmp_path):
+def test_a_document_longer_than_many_rows_is_split_without_loss(folder, tmp_path):
   (tmp_path / "long.txt").write_text("0123456789" * 100)
   loaded = data.load(config(folder, sources=(Source(str(tmp_path / "long.txt")),), fim_rate=1.0))
   assert loaded.heldout == {}
@@ -305,7 +306,7 @@ def test_a_document_longer_than_many_rows_is_cut_and_complete(folder, tmp_path):
 
 
 @pytest.mark.long("tokenises all three corpora, 20 MB")
-def test_the_default_corpora_hold_out_a_megabyte(tmp_path):
+def test_the_default_corpora_hold_out_over_a_megabyte(tmp_path):
   loaded = data.load(DataConfig(cache_dir=str(tmp_path)))
   assert loaded.domains == ("bible", "python", "arithmetic")
   assert sum(held.num_bytes for held in loaded.heldout.values()) > 1e6

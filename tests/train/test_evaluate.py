@@ -1,4 +1,4 @@
-"""Evaluation counts what full logits say, of real tokens only, however rows are batched."""
+"""Evaluation matches the full logits, on real tokens only, however rows are batched."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ ROUNDING = 1e-5
 
 
 def held_out(num_rows: int, seed: int, num_bytes: int) -> HeldOut:
-  """Rows whose masks are ragged, as those of prompts and of padding are."""
+  """Returns rows with ragged masks, like those of rows with prompts or padding."""
   rows = small.rows(num_rows, seed)
   return HeldOut(rows["tokens"], rows["loss_mask"], np.ones_like(rows["tokens"][:, 1:]),
                  num_bytes, num_documents=num_rows)
 
 
-# Neither 5 nor 3 rows are whole batches of 2.
+# Neither 5 nor 3 rows divide into batches of 2.
 HELDOUT = {"prose": held_out(5, seed=1, num_bytes=70), "code": held_out(3, seed=2, num_bytes=11)}
 
 
@@ -44,13 +44,13 @@ def evaluation(batch_size=2):
 
 @functools.cache
 def forward(domain):
-  """Full logits of the network and of its MTP module, [R, T, V], for a domain at once."""
+  """Returns the output, and main and MTP logits [R, T, V], for all rows of a domain at once."""
   output = tiny.apply(small.MOE)(VARIABLES, HELDOUT[domain].tokens[:, :-1])
   return output, np.asarray(output.logits_BTV), np.asarray(output.mtp_logits[0])
 
 
 def nats(domain) -> float:
-  """Of the tokens that are learned, one at a time."""
+  """Returns the summed loss of a domain's learned tokens, computed one token at a time."""
   rows, (_, logits_RTV, _) = HELDOUT[domain], forward(domain)
   total = 0.0
   for r, t in np.argwhere(rows.loss_mask):
@@ -60,7 +60,7 @@ def nats(domain) -> float:
 
 
 @pytest.mark.parametrize("domain", list(HELDOUT))
-def test_loss_and_bits_are_those_of_full_logits_at_the_masked_places(domain):
+def test_loss_and_bits_per_byte_match_full_logits_at_the_masked_positions(domain):
   rows, result = HELDOUT[domain], evaluation()
   np.testing.assert_allclose(result.loss[domain], nats(domain) / rows.loss_mask.sum(),
                              rtol=ROUNDING)
@@ -76,18 +76,18 @@ def test_means_give_every_domain_the_same_weight():
   np.testing.assert_allclose(result.mean_bits_per_byte, np.mean(bits), rtol=ROUNDING)
 
 
-def test_mtp_acceptance_is_how_often_both_would_say_the_same_token():
+def test_mtp_acceptance_is_how_often_both_predict_the_same_token():
   accepted = drafted = 0
   for domain, rows in HELDOUT.items():
     _, main_RTV, draft_RTV = forward(domain)
-    for r, t in np.argwhere(rows.loss_mask[:, 1:]):  # the place after t is learned
+    for r, t in np.argwhere(rows.loss_mask[:, 1:]):  # the mask covers the position after t
       drafted += 1
       accepted += main_RTV[r, t + 1].argmax() == draft_RTV[r, t].argmax()
   assert 0 < accepted < drafted
   np.testing.assert_allclose(evaluation().mtp_acceptance, accepted / drafted, rtol=1e-12)
 
 
-def test_loads_count_every_token_of_every_row_and_no_padding():
+def test_loads_count_every_token_of_every_row_and_no_padding_rows():
   result, chosen = evaluation(), small.MOE.moe.experts_per_token
   for domain, rows in HELDOUT.items():
     load_RLE = result.row_loads[domain]
@@ -98,7 +98,7 @@ def test_loads_count_every_token_of_every_row_and_no_padding():
     np.testing.assert_array_equal(result.loads[domain], np.asarray(output.expert_load_LE))
 
 
-def test_max_violation_is_over_all_domains_together():
+def test_max_violation_is_computed_from_the_loads_of_all_domains():
   load_E = sum(np.asarray(forward(domain)[0].expert_load_LE)[0] for domain in HELDOUT)
   np.testing.assert_allclose(evaluation().max_violation, load_E.max() / load_E.mean() - 1)
 
@@ -110,7 +110,7 @@ def test_results_do_not_depend_on_the_batch_size():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=ROUNDING), got, want)
 
 
-def test_two_runs_are_two_evaluations():
+def test_a_vmapped_evaluation_of_two_runs_equals_two_evaluations():
   other = jax.tree.map(lambda x: x * 1.1, VARIABLES)
   both = jax.tree.map(lambda *runs: jnp.stack(runs), VARIABLES, other)
   result = Evaluator(counts(several=True), HELDOUT, batch_size=2, several=True)(both)

@@ -1,4 +1,4 @@
-"""Training in FP8: it follows bfloat16, and either goes on from the other's checkpoint."""
+"""Training in FP8 follows training in bfloat16, and each resumes from the other's checkpoints."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from train.step import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-# One layer of the smallest preset, experts and all: what a step costs here is its compilation.
+# One MoE layer of the smallest preset, since compilation dominates the cost of a step here.
 NANO = dataclasses.replace(model.get_config("nano"), num_layers=1, num_dense_layers=0, mtp=None)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3)
 HYPER = {"learning_rate": np.float32(3e-3), "bias_rate": np.float32(1e-3), "num_micro_batches": 1,
@@ -43,7 +43,7 @@ def compiled(numerics):
 
 
 def train(state, numerics, steps):
-  """The state and losses after steps on the same few sequences of a quarter of the vocabulary."""
+  """Returns the state and losses after `steps` on one batch from a quarter of the vocabulary."""
   tokens = np.random.default_rng(0).integers(0, 128, (1, 2, 65)).astype(np.int32)
   batch, losses = Batch(tokens, np.ones((1, 2, 64), bool), None), []
   for _ in range(steps):
@@ -57,14 +57,14 @@ def trained():
   return {numerics: train(fresh(numerics), numerics, 3) for numerics in ("bf16", "fp8")}
 
 
-def test_losses_stay_within_a_percent_of_those_of_bfloat16(trained):
+def test_fp8_losses_stay_within_a_percent_of_those_of_bfloat16(trained):
   (_, bf16), (state, fp8) = trained["bf16"], trained["fp8"]
   np.testing.assert_allclose(fp8, bf16, rtol=0.01)
   assert fp8 != bf16 and fp8[2] < fp8[0] - 0.5 and int(state.skipped) == 0
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("fp8", "bf16"), ("bf16", "fp8")])
-def test_a_run_goes_on_in_the_other_numerics_from_its_checkpoint(tmp_path, trained, saved, loaded):
+def test_a_run_resumes_from_its_checkpoint_in_the_other_numerics(tmp_path, trained, saved, loaded):
   state, losses = trained[saved]
   checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
   checkpoints.save(3, state, {})
@@ -89,5 +89,5 @@ def test_a_step_quantises_each_weight_once_before_its_micro_batches(ahead):
   found = fp8_blocks(jax.make_jaxpr(step)(state, batch, HYPER).jaxpr)
   count = len(jax.tree.leaves(jax.eval_shape(prepare, state.params),
                               is_leaf=lambda x: isinstance(x, WeightOperands)))
-  # Without, in every layer of every micro-batch, forward and where that is computed again.
+  # Otherwise in every layer of every micro-batch, in the forward pass and in its recomputation.
   assert found == ({0: count} if ahead else {2: 2 * count})

@@ -1,4 +1,4 @@
-"""FP8 on a mesh: the same weights to the bit, and kernels that see one device's tokens."""
+"""FP8 on a mesh: bit-identical quantised weights, and kernels that see one device's tokens."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-# One rounding to three bits of mantissa; see test_fp8_linear.
+# The error of one rounding to three bits of mantissa; test_fp8_linear.py derives it.
 LARGEST = 2.0**-4 / 3**0.5
 
 
@@ -24,34 +24,35 @@ def results():
   return json.loads(done.stdout)
 
 
-def test_a_step_on_eight_devices_differs_by_roundings_that_fall_to_the_other_side(results):
+def test_a_step_on_eight_devices_differs_from_that_on_one_only_by_fp8_rounding(results):
   training = results["training"]
   one, eight = training["losses"]
-  # A sum in another order moves a few numbers across a tie, and these others after them; at worst
-  # each operand is rounded anew, twelve on the longest way to a gradient. A loss is a mean over
-  # 1024 tokens, among which such roundings are independent.
+  # Sums in another order move a few values across a rounding tie, and these move later values. At
+  # worst, every operand is rounded differently, and the longest path to a gradient has twelve. A
+  # loss is a mean over 1024 tokens, between which such roundings are independent.
   assert abs(eight - one) < 12**0.5 * LARGEST / 1024**0.5 * one
-  assert training["apart"] < 12**0.5 * LARGEST
+  assert training["difference"] < 12**0.5 * LARGEST
 
 
-def test_weights_are_quantised_to_the_same_bits_though_blocks_straddle_shards(results):
+def test_quantised_weights_are_bit_identical_although_blocks_straddle_shards(results):
   assert results["weights"] == {"width": 64, "same": True}
 
 
 @pytest.mark.parametrize("ahead", ["False", "True"])
-def test_a_layer_on_eight_devices_is_that_on_one(results, ahead):
-  seam = results["seam"][ahead]
+def test_a_linear_layer_on_eight_devices_equals_that_on_one(results, ahead):
+  layer = results["layer"][ahead]
   # Only the weight gradient is summed over devices: 1024 products in float32, in another order.
-  assert seam["dx same"] and seam["apart"] < 1024**0.5 * 2.0**-24
+  assert layer["dx same"] and layer["difference"] < 1024**0.5 * 2.0**-24
 
 
 @pytest.mark.parametrize("ahead", ["False", "True"])
-def test_kernels_see_the_tokens_of_their_device_and_whole_weights(results, ahead):
-  seam = results["seam"][ahead]
-  # Quantising x, dy, the kept x and the weight if it was not before; and three products.
-  assert seam["kernels"] == (6 if ahead == "True" else 7)
-  assert {128, 256, 384} <= set(seam["sizes"]) and max(seam["sizes"]) == 384  # of 1024 tokens, 128
+def test_kernels_see_the_tokens_of_their_device_and_complete_weights(results, ahead):
+  layer = results["layer"][ahead]
+  # Three products, and the quantisation of x, dy, the saved x and, unless done ahead, the weight.
+  assert layer["kernels"] == (6 if ahead == "True" else 7)
+  # A device has 128 of the 1024 tokens.
+  assert {128, 256, 384} <= set(layer["sizes"]) and max(layer["sizes"]) == 384
 
 
-def test_a_kernel_that_the_compiler_would_run_whole_on_every_device_is_refused(results):
-  assert "call it in jax.shard_map" in results["seam"]["False"]["refused"]
+def test_a_kernel_that_the_compiler_would_replicate_on_every_device_is_refused(results):
+  assert "inside jax.shard_map" in results["layer"]["False"]["refused"]

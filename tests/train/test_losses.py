@@ -1,4 +1,4 @@
-"""The loss is V3's equations 24-25 and 17, whichever documents share a row.
+"""The loss follows equations 24-25 and 17 of the V3 paper, whichever documents share a row.
 
 Shape letters:  B sequences  T tokens  V vocabulary
 """
@@ -25,7 +25,7 @@ ONES = np.ones((2, small.LENGTH), np.int32)
 
 @pytest.fixture(scope="module")
 def mixed():
-  """Packed documents and padding, some predictions of theirs not learned."""
+  """Returns packed documents and padding; some predictions of the documents are not learned."""
   segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3], [1, 1, 1, 1, 1, 1, 1, 2, 2, 0, 0, 0]])
   mask = (np.random.default_rng(3).random(segments.shape) < 0.7) & (segments > 0)
   return Batch(small.rows(2)["tokens"], mask, segments.astype(np.int32))
@@ -37,7 +37,7 @@ def log_softmax(logits):
 
 
 def nll(logits_BTV, batch, depth):
-  """-sum of log P(t_{i + 1 + depth}) as position i predicts it, one at a time, within documents."""
+  """Sums -log P(t_{i + 1 + depth}) as predicted at position i, one by one, within documents."""
   logp_BTV, total = log_softmax(logits_BTV), 0.0
   for b, row in enumerate(batch.tokens):
     for i in range(small.LENGTH - depth):
@@ -52,56 +52,56 @@ def logits(batch):
       tiny.variables(small.DENSE), batch.tokens[:, :-1], segment_ids_BT=batch.segments)
 
 
-def test_lm_is_the_full_logits_log_softmax_at_the_learned_targets(mixed):
+def test_the_lm_loss_is_the_log_softmax_of_full_logits_at_the_learned_targets(mixed):
   sums, _ = SUMS(tiny.variables(small.DENSE), mixed)
   np.testing.assert_allclose(sums["lm"], nll(logits(mixed).logits_BTV, mixed, 0), rtol=1e-5)
 
 
-def test_mtp_is_every_depths_log_softmax_within_documents(mixed):
+def test_the_mtp_loss_is_the_log_softmax_of_every_depth_within_documents(mixed):
   sums, _ = SUMS(tiny.variables(small.DENSE), mixed)
   per_depth = [nll(x, mixed, k) for k, x in enumerate(logits(mixed).mtp_logits, 1)]
   assert len(per_depth) == 2 and min(per_depth) > 1
   np.testing.assert_allclose(sums["mtp"], sum(per_depth), rtol=1e-5)
 
 
-def test_mtp_is_equations_24_and_25():
+def test_the_mtp_loss_is_v3s_equations_24_and_25():
   batch = Batch(small.rows(2)["tokens"], ONES.astype(bool), ONES)
   sums, _ = SUMS(tiny.variables(small.DENSE), batch)
   denominators = LOSS.denominators(batch)
   per_depth = []
   for k, logits_BTV in enumerate(logits(batch).mtp_logits, 1):
     logp_BTV = log_softmax(logits_BTV)
-    # The papers' P_{i + k + 1} at position i, of 1..T - k; tokens are t_1 .. t_{T + 1}.
+    # The paper's P_{i + k + 1} at positions i = 1..T - k; the tokens are t_1 .. t_{T + 1}.
     one = [-sum(logp_BTV[b, i - 1, batch.tokens[b, (i + k + 1) - 1]]
                 for i in range(1, small.LENGTH - k + 1)) / small.LENGTH for b in range(2)]
     per_depth.append(np.mean(one))
   np.testing.assert_allclose(sums["mtp"] / denominators["mtp"], np.mean(per_depth), rtol=1e-5)
 
 
-def test_mtps_last_positions_are_masked():
+def test_the_last_mtp_positions_are_masked():
   mask = mtp_mask(Batch(small.rows(2)["tokens"], ONES.astype(bool)), 2)
   np.testing.assert_array_equal(mask, np.arange(small.LENGTH) < small.LENGTH - 2 * ONES)
 
 
 @pytest.mark.parametrize(("depth", "position"), [(1, 4), (2, 3)])
-def test_mtp_learns_what_the_mask_says_of_its_own_target(depth, position):
+def test_the_mtp_mask_is_the_loss_mask_at_each_depths_own_target(depth, position):
   learned = np.zeros((2, small.LENGTH), bool)
-  learned[0, 5] = True  # token 6, which the main model predicts at 5, and MTP k at 5 - k
+  learned[0, 5] = True  # token 6: the main model predicts it at 5, MTP depth k at 5 - k
   mask = mtp_mask(Batch(small.rows(2)["tokens"], learned), depth)
   np.testing.assert_array_equal(np.argwhere(mask), [[0, position]])
 
 
-def test_no_document_depends_on_the_one_before():
-  # Token 6 ends the first document, as a target, and begins the second, as an input.
+def test_the_loss_of_a_document_does_not_depend_on_the_previous_document():
+  # Token 6 is the last target of the first document and the first input of the second.
   first = np.arange(small.LENGTH) < 6
   batch = Batch(small.rows(2)["tokens"], ~first & (ONES > 0), np.int32(2 - first) * ONES)
   tokens = batch.tokens.copy()
   tokens[:, :6] = (tokens[:, :6] + 5) % small.DENSE.vocab_size
   sums = lambda segments: [SUMS(tiny.variables(small.DENSE), batch.replace(
       tokens=t, segments=segments))[0] for t in (batch.tokens, tokens)]
-  (apart, apart_changed), (joined, joined_changed) = sums(batch.segments), sums(ONES)
+  (separate, separate_changed), (joined, joined_changed) = sums(batch.segments), sums(ONES)
   for name in ("lm", "mtp"):
-    np.testing.assert_allclose(apart_changed[name], apart[name], rtol=1e-6)
+    np.testing.assert_allclose(separate_changed[name], separate[name], rtol=1e-6)
     assert abs(joined_changed[name] / joined[name] - 1) > 1e-3
 
 
@@ -122,7 +122,7 @@ def test_denominators_count_the_whole_batch():
   assert no_mtp.denominators(batch)["lm"] == learned
 
 
-def test_nothing_to_learn_gives_zero_not_nan():
+def test_a_batch_with_nothing_to_learn_has_zero_loss_not_nan():
   batch = Batch(small.rows(2)["tokens"], np.zeros_like(ONES, bool), np.zeros_like(ONES))
   sums, _ = SUMS(tiny.variables(small.DENSE), batch)
   assert {name: float(sums[name] / LOSS.denominators(batch)[name]) for name in sums} == {
@@ -130,7 +130,7 @@ def test_nothing_to_learn_gives_zero_not_nan():
 
 
 def test_embedding_and_head_learn_from_both_losses(mixed):
-  """Against derivatives through the full logits, eq. 24-25 written with them."""
+  """Compared with derivatives through the full logits, with equations 24-25 written out."""
   variables, tokens = tiny.variables(small.DENSE), jnp.asarray(mixed.tokens)
   network = Transformer(small.DENSE)
   masks = [mixed.loss_mask, *(mtp_mask(mixed, k) for k in (1, 2))]
@@ -165,7 +165,7 @@ def moe_sums():
 
 
 def uniform():
-  """Variables whose routers like all experts equally; their biases still choose."""
+  """Returns variables whose routers score all experts equally; the biases still choose some."""
   def flatten(path, x):
     return jnp.zeros_like(x) if path[-1].key == "centroids" else x
 
@@ -189,7 +189,7 @@ def test_balance_losses_are_one_per_layer_at_uniform_routing():
   assert all(skewed[name] > 1.01 * sums[name] for name in BALANCE[:2])
 
 
-def test_padding_counts_in_no_balance_loss_and_no_load():
+def test_padding_is_excluded_from_balance_losses_and_loads():
   rows = small.rows(2)
   segments = np.stack([ONES[0], 0 * ONES[0]])
   batch = Batch(rows["tokens"], segments > 0, segments)
@@ -201,8 +201,8 @@ def test_padding_counts_in_no_balance_loss_and_no_load():
       "moe_layers": 12 * chosen, "mtp_1": 11 * chosen}
 
 
-def test_a_sequence_that_learns_nothing_still_counts_as_one_in_the_balance_loss():
-  """An SFT row that a long prompt fills is routed like any other."""
+def test_a_sequence_without_learned_tokens_still_counts_in_the_balance_loss():
+  """An SFT row that is filled by its prompt is routed like any other row."""
   rows = small.rows(2)
   batch = Batch(rows["tokens"], np.stack([ONES[0], 0 * ONES[0]]).astype(bool), ONES)
   loss = LanguageModelLoss(Transformer(small.MOE))

@@ -1,4 +1,4 @@
-"""Vmapped batches of runs and meshes change how fast runs are, not what they learn."""
+"""Vmapped batches of runs and meshes change how fast runs train, not what they learn."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-STEPS = (0, 4, 9)  # with half of the batch, all of it, and after the bias has stopped
+STEPS = (0, 4, 9)  # half of the batch, the whole batch, and after the bias is frozen
 
 FIRST = RunConfig(
     dataclasses.replace(small.MOE, mtp=None), data=DataConfig(seq_len=small.LENGTH),
@@ -44,7 +44,7 @@ def rows_of(program, step, run):
 
 @contextlib.contextmanager
 def compiled():
-  """A list to which everything that is compiled meanwhile is added."""
+  """Yields a list that collects the log message of every compilation inside the context."""
   names, logger = [], logging.getLogger("jax")
   handler = logging.Handler()
   handler.emit = lambda record: (
@@ -57,7 +57,7 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def alone():
-  """Each run's own program, start, and states and metrics after every step."""
+  """Returns, for each run alone: its program, initial state, and state and metrics of each step."""
   results = []
   for run, cfg in enumerate(BOTH):
     program = Program([cfg], {})
@@ -70,8 +70,8 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def together():
-  """The program of both runs, their start, what they learn, and what each step compiled."""
+def as_batch():
+  """Returns what `alone` does, for the program of both runs, and the compilations in each step."""
   program, history, compiles = Program(BOTH, {}), [], []
   start, state = jax.device_get(program.init()), program.init()
   for step in STEPS:
@@ -85,24 +85,24 @@ def together():
 
 
 @pytest.mark.parametrize("run", [0, 1])
-def test_runs_of_a_vmapped_batch_learn_what_they_learn_alone(alone, together, run):
+def test_runs_of_a_vmapped_batch_learn_what_they_learn_alone(alone, as_batch, run):
   _, start, history = alone[run]
-  _, batch_start, batch_history, _ = together
+  _, batch_start, batch_history, _ = as_batch
   pick = lambda tree: jax.tree.map(lambda x: x[run], tree)
   small.assert_same_bits(pick(batch_start), start)
   for i, ((state, metrics), (batch_state, batch_metrics)) in enumerate(
       zip(history, batch_history, strict=True), 1):
-    # Float32 sums of some hundred products, in another order at every step.
-    assert small.apart(pick(batch_state.params), state.params) < i * 2e-5
-    assert small.apart(pick(batch_state.moments), state.moments) < i * 2e-5
-    assert small.apart(pick(batch_metrics), metrics) < i * 2e-5
+    # Float32 sums of a few hundred products in another order; the error grows with every step.
+    assert small.max_rel_diff(pick(batch_state.params), state.params) < i * 2e-5
+    assert small.max_rel_diff(pick(batch_state.moments), state.moments) < i * 2e-5
+    assert small.max_rel_diff(pick(batch_metrics), metrics) < i * 2e-5
     small.assert_same_bits(pick(batch_state.router), state.router)
-  assert small.apart(history[-1][0].params, start.params) > 5e-3
+  assert small.max_rel_diff(history[-1][0].params, start.params) > 5e-3
 
 
-def test_runs_of_a_vmapped_batch_differ_in_what_their_configs_set(together):
-  program, start, history, _ = together
-  assert small.apart(*(jax.tree.map(lambda x, i=i: x[i], start.params["moe_layers"])
+def test_runs_of_a_vmapped_batch_differ_in_what_their_configs_set(as_batch):
+  program, start, history, _ = as_batch
+  assert small.max_rel_diff(*(jax.tree.map(lambda x, i=i: x[i], start.params["moe_layers"])
                        for i in (0, 1))) > 0.1
   biases = [np.abs(jax.tree.leaves(state.router)[0]).max(-1).ravel() for state, _ in history]
   np.testing.assert_allclose(biases[0], [0.01, 0.02], rtol=1e-6)
@@ -112,21 +112,21 @@ def test_runs_of_a_vmapped_batch_differ_in_what_their_configs_set(together):
   np.testing.assert_allclose([run["learning_rate"] for run in hyper], [1e-2, 3e-4], rtol=1e-5)
 
 
-def test_a_vmapped_batch_is_one_program_for_all_steps(together):
+def test_a_vmapped_batch_compiles_one_program_for_all_steps(as_batch):
   assert static_config(FIRST) == static_config(SECOND)
-  first, *later = together[-1]
+  first, *later = as_batch[-1]
   assert first and not any(later)
 
 
 def test_a_ramping_batch_learns_from_its_own_sequences_only(alone):
-  """Half of the micro-batches, and the same ones twice over, are the same step."""
+  """A step on half of the micro-batches equals a full step in which each of them occurs twice."""
   program, _, _ = alone[0]
   assert (program.batch_size(0), program.batch_size(4)) == (4, 8)
   half = small.rows(4, seed=5)
   twice = {name: np.concatenate([value, value]) for name, value in half.items()}
   state, metrics = program.step(program.init(), 0, half)
   want, want_metrics = program.step(program.init(), 4, twice)
-  assert small.apart(state.params, want.params) < 2e-5
+  assert small.max_rel_diff(state.params, want.params) < 2e-5
   small.assert_same_bits(state.router, want.router)
   for name in ("loss", "loss_sequence_balance", "grad_norm", "max_violation"):
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-5)
@@ -140,15 +140,15 @@ def test_runs_of_a_vmapped_batch_may_start_from_the_same_variables():
                            tiny.variables(cfg))
 
 
-def test_abstract_state_has_the_states_shapes_and_formats(alone, together):
+def test_abstract_state_has_the_shapes_and_dtypes_of_the_state(alone, as_batch):
   shapes = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  for program, start in (alone[0][:2], together[:2]):
+  for program, start in (alone[0][:2], as_batch[:2]):
     assert shapes(program.abstract_state()) == shapes(start)
 
 
-def test_what_is_lowered_for_abstract_arguments_is_the_step_that_runs(alone, together):
-  """Ahead of time, for one run and for a vmapped batch: the same results, and nothing compiled."""
-  for program, start, cfgs in ((*alone[0][:2], (FIRST,)), (*together[:2], BOTH)):
+def test_the_step_lowered_for_abstract_arguments_is_the_step_that_runs(alone, as_batch):
+  """For one run and for a vmapped batch: the same results, and nothing is compiled again."""
+  for program, start, cfgs in ((*alone[0][:2], (FIRST,)), (*as_batch[:2], BOTH)):
     rows = [rows_of(program, 4, run) for run in range(len(cfgs))]
     batch = jax.tree.map(lambda *runs: np.stack(runs), *rows) if len(cfgs) > 1 else rows[0]
     step = program.lower().compile()
@@ -158,7 +158,7 @@ def test_what_is_lowered_for_abstract_arguments_is_the_step_that_runs(alone, tog
     small.assert_same_bits(made, program.step(jax.device_put(start), 4, batch))
 
 
-def test_gradients_lowered_alone_have_the_shapes_of_the_parameters(alone):
+def test_gradients_lowered_alone_cover_every_parameter(alone):
   program = alone[0][0]
   made = jax.tree.leaves(program.lower_gradients().out_info)
   assert sum(x.size for x in made) == FIRST.model.param_count()
@@ -174,8 +174,8 @@ def test_runs_that_need_different_programs_cannot_train_as_a_vmapped_batch(part,
     Program([FIRST, dataclasses.replace(FIRST, **change)], {})
 
 
-@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="cuDNN may attend here")
-def test_evaluations_attend_as_steps_do():
+@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="cuDNN attention works on a GPU")
+def test_evaluations_use_the_attention_implementation_of_training_steps():
   cfg = dataclasses.replace(FIRST, train=dataclasses.replace(FIRST.train, attend="cudnn"))
   rows = small.rows()
   heldout = HeldOut(rows["tokens"], rows["loss_mask"], np.ones_like(rows["loss_mask"]), 1, 1)
@@ -200,26 +200,26 @@ def eight_devices():
   return json.loads(done.stdout)
 
 
-def test_a_step_on_eight_devices_equals_one_devices(eight_devices):
+def test_a_step_on_eight_devices_equals_that_on_one(eight_devices):
   assert eight_devices["start"] == eight_devices["router"] == 0
-  # Float32, the sums over tokens split in eight.
+  # Rounding of float32: eight devices add up the tokens in another order.
   assert max(eight_devices[name] for name in ("params", "moments", "metrics")) < 1e-5
   assert eight_devices["moved"] > 1e-2
 
 
-def test_a_step_with_experts_and_heads_divided_equals_one_devices(eight_devices):
+def test_a_step_with_sharded_experts_and_heads_equals_that_on_one_device(eight_devices):
   mixed, whole = eight_devices["mixed"], eight_devices["whole"]
   assert max(mixed["params"], mixed["metrics"]) < 1e-5 and mixed["router"] == 0
   layers, experts, hidden, width = whole
-  assert mixed["as_told"] and mixed["shard"] == [layers, experts // 2, hidden // 2, width // 2]
+  assert mixed["as_declared"] and mixed["shard"] == [layers, experts // 2, hidden // 2, width // 2]
 
 
-def test_sample_masking_keeps_documents_apart(eight_devices):
+def test_sample_masking_changes_the_loss_of_documents_that_share_a_row(eight_devices):
   assert abs(eight_devices["loss"] / eight_devices["joined_loss"] - 1) > 1e-4
 
 
-def test_the_state_stays_where_abstract_state_says(eight_devices):
-  assert eight_devices["as_told"]
+def test_the_state_keeps_the_shardings_of_abstract_state(eight_devices):
+  assert eight_devices["as_declared"]
   assert eight_devices["shard"] == [*eight_devices["whole"][:-1], eight_devices["whole"][-1] // 4]
 
 

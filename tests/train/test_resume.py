@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, ends as if it had not been: the same bits."""
+"""A run that is killed at any moment and resumed ends with the same bits as one that was not."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def finish(folder: pathlib.Path) -> str:
 
 
 def wait_for(process: subprocess.Popen, ready) -> bool:
-  """Whether `ready` came true before the process ended."""
+  """Waits for `ready`; returns whether it became true before the process ended."""
   while process.poll() is None:
     if ready():
       return True
@@ -89,7 +89,7 @@ def reference(tmp_path_factory):
   return folder
 
 
-def test_sigterm_saves_first_and_the_same_command_ends_bit_identically(tmp_path, reference):
+def test_sigterm_saves_a_checkpoint_and_the_same_command_ends_bit_identically(tmp_path, reference):
   folder = tmp_path / "run"
   process = start(folder)
   assert wait_for(process, lambda: len(rows(folder, "metrics.jsonl")) >= EVERY + 2)
@@ -102,13 +102,13 @@ def test_sigterm_saves_first_and_the_same_command_ends_bit_identically(tmp_path,
   check_same(folder, reference)
 
 
-@pytest.mark.long("kills a training process again and again")
-def test_kill_nine_at_any_moment_changes_no_bit(tmp_path, reference):
+@pytest.mark.long("kills a training process repeatedly")
+def test_sigkill_at_any_moment_changes_no_bit_of_the_result(tmp_path, reference):
   folder, rng = tmp_path / "run", random.Random(0)
   inside_saves = 0
   for attempt in range(40):
     before, process = committed(folder), start(folder)
-    if attempt % 2:  # inside a save
+    if attempt % 2:  # kill it inside a save
       known = set(before)
       killed = wait_for(process, lambda known=known: saving(folder) and (
           known or committed(folder)))

