@@ -1,7 +1,8 @@
-"""Advantages: by comparison within a prompt's group of outputs (GRPO, RLOO), or by GAE (PPO).
+"""Advantages, relative to the other outputs of a prompt (GRPO, RLOO) or by GAE (PPO).
 
-Groups are told by their prompt's id, never by a row's position, so rows may be shuffled, dropped or
-spread unevenly; but a group must be complete: these functions run on the host, on all of a rollout.
+A group is all outputs of one prompt. It is identified by the prompt's id, never by row positions,
+so rows may be shuffled or dropped and groups may differ in size. A group must be complete, however:
+the group functions run on the host, on a whole rollout.
 
 Shape letters:  S sequences  T tokens  N rows to normalise: sequences, or their steps
 """
@@ -18,19 +19,22 @@ from model.checks import require
 
 Baseline = Literal["mean_std", "mean", "leave_one_out"]
 
-# Rewards of a group that differ by less, relative to the highest, differ by rounding: 0.1 + 0.2 and
-# 0.3, say, which divided by their standard deviation would become +-1. This is above float32's.
+# If the range of a group's rewards, relative to the highest, is below this, they differ only by
+# rounding, like 0.1 + 0.2 and 0.3: divided by their standard deviation they would become +-1. The
+# bound is above float32's rounding.
 _ROUNDING = 1e-6
 
 
 class Advantages(NamedTuple):
-  """Advantages, and what of the rollout gives no signal.
+  """Advantages, and counts of the rows and groups that give no learning signal.
 
   Attributes:
-    values: float32, [S] or for process supervision [S, T].
-    excluded: rows (steps) whose reward could not be judged.
-    lone: groups in which a single row was judged, whose advantage is 0.
-    equal: groups of several whose rewards are all equal, whose advantages are 0.
+    values: float32 advantages, [S], or [S, T] for process supervision.
+    excluded: number of outputs (of steps, for process supervision) left out of their group: their
+      reward is None, or `valid_S` is false.
+    lone: number of groups with a single judged row; its advantage is 0.
+    equal: number of groups with several judged rows whose rewards are all equal; their advantages
+      are 0.
   """
 
   values: np.ndarray
@@ -42,62 +46,68 @@ class Advantages(NamedTuple):
 def group_advantages(
     rewards_S: ArrayLike | Sequence[float | None], group_ids_S: ArrayLike, *,
     baseline: Baseline = "mean_std", valid_S: ArrayLike | None = None) -> Advantages:
-  """Outcome supervision: each output's reward against those of its group.
+  """Outcome supervision: compares each output's reward with those of its group.
 
-  "mean_std" is (r - mean) / std (R1 eq. 3), exactly 0 where all rewards are equal, with the
-  population's std: a group's advantages have a mean square of 1 whatever its size. The paper shows
-  nothing added to std, and nothing is. "mean" is r - mean (Dr. GRPO). "leave_one_out" is r - the
-  mean of the others (RLOO), G / (G - 1) times "mean".
+  "mean_std" is (r - mean) / std (R1 eq. 3) and exactly 0 where all rewards are equal. std is the
+  population's, so that a group's advantages have a mean square of 1 whatever its size; as in the
+  paper, no epsilon is added to it. "mean" is r - mean (Dr. GRPO). "leave_one_out" is r - the mean
+  of the other rewards (RLOO), which is G / (G - 1) times "mean" in a group of G.
 
   Args:
-    rewards_S: one per output; None where it could not be judged.
-    group_ids_S: the prompt of each output, of any type that sorts; all of a prompt's outputs must
-      be there.
-    baseline: what a reward is compared with.
-    valid_S: bool; where false, as where a reward is None, the row leaves its group: its advantage
-      is 0 and it counts in no mean or std.
+    rewards_S: one reward per output; None where the output could not be judged.
+    group_ids_S: the id of each output's prompt, of any sortable type; all outputs of a prompt must
+      be present.
+    baseline: what a reward is compared with: "mean_std", "mean" or "leave_one_out".
+    valid_S: bool. A row where it is false, or whose reward is None, leaves its group: its advantage
+      is 0, and it enters neither the mean nor the std. None if all rows are valid.
+
+  Returns:
+    Values of shape [S], and counts of outputs and groups.
 
   Raises:
-    ValueError: a prompt with one output only, a reward that is not finite, lengths that differ, or
-      an unknown baseline.
+    ValueError: for a prompt with only one output, a reward that is not finite, lengths that differ,
+      or an unknown baseline.
   """
   groups_S = _groups(group_ids_S)
   rewards_S, valid_S = _judged(rewards_S, valid_S)
   require(groups_S.shape == rewards_S.shape,
-          f"{rewards_S.size} rewards with {groups_S.size} group ids: give each reward its prompt's")
+          f"{rewards_S.size} rewards with {groups_S.size} group ids: give one id for each reward")
   return _normalise(rewards_S, groups_S, valid_S, baseline)
 
 
 def process_advantages(
     step_rewards: Sequence[Sequence[float | None]], step_ends: Sequence[Sequence[int]],
     group_ids_S: ArrayLike, num_tokens: int, *, baseline: Baseline = "mean_std") -> Advantages:
-  """Process supervision: each token has the sum of the rewards of steps that end at it or later.
+  """Process supervision: a token's advantage sums the rewards of the steps that end at or after it.
 
-  Rewards are normalised over all steps of all outputs of the group first (DeepSeekMath section
+  Rewards are first normalised over all steps of all outputs of a group (DeepSeekMath section
   4.1.3).
 
   Args:
-    step_rewards: of S outputs, a reward for each of its steps; None as in `group_advantages`.
-    step_ends: the index of each step's last token, in 0..num_tokens - 1.
-    group_ids_S: the prompt of each output.
-    num_tokens: T.
-    baseline: as in `group_advantages`, over steps.
+    step_rewards: for each of the S outputs, one reward per step; None for a step that could not be
+      judged.
+    step_ends: for each of the S outputs, the index of each step's last token, in
+      0..num_tokens - 1.
+    group_ids_S: the id of each output's prompt, as in `group_advantages`.
+    num_tokens: T, the length of the rows that are returned.
+    baseline: as in `group_advantages`, taken over steps instead of outputs.
 
   Returns:
-    Values of shape [S, T], 0 after an output's last step; counts are of steps and groups.
+    Values of shape [S, T], 0 after an output's last step, and counts of steps and groups.
 
   Raises:
-    ValueError: as `group_advantages`, or steps that do not match their ends.
+    ValueError: for what `group_advantages` refuses, for steps that do not match their ends, or for
+      ends outside the tokens.
   """
   groups_S = _groups(group_ids_S)
   counts_S = np.array([len(rewards) for rewards in step_rewards], int)
   require(list(counts_S) == [len(ends) for ends in step_ends] and counts_S.size == groups_S.size,
-          "step_rewards, step_ends and group_ids_S disagree: give each output a list of rewards, a "
-          "list of as many ends, and its prompt's id")
+          "step_rewards, step_ends and group_ids_S disagree: give for each output a list of "
+          "rewards, an equally long list of ends, and its prompt's id")
   rows_N = np.repeat(np.arange(groups_S.size), counts_S)
   ends_N = np.array([end for ends in step_ends for end in ends], int)
   require(bool(((ends_N >= 0) & (ends_N < num_tokens)).all()),
-          f"step_ends must lie in 0..{num_tokens - 1}, the tokens that there are")
+          f"step_ends must be token indices, in 0..{num_tokens - 1}")
   rewards_N, valid_N = _judged([reward for rewards in step_rewards for reward in rewards], None)
   steps = _normalise(rewards_N, groups_S[rows_N], valid_N, baseline)
   values_ST = np.zeros((groups_S.size, num_tokens), np.float32)
@@ -107,20 +117,23 @@ def process_advantages(
 
 def gae(rewards_ST: jax.Array, values_ST: jax.Array, mask_ST: jax.Array,
         gamma: float | jax.Array, lam: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Generalised advantage estimation (Schulman et al. 2016, eq. 16), for PPO with a value head.
+  """Generalised advantage estimation (Schulman et al. 2016, eq. 16), for PPO with a value model.
 
-  The value after an output's last token is 0: an output that was cut off should be masked.
+  The value after an output's last token is taken to be 0, which is wrong for a truncated output:
+  mask such outputs.
 
   Args:
-    rewards_ST: by token; an output's own reward is at its last.
-    values_ST: the value of the state that each token is chosen in; taken as constant.
-    mask_ST: true at tokens that were chosen; others, wherever they are, are passed over.
-    gamma: discount per token.
-    lam: 0 trusts the values (one-step errors), 1 the rewards (Monte Carlo).
+    rewards_ST: reward of each token; an output's own reward is at its last token.
+    values_ST: value of the state in which each token is chosen; no gradient flows through it.
+    mask_ST: True, or non-zero, at tokens that the policy chose; all others are skipped, wherever
+      they are in the row.
+    gamma: discount per token, in 0..1.
+    lam: lambda, in 0..1; at 0 the advantages are one-step TD errors, at 1 Monte Carlo returns less
+      the value.
 
   Returns:
-    Advantages, and the returns (advantage + value) that values are fitted to; [S, T], 0 outside
-    the mask.
+    Advantages, and the returns (advantage + value) to which the values are fitted; both [S, T] and
+    0 outside the mask.
   """
   mask_ST = jnp.asarray(mask_ST) != 0
   rewards_ST, values_ST = jax.lax.stop_gradient(
@@ -141,24 +154,25 @@ def gae(rewards_ST: jax.Array, values_ST: jax.Array, mask_ST: jax.Array,
 
 
 def _groups(group_ids_S):
-  """Each output's group as 0, 1, ...; refuses groups that were sampled with one output."""
+  """Returns each output's group as an integer from 0; raises if a group has only one output."""
   ids, groups_S, sizes = np.unique(group_ids_S, return_inverse=True, return_counts=True)
   alone = ids[sizes == 1]
-  require(not alone.size, f"{alone.size} prompts have one output, such as {alone[:1].tolist()}: an "
-          "output is compared with others of its prompt, so sample at least 2 (num_generations)")
+  require(not alone.size, f"{alone.size} prompts have only one output, such as "
+          f"{alone[:1].tolist()}: an output is compared with the others of its prompt, so sample "
+          "at least 2 per prompt (num_generations)")
   return groups_S
 
 
 def _judged(rewards, valid):
-  """Rewards in float64, 0 where not judged, and which are."""
+  """Returns the rewards as float64, 0 where they are left out, and a mask of those that count."""
   judged_N = np.array([reward is not None for reward in rewards], bool)
   if valid is not None:
     require(np.shape(valid) == judged_N.shape,
-            f"valid_S has shape {np.shape(valid)}, expected {judged_N.shape}, that of the rewards")
+            f"valid_S has shape {np.shape(valid)}, expected the rewards' shape {judged_N.shape}")
     judged_N &= np.asarray(valid, bool)
   rewards_N = np.where(judged_N, np.asarray(rewards, float), 0)
   require(bool(np.isfinite(rewards_N).all()),
-          "a reward is not finite: return None for an output that cannot be judged")
+          "a reward is not finite: give None for an output that cannot be judged")
   return rewards_N, judged_N
 
 

@@ -1,7 +1,7 @@
-"""An RL run as data: frozen dataclasses, validated when made.
+"""The configuration of an RL run: frozen dataclasses, validated on construction.
 
 Defaults are R1's (Nature 2025, Methods; arXiv:2501.12948v2, appendix B) where they carry over to
-small runs, and our own where they do not: learning rate, rollout and lengths.
+small runs, and our own where they do not: learning rate, size of the rollout and lengths.
 """
 
 import dataclasses
@@ -15,25 +15,27 @@ from rl.templates import get_template
 from train.config import MeshConfig, OptimizerConfig
 
 _ONE_DEVICE = MeshConfig()
-# As in R1, the rate stays where it is; small steps would be lost in bfloat16 moments.
+# The learning rate is constant, as in R1. The moments are float32: bfloat16 ones would lose small
+# updates.
 _OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4, schedule="constant", weight_decay=0.0, moments="float32")
 
-# What rewards are compared with, where the objective's paper says something else than GRPO's.
+# Baselines of the objectives whose papers do not use GRPO's, "mean_std".
 _BASELINES = {"dr_grpo": "mean", "rloo": "leave_one_out", "reinforce": "leave_one_out"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """A rollout.
+  """How a rollout, the completions that one RL step learns from, is sampled.
 
   Attributes:
-    num_prompts: questions.
-    num_generations: completions of each: a group.
-    temperature: of sampling, and of every log-probability.
-    max_prompt_length: tokens; a longer prompt is an error.
-    max_completion_length: tokens after which a completion is cut off.
-    slots: sequences that a device decodes at a time; None for all of its own.
+    num_prompts: prompts per rollout.
+    num_generations: completions of each prompt, which form a group (R1: 16).
+    temperature: sampling temperature, at which all log-probabilities are computed too (R1: 1).
+    max_prompt_length: longest prompt allowed, in tokens; a longer one is an error.
+    max_completion_length: tokens after which a completion is truncated.
+    slots: number of sequences that one device decodes at a time; None for all sequences of that
+      device.
   """
 
   num_prompts: int = 32
@@ -47,25 +49,33 @@ class SamplingConfig:
     require_positive(self, "num_prompts", "num_generations", "temperature", "max_prompt_length",
                      "max_completion_length")
     require(self.slots is None or self.slots > 0,
-            f"SamplingConfig.slots={self.slots} must be positive, or none for all")
+            f"SamplingConfig.slots={self.slots} must be positive, or none to decode all sequences "
+            "at once")
 
   @property
   def num_sequences(self) -> int:
+    """Sequences per rollout."""
     return self.num_prompts * self.num_generations
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-  """Weights of the rewards; 0 leaves one out.
+  """Weights of the rewards that are added up; a reward of weight 0 is not computed.
 
   Attributes:
-    accuracy: the right answer, in its block (R1: 1).
-    format: one think block, then one answer block (R1: 1).
-    language: share of the prompt's language in the reasoning (R1's first stage, for consistency).
-    tests: unit tests passed, in a sandbox.
-    overlong: DAPO's penalty (eq. 13) within `overlong_tokens` of the limit.
-    overlong_tokens: see above.
-    random: heads or tails, whatever was written: a control.
+    accuracy: weight of the accuracy reward, 1 for a correct answer in the answer block and else 0
+      (R1: 1).
+    format: weight of the format reward, 1 for one think block followed by one answer block and
+      else 0 (R1: 1).
+    language: weight of the language-consistency reward, the fraction of the reasoning's words that
+      are in the prompt's language (Nature 2025, eq. 7; used from R1's first RL stage on).
+    tests: weight of the unit-test reward, 1 for a program that passes its tests in the sandbox and
+      else 0.
+    overlong: weight of DAPO's soft overlong punishment (eq. 13), from 0 to -1 within the last
+      `overlong_tokens` tokens before the length limit.
+    overlong_tokens: number of tokens before `sampling.max_completion_length` over which the
+      `overlong` penalty grows.
+    random: weight of a random reward of 0 or 1, independent of correctness: a control.
   """
 
   accuracy: float = 1.0
@@ -78,39 +88,51 @@ class RewardConfig:
 
   def __post_init__(self):
     require_positive(self, "overlong_tokens")
-    require(any(self.weights().values()), "RewardConfig: every weight is 0, nothing is rewarded")
+    require(any(self.weights().values()), "RewardConfig: every weight is 0, so nothing is rewarded")
 
   def weights(self) -> dict[str, float]:
-    """By name, those that are not 0."""
+    """Returns the weights that are not 0, by the reward's name."""
     names = ("accuracy", "format", "language", "tests", "overlong", "random")
     return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """What is maximised, and how often with the same rollout.
+  """What is maximised, and how many optimizer steps are taken on one rollout.
 
   Attributes:
-    name: a key of `rl.objective.SPECS`; or "rft", the likelihood of right completions
-      (rejection-sampling fine-tuning, DeepSeekMath section 5.2).
-    baseline: what rewards are compared with in their group; None for what the objective's paper
-      says.
-    epsilon, epsilon_high, beta: in place of the objective's own, unless None.
-    minibatches: optimizer steps that share a rollout (R1: 16).
-    inner_epochs: passes over it.
-    micro_batch_size: sequences in memory at a time; None for all of a minibatch.
-    refresh_every: steps after which the reference becomes the policy (R1: 400); 0 for never.
-    sampler: who samples: the policy, or the model that the run began with (offline).
-    mask_truncated: completions that were cut off are not learned from.
-    resample: rollouts at most, per step, to replace groups whose rewards are all equal (DAPO's
-      dynamic sampling); 1 for none.
-    bias_rate: of the router's balancing bias; 0 freezes it.
+    name: the objective, a key of `rl.objective.SPECS`; or "rft", the likelihood of correct
+      completions (rejection-sampling fine-tuning, DeepSeekMath section 5.2).
+    baseline: what a reward is compared with in its group: "mean_std" (GRPO), "mean" (Dr. GRPO) or
+      "leave_one_out" (RLOO), see `rl.advantages.group_advantages`; None for that of the objective's
+      paper.
+    epsilon: the policy ratio is clipped below at 1 - epsilon and, if there is no epsilon_high,
+      above at 1 + epsilon; None for the objective's own.
+    epsilon_high: the policy ratio is clipped above at 1 + epsilon_high; None for the objective's
+      own, which may be none.
+    beta: weight of the KL divergence from the reference; None for the objective's own. If the
+      objective has no KL, a positive beta adds one to the loss.
+    minibatches: number of minibatches, with one optimizer step each, into which a rollout is
+      divided (R1: 16).
+    inner_epochs: passes over each rollout (R1: 1).
+    micro_batch_size: sequences that are in memory at a time, gradients being accumulated over a
+      minibatch; None for the whole minibatch at once.
+    refresh_every: RL steps between replacements of the reference by the current policy (R1: 400);
+      0 to keep the initial model as the reference.
+    sampler: the model that samples: "policy", the one being trained, or "initial", the one that the
+      run started from (offline, for "rft" only).
+    mask_truncated: leave out of the loss completions that were truncated at the length limit.
+    resample: largest number of rollouts sampled per RL step in order to replace groups whose
+      rewards are all equal (DAPO's dynamic sampling); 1 for no replacement.
+    bias_rate: update rate of the routers' load-balancing bias (V3's gamma); 0 freezes the bias.
     sequence_balance: weight of V3's sequence-wise balancing loss.
-    gae_lambda: of "ppo" (R1's appendix A.3: 1 is close to GRPO, 0.95 worse).
-    value_learning_rate: of its value model; None for the policy's.
-    routing: which experts an update uses: "free", what its routers choose; "observed", likewise,
-      and the metric `routing_agreement` says how often the sampler's chose the same; "replayed",
-      the sampler's.
+    gae_lambda: GAE's lambda, used by "ppo" (R1's appendix A.3: 1 is close to GRPO, 0.95 worse).
+    value_learning_rate: peak learning rate of the value model, used by "ppo"; None for the
+      policy's learning rate.
+    routing: the experts to which an update's forward pass sends each token. "free": those that its
+      own routers choose. "observed": the same, and the metric `routing_agreement` reports the
+      fraction of the sampler's choices that they make too. "replayed": those that were chosen
+      during sampling.
   """
 
   name: str = "grpo_r1"
@@ -136,32 +158,33 @@ class ObjectiveConfig:
     if self.name not in names:
       near = difflib.get_close_matches(self.name, names, 1, cutoff=0)[0]
       raise ValueError(f"ObjectiveConfig.name={self.name!r} does not exist; did you mean {near!r}? "
-                       f"There are: {', '.join(names)}")
+                       f"The objectives are: {', '.join(names)}")
     require_positive(self, "minibatches", "inner_epochs", "resample")
     require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance")
     require_range(self, 0, 1, "gae_lambda")
     require(self.value_learning_rate is None or self.value_learning_rate > 0,
             f"ObjectiveConfig.value_learning_rate={self.value_learning_rate} must be positive")
     require(self.sampler == "policy" or self.name == "rft",
-            f"ObjectiveConfig.sampler='initial' is for name='rft': {self.name} learns from what "
-            "the policy itself has sampled")
+            f"ObjectiveConfig.sampler='initial' is for name='rft' only: {self.name} must learn "
+            "from completions that the policy itself has sampled")
     self.spec(1)
 
   def spec(self, max_length: int) -> ObjectiveSpec:
-    """The objective, for completions of at most `max_length` tokens."""
+    """Returns the objective, for completions of at most `max_length` tokens."""
     if self.name == "rft":
       return ObjectiveSpec(surrogate="none", aggregation="token_mean")
     spec = SPECS[self.name]
     if self.name == "dr_grpo":
       spec = spec.replace(max_length=max_length)
-    told = {name: getattr(self, name) for name in ("epsilon", "epsilon_high", "beta")}
-    told = {name: value for name, value in told.items() if value is not None}
-    if told.get("beta") and spec.kl_in == "none":
-      told["kl_in"] = "loss"
-    return spec.replace(**told)
+    overrides = {name: getattr(self, name) for name in ("epsilon", "epsilon_high", "beta")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if overrides.get("beta") and spec.kl_in == "none":
+      overrides["kl_in"] = "loss"
+    return spec.replace(**overrides)
 
   @property
   def group_baseline(self) -> str:
+    """The baseline of `rl.advantages.group_advantages`: `baseline`, or else the objective's own."""
     return self.baseline or _BASELINES.get(self.name, "mean_std")
 
   @property
@@ -172,18 +195,21 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """The loop.
+  """The training loop: its length, evaluations and checkpoints.
 
   Attributes:
-    steps: rollouts.
-    seed: of everything.
-    eval_every: steps between evaluations; 0 for before the first and after the last only.
-    eval_problems: held-out problems of an evaluation.
-    eval_samples: completions of each.
-    checkpoint_every: steps between checkpoints; 0 for at the end only.
-    keep_checkpoints: how many of the newest stay.
-    max_skipped_steps: as in `TrainConfig`.
-    samples_logged: completions written to `completions.jsonl` at each evaluation.
+    steps: number of RL steps; each samples a rollout and updates the policy on it.
+    seed: seed of sampling and of the order of minibatches; the problems have a seed of their own,
+      in the task's spec.
+    eval_every: RL steps between evaluations; 0 to evaluate only before the first and after the last
+      step.
+    eval_problems: number of held-out problems in an evaluation.
+    eval_samples: completions of each problem in an evaluation.
+    checkpoint_every: RL steps between checkpoints; 0 for one at the end only.
+    keep_checkpoints: number of checkpoints kept, the newest ones.
+    max_skipped_steps: number of optimizer steps, over the whole run, whose loss or gradient may be
+      non-finite; such steps are skipped, and with one more the run stops with an error.
+    samples_logged: number of completions written to `completions.jsonl` at each evaluation.
   """
 
   steps: int = 50
@@ -205,18 +231,22 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-  """Everything that decides a run's numbers, but for the model that it begins with.
+  """Everything that determines the results of an RL run, except the model that it starts from.
 
   Attributes:
-    task: see `rl.tasks.get_task`.
-    template: see `rl.templates.get_template`.
-    sampling: a rollout.
-    rewards: their weights.
-    objective: what is maximised.
-    optimizer: AdamW and its schedule.
-    loop: steps, evaluations and checkpoints.
-    mesh: the devices. The sequences of rollouts and updates are divided over all axes, the state
-      as `MeshConfig` says.
+    task: spec of the task whose problems are posed, such as `arithmetic:terms=3,digits=2`,
+      `file:PATH` or `gym:NAME`; see `rl.tasks.get_task`.
+    template: name of the prompt template, "r1", "short", "short_think" or "chat"; see
+      `rl.templates.TEMPLATES`.
+    sampling: how a rollout is sampled.
+    rewards: weights of the rewards.
+    objective: what is maximised, and how many optimizer steps are taken on one rollout.
+    optimizer: AdamW and its learning-rate schedule, for the policy and, with "ppo", the value
+      model.
+    loop: length of the run, evaluations and checkpoints.
+    mesh: devices along each axis of the mesh. The sequences of a rollout are divided over all
+      devices, those of an update over the data and fsdp axes; the state is sharded as `MeshConfig`
+      describes.
   """
 
   task: str = "arithmetic"
@@ -233,9 +263,9 @@ class RLConfig:
     get_template(self.template)
     sampling, objective = self.sampling, self.objective
     require(objective.name in ("rft", "ppo") or sampling.num_generations > 1,
-            "sampling.num_generations=1 leaves nothing to compare a reward with: at least 2")
+            "sampling.num_generations=1 leaves nothing to compare a reward with: set at least 2")
     require(objective.name != "rft" or self.rewards.accuracy != 0,
-            "objective.name='rft' learns from right completions: rewards.accuracy must not be 0")
+            "objective.name='rft' learns from correct completions: rewards.accuracy must not be 0")
     sequences, minibatches = sampling.num_sequences, objective.minibatches
     require(sequences % minibatches == 0,
             f"objective.minibatches={minibatches} must divide the {sequences} sequences of a "

@@ -1,4 +1,4 @@
-"""Noisy worked solutions of a task as a JSONL file, which a base model is pretrained on."""
+"""Writes noisy worked solutions of a task to a JSONL file, on which a base model is pretrained."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from train.config import Source
 
 @dataclasses.dataclass(frozen=True)
 class DocumentsConfig:
-  """What a base reads.
+  """The documents on which a base model is pretrained.
 
   Attributes:
-    count: documents.
-    noise: how good their solutions are.
+    count: number of documents.
+    noise: how often their solutions are wrong, detailed or malformed.
   """
 
   count: int = 50_000
@@ -30,24 +30,24 @@ class DocumentsConfig:
 
 def write_documents(
     path: str | os.PathLike, task: str, template: str, cfg: DocumentsConfig, seed: int) -> Source:
-  """Writes a JSONL file of prompts and completions, unless it is there already.
+  """Writes a JSONL file of prompts and noisy completions, unless the file exists already.
 
   Args:
-    path: of the file.
-    task: the spec of a generated task.
-    template: its name.
-    cfg: how many documents, and how good.
-    seed: of everything random.
+    path: the file to write. A row is {"prompt": ..., "text": ...}.
+    task: spec of a generated task, see `rl.tasks.get_task`.
+    template: name of the prompt template, see `rl.templates.get_template`.
+    cfg: number of documents and their noise.
+    seed: seed of the problems and of the noise.
 
   Returns:
-    The file as a source for training, in which prompts are read and not learned.
+    The file as a source of training data; there is no loss on the prompts.
 
   Raises:
-    ValueError: for a task that has no documents.
+    ValueError: for a task that cannot write documents, or an unknown task or template.
   """
   generator = get_task(task)
   if not hasattr(generator, "document"):
-    raise ValueError(f"task {task!r} has no worked solutions to write down; these have: "
+    raise ValueError(f"task {task!r} has no worked solutions to write; the tasks that have are: "
                      + ", ".join(GENERATED))
   path = pathlib.Path(path)
   if not path.exists():

@@ -1,4 +1,4 @@
-"""How good a model is at a task: pass@1, pass@k, cons@k, format and length, with intervals.
+"""Evaluation of a model on a task: pass@1, pass@k, cons@k, format and length, with intervals.
 
 Shape letters:  P problems  N samples of each
 """
@@ -15,13 +15,18 @@ from rl.pass_rates import estimate, majority_vote, pass_at_1, pass_at_k
 from rl.sampler import Sampler, Samples
 from rl.tasks.equality import number
 
-# Training's steps never come here, so evaluation has random keys of its own; and they are the same
-# at each evaluation, which takes noise out of the difference of two.
+# No training step reaches this number, so evaluation has random keys of its own. They are the same
+# at every evaluation, which removes noise from the difference between two of them.
 _STEP = 2**31 - 1
 
 
 class Verdicts(NamedTuple):
-  """Of P problems' N samples, which are right, and which could be judged: [P, N] both."""
+  """Judgements of the N samples of P problems.
+
+  Attributes:
+    correct_PN: bool, whether the sample's reward is 1.
+    judged_PN: bool, whether the sample could be judged, its reward being other than None.
+  """
 
   correct_PN: np.ndarray
   judged_PN: np.ndarray
@@ -31,27 +36,30 @@ def evaluate(
     sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
     ks: Sequence[int] = (), temperature: float | None = None, top_p: float = 1.0,
 ) -> tuple[dict[str, Any], Samples]:
-  """Samples the first problems of a split, and judges.
+  """Samples completions of the first problems of a split, and judges them.
 
   Args:
-    sampler: says task and model.
-    variables: of the model.
-    split: "heldout", "harder" or what the task has.
-    problems: how many.
-    samples: of each.
-    ks: pass@k for these, at most `samples`.
-    temperature: None for the sampler's.
-    top_p: nucleus mass.
+    sampler: the sampler, which has the task, the template and the network.
+    variables: the network's variables.
+    split: a split of the task, such as "heldout" or "harder".
+    problems: number of problems.
+    samples: completions of each problem.
+    ks: values of k, at most `samples`, for which to report pass@k.
+    temperature: sampling temperature; None for the sampler's configuration.
+    top_p: probability mass of nucleus sampling, in (0, 1].
 
   Returns:
-    By name [estimate, low, high], 95 % bootstrap intervals over questions: "pass@1", "pass@k",
-    "cons@samples" (the majority of all samples), "lenient_pass@1" and "lenient_cons" by a kind
-    reading of completions, "format", "length" in tokens, "clipped" (cut off), "reflection" (takes
-    something back); and "unjudged", a count, "problems", of which some may ask the same
-    ("questions" that differ), "samples". And what was sampled.
+    The figures by name, and the completions. The rates are [estimate, low, high], with a 95 %
+    bootstrap interval over questions: "pass@1"; "pass@K" for each K of `ks`; "cons@N", the accuracy
+    of the majority vote of all N = `samples` completions; "lenient_pass@1" and "lenient_cons", with
+    answers found by lenient matching (`rl.extraction.lenient_answer`); "format", the fraction that
+    has the template's format; "length", in tokens; "clipped", the fraction that was truncated; and
+    "reflection", the fraction that takes a step back with "wait". The counts are "unjudged"
+    completions; "problems"; "questions", the distinct ones, as several problems may ask the same;
+    and "samples" of each problem.
 
   Raises:
-    ValueError: for an unknown split, or more problems than a finite one has.
+    ValueError: for an unknown split, or more problems than a finite split has.
   """
   drawn = draw(sampler, variables, split=split, problems=problems, samples=samples,
                temperature=temperature, top_p=top_p)
@@ -60,18 +68,23 @@ def evaluate(
 
 def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
          temperature: float | None = None, top_p: float = 1.0) -> Samples:
-  """What `evaluate` judges; see there."""
+  """Samples the completions that `evaluate` judges, with its arguments and errors."""
   size = sampler.task.size(split)
   if size is not None and problems > size:
-    raise ValueError(f"the split {split!r} has {size} problems, not {problems}")
+    raise ValueError(f"the split {split!r} has {size} problems, not {problems}: ask for fewer")
   return sampler.sample(variables, split, range(problems), samples, step=_STEP,
                         temperature=temperature, top_p=top_p)
 
 
 def verdicts(drawn: Samples, samples: int, reward: rewards.Reward = rewards.accuracy) -> Verdicts:
-  """A reward of completions of which `samples` side by side are a problem's.
+  """Judges completions by a reward; each run of `samples` consecutive rows is one problem.
 
-  Programs are slow to judge: whoever needs their verdicts twice keeps them.
+  Programs are slow to judge: a caller that needs their verdicts twice should keep them.
+
+  Args:
+    drawn: P x N completions.
+    samples: N, the completions of each problem.
+    reward: a reward whose value is 1 for a correct completion.
   """
   values = reward(drawn.prompts, drawn.completions, **drawn.columns())
   by_problem = lambda values: np.array(values).reshape(-1, samples)
@@ -81,23 +94,27 @@ def verdicts(drawn: Samples, samples: int, reward: rewards.Reward = rewards.accu
 
 def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
           accuracy: Verdicts | None = None) -> dict[str, Any]:
-  """The figures of `evaluate`, for completions of which `samples` side by side are a problem's.
+  """Returns the figures of `evaluate`, by name.
 
-  `accuracy` has their verdicts, where they are known.
+  Args:
+    drawn: completions; each run of `samples` consecutive rows is one problem.
+    samples: completions of each problem.
+    ks: values of k for which to report pass@k.
+    accuracy: verdicts of `drawn`, if they are known already.
   """
   by_problem = lambda values: np.asarray(values).reshape(-1, samples)
   correct, judged = accuracy or verdicts(drawn, samples)
-  kindly, _ = verdicts(drawn, samples, rewards.lenient_accuracy)
-  formed = rewards.well_formed(drawn.prompts, drawn.completions)
+  lenient, _ = verdicts(drawn, samples, rewards.lenient_accuracy)
+  well_formed = rewards.well_formed(drawn.prompts, drawn.completions)
   answers = lambda extract: [[_canonical(extract(text)) for text in row] for row in
                              np.array(drawn.completions, object).reshape(-1, samples)]
   rates = {
       "pass@1": pass_at_1(correct, judged),
       **{f"pass@{k}": pass_at_k(correct, k, judged) for k in ks if k > 1},
       f"cons@{samples}": majority_vote(answers(strict_answer), correct, judged),
-      "lenient_pass@1": pass_at_1(kindly, judged),
-      "lenient_cons": majority_vote(answers(lenient_answer), kindly, judged),
-      "format": by_problem(formed).mean(1),
+      "lenient_pass@1": pass_at_1(lenient, judged),
+      "lenient_cons": majority_vote(answers(lenient_answer), lenient, judged),
+      "format": by_problem(well_formed).mean(1),
       "length": by_problem(drawn.lengths_S).mean(1),
       "clipped": 1 - by_problem(drawn.ended_S).mean(1),
       "reflection": by_problem([reflects(text) for text in drawn.completions]).mean(1)}
@@ -108,19 +125,22 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
 
 
 def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[int, float]:
-  """cons@k for several k: the majority's rate over disjoint groups of k, and over problems.
+  """Returns cons@k for several k, averaged over disjoint groups of k samples, then over problems.
 
   Args:
-    drawn: completions.
-    ks: divisors of the samples of a problem.
-    accuracy: their verdicts.
+    drawn: completions; the samples of a problem are consecutive rows.
+    ks: values of k, each of which must divide the number of samples of a problem.
+    accuracy: verdicts of the completions.
+
+  Returns:
+    cons@k by k; NaN if no sample could be judged.
   """
   answers = [_canonical(strict_answer(text)) for text in drawn.completions]
   samples = accuracy.correct_PN.shape[1]
 
   def rate(k: int) -> float:
     rows = [answers[i:i + k] for i in range(0, len(answers), k)]
-    found = majority_vote(rows, *(of_PN.reshape(-1, k) for of_PN in accuracy))
+    found = majority_vote(rows, *(verdict_PN.reshape(-1, k) for verdict_PN in accuracy))
     by_problem = np.array([group[~np.isnan(group)].mean() for group in
                            found.reshape(-1, samples // k) if not np.isnan(group).all()])
     return float(by_problem.mean()) if by_problem.size else float("nan")
@@ -129,7 +149,7 @@ def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[i
 
 
 def _canonical(answer: str | None) -> Fraction | str | None:
-  """Equal for answers that a vote should count as one: 7, 7.0 and 07."""
+  """Maps answers that a vote should count as one, such as 7, 7.0 and 07, to equal values."""
   if answer is None:
     return None
   value = number(answer)

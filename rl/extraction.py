@@ -1,6 +1,6 @@
-"""What a completion says: its reasoning, its answer, and whether its form is the template's.
+"""Extracts the reasoning and the answer of a completion, and checks its format.
 
-A well-formed completion is `<think>reasoning</think><answer>answer</answer>`; where the prompt has
+A well-formed completion is `<think>reasoning</think><answer>answer</answer>`. If the prompt has
 already opened the think block, the completion begins inside it.
 """
 
@@ -18,45 +18,58 @@ _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
 
 
 def reflection_at(completion: str) -> tuple[int, int] | None:
-  """Where it first takes something back, to the end of that line; None if it does not.
+  """Returns the span of the first reflection, from "wait" to the end of the line or the next tag.
 
-  R1's "wait", which v2 of its paper counts as reflective.
+  The words are "wait", which v2 of R1's paper counts as reflective, and two Chinese equivalents.
+
+  Returns:
+    Offsets (start, end) in characters; None if there is no reflection.
   """
   found = _REFLECTION.search(completion)
   return found and found.span()
 
 
 def reflects(completion: str) -> bool:
-  """Whether it takes something back."""
+  """Whether the completion has a reflection, see `reflection_at`."""
   return reflection_at(completion) is not None
 
 
 def opens_thinking(prompt: str) -> bool:
-  """Whether the prompt ends inside a think block that it has opened."""
+  """Whether the prompt ends with `<think>`, so that completions begin inside the think block."""
   return prompt.rstrip().endswith("<think>")
 
 
 def is_well_formed(completion: str, *, thinking_opened: bool) -> bool:
-  """Whether it is one think block and then one answer block, with nothing but space around them.
+  """Whether the completion is one think block, then one answer block, and only whitespace besides.
 
-  No tag may occur twice, nor within a block of the other kind. Blocks may be empty.
+  Every tag must occur exactly once and in this order. Blocks may be empty.
+
+  Args:
+    completion: the text sampled.
+    thinking_opened: whether the prompt has already opened the think block.
   """
   whole = "<think>" * thinking_opened + completion
   return tuple(_TAG.findall(whole)) == _TAGS and _FORM.fullmatch(whole) is not None
 
 
 def reasoning(completion: str, *, thinking_opened: bool) -> str | None:
-  """What stands between the first `<think>` and the first tag after it; None if no block closes."""
+  """Returns the text of the first think block; None if the next tag after it is not `</think>`.
+
+  Args:
+    completion: the text sampled.
+    thinking_opened: whether the prompt has already opened the think block.
+  """
   _, found, rest = ("<think>" * thinking_opened + completion).partition("<think>")
   tag = _TAG.search(rest)
   return rest[:tag.start()] if found and tag and tag[0] == "</think>" else None
 
 
 def strict_answer(completion: str) -> str | None:
-  """The text of the one answer block, with which the completion must end; None if there is none.
+  """Returns the text of the only answer block, with which the completion must end, or None.
 
-  A second answer tag of either kind anywhere, text after the block or nothing in it: no answer.
-  Thinking is not looked at; that is for the format reward.
+  There is no answer unless the opening and the closing answer tag occur exactly once each, only
+  whitespace follows the block, and the block is not empty. The think block is not checked: that is
+  left to the format reward.
   """
   if any(completion.count(tag) != 1 for tag in _TAGS[2:]):
     return None
@@ -65,11 +78,11 @@ def strict_answer(completion: str) -> str | None:
 
 
 def lenient_answer(completion: str) -> str | None:
-  """The answer as a kind reader finds it, for evaluations that are to ignore form.
+  """Returns the answer by lenient matching, for evaluations that should ignore the format, or None.
 
-  In this order: what the last `<answer>` opens, closed or not; the last `\\boxed{}`; what follows
-  the last word "answer" on its line; the last number. A gain that only `strict_answer` sees is a
-  gain in form.
+  The first of these that is found: the text after the last `<answer>` up to the next tag, if there
+  is one; the content of the last `\\boxed{}`; the text after the last word "answer", on its line;
+  the last number. An improvement that `strict_answer` shows and this does not is one of format.
   """
   _, opened, inside = completion.rpartition("<answer>")
   inside = _TAG.split(inside)[0].strip() if opened else ""
@@ -85,7 +98,7 @@ def lenient_answer(completion: str) -> str | None:
 
 
 def unfenced(text: str) -> str:
-  """Code without the Markdown fence around it, if there is one."""
+  """Returns code without the Markdown fence around it, if there is one."""
   match = _FENCE.fullmatch(text)
   return match[1] if match else text
 
@@ -101,7 +114,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _value(line: str) -> str:
-  """A whole expression as it is, else the first number, else the line."""
+  """Returns the line if it is an arithmetic expression, else its first number, else the line."""
   line = line.rstrip(". ")
   number = _NUMBER.search(line)
   return line if _EXPRESSION.fullmatch(line) or not number else number[0].rstrip(",")

@@ -1,4 +1,4 @@
-"""Loading a model from an RL run folder, or from whatever else `train.loading` reads."""
+"""Loading a model from an RL run's folder, or from any other that `train.loading` reads."""
 
 import json
 import os
@@ -14,14 +14,15 @@ from train.loading import TOKENIZER, LoadedModel
 
 
 def as_dict(cfg: RLConfig, model_cfg: model.ModelConfig) -> dict:
-  """What an RL run's `config.json` holds."""
+  """Returns an RL run's configuration as its `config.json` holds it."""
   return {"rl": to_dict(cfg), "model": to_dict(model_cfg)}
 
 
 def upgrade_config(stored: dict) -> dict:
-  """The `config.json` of an RL run, of whichever version, as this one would write it.
+  """Converts an RL run's `config.json` of any earlier version to the current one.
 
-  R1-Zero's once held how it was evaluated, which the study's folder now does.
+  The R1-Zero study's run folders once held the evaluation's settings too; they are dropped, as the
+  study's own folder now holds them.
   """
   dropped = ("init", "problems", "samples", "temperatures")
   return upgrade({name: value for name, value in stored.items() if name not in dropped},
@@ -29,10 +30,13 @@ def upgrade_config(stored: dict) -> dict:
 
 
 def load_model(path: str | os.PathLike) -> LoadedModel:
-  """Loads a folder of an RL run (its newest checkpoint), or what `train.loading` can.
+  """Loads the newest checkpoint of an RL run's folder, or a folder that `train.loading` reads.
+
+  Args:
+    path: an RL run's folder, a folder of training on text, or a Hugging Face folder.
 
   Raises:
-    ValueError: if it is none of these, or has no checkpoint.
+    ValueError: if the folder is none of these, or has no checkpoint.
   """
   folder = pathlib.Path(path)
   config = folder / "config.json"
@@ -40,7 +44,8 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
   if "rl" not in plain:
     return loading.load_model(path)
   model_cfg = from_dict(model.ModelConfig, plain["model"])
-  # The weights can be loaded without the task's file or package, and are the same for any task.
+  # The default task stands in for the run's own: the weights do not depend on it, and can then be
+  # loaded where the task's file or package is missing.
   cfg = from_dict(RLConfig, plain["rl"] | {"task": RLConfig.task})
   restored = read_newest(
       folder / "checkpoints", abstract_rl_state(model.abstract_variables(model_cfg), cfg))

@@ -1,7 +1,8 @@
-"""The RL loop: rollouts, rewards, updates, evaluations, checkpoints; killed anywhere, it resumes.
+"""The RL loop: rollouts, rewards, updates, evaluations and checkpoints; resumes if it was killed.
 
-As in `train.loop`, rows of a step are on disk before its checkpoint is begun. Random keys come from
-the seed, the step, the problem and the sample, so a checkpoint needs to hold no generator.
+As in `train.loop`, a step's rows of metrics are on disk before its checkpoint is begun. Random keys
+are derived from the seed, the step, the problem and the sample, so a checkpoint holds no generator
+state.
 """
 
 import contextlib
@@ -41,21 +42,21 @@ from train.run_folder import Events, MetricsFile, RunFolder
 from train.signals import Signals
 from train.tokenizer import Tokenizer
 
-_MINIBATCHES = 2**31  # added to the seed, so that minibatches and sampling draw from other keys
+_MINIBATCHES = 2**31  # added to the seed, so that minibatches and sampling use different keys
 
 
 @dataclasses.dataclass
 class RLResult:
-  """What a run leaves in memory.
+  """What `train` returns.
 
   Attributes:
-    status: "finished", or "stopped" (by a signal or a limit; the same call goes on).
-    state: the last one.
-    steps: taken so far.
-    rows: of metrics.
-    evaluations: of `rl.evaluate.evaluate`, each with its "step".
-    cost: see `train.cost.total`.
-    messages: what went wrong and was got over.
+    status: "finished", or "stopped" by a signal or a time limit, after which the same call resumes.
+    state: the state after the last step.
+    steps: RL steps taken so far, those before a resume included.
+    rows: rows of metrics, one per step.
+    evaluations: figures of `rl.evaluate.evaluate`, each with its "step".
+    cost: device time, FLOPs, tokens and energy, as `train.cost.total` returns them.
+    messages: problems from which the run recovered, such as damaged checkpoints.
   """
 
   status: str
@@ -70,20 +71,22 @@ class RLResult:
 def train(
     cfg: RLConfig, model_cfg: ModelConfig, variables: dict, tokenizer: Tokenizer,
     folder: RunFolder, *, show: bool = True, max_seconds: float | None = None) -> RLResult:
-  """Trains a model on a task's problems, or goes on with what the folder holds.
+  """Trains a model on a task's problems, or resumes the run that the folder holds.
 
   Args:
-    cfg: the run.
-    model_cfg: of the model.
-    variables: to start from.
-    tokenizer: the model's.
-    folder: where the record and the checkpoints are.
-    show: whether to draw a progress bar, on stderr.
-    max_seconds: stop, saved, after so long.
+    cfg: the run's configuration.
+    model_cfg: the model's architecture.
+    variables: the model's variables at the start of the run; needed for a resume, too.
+    tokenizer: the model's tokenizer.
+    folder: the run's folder, for metrics, evaluations, completions and checkpoints.
+    show: draw a progress bar on stderr.
+    max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
 
   Raises:
-    TrainingError: after too many steps that were not finite.
-    ValueError: for prompts that are too long, or a reward that fails.
+    TrainingError: after more than `loop.max_skipped_steps` steps with a non-finite loss or
+      gradient.
+    ValueError: for prompts that are too long, sequences longer than the model's context, a reward
+      that fails, or `objective.routing` other than "free" for a model without experts.
     CheckpointError: if a checkpoint cannot be written.
   """
   return _Run(cfg, model_cfg, tokenizer, folder, show).run(variables, max_seconds)
@@ -93,7 +96,8 @@ class _Run:
 
   def __init__(self, cfg, model_cfg, tokenizer, folder, show):
     require(cfg.objective.routing == "free" or model_cfg.moe is not None,
-            f"objective.routing={cfg.objective.routing!r} needs a model with experts")
+            f"objective.routing={cfg.objective.routing!r} needs a model with experts; for a dense "
+            "model, leave it at 'free'")
     self.cfg, self.path, self.show = cfg, folder.path, show
     self.sampler = Sampler(Transformer(model_cfg), cfg, tokenizer)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
@@ -102,8 +106,8 @@ class _Run:
     updates = cfg.objective.updates
     self.rates = jax.vmap(learning_rate(cfg.optimizer, cfg.loop.steps * updates))(
         np.arange(cfg.loop.steps * updates)).reshape(-1, updates)
-    own = cfg.objective.value_learning_rate
-    self.value_rate = own / cfg.optimizer.learning_rate if own else 1.0
+    peak = cfg.objective.value_learning_rate
+    self.value_rate = peak / cfg.optimizer.learning_rate if peak else 1.0
     self.flops_per_token = model_cfg.flops_per_token(
         cfg.sampling.max_prompt_length + cfg.sampling.max_completion_length)
     self.checkpoints = Checkpoints(self.path / "checkpoints", keep=cfg.loop.keep_checkpoints)
@@ -113,7 +117,7 @@ class _Run:
 
   def run(self, variables, max_seconds) -> RLResult:
     loop = self.cfg.loop
-    # An offline sampler goes on with the model that the run began with.
+    # An offline sampler keeps sampling from the model that the run started from.
     self.initial = variables
     state, start, self.position = self._start(variables)
     self.cost = CostMeter(self.path, self.flops_per_token)
@@ -155,7 +159,7 @@ class _Run:
     return state if mesh else commit_to_device(state), step, position
 
   def _step(self, state: RLState, step: int) -> tuple[RLState, dict]:
-    """One step; its row of metrics."""
+    """Takes one RL step; returns the new state and the step's row of metrics."""
     cfg, began = self.cfg, time.monotonic()
     objective = cfg.objective
     offline = objective.sampler == "initial"
@@ -185,7 +189,7 @@ class _Run:
     return state, row
 
   def _roll_out(self, variables, step) -> tuple[Samples, Scored, dict]:
-    """A full rollout with its rewards; groups without a signal are replaced, if asked for."""
+    """Samples and scores a rollout, in which `resample` replaces groups of equal rewards."""
     sampling, drawn, scored, signal = self.cfg.sampling, [], [], []
     seconds = {"seconds/rollout": 0.0, "seconds/reward": 0.0}
     for _ in range(self.cfg.objective.resample):
@@ -214,8 +218,8 @@ class _Run:
     ids = [problem.id for problem in drawn.problems]
     learned_S = np.array([reward is not None for reward in scored.rewards])
     if objective.name == "rft":
-      right = [reward == 1 for reward in scored.by_name["accuracy"]]
-      advantage_S, learned_S = np.ones(len(drawn), np.float32), np.array(right)
+      correct = [reward == 1 for reward in scored.by_name["accuracy"]]
+      advantage_S, learned_S = np.ones(len(drawn), np.float32), np.array(correct)
     elif objective.name == "ppo":
       advantage_S = np.array([reward or 0.0 for reward in scored.rewards], np.float32)
     else:
@@ -227,7 +231,7 @@ class _Run:
                       advantage_S, learned_S, experts_STLK=drawn.experts_STLK)
 
   def _describe(self, drawn: Samples, scored: Scored, seen: Experience) -> dict[str, Any]:
-    """Metrics of a rollout, under the names that users of other trainers know."""
+    """Returns the metrics of a rollout, named as in other RL trainers, such as TRL."""
     rewards_S = np.array([np.nan if reward is None else reward for reward in scored.rewards])
     by_group = rewards_S.reshape(-1, self.cfg.sampling.num_generations)
     judged = ~np.isnan(by_group).all(1)

@@ -1,8 +1,8 @@
-"""Rewards by rule, in the form `reward(prompts, completions, **columns) -> list[float | None]`.
+"""Rule-based rewards, functions `reward(prompts, completions, **columns) -> list[float | None]`.
 
 Columns are lists as long as the prompts, such as "answer", "task", "language", "tests" or
-"num_tokens"; a reward takes those that it names and lets the others pass. None says that a row
-cannot be judged: it leaves its group and is learned from neither way.
+"num_tokens"; a reward uses those that it names and ignores the others. None means that a row cannot
+be judged: it leaves its group, and nothing is learned from it.
 """
 
 import dataclasses
@@ -32,29 +32,36 @@ _WORD = re.compile(rf"{_HAN}|(?:(?!{_HAN})[^\W\d_])+(?:['’](?:(?!{_HAN})[^\W\d
 
 
 def accuracy(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list:
-  """1 if the answer block, with which the completion must end, holds the right answer; else 0.
+  """1 if the answer block, with which the completion must end, has a correct answer; else 0.
 
-  R1's accuracy reward (arXiv:2501.12948v1, §2.2.2). Column "task" says by its spec who checks;
-  where there is none, column "answer" is compared as mathematics. None where the right answer
-  cannot be read: it is never taken for matched.
+  R1's accuracy reward (arXiv:2501.12948v1, section 2.2.2). The column "task" holds the spec of the
+  task that checks the answer; where it is missing or None, the answer is compared with the column
+  "answer" as mathematics.
+
+  Returns:
+    1.0, 0.0, or None where the reference answer cannot be parsed, which never counts as a match.
+
+  Raises:
+    ValueError: without a column "answer", or for an unknown task.
   """
   return _judge(strict_answer, completions, columns)
 
 
 def lenient_accuracy(prompts: Sequence[str], completions: Sequence[str],
                      **columns: Sequence) -> list:
-  """`accuracy` of the answer that a kind reader finds; for evaluation, not for training.
+  """`accuracy` with answers found by lenient matching; for evaluation, not for training.
 
-  What RL gains in `accuracy` but not here, it gained in form.
+  An improvement that `accuracy` shows and this does not is one of format. See
+  `rl.extraction.lenient_answer`.
   """
   return _judge(lenient_answer, completions, columns)
 
 
 def well_formed(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list:
-  """1 for one think block and then one answer block, and nothing else; else 0.
+  """1 for one think block, then one answer block, and nothing else; else 0.
 
-  R1's format reward (arXiv:2501.12948v1, §2.2.2). A prompt that ends with `<think>` has opened the
-  think block.
+  R1's format reward (arXiv:2501.12948v1, section 2.2.2). A prompt that ends with `<think>` has
+  already opened the think block.
   """
   return [float(is_well_formed(completion, thinking_opened=opens_thinking(prompt)))
           for prompt, completion in zip(prompts, completions, strict=True)]
@@ -62,21 +69,37 @@ def well_formed(prompts: Sequence[str], completions: Sequence[str], **columns: S
 
 def language_consistency(prompts: Sequence[str], completions: Sequence[str], *,
                          language: Sequence[str | None], **columns: Sequence) -> list:
-  """The share of the reasoning's words that are in the target language: R1, Nature 2025, eq. 7.
+  """The fraction of the reasoning's words that are in the target language (Nature 2025, eq. 7).
 
-  A word is a run of letters, or a Chinese character. Of column "language", "en" takes words of
-  ASCII letters and "zh" Chinese characters; words in other scripts are in neither. Numbers,
-  symbols, single letters but "a" and "I", and LaTeX commands are no words. Reasoning without any
-  word, or that does not end, gets 0: silence is not to be a way to be consistent. None where the
-  row has no language.
+  A word is a run of letters, or a single Chinese character. Words of ASCII letters are English,
+  Chinese characters are Chinese, and words in other scripts are in neither language. Numbers,
+  symbols, single ASCII letters other than "a", "A" and "I", and LaTeX commands are not words.
+
+  Args:
+    prompts: one prompt per row.
+    completions: one completion per row.
+    language: the target language of each row, "en" or "zh", or None.
+    columns: ignored.
+
+  Returns:
+    A fraction in 0..1; 0 for reasoning that has no words or is not closed, so that a model cannot
+    be consistent by saying nothing; None where the row has no target language.
+
+  Raises:
+    ValueError: for a language other than "en" and "zh".
   """
-  return [None if target is None else _share(
+  return [None if target is None else _fraction_in(
       target, reasoning(completion, thinking_opened=opens_thinking(prompt)) or "")
       for prompt, completion, target in zip(prompts, completions, language, strict=True)]
 
 
 def brevity(max_tokens: int) -> Reward:
-  """A reward that falls evenly from 1 for no token to 0 for `max_tokens`, in tokens ("num_tokens").
+  """Returns a reward that falls linearly from 1 for 0 tokens to 0 for `max_tokens` or more.
+
+  The reward uses the column "num_tokens", the completion's length.
+
+  Args:
+    max_tokens: length from which the reward is 0, in tokens.
 
   Raises:
     ValueError: unless `max_tokens` is positive.
@@ -90,9 +113,14 @@ def brevity(max_tokens: int) -> Reward:
 
 
 def overlong(max_tokens: int, cache_tokens: int) -> Reward:
-  """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), of column "num_tokens".
+  """Returns DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13) as a reward.
 
-  0 up to `max_tokens - cache_tokens`, from there evenly down to -1 at `max_tokens`, -1 beyond.
+  It is 0 for up to `max_tokens - cache_tokens` tokens, falls linearly to -1 at `max_tokens`, and
+  stays -1 beyond. The reward uses the column "num_tokens", the completion's length.
+
+  Args:
+    max_tokens: length from which the reward is -1, in tokens.
+    cache_tokens: number of tokens before `max_tokens` over which the reward falls.
 
   Raises:
     ValueError: unless 0 < cache_tokens <= max_tokens.
@@ -108,10 +136,14 @@ def overlong(max_tokens: int, cache_tokens: int) -> Reward:
 
 
 def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
-  """A reward of 1 for a program in the answer block that passes its tests in the sandbox; else 0.
+  """Returns a reward of 1 for a program that passes its unit tests in the sandbox, else 0.
 
-  Column "tests" has Python asserts; None where a row has none. The limits are seconds of wall
-  clock and MiB of memory.
+  The program is the text of the answer block, with or without a Markdown fence. The column "tests"
+  holds each row's Python asserts, or None for a row without tests, whose reward is then None.
+
+  Args:
+    timeout_s: wall-clock limit per program, in seconds.
+    memory_mb: memory limit per process, in MiB.
   """
   def reward(prompts, completions, *, tests, **columns):
     from rl.sandbox import passes_many
@@ -128,30 +160,34 @@ def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """What rewards say of a batch.
+  """The rewards of a batch.
 
   Attributes:
-    rewards: by row the weighted sum, None if any reward was None.
-    by_name: by reward and row, unweighted.
+    rewards: each row's weighted sum of rewards; None if any of its rewards is None.
+    by_name: for each reward, by name, the unweighted values of all rows.
   """
 
   rewards: list[float | None]
   by_name: dict[str, list[float | None]]
 
   def rows(self, chosen: Sequence[int]) -> "Scored":
-    """Of some rows, in that order."""
+    """Returns the rewards of the rows with the indices `chosen`, in that order."""
     pick = lambda values: [values[i] for i in chosen]
     return Scored(pick(self.rewards), {name: pick(row) for name, row in self.by_name.items()})
 
   @classmethod
   def join(cls, parts: Sequence["Scored"]) -> "Scored":
-    """Of all rows of all parts."""
+    """Concatenates the rows of all parts, which must have the same rewards."""
     chain = lambda columns: list(itertools.chain.from_iterable(columns))
     return cls(chain(part.rewards for part in parts),
                {name: chain(part.by_name[name] for part in parts) for name in parts[0].by_name})
 
   def metrics(self) -> dict[str, float]:
-    """`rewards/NAME/mean` over judged rows (NaN if there is none) and `rewards/NAME/unjudged`."""
+    """Returns the metrics of each reward, under the reward's name.
+
+    `rewards/NAME/mean` is its mean over judged rows, NaN if there are none, and
+    `rewards/NAME/unjudged` the number of rows for which it is None.
+    """
     metrics = {}
     for name, values in self.by_name.items():
       judged = [value for value in values if value is not None]
@@ -162,22 +198,24 @@ class Scored:
 
 def combine(functions: Mapping[str, Reward],
             weights: Mapping[str, float] | None = None) -> Callable[..., Scored]:
-  """One function of several rewards: `(prompts, completions, **columns) -> Scored`.
+  """Combines several rewards into one function `(prompts, completions, **columns) -> Scored`.
 
   Args:
     functions: rewards by name.
-    weights: by the same names; without them each weighs 1, as accuracy and format do in R1
-      (Nature 2025, eq. 4).
+    weights: the rewards' weights, by the same names; None to weight each by 1, as R1 does accuracy
+      and format (Nature 2025, eq. 4).
 
   Raises:
-    ValueError: for no reward, names that differ or weights that are not finite. Of the function
-      returned: for columns of another length than the prompts, and naming any reward that raises
-      or does not return a finite number or None for every row.
+    ValueError: for no rewards, weights of other names than the rewards, or weights that are not
+      finite. The returned function raises ValueError for columns of another length than the
+      prompts, and, naming the reward, for one that raises or does not return a finite number or
+      None for every row.
   """
   weights = dict.fromkeys(functions, 1.0) if weights is None else weights
-  require(bool(functions), "combine needs a reward")
+  require(bool(functions), "combine needs at least one reward")
   require(set(weights) == set(functions),
-          f"weights are for {sorted(weights)}, rewards are {sorted(functions)}: name the same")
+          f"weights are for {sorted(weights)}, but the rewards are {sorted(functions)}: name the "
+          "same")
   for name, weight in weights.items():
     require(math.isfinite(weight), f"the weight of reward {name!r} is {weight}; it must be finite")
 
@@ -214,27 +252,30 @@ def _checked(name: str, function: Reward, prompts: Sequence[str], completions: S
 def _judge(extract: Callable[[str], str | None], completions: Sequence[str],
            columns: Mapping[str, Sequence]) -> list[float | None]:
   require("answer" in columns, "accuracy needs the column 'answer'")
-  # A wrong answer shows whether the right one can be read, even if the completion has none.
+  # Rows without an answer are checked too, with "": the verdict on an incorrect answer still shows
+  # whether the reference answer can be parsed.
   answers = [extract(completion) or "" for completion in completions]
   rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-  of_task = {}
+  indices_by_task = {}
   for index, row in enumerate(rows):
-    of_task.setdefault(row.get("task"), []).append(index)
+    indices_by_task.setdefault(row.get("task"), []).append(index)
   rewards = [None] * len(rows)
-  for spec, indices in of_task.items():
-    check_all = get_task(spec).check_all if spec else _same
+  for spec, indices in indices_by_task.items():
+    check_all = get_task(spec).check_all if spec else _compare
     verdicts = check_all([answers[i] for i in indices], [rows[i] for i in indices])
     for i, verdict in zip(indices, verdicts, strict=True):
       rewards[i] = None if verdict is None else float(verdict)
   return rewards
 
 
-def _same(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+def _compare(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
   return [same_answer(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
 
 
-def _share(language: str, text: str) -> float:
-  require(language in ("en", "zh"), f"language_consistency knows 'en' and 'zh', not {language!r}")
+def _fraction_in(language: str, text: str) -> float:
+  """Returns the fraction of the text's words that are in the language; 0 if it has no words."""
+  require(language in ("en", "zh"),
+          f"language_consistency supports 'en' and 'zh', not {language!r}")
   words = [word for word in _WORD.findall(_LATEX.sub(" ", text))
            if len(word) > 1 or not word.isascii() or word in "aAI"]
   chinese = re.compile(_HAN)

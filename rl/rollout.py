@@ -1,8 +1,8 @@
-"""Sampling many completions: a few slots decode together, and are refilled as sequences end.
+"""Samples many completions in a few slots, which are refilled as sequences end.
 
-Everything happens in one program on the device. A slot is a row of the latent cache; when enough of
-them are free, the next prompts are read at once and put there. Of several devices, each decodes
-sequences of its own and waits for no other.
+The whole rollout is one program on the device. A slot is a row of the latent cache; when enough
+slots are free, the next prompts are prefilled as one batch and put into them. With several devices,
+each decodes its own part of the sequences without waiting for the others.
 
 Shape letters:  S sequences  B slots  R slots refilled at once  P prompt tokens  N new tokens
                 V vocabulary  T prompt and new tokens  L MoE layers  K experts per token
@@ -20,16 +20,16 @@ from model import Cache, Transformer, init_cache
 from model.checks import require
 from model.decoding.generate import prefill, sample_token
 
-_REFILLS = 8  # slots are refilled when one in so many is free
+_REFILLS = 8  # slots are refilled when one in this many is free
 
 
 class Prompts(NamedTuple):
-  """What to complete.
+  """Prompts to complete; a prompt is repeated for each of its samples.
 
   Attributes:
-    tokens_SP: int32, padded on the right.
-    lengths_S: int32, in 1..P.
-    keys_S: jax.random keys, of `sequence_keys`.
+    tokens_SP: int32 token ids, padded on the right.
+    lengths_S: int32 lengths in tokens, in 1..P.
+    keys_S: a jax.random key for each sequence, from `sequence_keys`.
   """
 
   tokens_SP: jax.Array
@@ -38,15 +38,18 @@ class Prompts(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """What was sampled.
+  """The completions sampled.
 
   Attributes:
-    tokens_SN: int32, up to and including the stop token; rubbish behind.
-    lengths_S: int32, tokens of each, the stop token included.
-    logprobs_SN: float32, in nats, under the distribution sampled from; 0 behind the end.
-    ended_S: whether the stop token came; else the completion was cut off.
-    decode_steps: int32, forward passes of one token per slot, of the device that needed most.
-    experts_STLK: int16, the experts that read each token but the last, prompts' included, or None.
+    tokens_SN: int32 token ids, up to and including the stop token; undefined after it.
+    lengths_S: int32 lengths of the completions in tokens, the stop token included.
+    logprobs_SN: float32 log-probabilities in nats, under the distribution sampled from; 0 after the
+      completion's end.
+    ended_S: bool, whether the stop token was sampled; otherwise the completion was truncated.
+    decode_steps: int32, number of forward passes of one token per slot, on the device that needed
+      the most.
+    experts_STLK: int16, the experts to which every token of the prompt and the completion, but for
+      the last one, was routed; None if they were not recorded.
   """
 
   tokens_SN: jax.Array
@@ -58,19 +61,19 @@ class Rollout(NamedTuple):
 
   @property
   def mask_SN(self) -> jax.Array:
-    """Where the sampled tokens are."""
+    """Bool, True at the tokens that were sampled."""
     return jnp.arange(self.tokens_SN.shape[1]) < self.lengths_S[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="seed")
 def sequence_keys(seed: int, step, prompts_S: jax.Array, samples_S: jax.Array) -> jax.Array:
-  """A key for every sequence, which knows nothing of rows, batches or devices.
+  """Returns a random key for every sequence, independent of rows, batches and devices.
 
   Args:
-    seed: of the run.
-    step: of the run.
-    prompts_S: a number for each sequence's prompt.
-    samples_S: which of its prompt's samples a sequence is.
+    seed: the run's seed.
+    step: the run's step.
+    prompts_S: an integer that identifies each sequence's prompt.
+    samples_S: the index of each sequence among its prompt's samples.
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
   fold = jax.vmap(lambda prompt, sample: jax.random.fold_in(
@@ -79,17 +82,22 @@ def sequence_keys(seed: int, step, prompts_S: jax.Array, samples_S: jax.Array) -
 
 
 def pad_prompts(prompts: list[np.ndarray], max_length: int, keys_S: jax.Array) -> Prompts:
-  """Prompts of token ids as one array.
+  """Pads prompts on the right, with zeros, into one array.
+
+  Args:
+    prompts: token ids of each prompt.
+    max_length: P, the length to pad to.
+    keys_S: a random key for each prompt, see `sequence_keys`.
 
   Raises:
-    ValueError: for no prompt, an empty one, or one that is longer than `max_length`.
+    ValueError: if there are no prompts, or one is empty or longer than `max_length`.
   """
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  require(len(lengths) > 0, "there is no prompt to complete")
-  require(lengths.min() > 0, f"prompt {lengths.argmin()} is empty: it needs a token to go on from")
+  require(len(lengths) > 0, "there is no prompt to complete: give at least one")
+  require(lengths.min() > 0, f"prompt {lengths.argmin()} is empty: it needs at least one token")
   require(lengths.max() <= max_length,
           f"prompt {lengths.argmax()} has {lengths.max()} tokens, more than the {max_length} "
-          "allowed: raise max_prompt_length, or leave it out")
+          "allowed: raise max_prompt_length, or leave this prompt out")
   tokens = np.zeros((len(prompts), max_length), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[:len(prompt)] = prompt
@@ -102,25 +110,26 @@ def rollout(
     slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None) -> Rollout:
   """Samples a completion of every prompt.
 
-  The n-th token of a sequence is drawn with `fold_in(its key, n)`: the same with any number of
-  slots and devices, but where the rounding of another batch shape changes a choice.
+  The n-th token of a sequence is drawn with the key `fold_in(key, n)`, where `key` is the
+  sequence's. It is therefore the same with any number of slots and devices, unless the different
+  rounding of another batch shape changes a choice.
 
   Args:
     model: the network; its MTP modules are not used.
-    variables: its variables.
-    prompts: see `pad_prompts`.
-    max_new_tokens: after which a sequence is cut off.
-    stop_token: ends a sequence, and is part of it.
-    temperature: 0 takes the likeliest token.
-    top_p: nucleus mass in (0, 1].
-    slots: sequences that a device decodes at a time; None for all of its own.
-    record_experts: keep the routers' choices.
-    mesh: devices to spread the sequences over, in their order; each has all variables meanwhile.
-      None for the one device that the variables are on.
+    variables: the network's variables.
+    prompts: prompts to complete, see `pad_prompts`.
+    max_new_tokens: tokens after which a completion is truncated.
+    stop_token: token that ends a completion, and is part of it; None if there is none.
+    temperature: sampling temperature; at 0 the most likely token is taken.
+    top_p: probability mass of nucleus sampling, in (0, 1].
+    slots: sequences that each device decodes at a time; None for all of its sequences.
+    record_experts: whether to return the routers' choices.
+    mesh: devices over which the sequences are divided, in order. The variables are replicated to
+      all of them. None for the single device that holds the variables.
 
   Raises:
-    ValueError: for impossible arguments, sequences longer than the model's context, or as many as
-      do not divide over the devices.
+    ValueError: for arguments out of range, sequences longer than the model's context, or a number
+      of sequences that does not divide over the devices.
   """
   require(temperature >= 0 and 0 < top_p <= 1 and max_new_tokens >= 1,
           "rollout needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
@@ -128,10 +137,12 @@ def rollout(
   longest = prompts.tokens_SP.shape[1] + max_new_tokens
   require(longest <= model.cfg.max_seq_len,
           f"prompts of {prompts.tokens_SP.shape[1]} and completions of {max_new_tokens} tokens are "
-          f"longer than the model's context of {model.cfg.max_seq_len}")
+          f"longer than the model's context of {model.cfg.max_seq_len}: lower a limit, or raise "
+          "max_seq_len")
   num_sequences, devices = len(prompts.lengths_S), 1 if mesh is None else mesh.size
   require(num_sequences % devices == 0,
-          f"{num_sequences} sequences do not divide over {devices} devices: sample a multiple")
+          f"{num_sequences} sequences do not divide over {devices} devices: sample a multiple of "
+          "the number of devices")
   slots = num_sequences // devices if slots is None else min(slots, num_sequences // devices)
   require(slots >= 1, f"slots={slots} must be positive")
   stop_token = -1 if stop_token is None else stop_token
@@ -144,26 +155,33 @@ def rollout(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "static"))
 def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stop_token, static):
-  everywhere, own = PartitionSpec(), PartitionSpec(mesh.axis_names)
+  replicated, sharded = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
   def on_one_device(prompts, *args):
     out = _rollout(model, args[0], prompts, *args[1:], *static)
     return out._replace(decode_steps=out.decode_steps[None])
 
-  # Nothing that leaves is said to be the same on all devices, so there is nothing to check.
+  # No output is declared to be replicated, so check_vma has nothing to check.
   out = jax.shard_map(
-      on_one_device, mesh=mesh, in_specs=(own, *[everywhere] * 4), out_specs=own,
+      on_one_device, mesh=mesh, in_specs=(sharded, *[replicated] * 4), out_specs=sharded,
       check_vma=False)(prompts, variables, temperature, top_p, stop_token)
   return out._replace(decode_steps=out.decode_steps.max())
 
 
 class _Slots(NamedTuple):
-  """The sequences under way: S in `sequence_B` is a free slot."""
+  """The sequences that are being decoded.
+
+  Attributes:
+    cache: the latent cache, one row per slot.
+    logits_BV: logits of each slot's next token.
+    sequence_B: index of the sequence in each slot; S, the number of sequences, for a free slot.
+    position_B: number of new tokens in each slot so far.
+  """
 
   cache: Cache
   logits_BV: jax.Array
   sequence_B: jax.Array
-  position_B: jax.Array  # new tokens so far
+  position_B: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -175,7 +193,7 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
   free_B = lambda s: s.sequence_B == num_sequences
 
   def refill_slots(state):
-    """Puts the next prompts into free slots."""
+    """Prefills the next prompts and puts them into free slots."""
     s, out, begun = state
     slot_R = jnp.nonzero(free_B(s), size=refill, fill_value=slots)[0]
     sequence_R = begun + jnp.arange(refill, dtype=jnp.int32)
@@ -198,9 +216,9 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
 
   def can_read(state):
     s, _, begun = state
-    # As many as are refilled at once, or all that there are: the last few need not wait.
-    wanted = jnp.minimum(refill, num_sequences - begun)
-    return (begun < num_sequences) & (free_B(s).sum() >= wanted)
+    # A full refill's slots must be free, or enough for all prompts left: the last few do not wait.
+    needed = jnp.minimum(refill, num_sequences - begun)
+    return (begun < num_sequences) & (free_B(s).sum() >= needed)
 
   def decode(state):
     s, out, begun = state
@@ -208,7 +226,7 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     row_B = jnp.minimum(s.sequence_B, num_sequences - 1)
     keys_B = jax.vmap(jax.random.fold_in)(prompts.keys_S[row_B], s.position_B)
     token_B, logp_B = sample_token(s.logits_BV, keys_B, temperature, top_p, greedy, nucleus)
-    where = (s.sequence_B, s.position_B)  # a free slot's is outside
+    where = (s.sequence_B, s.position_B)  # out of bounds, and so dropped, for a free slot
     position_B = s.position_B + active_B
     stopped_B = token_B == stop_token
     out = Rollout(
@@ -235,12 +253,12 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
 
   unfinished = lambda state: (state[2] < num_sequences) | ~free_B(state[0]).all()
   _, out, _ = jax.lax.while_loop(
-      unfinished, round_, _nothing_yet(model.cfg, prompts, max_new_tokens, slots, record))
+      unfinished, round_, _initial_state(model.cfg, prompts, max_new_tokens, slots, record))
   return out
 
 
-def _nothing_yet(cfg, prompts, max_new_tokens, slots, record):
-  """Free slots, an empty Rollout, and no sequence begun."""
+def _initial_state(cfg, prompts, max_new_tokens, slots, record):
+  """Returns free slots, an empty Rollout, and 0, the number of sequences begun."""
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   longest, shape = prompt_tokens + max_new_tokens, (num_sequences, max_new_tokens)
   s = _Slots(init_cache(cfg, slots, longest), jnp.zeros((slots, cfg.vocab_size)),
@@ -256,5 +274,5 @@ def _nothing_yet(cfg, prompts, max_new_tokens, slots, record):
 
 
 def _experts(read) -> jax.Array:
-  """The trunk's choices in a forward pass: int16 [B, T, L, K]."""
+  """Returns the experts that the trunk's routers chose in a forward pass: int16 [B, T, L, K]."""
   return jnp.moveaxis(read.router["moe_layers"].experts_BTK, 0, 2).astype(jnp.int16)

@@ -1,4 +1,4 @@
-"""From problems to judged completions: prompts, rollout, text, rewards.
+"""Samples completions of a task's problems as text, and assembles the reward function.
 
 Shape letters:  S sequences  N new tokens
 """
@@ -25,15 +25,21 @@ from train.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  """Completions, a row for each, those of a problem side by side.
+  """Completions on the host, one per row; those of a problem are consecutive.
 
   Attributes:
-    problems: of each row.
-    prompts: text of each row's prompt.
-    prompt_tokens: its token ids.
-    completions: text, without the stop token.
-    tokens_SN, lengths_S, logprobs_SN, ended_S, experts_STLK: as in `rl.rollout.Rollout`, on the
-      host.
+    problems: each row's problem.
+    prompts: each row's prompt, as text.
+    prompt_tokens: each row's prompt, as token ids.
+    completions: each row's completion, as text without the stop token.
+    tokens_SN: int32 token ids of the completions, up to and including the stop token; undefined
+      after it.
+    lengths_S: int32 lengths of the completions in tokens, the stop token included.
+    logprobs_SN: float32 log-probabilities of the completions' tokens in nats, under the
+      distribution sampled from.
+    ended_S: bool, whether the stop token was sampled; otherwise the completion was truncated.
+    experts_STLK: int16, the experts that each token was routed to, as in `rl.rollout.Rollout`;
+      None if they were not recorded.
   """
 
   problems: list[Problem]
@@ -50,7 +56,7 @@ class Samples:
     return len(self.problems)
 
   def rows(self, chosen: np.ndarray) -> "Samples":
-    """Some rows, in that order."""
+    """Returns the rows with the indices `chosen`, in that order."""
     def pick(x):
       if x is None or isinstance(x, np.ndarray):
         return None if x is None else x[chosen]
@@ -59,7 +65,11 @@ class Samples:
     return Samples(*(pick(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
   def columns(self) -> dict[str, list]:
-    """What rewards are given: every problem's row, "num_tokens" and "row"."""
+    """Returns the columns that rewards are given, by name.
+
+    They are those of `Problem.row`, None in rows whose problem does not have the column;
+    "num_tokens", the completion's length; and "row", the row's index.
+    """
     given = [problem.row() for problem in self.problems]
     names = dict.fromkeys(name for row in given for name in row)
     return {name: [row.get(name) for row in given] for name in names} | {
@@ -67,7 +77,7 @@ class Samples:
 
 
 def join(parts: Sequence[Samples]) -> Samples:
-  """All rows of all parts."""
+  """Concatenates the rows of all parts."""
   def cat(name):
     values = [getattr(part, name) for part in parts]
     if values[0] is None:
@@ -80,13 +90,13 @@ def join(parts: Sequence[Samples]) -> Samples:
 
 
 class Sampler:
-  """Poses a task's problems to a model.
+  """Samples a model's completions of a task's problems.
 
   Args:
     net: the network.
-    cfg: says task, template, limits and devices; a program always samples
-      `cfg.sampling.num_sequences`.
-    tokenizer: the model's.
+    cfg: the run's configuration, for the task, the template, the sampling limits and the mesh. The
+      compiled program always samples `cfg.sampling.num_sequences` sequences; fewer are padded.
+    tokenizer: the model's tokenizer.
   """
 
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer):
@@ -97,46 +107,49 @@ class Sampler:
   def sample(
       self, variables: dict, split: str, indices: Sequence[int], num_samples: int, *, step: int,
       temperature: float | None = None, top_p: float = 1.0) -> Samples:
-    """`num_samples` completions of each of the split's problems with these indices.
+    """Samples `num_samples` completions of each of the given problems.
 
     Args:
-      variables: of the model, on any devices: whole copies are made where sampling needs them.
-      split: of the task.
-      indices: of the problems.
-      num_samples: completions of each.
-      step: with the seed, the index and the sample's number, decides the random key.
-      temperature: None for the config's.
-      top_p: see `rl.rollout.rollout`.
+      variables: the network's variables, on any devices and with any sharding; they are replicated
+        to the devices that sample.
+      split: the split of the task that the problems are from.
+      indices: indices of the problems in the split.
+      num_samples: completions of each problem.
+      step: an integer that, with the seed, the problem's index and the sample's, determines the
+        random key.
+      temperature: sampling temperature; None for the configuration's.
+      top_p: probability mass of nucleus sampling, in (0, 1].
 
     Raises:
-      ValueError: for a problem whose prompt is empty or too long.
+      ValueError: for a problem whose prompt is empty or too long, or an unknown split.
     """
     problems = [self.task.problem(split, index) for index in indices]
     prompts = [self.template.render(problem.question) for problem in problems]
     tokens = self.tokenizer.encode_batch(prompts)
-    of_row = np.repeat(np.arange(len(problems)), num_samples)
+    problem_S = np.repeat(np.arange(len(problems)), num_samples)
     sample_S = np.tile(np.arange(num_samples), len(problems))
-    index_S = np.asarray(indices)[of_row]
+    index_S = np.asarray(indices)[problem_S]
     drawn = self._complete(
-        variables, [tokens[p] for p in of_row], self.cfg.sampling.max_prompt_length, index_S,
+        variables, [tokens[p] for p in problem_S], self.cfg.sampling.max_prompt_length, index_S,
         sample_S, step, temperature, top_p)
     texts = self._texts(drawn)
-    return Samples([problems[p] for p in of_row], [prompts[p] for p in of_row],
-                   [tokens[p] for p in of_row], texts, *drawn)
+    return Samples([problems[p] for p in problem_S], [prompts[p] for p in problem_S],
+                   [tokens[p] for p in problem_S], texts, *drawn)
 
   def resume(self, variables: dict, drawn: Samples, kept_S: Sequence[int], num_samples: int, *,
              step: int) -> list[str]:
-    """Beginnings of completions, sampled on; each may become a whole completion's length longer.
+    """Continues the beginnings of completions, each by up to `max_completion_length` tokens.
 
     Args:
-      variables: of the model.
+      variables: the network's variables.
       drawn: the completions.
-      kept_S: tokens of each that are kept.
-      num_samples: continuations of each, side by side in the result.
-      step: see `sample`; with the row and the continuation's number, decides the random key.
+      kept_S: number of leading tokens of each completion that are kept.
+      num_samples: continuations of each beginning, consecutive in the result.
+      step: an integer that, with the seed, the row and the continuation's index, determines the
+        random key.
 
     Returns:
-      The text from each completion's beginning.
+      The texts of the beginnings with their continuations, without prompts.
     """
     sampling, kept_S = self.cfg.sampling, np.asarray(kept_S)
     begun = [tokens[:kept] for tokens, kept in zip(drawn.tokens_SN, kept_S, strict=True)]
@@ -155,7 +168,11 @@ class Sampler:
 
   def _complete(self, variables, prompts, max_prompt, index_S, sample_S, step, temperature=None,
                 top_p=1.0) -> tuple[np.ndarray, ...]:
-    """A rollout's arrays for any number of prompts, a program's size at a time."""
+    """Samples any number of prompts, in batches of the compiled program's size.
+
+    Returns:
+      The host arrays of `Rollout` but `decode_steps`; `experts_STLK` only if it was recorded.
+    """
     variables = (jax.device_put(variables, self.mesh.replicated()) if self.mesh
                  else commit_to_device(variables))
     size, pieces = self.cfg.sampling.num_sequences, []
@@ -181,11 +198,11 @@ class Sampler:
 
 
 def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards.Scored]:
-  """The weighted rewards of a config.
+  """Returns the weighted sum of a configuration's rewards, as `rl.rewards.combine` does.
 
   Args:
-    cfg: the weights.
-    max_tokens: the limit on completions' lengths.
+    cfg: the rewards' weights.
+    max_tokens: limit on the completions' lengths, in tokens, for the overlong penalty.
   """
   known = {
       "accuracy": rewards.accuracy, "format": rewards.well_formed,
@@ -200,7 +217,7 @@ def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards
 def _random(
     prompts: Sequence[str], completions: Sequence[str], row: Sequence[int], **columns: Any,
 ) -> list[float]:
-  """Heads or tails of what was written and where, so that a resumed run throws the same."""
+  """Returns 0 or 1 from a hash of row, prompt and completion, so that a resumed run repeats it."""
   del columns
   return [float(zlib.crc32(f"{i} {prompt} {completion}".encode()) & 1)
           for i, prompt, completion in zip(row, prompts, completions, strict=True)]

@@ -1,21 +1,26 @@
-"""Rewards for code: does an untrusted program pass trusted tests?
+"""Runs untrusted programs against trusted tests in sandboxes, for rewards for code.
 
-Two processes, each in a sandbox of its own. One executes the program and answers calls; the other
-executes the tests, in which the program's functions are stand-ins that send plain arguments across
-and get plain results back (`rl.sandbox_child`). Only the second process's exit status counts.
+A verdict takes two processes, each in a sandbox of its own. One executes the program and answers
+calls; the other executes the tests, in which the program's functions are replaced by proxies that
+send plain arguments to the first process and return its plain results (`rl.sandbox_child`). Only
+the second process's exit status decides.
 
-What this protects against. Wrong programs that want to look right: they never share an interpreter
-with the asserts, cannot see, signal or trace that process, and can say nothing but "this call
-returns that plain value". Programs that do harm: no network, no process or thread besides the one
-given, an empty working directory in memory, a file system that shows, read-only, the system's
-programs and Python and nothing else, no privileges, nobody's user (a root trainer) or a user
-namespace's (any other), limits on CPU time, wall clock, memory and files.
+What this protects against:
+- Incorrect programs that try to pass. They never share an interpreter with the asserts, cannot see,
+  signal or trace that process, and can tell it nothing but that a call returned a plain value.
+- Programs that do harm. They have no network, no process or thread besides their own, a read-only
+  file system with nothing but the system's programs and Python, an empty working directory in
+  memory, no privileges, the user nobody (if the trainer is root) or one in a user namespace
+  (otherwise), and limits on CPU time, wall-clock time, memory and files.
 
-What it does not protect against. Bugs of the kernel, which programs talk to unfiltered. Memory that
-the kernel holds for a process (sockets, shared segments, a nested namespace's mounts): run the
-trainer in a container with a limit of its own. A program that reads expected values off the
-arguments it is called with, or remembers earlier calls. A machine so busy that a right program runs
-out of wall clock. Tests are run as carefully as programs, but what they accept is believed.
+What this does not protect against:
+- Bugs of the kernel, as system calls are not filtered.
+- Memory that the kernel holds for a process (sockets, shared segments, a nested namespace's
+  mounts): run the trainer in a container that has a memory limit.
+- A program that infers expected values from the arguments it is called with, or remembers earlier
+  calls.
+- A machine so busy that a correct program exceeds its wall-clock limit.
+- Tests that accept too much: they run in a sandbox like programs, but their verdict is trusted.
 """
 
 import ast
@@ -49,40 +54,50 @@ def passes(program: str, tests: str, *, timeout_s: float, memory_mb: int,
   """Whether every assert of the tests holds for the program.
 
   Args:
-    program: Python source that defines functions, whose arguments and results are None, bool, int,
-      float, complex, str, bytes, bytearray, list, tuple, dict, set or frozenset, nested, and
-      exactly these: not a subclass, not a generator. It has the standard library, and no threads.
-    tests: Python source with asserts that call these functions by name, at the top or, as in
-      HumanEval, in a `check(candidate)` that it calls itself. Builtins are the real ones whatever
-      the program defines; so is every name that the tests define. What a function does to its
-      arguments is seen, and so are exceptions, non-builtin ones as RuntimeError.
-    timeout_s: Wall clock for both, sandboxes' start included; also the CPU time of each, rounded
-      up.
-    memory_mb: Address space of each of the two, MiB, at least 64.
-    allow_unsandboxed: Where no sandbox works, run the program with this process's rights anyway;
-      limits of time and memory, and the separate process for the tests, remain.
+    program: Python source that defines functions. Their arguments and results are None, bool, int,
+      float, complex, str, bytes, bytearray, list, tuple, dict, set or frozenset, possibly nested;
+      instances of subclasses and generators are not accepted. The program may import the standard
+      library but not start threads.
+    tests: Python source with asserts that call these functions by name, at the top level or, as in
+      HumanEval, in a `check(candidate)` that the source itself calls. Builtins, and names that the
+      tests define, are never replaced by functions of the program. The tests see what a function
+      does to its arguments, and the exceptions it raises: builtin ones as they are, others as
+      RuntimeError.
+    timeout_s: wall-clock limit in seconds for both processes, the start of their sandboxes
+      included; rounded up, it is also the limit on the CPU time of each.
+    memory_mb: limit on the address space of each process, in MiB; at least 64.
+    allow_unsandboxed: where no sandbox works, run the program with this process's rights. The
+      limits on time and memory and the separate process for the tests remain.
 
   Returns:
-    False too for tests that are broken or never call the program.
+    The verdict; False also for tests that are broken or never call the program.
 
   Raises:
-    ValueError: The limits make no sense, or no sandbox works here.
+    ValueError: for limits out of range, or if no sandbox works on this machine.
   """
   require(math.isfinite(timeout_s) and timeout_s > 0, f"timeout_s={timeout_s} must be positive")
   require(memory_mb >= _LEAST_MEMORY_MB,
           f"memory_mb={memory_mb} must be at least {_LEAST_MEMORY_MB}, for Python itself")
   prefix, reasons = _working_sandbox()
   require(prefix is not None or allow_unsandboxed,
-          f"no sandbox works here ({reasons}). Install bubblewrap, or run where user namespaces "
-          "are allowed; allow_unsandboxed=True runs untrusted code with your own rights instead")
+          f"no sandbox works on this machine ({reasons}). Install bubblewrap, or run where user "
+          "namespaces are allowed; allow_unsandboxed=True runs untrusted code with your own rights "
+          "instead")
   return _run(prefix or [], program, tests, timeout_s, memory_mb)
 
 
 def passes_many(pairs: Iterable[tuple[str, str]], *, timeout_s: float, memory_mb: int,
                 workers: int | None = None, allow_unsandboxed: bool = False) -> list[bool]:
-  """`passes` for each (program, tests), `workers` at a time: by default as many as CPU cores.
+  """Returns `passes` for each (program, tests), several at a time.
 
-  Equal pairs are run once, and empty programs not at all.
+  Equal pairs are run once. Empty programs are not run, and fail.
+
+  Args:
+    pairs: programs with their tests.
+    timeout_s: time limit per pair, see `passes`.
+    memory_mb: memory limit per process, see `passes`.
+    workers: number of pairs that run at a time; None for the number of CPU cores.
+    allow_unsandboxed: see `passes`.
   """
   one = functools.partial(passes, timeout_s=timeout_s, memory_mb=memory_mb,
                           allow_unsandboxed=allow_unsandboxed)
@@ -94,10 +109,15 @@ def passes_many(pairs: Iterable[tuple[str, str]], *, timeout_s: float, memory_mb
 
 
 def humaneval_case(row: dict[str, str], completion: str) -> tuple[str, str]:
-  """(program, tests) of a row of HumanEval (arXiv:2107.03374, section 2.2) and a continuation.
+  """Returns (program, tests) for a completion of a HumanEval prompt.
 
-  Helpers that a prompt defines are the tests' own: a completion that redefines `encode_shift`
-  does not thereby pass as its inverse.
+  See arXiv:2107.03374, section 2.2. Helpers that the prompt defines are copied into the tests, so
+  that the program cannot replace them: a completion cannot pass as the inverse of `encode_shift` by
+  redefining that function.
+
+  Args:
+    row: a row of the data set, with "prompt", "entry_point" and "test".
+    completion: the code that continues the prompt.
   """
   prompt = ast.parse(row["prompt"])
   is_function = lambda node: isinstance(node, ast.FunctionDef)
@@ -131,7 +151,8 @@ def _started(command: list[str], stdin: object, stdout: object) -> Iterator[subp
     try:
       yield process
     finally:
-      if process.returncode is None:  # else it is reaped, and its number may be another group's
+      # Once a process has been reaped, its id may belong to another group.
+      if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -142,7 +163,7 @@ def _child_code() -> str:
 
 
 def _system() -> tuple[list[str], dict[str, str]]:
-  """What a sandbox shows: directories to mount, and links at the root with where they lead."""
+  """Returns the directories to mount in a sandbox, and its root's links with their targets."""
   shown, links = ["/usr"], {}
   for name in ("bin", "lib", "lib64"):
     path = pathlib.Path("/", name)
@@ -162,7 +183,10 @@ def _tool(name: str) -> str:
 
 
 def _unprivileged() -> list[str]:
-  """Gives up what setting up needed. Only for another user than root does RLIMIT_NPROC count."""
+  """Returns a command prefix that drops the privileges which setting up the sandbox needed.
+
+  Root becomes the user nobody, as RLIMIT_NPROC does not apply to root.
+  """
   user = [f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"] if _is_root() else []
   return [_tool("setpriv"), *user, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
 
@@ -172,6 +196,7 @@ def _is_root() -> bool:
 
 
 def _bubblewrap() -> list[str]:
+  """Returns a command prefix that runs a command in a sandbox of bubblewrap's."""
   shown, links = _system()
   command = [_tool("bwrap"), "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts",
              "--unshare-cgroup-try", "--die-with-parent"]
@@ -182,9 +207,10 @@ def _bubblewrap() -> list[str]:
 
 
 def _mounts(shown: list[str], links: dict[str, str]) -> list[str]:
-  # Left to itself, bubblewrap makes the way to what root keeps impassable for anyone else.
-  way = [str(parent) for path in shown for parent in reversed(pathlib.Path(path).parents)]
-  args = [arg for path in way if path != "/" for arg in ("--perms", "755", "--dir", path)]
+  # By default bubblewrap creates the parents of a mount that only root may enter with permissions
+  # that keep every other user out.
+  parents = [str(parent) for path in shown for parent in reversed(pathlib.Path(path).parents)]
+  args = [arg for path in parents if path != "/" for arg in ("--perms", "755", "--dir", path)]
   args += [arg for path in shown for arg in ("--ro-bind", path, path)]
   args += [arg for name, to in links.items() for arg in ("--symlink", to, f"/{name}")]
   return [*args, "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--perms", "1777",
@@ -192,16 +218,20 @@ def _mounts(shown: list[str], links: dict[str, str]) -> list[str]:
 
 
 def _unshare() -> list[str]:
-  """As bubblewrap, from util-linux. In a chroot nobody can make another user namespace."""
+  """Returns a command prefix that does what `_bubblewrap`'s does with util-linux's tools.
+
+  Processes in its chroot cannot create another user namespace.
+  """
   shown, links = _system()
   quoted = shlex.quote
-  steps = [  # /sys is everywhere, and nothing below it is needed
+  steps = [  # /sys serves as the new root: it exists everywhere, and nothing below it is needed
       f"mount -t tmpfs -o nosuid,nodev,mode=755,size={_DISK_BYTES} tmpfs /sys", "cd /sys",
       "mkdir -m 1777 tmp", "mkdir etc", "! [ -e /etc/ld.so.cache ] || cp /etc/ld.so.cache etc",
       *(f"mkdir -p .{quoted(path)} && mount -o bind,ro,nosuid {quoted(path)} .{quoted(path)}"
         for path in shown),
       *(f"ln -s {quoted(to)} {name}" for name, to in links.items()),
-      # No exec: the shell is the namespace's init, which changing users would free of --kill-child.
+      # No exec: the shell has to stay the namespace's init, as a change of its user would clear the
+      # signal by which --kill-child kills it.
       f"chroot . {shlex.join(_unprivileged())} --  sh -c 'cd /tmp && exec \"$@\"' sh \"$@\"",
       "exit $?"]
   user = [] if _is_root() else ["--user", "--map-root-user"]
@@ -227,7 +257,7 @@ def leaks():
 
 @functools.cache
 def _working_sandbox() -> tuple[list[str] | None, str]:
-  """The command that starts a sandbox, tried out; or None, and what did not work."""
+  """Returns the prefix of the first sandbox that works when tried; else None and the reasons."""
   reasons = []
   for make in (_bubblewrap, _unshare):
     prefix, reason = _tried(make)
@@ -238,10 +268,10 @@ def _working_sandbox() -> tuple[list[str] | None, str]:
 
 
 def _tried(make: Callable[[], list[str]]) -> tuple[list[str], str]:
-  """The command, and why it is of no use here ("" if it is)."""
+  """Returns a sandbox's command prefix, and the reason why it does not work, "" if it does."""
   try:
     prefix = make()
   except FileNotFoundError as error:
     return [], str(error)
   works = _run(prefix, _PROBE, "assert leaks() == []", timeout_s=20, memory_mb=512)
-  return prefix, "" if works else f"{prefix[:1]} is there but does not isolate"
+  return prefix, "" if works else f"{prefix[:1]} is installed but does not isolate"

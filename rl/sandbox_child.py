@@ -1,8 +1,8 @@
-"""What runs inside the sandboxes: the program under test in one, the tests in the other.
+"""The code that runs inside the sandboxes: the program under test in one, its tests in the other.
 
-Both start as bare interpreters that are handed this module's code, so it imports only what takes no
-time. A call crosses the channel as plain data, comes back as plain data, and is judged by a process
-that has never run a line of the program.
+Both are bare interpreters that are given this module's code, which therefore imports only modules
+that load fast. A call and its result cross the channel as plain data, and the result is judged by a
+process that has never run a line of the program.
 """
 
 import builtins
@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 
-PASSED, FAILED = 87, 1  # exit statuses; no tool that starts the tests has the first of its own
+PASSED, FAILED = 87, 1  # exit statuses; no tool that starts the tests exits with 87 itself
 MAX_MESSAGE = 16 << 20  # bytes
 FILE_BYTES = 1 << 20
 OPEN_FILES = 32
@@ -20,10 +20,10 @@ def _escaped(text: str) -> str:
   return text.encode("unicode_escape").decode()
 
 
-_ATOMS = {  # type: (tag, how to write it on one line, how to read it)
+_ATOMS = {  # type: (tag, function to write it on one line, function to read it)
     type(None): ("n", lambda _: "", lambda _: None),
     bool: ("b", lambda x: "1" * x, bool),
-    int: ("i", hex, lambda line: int(line, 16)),  # decimal would take quadratic time
+    int: ("i", hex, lambda line: int(line, 16)),  # decimal conversion takes quadratic time
     float: ("f", float.hex, float.fromhex),
     complex: ("c", str, complex),
     str: ("s", _escaped, lambda line: line.encode().decode("unicode_escape")),
@@ -36,24 +36,29 @@ _TAGS = {kind: tag for tag, kind in (_MUTABLE | _FIXED).items()}
 
 
 class Wire:
-  """Plain values as text, for one call: the same objects on both sides, changes included.
+  """Encodes the plain values of one call as text, keeping the identity of mutable objects.
 
-  An atom is a line, its type's tag and its value; a container is a line with its type's name and
-  length, before its items. Mutable ones are numbered in order of appearance; "@" and the number
-  stand for one that was named before. The answer to a call repeats its arguments, which updates
-  them in place: what the function did to them is seen, and so is what it returned of them.
+  An atom is a line with its type's tag and its value; a container is a line with its type's name
+  and its length, followed by its items. Mutable containers are numbered in order of appearance;
+  "@" and the number refer to one that the message has already written. The answer to a call repeats
+  its arguments, and decoding it updates them in place: the caller sees what the function did to
+  them, and which of them it returned.
   """
 
   def __init__(self):
     self._objects: list = []
 
   def encode(self, value: object) -> bytes:
-    """Raises TypeError for anything but exact builtins: a subclass may carry its own `__eq__`."""
-    lines, named = [], set()
-    self._write(value, {id(x): i for i, x in enumerate(self._objects)}, named, lines)
+    """Returns the message for a value.
+
+    Raises:
+      TypeError: for anything but exact builtin types, as a subclass may define its own `__eq__`.
+    """
+    lines, written = [], set()
+    self._write(value, {id(x): i for i, x in enumerate(self._objects)}, written, lines)
     return "\n".join(lines).encode()
 
-  def _write(self, value: object, numbers: dict[int, int], named: set[int],
+  def _write(self, value: object, numbers: dict[int, int], written: set[int],
              lines: list[str]) -> None:
     kind = type(value)
     if kind in _ATOMS:
@@ -61,28 +66,32 @@ class Wire:
       lines.append(tag + write(value))
       return
     if kind not in _TAGS:
-      raise TypeError(f"only plain values cross between a program and its tests, not {kind}")
+      raise TypeError(f"a program and its tests exchange only plain values, not {kind}")
     number = ""
     if _TAGS[kind] in _MUTABLE:
       if id(value) not in numbers:
         numbers[id(value)] = len(self._objects)
         self._objects.append(value)
       number = numbers[id(value)]
-      if number in named:
+      if number in written:
         lines.append(f"@{number}")
         return
-      named.add(number)
+      written.add(number)
     items = [x for item in value.items() for x in item] if kind is dict else list(value)
     lines.append(f"={_TAGS[kind]} {len(items)} {number}")
     for item in items:
-      self._write(item, numbers, named, lines)
+      self._write(item, numbers, written, lines)
 
   def decode(self, message: bytes) -> object:
-    """The value written. Raises some Exception for a message that `encode` does not write."""
+    """Returns the value of a message; mutable objects that crossed before are updated in place.
+
+    Raises:
+      Exception: of any type, for a message that `encode` does not write.
+    """
     lines = iter(message.decode().split("\n"))
     value = self._read(lines)
     if next(lines, None) is not None:
-      raise ValueError("a message goes on after its value")
+      raise ValueError("the message has lines after its value")
     return value
 
   def _read(self, lines: object) -> object:
@@ -112,19 +121,28 @@ class Wire:
 
 
 def send(channel: int, message: bytes) -> None:
-  """Raises ValueError for a message that is longer than the other side takes."""
+  """Sends a message with its length in front.
+
+  Raises:
+    ValueError: for a message of more than `MAX_MESSAGE` bytes, which the receiver would refuse.
+  """
   if len(message) > MAX_MESSAGE:
-    raise ValueError(f"{len(message)} bytes to send, at most {MAX_MESSAGE} cross at a time")
+    raise ValueError(f"a message of {len(message)} bytes is longer than {MAX_MESSAGE}, the limit")
   rest = memoryview(len(message).to_bytes(4, "little") + message)
   while rest:
     rest = rest[os.write(channel, rest):]
 
 
 def receive(channel: int) -> bytes:
-  """Raises EOFError where the other side is gone, ValueError for more than `MAX_MESSAGE` bytes."""
+  """Receives a message.
+
+  Raises:
+    EOFError: if the other process has closed the channel.
+    ValueError: for a message of more than `MAX_MESSAGE` bytes.
+  """
   size = int.from_bytes(_exactly(channel, 4), "little")
   if size > MAX_MESSAGE:
-    raise ValueError(f"a message of {size} bytes, at most {MAX_MESSAGE} are taken")
+    raise ValueError(f"a message of {size} bytes is longer than {MAX_MESSAGE}, the limit")
   return _exactly(channel, size)
 
 
@@ -139,13 +157,13 @@ def _exactly(channel: int, size: int) -> bytes:
 
 
 def run_program(channel: int) -> None:
-  """Executes the program that arrives, names its functions, then answers calls, until cut off.
+  """Executes the program received, sends the names of its functions, then answers calls forever.
 
-  Ends, which fails the tests, when the program does not run through, or when a call's result or
-  its arguments afterwards are not plain.
+  The process ends, which fails the tests, when the program raises, or when the result of a call or
+  its arguments after the call are not plain values.
   """
   module = type(sys)("program")
-  sys.modules["program"] = module  # dataclasses look their module up
+  sys.modules["program"] = module  # dataclasses look up their module there
   exec(compile(receive(channel), "program", "exec"), module.__dict__)
   send(channel, Wire().encode([name for name, x in vars(module).items() if callable(x)]))
   while True:
@@ -159,14 +177,14 @@ def run_program(channel: int) -> None:
 
 
 class _Tests:
-  """The tests' process: stand-ins for the program's functions, and what the tests make of them."""
+  """The tests and the proxies of the program's functions that they call."""
 
   def __init__(self, channel: int):
     self.channel = channel
     self.calls = 0
 
-  def stand_in(self, name: str):
-    """A function that has the other process call the program's `name`."""
+  def proxy(self, name: str):
+    """Returns a function that has the other process call the program's function `name`."""
     def call(*args, **kwargs):
       self.calls += 1
       wire = Wire()
@@ -176,39 +194,40 @@ class _Tests:
         done, result, _, _ = wire.decode(receive(self.channel))
         error = None if done is True else _exception(*result)
       except Exception:
-        os._exit(FAILED)  # tests that expect exceptions must not mistake this for one
+        os._exit(FAILED)  # an exception could satisfy tests that expect the program to raise one
       if error:
         raise error
       return result
     return call
 
   def run(self, tests: str) -> bool:
+    """Executes the tests; returns whether they called the program. Raises what they raise."""
     code = compile(tests, "tests", "exec")
-    # A program may define `abs` or `all`; the tests mean the real ones.
+    # Where a program defines `abs` or `all`, tests that use these names mean the builtins.
     names = set(Wire().decode(receive(self.channel))) & _names(code) - set(dir(builtins))
-    exec(code, {name: self.stand_in(name) for name in names} | {"__name__": "tests"})
+    exec(code, {name: self.proxy(name) for name in names} | {"__name__": "tests"})
     return self.calls > 0
 
 
 def _names(code: object) -> set[str]:
-  """Names that a code object, or one inside it, may look up as globals."""
+  """Returns the names that a code object, or one nested in it, may look up as globals."""
   inner = [const for const in code.co_consts if isinstance(const, type(code))]
   return set(code.co_names).union(*map(_names, inner))
 
 
 def _exception(kind: str, message: str) -> Exception:
-  """What the program raised, where builtin; anything else is a RuntimeError."""
+  """Returns the exception that the program raised; a RuntimeError if its type is not builtin."""
   found = getattr(builtins, kind, None)
   if not (isinstance(found, type) and issubclass(found, Exception)):
     return RuntimeError(f"{kind}: {message}")
   try:
     return found(message)
-  except TypeError:  # UnicodeDecodeError and its like want more arguments
+  except TypeError:  # UnicodeDecodeError and some others require more arguments
     return RuntimeError(f"{kind}: {message}")
 
 
 def run_tests(channel: int) -> None:
-  """Reads (program, tests) from stdin, passes the program on, and exits `PASSED` or `FAILED`."""
+  """Reads (program, tests) from stdin, sends the program on, and exits with PASSED or FAILED."""
   try:
     with os.fdopen(os.dup(0), "rb") as job:
       program, tests = Wire().decode(job.read())
@@ -227,9 +246,14 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
 
 
 def main() -> None:
-  """Arguments: "program" or "tests", seconds of CPU time, bytes of memory."""
+  """Runs one of the two processes.
+
+  Command-line arguments: its role, "program" or "tests"; the limit on CPU time in seconds; the
+  limit on memory in bytes.
+  """
   role, cpu_s, memory_bytes = sys.argv[1:4]
-  # Not 0 and 1, where prints and reads of the program would meet the messages.
+  # The channel is moved off descriptors 0 and 1, where the program's own reads and prints would mix
+  # with the messages.
   channel = os.dup(0 if role == "program" else 1)
   os.dup2(2, 1)
   _limit(int(cpu_s), int(memory_bytes))

@@ -1,9 +1,10 @@
-"""The stages of R1's recipe, and how they chain.
+"""The stages of R1's pipeline (arXiv:2501.12948, section 2.3), and a function that chains them.
 
-A stage is `stage(config, start, *, out, max_seconds) -> folder`: it starts from the model in the
-folder `start` and leaves a run folder `out`, or None if it was stopped before its end.
+A stage is a function `stage(config, start, *, out, max_seconds) -> folder`. It starts from the
+model in the folder `start`, writes the run folder `out`, and returns its path, or None if it was
+stopped before its end.
 
-    pretrain_base  noisy worked solutions are generated and pretrained on
+    pretrain_base  pretrains a base model on generated, noisy worked solutions
     fine_tune      supervised fine-tuning, by `train.stages.train_on_text`
     reinforce      reinforcement learning from rewards
 """
@@ -29,21 +30,23 @@ from train.loop import train
 from train.run_folder import RunFolder
 from train.stages import close_stage, fit_vocabulary, open_stage, train_on_text
 
-# From any model that this project writes or reads, RL run folders among them.
+# Starts from any folder that this project can load a model from, including RL runs' folders.
 fine_tune = functools.partial(train_on_text, load_model=load_model)
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-  """A base model for RL, pretrained on noisy worked solutions.
+  """The pretraining of a base model for RL on noisy worked solutions.
 
   Attributes:
-    run: how it is pretrained; its sources are the generated documents.
-    documents: how many there are, and how good.
-    task: of the documents, a spec of `rl.tasks.get_task`.
-    template: of the documents, a name of `rl.templates.get_template`.
-    seed: of the documents and of pretraining.
-    keep_vocabulary: leave `run.model.vocab_size` as it is.
+    run: how the base is pretrained; the generated documents replace its `data.sources`, and `seed`
+      its `train.seed`.
+    documents: number of documents and their noise.
+    task: spec of the task whose solutions are written, see `rl.tasks.get_task`.
+    template: name of the prompt template of the documents, see `rl.templates.get_template`.
+    seed: seed of the documents and of pretraining.
+    keep_vocabulary: keep `run.model.vocab_size` as it is, instead of setting it to the number of
+      the tokenizer's tokens.
   """
 
   run: RunConfig
@@ -56,12 +59,12 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage of a pipeline, as data.
+  """One stage of a pipeline.
 
   Attributes:
-    name: of its folder, below the pipeline's.
-    run: the stage function.
-    config: what it is given.
+    name: name of the stage's folder within the pipeline's folder.
+    run: the stage function, such as `reinforce`.
+    config: the configuration that the stage function is called with.
   """
 
   name: str
@@ -72,25 +75,26 @@ class Stage:
 def run_stages(
     stages: Sequence[Stage], start: str | os.PathLike | None, *, out: str | os.PathLike,
     max_seconds: float | None = None) -> pathlib.Path | None:
-  """Runs stages one after the other, each from the folder that the one before left.
+  """Runs stages one after another, each from the folder that the one before it wrote.
 
   Stages that have finished in `out` are skipped, so the same call resumes.
 
   Args:
-    stages: in order; their names must differ.
-    start: the model that the first starts from; None for random weights.
-    out: a folder, in which every stage has one of its own.
-    max_seconds: stop after saving once so much time has passed.
+    stages: the stages in order, with different names.
+    start: folder of the model from which the first stage starts; None for random weights.
+    out: the pipeline's folder, in which every stage has a folder of its own.
+    max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
 
   Returns:
-    The last stage's folder; None if one was stopped before its end.
+    The last stage's folder; None if a stage was stopped before its end. Without stages, `start`.
 
   Raises:
-    ValueError: if two stages have one name.
+    ValueError: if two stages have the same name, or for what a stage refuses.
   """
   names = [stage.name for stage in stages]
   if len(set(names)) < len(names):
-    raise ValueError(f"stages {', '.join(names)} need different names: each has a folder")
+    raise ValueError(f"the names of the stages {', '.join(names)} must differ, as each names a "
+                     "folder")
   began, folder = time.monotonic(), start
   for stage in stages:
     left = max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
@@ -103,15 +107,24 @@ def run_stages(
 def pretrain_base(
     cfg: BaseConfig, start: str | os.PathLike | None = None, *, out: str | os.PathLike,
     max_seconds: float | None = None) -> pathlib.Path | None:
-  """The stage that pretrains a base; see the head of this file.
+  """Stage: generates noisy worked solutions and pretrains a base model on them.
+
+  Args:
+    cfg: the base's configuration.
+    start: must be None, as a base is pretrained from random weights.
+    out: the run folder, in which the documents are written to `documents.jsonl`.
+    max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
+
+  Returns:
+    The folder; None if the stage was stopped before its end.
 
   Raises:
-    ValueError: if there is a `start`, as a base begins with random weights; if `out` holds another
-      base; or if the task has no documents.
+    ValueError: if `start` is given, if `out` holds another base, or if the task cannot write
+      documents.
   """
   if start is not None:
-    raise ValueError(f"a base is pretrained from random weights, and start={start} is a model: "
-                     "leave one of them out")
+    raise ValueError(f"a base is pretrained from random weights, but start={start} names a model: "
+                     "leave out either the model or the pretraining")
   requested = to_dict(cfg)
   with open_stage(out, requested, _upgrade_base) as folder:
     if folder is None:
@@ -132,7 +145,7 @@ def pretrain_base(
 
 
 def _upgrade_base(stored: dict) -> dict:
-  """A base's `config.json` as this version writes it; "requested" was once called "asked"."""
+  """Converts a base's `config.json` to the current version; "requested" was once "asked"."""
   renamed = {"requested" if name == "asked" else name: value for name, value in stored.items()}
   return upgrade(renamed, {"config": RunConfig, "requested": BaseConfig})
 
@@ -140,10 +153,20 @@ def _upgrade_base(stored: dict) -> dict:
 def reinforce(
     cfg: RLConfig, start: str | os.PathLike, *, out: str | os.PathLike,
     max_seconds: float | None = None) -> pathlib.Path | None:
-  """The stage that trains by RL; see the head of this file.
+  """Stage: trains a model by RL.
+
+  Args:
+    cfg: the run's configuration.
+    start: folder of the model to start from, see `rl.loading.load_model`.
+    out: the run folder.
+    max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
+
+  Returns:
+    The folder; None if the stage was stopped before its end.
 
   Raises:
-    ValueError: if `out` holds another configuration.
+    ValueError: if `out` holds a run with another configuration, or for what `rl.loop.train`
+      refuses.
   """
   requested = {"rl": to_dict(cfg), "start": str(start)}
   with open_stage(out, requested, upgrade_config) as folder:
@@ -157,22 +180,23 @@ def reinforce(
 def run_rl(cfg: RLConfig, start: LoadedModel, folder: RunFolder, *,
            identity: dict[str, Any] | None = None,
            max_seconds: float | None = None) -> loop.RLResult:
-  """RL from a model in memory, in a folder that is held; resumes what the folder has of it.
+  """Trains a model in memory by RL, or resumes the run that the folder holds.
 
   Args:
-    cfg: the run.
-    start: the model.
-    folder: of the run.
-    identity: what `config.json` is to hold besides the configuration.
-    max_seconds: stop after saving once so much time has passed.
+    cfg: the run's configuration.
+    start: the model to start from.
+    folder: the run's folder, which the caller has opened and thereby locked.
+    identity: further entries of `config.json`, which must be the same at a resume.
+    max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
 
   Raises:
-    ValueError: if the folder holds another configuration.
+    ValueError: if the folder holds a run with another configuration, or for what `rl.loop.train`
+      refuses.
   """
   folder.check_config({**as_dict(cfg, start.cfg), **(identity or {})}, upgrade_config)
   tokenizer = start.tokenizer()
   tokenizer.save(folder.path / TOKENIZER)
   result = loop.train(cfg, start.cfg, start.variables, tokenizer, folder, max_seconds=max_seconds)
   for message in result.messages:
-    print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
+    print(f"skipped a damaged checkpoint: {message}", file=sys.stderr)
   return result

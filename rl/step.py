@@ -1,9 +1,10 @@
-"""One RL step as a pure function of the state and what was sampled.
+"""The update of an RL step, a pure function of the state and the completions sampled.
 
-The optimizer's step is `train.step`'s: this file gives it an objective, and lays out a rollout as
-minibatches of micro-batches.
+The optimizer step itself is `train.step`'s; this file gives it an objective, and lays out a rollout
+as minibatches of micro-batches.
 
-Shape letters:  S sequences  T tokens that are predicted: prompt and completion, but the first
+Shape letters:  S sequences  T predicted tokens: prompt and completion without the first token
+                L MoE layers  K experts per token
 """
 
 import functools
@@ -30,12 +31,12 @@ from train.step import TrainState, init_state, make_train_step
 
 @flax.struct.dataclass
 class RLState:
-  """What RL changes.
+  """The state that RL updates.
 
   Attributes:
-    train: the policy and its optimizer.
-    reference: variables that the KL is to; None if there is none in the objective.
-    value: PPO's value model and its optimizer, else None.
+    train: parameters, router biases and optimizer state of the policy.
+    reference: variables of the reference policy of the KL; None if the objective has no KL.
+    value: parameters and optimizer state of PPO's value model; None for other objectives.
   """
 
   train: TrainState
@@ -45,15 +46,19 @@ class RLState:
 
 @flax.struct.dataclass
 class Experience:
-  """Completions to learn from. Rows are alike however they were sampled.
+  """Completions to learn from.
 
   Attributes:
     tokens: int32 [S, T + 1], prompt and completion without a gap, padded on the right.
-    token_mask: bool [S, T], at predictions made from a real token.
-    mask: bool [S, T], at predictions of the completion's tokens, its stop token included.
-    logp_sampler: float32 [S, T], as kept from sampling; 0 outside the mask.
-    advantage: float32 [S]; for PPO the outputs' rewards.
-    experts: int16 [S, T, L, K], the sampler's choices for each token read, or None.
+    token_mask: bool [S, T], True where the predicted token is not padding.
+    mask: bool [S, T], True where the predicted token is to be learned: one of the completion's, its
+      stop token included, in a sequence that is learned from.
+    logp_sampler: float32 [S, T], log-probabilities in nats that the sampler computed; 0 outside the
+      completion.
+    advantage: float32 [S], the advantage of each sequence. For PPO it is the sequence's reward, for
+      which the update substitutes advantages [S, T].
+    experts: int16 [S, T, L, K], the experts that the sampler's routers chose for each input token;
+      None if they were not recorded.
   """
 
   tokens: jax.Array
@@ -66,7 +71,14 @@ class Experience:
 
 @flax.struct.dataclass
 class _Batch:
-  """Experience, and what the policy before the update and the reference think of it."""
+  """Experience, with log-probabilities under the policy before the update and the reference.
+
+  Attributes:
+    experience: the completions.
+    logp_old: [S, T], under the policy before the update; None if a rollout has one optimizer step.
+    logp_reference: [S, T], under the reference; None if the objective has no KL.
+    spec: the objective.
+  """
 
   experience: Experience
   logp_old: jax.Array | None
@@ -78,17 +90,17 @@ def experience(
     prompts: list[np.ndarray], tokens_SN: np.ndarray, lengths_S: np.ndarray,
     logprobs_SN: np.ndarray, advantage_S: np.ndarray, learned_S: np.ndarray, *,
     experts_STLK: np.ndarray | None = None, multiple: int = 32) -> Experience:
-  """Lays out a rollout.
+  """Lays out a rollout as rows of prompt and completion, on the host.
 
   Args:
     prompts: token ids of each sequence's prompt.
-    tokens_SN: completions; see `rl.rollout.Rollout`.
-    lengths_S: of the completions.
-    logprobs_SN: of the completions' tokens.
-    advantage_S: of each sequence.
-    learned_S: bool; the others are masked whole.
-    experts_STLK: of the rollout, or None.
-    multiple: T is a multiple of this, so that few shapes are compiled.
+    tokens_SN: token ids of the completions, see `rl.rollout.Rollout`.
+    lengths_S: lengths of the completions in tokens.
+    logprobs_SN: log-probabilities of the completions' tokens in nats.
+    advantage_S: advantage of each sequence; for PPO its reward.
+    learned_S: bool, whether each sequence is learned from; the mask of others is False throughout.
+    experts_STLK: the experts recorded by the rollout, or None.
+    multiple: T is padded to a multiple of this, to limit the number of shapes that are compiled.
   """
   starts_S = np.array([len(prompt) for prompt in prompts])
   ends_S = starts_S + lengths_S
@@ -115,15 +127,15 @@ def sequence_logprobs(
     net: Transformer, variables: dict, tokens: jax.Array, token_mask: jax.Array,
     temperature: float | jax.Array, experts: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, balance.RouterStats]]:
-  """Log-probabilities [S, T] of each next token, in nats, and the routers' statistics.
+  """Returns the log-probabilities [S, T] of each next token in nats, and the routers' statistics.
 
   Args:
     net: the network.
-    variables: its variables.
+    variables: the network's variables.
     tokens: int32 [S, T + 1].
-    token_mask: bool [S, T]; what is outside is padding, which no statistic counts.
-    temperature: that the tokens were sampled with.
-    experts: [S, T, L, K], to be used in place of what the routers would choose.
+    token_mask: bool [S, T]; tokens outside it are padding, which no statistic counts.
+    temperature: the temperature at which the tokens were sampled.
+    experts: [S, T, L, K], experts to use instead of the routers' choices; None for these.
   """
   chosen = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
   output = net.apply(variables, tokens[:, :-1], segment_ids_BT=token_mask.astype(jnp.int32),
@@ -134,19 +146,25 @@ def sequence_logprobs(
 
 
 class PolicyObjective:
-  """`rl.objective.policy_loss` in the form that `train.step` takes."""
+  """`rl.objective.policy_loss` as an objective of `train.step`.
+
+  Args:
+    net: the network.
+    temperature: the temperature at which the tokens were sampled.
+    replay: whether to use the experts that the sampler chose instead of the routers' choices.
+  """
 
   def __init__(self, net: Transformer, temperature: float | jax.Array, replay: bool = False):
     self.net, self.temperature, self.replay = net, temperature, replay
 
   def denominators(self, batch: _Batch) -> Sums:
-    """Of the whole minibatch, its micro-batches along the leading axis."""
+    """Returns the terms' denominators over a minibatch, whose leading axis is micro-batches."""
     whole = batch.experience
     return {"policy": jnp.maximum(denominator(whole.mask, batch.spec), 1),
             "sequence_balance": jnp.maximum(whole.token_mask.any(-1).sum(), 1).astype(jnp.float32)}
 
   def sums(self, variables: dict, batch: _Batch) -> tuple[Sums, AuxOutputs]:
-    """The terms of one micro-batch."""
+    """Returns the summed loss terms and the metrics of one micro-batch."""
     seen = batch.experience
     logp, router = sequence_logprobs(
         self.net, variables, seen.tokens, seen.token_mask, self.temperature,
@@ -158,7 +176,8 @@ class PolicyObjective:
         logp_sampler=seen.logp_sampler)
     total = lambda x: jnp.where(seen.mask, x, 0).sum()
     tokens = seen.mask.sum().astype(jnp.float32)
-    # The sampled tokens' surprise: an estimate of the entropy, free of bias where pi sampled them.
+    # The mean of -log pi over sampled tokens is an estimate of the entropy, unbiased if the policy
+    # itself sampled them.
     means |= {"entropy": (total(-fixed), tokens),
               "sampling_gap": (total(jnp.abs(old - seen.logp_sampler)), tokens)}
     if seen.experts is not None and not self.replay:
@@ -173,21 +192,24 @@ class PolicyObjective:
 
 
 def _agreement(experts_LSTK: jax.Array, seen: Experience) -> tuple[jax.Array, jax.Array]:
-  """Of the sampler's choices, those that the trainer's routers make too: (sum, count)."""
-  theirs_LSTK = jnp.moveaxis(seen.experts, 2, 0)
-  both_LSTK = (experts_LSTK[..., None] == theirs_LSTK[..., None, :]).any(-1)
-  counted = seen.token_mask[..., None] & jnp.ones_like(both_LSTK)
-  return (both_LSTK & counted).sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32)
+  """Returns how many of the trainer's expert choices the sampler made too, and how many there are.
+
+  Both count the choices of all tokens but padding, as float32.
+  """
+  sampler_LSTK = jnp.moveaxis(seen.experts, 2, 0)
+  same_LSTK = (experts_LSTK[..., None] == sampler_LSTK[..., None, :]).any(-1)
+  counted = seen.token_mask[..., None] & jnp.ones_like(same_LSTK)
+  return (same_LSTK & counted).sum(dtype=jnp.float32), counted.sum(dtype=jnp.float32)
 
 
 def init_rl_state(
     variables: dict, cfg: RLConfig, mesh: ShardedModel | None = None) -> RLState:
-  """The state before the first step; the reference is the model that it starts from.
+  """Returns the state before the first step, whose reference is the model that it starts from.
 
   Args:
-    variables: of that model.
-    cfg: the run.
-    mesh: where the state is to be; None for where the variables are.
+    variables: variables of that model.
+    cfg: the run's configuration.
+    mesh: the mesh over which the state is sharded; None to leave it on the variables' device.
   """
   variables = {"params": variables["params"], "router": variables.get("router", {})}
   if mesh:
@@ -201,7 +223,7 @@ def init_rl_state(
 
 
 def state_shardings(state: RLState, mesh: ShardedModel) -> RLState:
-  """A NamedSharding for every array of a state, or of its shapes."""
+  """Returns a NamedSharding for every array of a state; the state may consist of shapes only."""
   variables, value = {"router": {}} | mesh.variables(), state.value
   if value is not None:
     head = jax.tree.map(lambda _: mesh.replicated(), value.params["head"])
@@ -212,7 +234,7 @@ def state_shardings(state: RLState, mesh: ShardedModel) -> RLState:
 
 def abstract_rl_state(
     variables: dict, cfg: RLConfig, mesh: ShardedModel | None = None) -> RLState:
-  """Shapes and formats of `init_rl_state`, and on a mesh its places, for restoring one."""
+  """Returns a state's shapes, formats and, on a mesh, shardings, for restoring a checkpoint."""
   shapes = jax.eval_shape(lambda v: init_rl_state(v, cfg), variables)
   if mesh is None:
     return shapes
@@ -222,32 +244,39 @@ def abstract_rl_state(
 
 
 def refresh(state: RLState) -> RLState:
-  """The policy becomes the reference (R1: every 400 steps)."""
+  """Returns the state with the current policy as its reference (R1: every 400 steps)."""
   return state.replace(reference=jax.tree.map(jnp.copy, state.train.variables))
 
 
 def make_update(
     model_cfg: model.ModelConfig, cfg: RLConfig,
 ) -> Callable[[RLState, Experience, dict, jax.Array], tuple[RLState, dict]]:
-  """Returns `update(state, experience, hyper, key) -> state, metrics`, jitted, the state donated.
+  """Returns the jitted function `update(state, experience, hyper, key) -> state, metrics`.
 
-  It takes `cfg.objective.updates` optimizer steps on minibatches drawn with the key; `hyper` holds
-  "learning_rate" and "value_learning_rate", of each of those steps, "spec", the objective,
-  "temperature" and "gae_lambda". Metrics are means over the steps. The experience has
-  `cfg.sampling.num_sequences` rows.
+  It takes `cfg.objective.updates` optimizer steps on minibatches, which it draws with the key, of
+  an experience of `cfg.sampling.num_sequences` rows. `hyper` holds "learning_rate" and
+  "value_learning_rate", an array each with a value per optimizer step; "spec", the objective;
+  "temperature"; and "gae_lambda". The metrics are means over the optimizer steps, but "skipped",
+  the number of steps skipped so far. The state is donated.
 
-  Where `cfg.mesh` has several devices, the state is on the mesh of `train.mesh.make_sharded_model`
-  and stays sharded as `state_shardings` says; every micro-batch is divided over the devices.
+  If `cfg.mesh` has several devices, the state has to be on the mesh of
+  `train.mesh.make_sharded_model`, sharded as by `state_shardings`, and remains so. Every
+  micro-batch is divided over the mesh's data and fsdp axes.
+
+  Args:
+    model_cfg: the model's architecture.
+    cfg: the run's configuration.
 
   Raises:
-    ValueError: if there are not as many devices, or a micro-batch does not divide over them.
+    ValueError: if the mesh does not fit the number of devices, or a micro-batch does not divide
+      over them.
   """
   mesh = make_sharded_model(model_cfg, cfg.mesh)
   micro = cfg.objective.micro_batch_size or (
       cfg.sampling.num_sequences // cfg.objective.minibatches)
   require(mesh is None or micro % mesh.batch_devices == 0,
           f"{micro} sequences at a time do not divide over the devices of {cfg.mesh}: change "
-          "objective.micro_batch_size, or sampling.num_prompts")
+          "objective.micro_batch_size or sampling.num_prompts")
   objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
       "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance",
       "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo")
@@ -256,7 +285,7 @@ def make_update(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(model_cfg, mesh, objective, optimizer):
-  """One for all runs that differ in what enters as data."""
+  """Returns the update, compiled once for all runs that differ only in what is passed as data."""
   net, jit = (mesh.transformer(), mesh.jit) if mesh else (Transformer(model_cfg), jax.jit)
   return jit(functools.partial(_update, net, decay_mask(model_cfg), optimizer, objective),
              donate_argnums=0)
@@ -280,7 +309,7 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
     return jax.lax.map(one, parts).reshape(sequences, -1)
 
   ppo = objective.name == "ppo"
-  # With one step per rollout, the policy that learns still is the one that sampled.
+  # With one optimizer step per rollout, the policy is still the one that sampled.
   old = (logprobs(state.train.variables, seen.experts if replay else None)
          if objective.updates > 1 or ppo else None)
   reference = logprobs(state.reference) if spec.kl_in != "none" else None
@@ -306,10 +335,11 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
     policy, metrics = step(policy, part, with_weights(
         learning_rate, {"policy": 1.0, "sequence_balance": objective.sequence_balance}))
     if ppo:
-      critic, of_critic = value_step(
+      critic, critic_metrics = value_step(
           critic, (part.experience, _split(returns[rows], num_micro, micro)),
           with_weights(value_learning_rate, {"value": 1.0}))
-      metrics |= {"value/loss": of_critic["loss_value"], "value/grad_norm": of_critic["grad_norm"]}
+      metrics |= {"value/loss": critic_metrics["loss_value"],
+                  "value/grad_norm": critic_metrics["grad_norm"]}
     return (policy, critic), metrics
 
   (policy, critic), metrics = jax.lax.scan(
@@ -322,7 +352,7 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
 
 
 def _split(tree, first: int, second: int):
-  """Rows as [first, second] of them, on a mesh the second axis spread over it."""
+  """Reshapes rows to [first, second, ...]; on a mesh, the second axis is sharded as a batch."""
   def one(x):
     x = x.reshape(first, second, *x.shape[1:])
     return nn.with_logical_constraint(x, (None, "batch", *[None] * (x.ndim - 2)))
@@ -331,7 +361,7 @@ def _split(tree, first: int, second: int):
 
 
 def _minibatches(sequences: int, objective, key) -> jax.Array:
-  """Rows of every optimizer step; in another order in every epoch, if there are several steps."""
+  """Returns each optimizer step's rows, reshuffled in every epoch; in order for a single step."""
   if objective.updates == 1:
     return jnp.arange(sequences)[None]
   keys = jax.random.split(key, objective.inner_epochs)

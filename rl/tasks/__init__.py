@@ -1,4 +1,4 @@
-"""Tasks by spec: `arithmetic:terms=3,digits=2`, `file:PATH`, `gym:NAME`."""
+"""Tasks, named by specs such as `arithmetic:terms=3,digits=2`, `file:PATH` or `gym:NAME`."""
 
 import dataclasses
 import difflib
@@ -23,14 +23,15 @@ _NAMES = (*GENERATED, "file", "gym")
 
 @functools.cache
 def get_task(spec: str) -> Task:
-  """The task that a spec names.
+  """Returns the task that a spec names.
 
   Args:
-    spec: `NAME` or `NAME:field=value,...` with a name of `GENERATED`; `file:PATH`, a JSONL file;
-      `gym:DATASET` or `gym:DATASET:seed=1`, a data set of reasoning-gym.
+    spec: `NAME` or `NAME:field=value,...` for a task of `GENERATED`; `file:PATH` for a JSONL file;
+      `gym:DATASET` or `gym:DATASET:seed=1` for a data set of reasoning-gym.
 
   Raises:
-    ValueError: saying what in the spec is wrong, and what is near it.
+    ValueError: for an unknown name or field, or an invalid value; the message says what is wrong
+      and suggests the nearest name.
   """
   name, _, rest = spec.partition(":")
   if name == "file":
@@ -39,28 +40,29 @@ def get_task(spec: str) -> Task:
     dataset, _, settings = rest.partition(":")
     return Gym(dataset, **_settings(Gym, settings, spec, without="dataset"))
   if name not in GENERATED:
-    raise ValueError(f"there is no task {name!r}; did you mean {_nearest(name, _NAMES)!r}? There "
-                     f"are: {', '.join(_NAMES)}")
+    raise ValueError(f"there is no task {name!r}; did you mean {_nearest(name, _NAMES)!r}? The "
+                     f"tasks are: {', '.join(_NAMES)}")
   return GENERATED[name](**_settings(GENERATED[name], rest, spec))
 
 
 def _settings(cls: type, text: str, spec: str, without: str = "") -> dict[str, Any]:
+  """Parses `field=value,...` into the fields of a task class, other than the field `without`."""
   fields = {field.name: field.type for field in dataclasses.fields(cls) if field.name != without}
   values = {}
   for setting in text.split(",") if text else ():
     name, found, value = (part.strip() for part in setting.partition("="))
     if not found:
-      raise ValueError(f"task {spec!r}: {setting!r} should be field=value")
+      raise ValueError(f"task {spec!r}: {setting!r} should have the form field=value")
     if name not in fields:
       raise ValueError(f"task {spec!r}: {cls.name} has no field {name!r}; did you mean "
-                       f"{_nearest(name, fields)!r}? It has: {', '.join(fields)}")
+                       f"{_nearest(name, fields)!r}? Its fields are: {', '.join(fields)}")
     if name in values:
       raise ValueError(f"task {spec!r}: {name} is set twice")
     try:
       values[name] = fields[name](value)
     except ValueError as error:
-      raise ValueError(f"task {spec!r}: {name}={value} should be {fields[name].__name__}"
-                       ) from error
+      raise ValueError(f"task {spec!r}: the value in {name}={value} should be "
+                       f"{fields[name].__name__}") from error
   return values
 
 

@@ -1,4 +1,4 @@
-"""Word problems in English and Chinese, whose solutions are in either language."""
+"""Word problems in English or Chinese, with solutions in either language."""
 
 import dataclasses
 import functools
@@ -23,25 +23,32 @@ _WAIT = {"en": "wait ", "zh": "等等 "}
 
 
 class Story(NamedTuple):
-  """A word problem."""
+  """A word problem.
 
-  language: str              # "en" or "zh"
+  Attributes:
+    language: language of the question, "en" or "zh".
+    who: index of the person's name in `_NAMES`.
+    what: index of the items' name in `_ITEMS`.
+    values: the initial number of items, then the changes, negative for a loss.
+  """
+
+  language: str
   who: int
   what: int
-  values: tuple[int, ...]    # the first is there, others come, or go if negative
+  values: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bilingual(Generated[Story]):
-  """One to `events` changes of a number; "harder" has one more.
+  """Stories of a number of items with 1 to `events` changes; "harder" has `events` + 1.
 
-  Column "language" is the question's, "en" or "zh". Documents reason in either, half and half: to
-  keep to the question's language is left to RL.
+  The column "language" is the question's language, "en" or "zh". Documents reason in one of the two
+  at random: keeping to the question's language is left for RL to learn.
 
   Attributes:
-    events: changes at most, 1..10.
-    digits: of every number at most, 1..6.
-    seed: of the problems.
+    events: largest number of changes in a story, 1..10.
+    digits: largest number of digits of the numbers in a story, 1..6.
+    seed: seed of the problems.
   """
 
   name: ClassVar[str] = "bilingual"
@@ -54,7 +61,7 @@ class Bilingual(Generated[Story]):
     require_range(self, 1, 6, "digits")
 
   def draw(self, rng: random.Random, harder: bool) -> Story:
-    """A story in which nothing goes that is not there."""
+    """Returns a story in which the number of items stays positive."""
     limit = 10 ** self.digits
     values = [rng.randrange(1, limit)]
     for _ in range(self.events + 1 if harder else rng.randint(1, self.events)):
@@ -64,27 +71,27 @@ class Bilingual(Generated[Story]):
     return Story(rng.choice(("en", "zh")), rng.randrange(4), rng.randrange(4), tuple(values))
 
   def key(self, drawn: Story) -> str:
-    """The numbers: a story and its translation are one."""
+    """Returns the numbers: a story, its translation and others with the same are one problem."""
     return str(drawn.values)
 
   def pose(self, drawn: Story) -> tuple[str, str, dict[str, Any]]:
-    """The story, what is left, and the column "language"."""
+    """Returns the story with its question, the final number, and the column "language"."""
     language = drawn.language
     words = {"name": _NAMES[language][drawn.who], "item": _ITEMS[language][drawn.what]}
     parts = [_BEGIN, *(_GAIN if value > 0 else _LOSE for value in drawn.values[1:])]
-    told = "".join(part[language].format(value=abs(value), **words)
-                   for part, value in zip(parts, drawn.values, strict=True))
-    return (told + _ASK[language].format(**words), str(sum(drawn.values)), {"language": language})
+    story = "".join(part[language].format(value=abs(value), **words)
+                    for part, value in zip(parts, drawn.values, strict=True))
+    return (story + _ASK[language].format(**words), str(sum(drawn.values)), {"language": language})
 
   def work(self, drawn: Story, write: Writer, detailed: bool) -> str:
-    """Running totals; in detail, each after what happened."""
+    """Writes running totals; a detailed solution first says what changed."""
     language = write.rng.choice(("en", "zh"))
     total = drawn.values[0]
     for change in drawn.values[1:]:
       happened, sum_ = (_MORE, _PLUS) if change > 0 else (_FEWER, _MINUS)
-      told = functools.partial((happened[language] * detailed + sum_[language]).format,
-                               left=total, right=abs(change))
-      show = lambda value, told=told: told(value=value)
-      right = total + change
-      total = write.step(right, slip(write.rng, right), show, _WAIT[language])
+      sentence = functools.partial((happened[language] * detailed + sum_[language]).format,
+                                   left=total, right=abs(change))
+      show = lambda value, sentence=sentence: sentence(value=value)
+      correct = total + change
+      total = write.step(correct, slip(write.rng, correct), show, _WAIT[language])
     return str(total)

@@ -1,4 +1,4 @@
-"""Addition by columns with carries, of which every step can be checked."""
+"""Column addition with carries, in which every step can be checked."""
 
 import dataclasses
 import random
@@ -16,22 +16,27 @@ _Pair = tuple[int, int]
 
 
 class Step(NamedTuple):
-  """A step of a solution."""
+  """A step of a solution.
 
-  end: int     # of its characters in the completion: the offset after the last of them
+  Attributes:
+    end: offset in the completion, in characters, of the end of the step.
+    right: whether the step is correct.
+  """
+
+  end: int
   right: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns(Generated[_Pair]):
-  """Two numbers of the same number of digits, up to `digits`; "harder" has one digit more.
+  """Sums of two numbers with 1 to `digits` digits each; "harder" has `digits` + 1.
 
-  A step is a column, from the right: its two digits, the carry, their sum. In detail it also says
-  what is written down and what is carried.
+  The two numbers have equally many digits. A step is a column, from the right: its two digits, the
+  carry, and their sum. A detailed step also says which digit is written and what is carried.
 
   Attributes:
-    digits: of each number, at most, 1..30.
-    seed: of the problems.
+    digits: largest number of digits of each number, 1..30.
+    seed: seed of the problems.
   """
 
   name: ClassVar[str] = "columns"
@@ -42,25 +47,25 @@ class Columns(Generated[_Pair]):
     require_range(self, 1, 30, "digits")
 
   def draw(self, rng: random.Random, harder: bool) -> _Pair:
-    """The two numbers."""
+    """Returns the two numbers."""
     length = self.digits + 1 if harder else rng.randint(1, self.digits)
     return tuple(rng.randrange(10 ** (length - 1), 10 ** length) for _ in range(2))
 
   def key(self, drawn: _Pair) -> str:
-    """The numbers in any order."""
+    """Returns the numbers in sorted order: the same numbers are one problem in either order."""
     return str(sorted(drawn))
 
   def pose(self, drawn: _Pair) -> tuple[str, str, dict]:
-    """`4875+3968`, "8843", and the numbers as column "operands"."""
+    """Returns a question such as `4875+3968`, its answer "8843", and the column "operands"."""
     left, right = drawn
     return f"{left}+{right}", str(left + right), {"operands": list(drawn)}
 
   def work(self, drawn: _Pair, write: Writer, detailed: bool) -> str:
-    """A line a column."""
+    """Writes a line for each column."""
     carry, answer = 0, ""
     for left, right in _pairs(drawn):
       total = left + right + carry
-      # Stays in 0..19, so that a digit and a carry are what follows.
+      # An incorrect sum stays in 0..19 too, so that a digit and a carry follow from it.
       wrong = write.rng.choice([near for near in (total - 1, total + 1) if 0 <= near <= 19])
       show = lambda shown, begin=f"{left}+{right}+{carry}=": f"{begin}{shown}" + (
           f" write {shown % 10} carry {shown // 10}" if detailed else "")
@@ -70,11 +75,17 @@ class Columns(Generated[_Pair]):
 
   def steps(self, completion: str, columns: Mapping[str, Any], *,
             thinking_opened: bool = False) -> list[Step]:
-    """The steps of a completion's reasoning, each with whether it is right, for process rewards.
+    """Returns the steps of a completion's reasoning and whether they are correct.
 
-    A step is a line that is not empty. It is right if it is what the next column needs, whatever
-    came before: with that column's digits and its true carry. "wait" takes the last column again.
-    Lines that are no steps are wrong, as are steps after the last column.
+    For process rewards (DeepSeekMath section 4.1.3). Every line that is not blank is a step. It is
+    correct if it adds the next column, with this column's digits and its true carry, whatever the
+    steps before it were. A step that begins with "wait" repeats the previous column. Lines of any
+    other form are incorrect, as are steps after the last column.
+
+    Args:
+      completion: the text sampled.
+      columns: the problem's row, with "operands".
+      thinking_opened: whether the prompt has already opened the think block.
     """
     thinking = reasoning(completion, thinking_opened=thinking_opened)
     if thinking is None:
@@ -84,12 +95,12 @@ class Columns(Generated[_Pair]):
     for line in re.finditer(r"[^\n]*\S[^\n]*", thinking):
       match = _STEP.fullmatch(line[0].strip())
       at += not (match and match[1] and at >= 0)
-      right = match is not None and at < len(truths) and _is_right(match, truths[at])
-      steps.append(Step(start + line.end(), right))
+      correct = match is not None and at < len(truths) and _is_correct(match, truths[at])
+      steps.append(Step(start + line.end(), correct))
     return steps
 
 
-def _is_right(match: re.Match, truth: tuple[int, int, int]) -> bool:
+def _is_correct(match: re.Match, truth: tuple[int, int, int]) -> bool:
   written = tuple(int(group) for group in match.groups()[1:5])
   carry, digit = divmod(sum(truth), 10)
   follows = match[6] is None or (int(match[6]), int(match[7])) == (digit, carry)
@@ -97,13 +108,13 @@ def _is_right(match: re.Match, truth: tuple[int, int, int]) -> bool:
 
 
 def _pairs(numbers: _Pair) -> list[tuple[int, int]]:
-  """The digits by column, from the right."""
+  """Returns the two digits of each column, from the right."""
   return [(int(left), int(right)) for left, right in zip(
       *(reversed(str(value)) for value in numbers), strict=True)]
 
 
 def _truths(numbers: _Pair) -> list[tuple[int, int, int]]:
-  """By column, from the right: both digits and the carry into it."""
+  """Returns the two digits of each column and the carry into it, from the right."""
   carry, truths = 0, []
   for left, right in _pairs(numbers):
     truths.append((left, right, carry))

@@ -1,4 +1,4 @@
-"""Countdown: reach a target from given numbers with + - * / and parentheses."""
+"""Countdown: make a target from given numbers with + - * / and parentheses."""
 
 import collections
 import dataclasses
@@ -14,34 +14,35 @@ from rl.tasks.generated import Generated
 
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 _EXPRESSION = re.compile(r"(?:[0-9]+|[-+*/() ])*")
-_LONGEST = 200    # characters
-_DEEPEST = 20     # parentheses within each other
-_LARGEST = 10**12  # numerators and denominators
+_LONGEST = 200    # characters in an expression
+_DEEPEST = 20     # nested parentheses
+_LARGEST = 10**12  # numerator and denominator of any value
 
 
 def evaluate(expression: str) -> tuple[fractions.Fraction, list[int]]:
-  """The exact value of an expression, and the numbers in it from left to right.
+  """Returns the exact value of an expression, and the numbers in it from left to right.
 
-  The grammar is that of the game: numbers in ASCII digits, `+ - * /`, parentheses, spaces. There
-  are no signs, no powers and no names, and nothing is ever given to Python to evaluate.
+  The grammar is that of the game: numbers in ASCII digits, `+ - * /`, parentheses and spaces. There
+  are no signs, powers or names, and nothing is ever evaluated by Python.
 
   Raises:
-    ValueError: for anything else, for division by zero, and for what is too long, too deep or has
-      too large values.
+    ValueError: for any other text, for division by zero, for an expression of more than 200
+      characters or 20 nested parentheses, and for numerators or denominators above 10^12.
   """
   if len(expression) > _LONGEST:
-    raise ValueError(f"an expression has at most {_LONGEST} characters, not {len(expression)}")
+    raise ValueError(f"an expression may have at most {_LONGEST} characters, not "
+                     f"{len(expression)}")
   if not _EXPRESSION.fullmatch(expression):
-    raise ValueError(f"{expression!r} has more in it than numbers, + - * / and parentheses")
+    raise ValueError(f"{expression!r} contains more than numbers, + - * / and parentheses")
   parser = _Parser(_TOKEN.findall(expression))
   value = parser.sum()
   if parser.tokens:
-    raise ValueError(f"{expression!r} makes no sense at {parser.tokens[0]!r}")
+    raise ValueError(f"{expression!r} has an unexpected {parser.tokens[0]!r}")
   return value, parser.numbers
 
 
 class _Parser:
-  """Recursive descent; takes tokens as it reads them."""
+  """A recursive-descent parser, which removes tokens from the front as it reads them."""
 
   def __init__(self, tokens: list[str]):
     self.tokens, self.numbers, self._depth = collections.deque(tokens), [], 0
@@ -63,30 +64,35 @@ class _Parser:
     if token == "(":
       self._depth += 1
       if self._depth > _DEEPEST:
-        raise ValueError(f"parentheses are more than {_DEEPEST} deep")
+        raise ValueError(f"parentheses are nested more than {_DEEPEST} deep")
       value = self.sum()
       self._depth -= 1
       if not self.tokens or self.tokens.popleft() != ")":
         raise ValueError("a parenthesis is not closed")
       return value
     if not token.isdigit() or len(token) > len(str(_LARGEST)):
-      raise ValueError(f"there is {token!r} where a number, or '(', should be")
+      raise ValueError(f"expected a number or '(', found {token!r}")
     self.numbers.append(int(token))
     return fractions.Fraction(int(token))
 
 
 def _bounded(left: fractions.Fraction, sign: str, right: fractions.Fraction) -> fractions.Fraction:
   if sign == "/" and not right:
-    raise ValueError("it divides by zero")
+    raise ValueError("the expression divides by zero")
   value = {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[sign](
       right)
   if max(abs(value.numerator), value.denominator) > _LARGEST:
-    raise ValueError(f"it has values above {_LARGEST}")
+    raise ValueError(f"the expression has a numerator or denominator above {_LARGEST}")
   return value
 
 
 class _Part(NamedTuple):
-  """A number on the table, and how it came there."""
+  """A number that moves may still use.
+
+  Attributes:
+    value: the number.
+    text: the expression that made it from the given numbers.
+  """
 
   value: int
   text: str
@@ -96,24 +102,32 @@ class _Part(NamedTuple):
 
 
 class Game(NamedTuple):
-  """A problem with the moves of one solution."""
+  """A problem with one solution.
+
+  Attributes:
+    numbers: the given numbers.
+    target: the number to make.
+    moves: the moves of a solution, each the value on the left, the operator and the value on the
+      right.
+  """
 
   numbers: tuple[int, ...]
   target: int
-  moves: tuple[tuple[int, str, int], ...]  # by value
+  moves: tuple[tuple[int, str, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Countdown(Generated[Game]):
-  """Three to `numbers` numbers, each to be used once or not at all; "harder" has one more.
+  """Targets to make from 3 to `numbers` numbers; "harder" has `numbers` + 1.
 
-  An answer is an expression. As in the television game, numbers may be left over; solutions that
-  use all of them are right too. Steps are moves; a wrong one is a legal move that leads elsewhere.
+  An answer is an expression that uses each number at most once. As in the television game, numbers
+  may be left over; expressions that use all of them are correct too. A step is a move, and an
+  incorrect step is a random legal move.
 
   Attributes:
-    numbers: how many there are at most, 3..8.
-    largest: of them, 4..100.
-    seed: of the problems.
+    numbers: largest count of given numbers, 3..8.
+    largest: largest value of a given number, 4..100.
+    seed: seed of the problems.
   """
 
   name: ClassVar[str] = "countdown"
@@ -126,7 +140,10 @@ class Countdown(Generated[Game]):
     require_range(self, 4, 100, "largest")
 
   def draw(self, rng: random.Random, harder: bool) -> Game | None:
-    """Numbers, what random moves make of them all, and these moves."""
+    """Returns random numbers, random moves that use them all, and their result as the target.
+
+    None if the target is 0 or one of the numbers.
+    """
     count = self.numbers + 1 if harder else rng.randint(3, self.numbers)
     numbers = tuple(rng.randint(1, self.largest) for _ in range(count))
     parts, moves = [_Part(value, str(value)) for value in numbers], []
@@ -138,17 +155,20 @@ class Countdown(Generated[Game]):
     return Game(numbers, target, tuple(moves)) if target not in (0, *numbers) else None
 
   def key(self, drawn: Game) -> str:
-    """The numbers in any order, and the target."""
+    """Returns the sorted numbers and the target: the order of the numbers makes no difference."""
     return f"{sorted(drawn.numbers)} {drawn.target}"
 
   def pose(self, drawn: Game) -> tuple[str, str, dict[str, Any]]:
-    """`make 44 from 3 5 8 12`, a solution, and both as columns "target" and "numbers"."""
+    """Returns a question such as `make 44 from 3 5 8 12`, a solution, and the columns.
+
+    The columns are "target" and "numbers".
+    """
     question = f"make {drawn.target} from {' '.join(map(str, drawn.numbers))}"
     answer = self.work(drawn, Writer(random.Random(0)), detailed=False)
     return question, answer, {"target": drawn.target, "numbers": list(drawn.numbers)}
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool:
-    """Whether the expression makes the target, and no number serves twice."""
+    """Whether the expression makes the target and uses each given number at most once."""
     try:
       value, used = evaluate(answer)
     except ValueError:
@@ -158,7 +178,7 @@ class Countdown(Generated[Game]):
     return value == columns["target"] and min(spare.values()) >= 0
 
   def work(self, drawn: Game, write: Writer, detailed: bool) -> str:
-    """A move a line; in detail, with the numbers that are left."""
+    """Writes a line for each move; a detailed solution adds the numbers that are left."""
     parts = [_Part(value, str(value)) for value in drawn.numbers]
     for planned in drawn.moves:
       stray = _random_move(write.rng, parts)
@@ -168,7 +188,7 @@ class Countdown(Generated[Game]):
     return _bare(parts[0].text)
 
   def guess(self, drawn: Game, rng: random.Random) -> str:
-    """Random moves."""
+    """Returns the expression that random moves make."""
     return self.work(drawn, Writer(rng, error=1.0), detailed=False)
 
 
@@ -182,7 +202,10 @@ def _result(move: _Move) -> _Part:
 
 
 def _random_move(rng: random.Random, parts: list[_Part]) -> _Move:
-  """Two numbers and an operation whose result is whole, not negative and below a thousand."""
+  """Returns a move at random whose result is a non-negative integer.
+
+  Products are below 1000.
+  """
   left, right = sorted(rng.sample(parts, 2), key=lambda part: -part.value)
   signs = ["+", "-"] + ["*"] * (left.value * right.value < 1000)
   signs += ["/"] * (right.value > 1 and not left.value % right.value)
@@ -190,7 +213,7 @@ def _random_move(rng: random.Random, parts: list[_Part]) -> _Move:
 
 
 def _find(parts: list[_Part], planned: tuple[int, str, int]) -> _Move | None:
-  """The planned move if its numbers are there."""
+  """Returns the planned move, or None if its numbers are not among the parts."""
   left_value, sign, right_value = planned
   for left in parts:
     for right in parts:
@@ -209,4 +232,5 @@ def _show(move: _Move, left_over: list[_Part]) -> str:
 
 
 def _bare(text: str) -> str:
-  return text[1:-1] if text.startswith("(") else text  # `_result` puts a pair around the whole
+  # `_result` puts parentheses around the whole expression.
+  return text[1:-1] if text.startswith("(") else text

@@ -1,4 +1,4 @@
-"""Whether two answers are the same number, or the same mathematics."""
+"""Comparison of answers as numbers, or as mathematical expressions in LaTeX."""
 
 import fractions
 import re
@@ -7,14 +7,18 @@ import threading
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9])/[0-9]+)?")
 _WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _LONGEST = 200
-# What computer algebra may take for ever to compare: factorials, sums, integrals, towers of powers.
+# Expressions that computer algebra may never finish comparing: factorials, sums, integrals, towers
+# of powers.
 _UNBOUNDED = re.compile(
     r"!|\*\*|\\(?:int|sum|prod|lim|binom)|\^\s*\{?\s*-?[0-9]{4}|\^\s*\{[^{}]*\^|\^\s*\w\s*\^"
     r"|(?:[)}\]]\s*\^.*){2}", re.DOTALL)
 
 
 def number(text: str) -> fractions.Fraction | None:
-  """The number that the text is, and nothing besides: `-1,234.5`, `$3`, `7/2`; exactly, or None."""
+  """Returns the exact value of a text that is a number and nothing else, or None.
+
+  Numbers are integers, decimals and fractions, such as `-1,234.5`, `$3` and `7/2`.
+  """
   text = text.strip().removeprefix("\\$").removeprefix("$").rstrip(".").strip()
   if len(text) > _LONGEST or not _NUMBER.fullmatch(text) or not re.search("[0-9]", text):
     return None
@@ -25,20 +29,20 @@ def number(text: str) -> fractions.Fraction | None:
 
 
 def is_parsable(answer: str) -> bool:
-  """Whether it is mathematics that other answers can be compared with."""
+  """Whether an answer is a number or LaTeX, so that others can be compared with it."""
   return number(answer) is not None or _parse(answer) is not None
 
 
 def same_answer(given: str, gold: str) -> bool | None:
-  """Whether `given` equals `gold`, a number or LaTeX; None if `gold` is neither.
+  """Whether `given` equals the reference `gold`; None if `gold` is neither a number nor LaTeX.
 
   Two numbers are compared exactly, everything else by math-verify. Its timeouts are signals, which
-  only the main thread receives, so what may not end is never given to it: not even a right answer
-  counts then.
+  only the main thread receives, so expressions that it may never finish are not given to it. They
+  cannot be compared, even if they are correct.
   """
-  right, guess = number(gold), number(given)
-  if right is not None and guess is not None:
-    return right == guess
+  reference, guess = number(gold), number(given)
+  if reference is not None and guess is not None:
+    return reference == guess
   parsed_gold = _parse(gold)
   if parsed_gold is None:
     return None
@@ -50,7 +54,7 @@ def same_answer(given: str, gold: str) -> bool | None:
 
 
 def _parse(text: str) -> list | None:
-  """math-verify's reading of one expression, which is None for words and for what may not end."""
+  """Parses one expression by math-verify; None for words and for what it may never finish."""
   text = text.strip().strip("$").strip()
   if not text or len(text) > _LONGEST or _UNBOUNDED.search(text) or _WORDS.search(text):
     return None
@@ -62,5 +66,5 @@ def _parse(text: str) -> list | None:
 
 
 def _seconds() -> int | None:
-  """math-verify's time limit, off the main thread none."""
+  """Returns math-verify's time limit in seconds; None, for no limit, outside the main thread."""
   return 5 if threading.current_thread() is threading.main_thread() else None

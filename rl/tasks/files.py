@@ -1,4 +1,4 @@
-"""Questions and answers from a JSONL file; GSM8K's as they are."""
+"""A task of questions and answers from a JSONL file, such as GSM8K's in its original format."""
 
 import collections
 import dataclasses
@@ -17,15 +17,15 @@ from rl.tasks.problem import Problem, Task, require_split
 
 @dataclasses.dataclass(frozen=True)
 class File(Task):
-  """Rows `{"question": ..., "answer": ...}`, in their order.
+  """Problems from rows `{"question": ..., "answer": ...}`, in the file's order.
 
-  An answer that reasons is what follows its last `####`, as in GSM8K (arXiv:2110.14168); commas
-  between its digits do not count. It must be a number or LaTeX.
-  Splits: a tenth of the questions, by hash, is "heldout", the others "train"; "all" is for files
-  that are a test set as a whole.
+  Of an answer with reasoning, the part after the last `####` is used, as in GSM8K
+  (arXiv:2110.14168). It must be a number, in which thousands may be separated by commas, or LaTeX.
+  A tenth of the questions, selected by hash, is the split "heldout", and the others are "train";
+  the split "all" is for files that are a test set as a whole.
 
   Attributes:
-    path: of the file.
+    path: path of the JSONL file.
   """
 
   name: ClassVar[str] = "file"
@@ -34,30 +34,31 @@ class File(Task):
 
   def __post_init__(self):
     if not pathlib.Path(self.path).is_file():
-      raise ValueError(f"task file:{self.path}: there is no such file")
+      raise ValueError(f"task file:{self.path}: there is no such file; give the path of a JSONL "
+                       "file")
 
   @functools.cached_property
   def excluded(self) -> dict[str, int]:
-    """How many rows were left out, by reason."""
+    """The number of rows that were left out, by reason."""
     return dict(self._read[1])
 
   def size(self, split: str) -> int:
-    """How many problems a split has."""
+    """Returns the number of problems in a split."""
     require_split(self, split)
     return len(self._by_split[split])
 
   def problem(self, split: str, index: int) -> Problem:
-    """The index-th row of a split, which begins again after the last.
+    """Returns the problem at an index of a split; after the last one, the first follows again.
 
     Raises:
-      ValueError: for an unknown or empty split, and if no row of the file can be used.
+      ValueError: for an unknown or empty split, or if no row of the file can be used.
     """
     if not self.size(split):
-      raise ValueError(f"task file:{self.path} has no row in split {split!r}; take 'all'")
+      raise ValueError(f"task file:{self.path} has no row in split {split!r}; use split 'all'")
     return self._by_split[split][index % self.size(split)]
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
-    """Whether it is the same number, or the same mathematics."""
+    """Whether the answer equals the reference as a number or as mathematics; None if unclear."""
     return same_answer(answer, columns["answer"])
 
   @functools.cached_property
@@ -65,10 +66,10 @@ class File(Task):
     rows, excluded = self._read
     summary = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
     if not rows:
-      raise ValueError(f"task file:{self.path} has no usable row ({summary or 'it is empty'}); a "
-                       'row is {"question": ..., "answer": ...} on a line')
+      raise ValueError(f"task file:{self.path} has no usable row ({summary or 'it is empty'}); "
+                       'every line should be a row {"question": ..., "answer": ...}')
     if summary:
-      logging.warning("%s: %d rows used; left out: %s", self.path, len(rows), summary)
+      logging.warning("%s: using %d rows; left out: %s", self.path, len(rows), summary)
     splits = {"all": rows, "train": [], "heldout": []}
     for row in rows:
       splits[half_of(row.question)].append(row)
@@ -91,10 +92,10 @@ class File(Task):
 
 
 def _row(line: bytes) -> tuple[str, str] | str:
-  """Question and answer, or why not."""
+  """Returns a line's question and answer, or the reason why the line cannot be used."""
   try:
     row = json.loads(line)
-  except ValueError:  # UnicodeDecodeError too
+  except ValueError:  # including UnicodeDecodeError
     return "broken"
   question, answer = (row.get(name) if isinstance(row, dict) else None
                       for name in ("question", "answer"))
@@ -105,4 +106,4 @@ def _row(line: bytes) -> tuple[str, str] | str:
   final = answer.rpartition("####")[2].strip() if isinstance(answer, str) else ""
   if not final:
     return "without an answer"
-  return (question.strip(), final) if is_parsable(final) else "with an answer that is no maths"
+  return (question.strip(), final) if is_parsable(final) else "with an unparsable answer"

@@ -1,4 +1,4 @@
-"""Tasks whose problems come from chance: never used up, and every one with a worked solution."""
+"""Tasks of randomly generated problems: an unlimited number, each with a worked solution."""
 
 import abc
 import dataclasses
@@ -16,22 +16,22 @@ _ATTEMPTS = 10_000
 
 
 def half_of(key: str) -> str:
-  """"heldout" for a tenth of all keys, else "train"; the same in every run."""
+  """Returns "heldout" for a tenth of all keys and "train" for the others, by the key's hash."""
   return "train" if hashlib.sha256(key.encode()).digest()[0] % 10 else "heldout"
 
 
 def spec_of(config: Any) -> str:
-  """`name:field=value,...` with the fields that are not the default."""
+  """Returns a task's spec, `name:field=value,...`, with the fields that are not the default."""
   changed = [f"{field.name}={getattr(config, field.name)}" for field in dataclasses.fields(config)
              if getattr(config, field.name) != field.default]
   return config.name + ":" * bool(changed) + ",".join(changed)
 
 
 class Generated[Q](Task, abc.ABC):
-  """A task by how a problem, a Q, is drawn, posed and worked.
+  """A task defined by how a problem, of type Q, is drawn, posed and worked out.
 
-  The hash of a problem decides whether it is held out, whatever the seed; "harder" problems are
-  larger than any of the others. Hence no question is in two splits, and documents show only
+  A hash of the problem decides whether it is held out, whatever the seed, and "harder" problems are
+  larger than any of the others. Hence no question is in two splits, and documents contain only
   questions of "train".
   """
 
@@ -41,37 +41,51 @@ class Generated[Q](Task, abc.ABC):
 
   @abc.abstractmethod
   def draw(self, rng: random.Random, harder: bool) -> Q | None:
-    """A problem, or None if these draws made none."""
+    """Draws a problem at random; None if the draws do not make a valid one.
+
+    Args:
+      rng: the source of all randomness.
+      harder: whether the problem is for the split "harder".
+    """
 
   @abc.abstractmethod
   def key(self, drawn: Q) -> str:
-    """The same for problems so alike that they belong into one split."""
+    """Returns a key that is equal for problems so similar that they must be in the same split."""
 
   @abc.abstractmethod
   def pose(self, drawn: Q) -> tuple[str, str, dict[str, Any]]:
-    """Question, answer, and columns."""
+    """Returns the question, a correct answer, and the columns for rewards."""
 
   @abc.abstractmethod
   def work(self, drawn: Q, write: Writer, detailed: bool) -> str:
-    """Writes the steps and returns the answer to which they lead."""
+    """Writes the steps of a solution, and returns the answer to which they lead.
+
+    Args:
+      drawn: the problem.
+      write: writes the steps, and decides which are incorrect.
+      detailed: whether to write a detailed solution instead of a brief one.
+    """
 
   def guess(self, drawn: Q, rng: random.Random) -> str:
-    """A wrong answer, near the right one if that is a number."""
+    """Returns an incorrect answer, for documents without working.
+
+    This implementation is for tasks whose answers are integers, and returns one nearby.
+    """
     return str(slip(rng, int(self.pose(drawn)[1])))
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
-    """Whether it is the number that is the right answer."""
+    """Whether the answer is the same number as the reference answer."""
     return number(answer) == number(columns["answer"])
 
   def size(self, split: str) -> None:
-    """None: problems do not run out."""
+    """Returns None, as the number of problems is unlimited."""
     require_split(self, split)
 
   def problem(self, split: str, index: int) -> Problem:
-    """The problem at an index, the same for the same task, seed and split.
+    """Returns the problem at an index, the same one for the same task, seed and split.
 
     Raises:
-      ValueError: for an unknown split, or if the task is so small that the split is empty.
+      ValueError: for an unknown split, or if the task has so few problems that the split is empty.
     """
     require_split(self, split)
     rng = random.Random(f"{self.name} {self.seed} {split} {index}")
@@ -81,7 +95,13 @@ class Generated[Q](Task, abc.ABC):
 
   def document(
       self, rng: random.Random, noise: Noise, template: Template) -> tuple[str, str]:
-    """A prompt of "train" and a noisy completion, as the template has them."""
+    """Returns the prompt of a "train" problem and a noisy completion, in the template's format.
+
+    Args:
+      rng: the source of all randomness.
+      noise: probabilities of the completion's style and errors.
+      template: the prompt template.
+    """
     drawn = self._draw_in("train", rng)
     question, answer, _ = self.pose(drawn)
     style, thinking = noise.style(rng), ""
@@ -97,4 +117,5 @@ class Generated[Q](Task, abc.ABC):
       drawn = self.draw(rng, split == "harder")
       if drawn is not None and split in ("harder", half_of(self.key(drawn))):
         return drawn
-    raise ValueError(f"{spec_of(self)} has too few problems for a split {split!r}; make it larger")
+    raise ValueError(f"{spec_of(self)} has too few problems for a split {split!r}: choose settings "
+                     "that allow more")

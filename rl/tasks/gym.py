@@ -1,4 +1,4 @@
-"""Any data set of reasoning-gym, with its own scorer."""
+"""Tasks from reasoning-gym's data sets, whose own scorers check the answers."""
 
 import dataclasses
 import difflib
@@ -16,15 +16,15 @@ _ATTEMPTS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Gym(Task):
-  """A data set by name, with its own defaults: `gym:chain_sum`.
+  """A data set of reasoning-gym with its default settings, such as `gym:chain_sum`.
 
-  An answer is right only if its score is 1: the scorers give partial credit for wrong ones. They
-  are their authors' code, and some give answers to a computer algebra system: for questions that
-  matter, and for adversaries, prefer this package's own tasks.
+  An answer is correct only if its score is 1, as the scorers give partial credit for incorrect
+  answers. The scorers are third-party code, and some pass answers to a computer algebra system: if
+  the results matter, or the answers may be adversarial, prefer this package's own tasks.
 
   Attributes:
-    dataset: its name.
-    seed: of the problems.
+    dataset: name of the data set in reasoning-gym.
+    seed: seed of the problems.
   """
 
   name: ClassVar[str] = "gym"
@@ -40,15 +40,15 @@ class Gym(Task):
 
   @property
   def spec(self) -> str:
-    """As `get_task` reads it."""
+    """The task's spec, see `rl.tasks.get_task`."""
     return f"gym:{self.dataset}" + f":seed={self.seed}" * bool(self.seed)
 
   def size(self, split: str) -> None:
-    """None: problems do not run out."""
+    """Returns None, as the number of problems is unlimited."""
     require_split(self, split)
 
   def problem(self, split: str, index: int) -> Problem:
-    """The problem at an index; its question's hash put it into the split.
+    """Returns the problem at an index of a split; a question's split is decided by its hash.
 
     Raises:
       ValueError: for an unknown split, or if the data set has too few questions for it.
@@ -60,13 +60,14 @@ class Gym(Task):
       if half_of(entry["question"]) == split:
         return Problem(f"{self.spec}/{split}/{index}", entry["question"], str(entry["answer"]),
                        self.spec, {"gym_entry": entry})
-    raise ValueError(f"{self.spec} has too few questions for a split {split!r}")
+    raise ValueError(f"{self.spec} has too few questions for a split {split!r}: use another data "
+                     "set")
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool:
-    """Whether the data set's scorer gives it exactly 1."""
+    """Whether the data set's scorer gives the answer a score of exactly 1."""
     try:
       return float(self._data.score_answer(answer, columns["gym_entry"])) == 1.0
-    except Exception:  # what a scorer cannot read is wrong, however it says so
+    except Exception:  # scorers raise various exceptions for answers that they cannot parse
       return False
 
   @functools.cached_property
@@ -78,5 +79,6 @@ def _factory() -> Any:
   try:
     import reasoning_gym.factory
   except ImportError as error:
-    raise ValueError("tasks gym:NAME need reasoning-gym: pip install reasoning-gym") from error
+    raise ValueError("tasks gym:NAME need the package reasoning-gym: install it by pip install "
+                     "reasoning-gym") from error
   return reasoning_gym.factory

@@ -1,4 +1,4 @@
-"""What a task is: problems by split and index, and a check of answers to them."""
+"""The interface of tasks: problems by split and index, and checks of answers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A question that has an answer.
+  """A question with a reference answer.
 
   Attributes:
-    id: differs between problems, and between tasks.
-    question: as it goes into a template.
-    answer: the right one, or one of them.
-    task: the spec by which `get_task` finds what checks answers.
-    columns: what else rewards may ask for, by name: plain data.
+    id: an id that is unique among the problems of all tasks.
+    question: the text that is inserted into a prompt template.
+    answer: a correct answer, of which there may be several.
+    task: spec of the task that checks answers, see `rl.tasks.get_task`.
+    columns: further columns for rewards, by name; plain data.
   """
 
   id: str
@@ -24,32 +24,42 @@ class Problem:
   columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def row(self) -> dict[str, Any]:
-    """The columns that rewards are given, "answer" and "task" among them."""
+    """Returns the columns that rewards are given, including "answer" and "task"."""
     return {"answer": self.answer, "task": self.task, **self.columns}
 
 
 class Task(Protocol):
-  """Problems, the same ones each time for the same spec, split and index."""
+  """Problems that are determined by the spec, the split and an index.
+
+  Attributes:
+    name: the task's name in specs.
+    splits: names of the splits.
+  """
 
   name: str
   splits: tuple[str, ...]
 
   def size(self, split: str) -> int | None:
-    """How many problems a split has; None if they do not run out."""
+    """Returns the number of problems in a split; None if it is unlimited."""
 
   def problem(self, split: str, index: int) -> Problem:
-    """The index-th problem; where problems run out they begin again.
+    """Returns the problem at an index; in a finite split, the first follows the last again.
 
     Raises:
       ValueError: for a split that is not one of `splits`.
     """
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
-    """Whether it answers the problem whose `Problem.row` this is; None if nobody can tell."""
+    """Whether an answer is correct; None if that cannot be decided.
+
+    Args:
+      answer: the answer's text.
+      columns: the problem's `Problem.row`.
+    """
 
   def check_all(
       self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
-    """`check` of each answer; a task that waits for other processes does it side by side."""
+    """Returns `check` of each answer; a task that waits for other processes checks in parallel."""
     return [self.check(answer, row) for answer, row in zip(answers, rows, strict=True)]
 
 

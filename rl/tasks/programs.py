@@ -1,4 +1,4 @@
-"""Small programming tasks: what a function of a list of integers is to return, and unit tests."""
+"""Small programming tasks: functions of a list of integers, described in words, with unit tests."""
 
 import dataclasses
 import random
@@ -13,7 +13,13 @@ from rl.tasks.generated import Generated
 
 
 class _Piece(NamedTuple):
-  """A piece of a program, in words, in Python as source, and as a function."""
+  """A piece of a program.
+
+  Attributes:
+    words: the piece in words, as questions describe it.
+    source: the piece as Python source.
+    apply: the piece as a function.
+  """
 
   words: str
   source: str
@@ -42,19 +48,25 @@ _RETURN = (
     _Piece("smallest, or 0,", "min({}, default=0)", lambda values: min(values, default=0)),
     _Piece("sorted list", "sorted({})", sorted),
 )
-_CASES = 12
-_LOWEST, _HIGHEST = -9, 20
+_CASES = 12  # unit tests with non-empty lists
+_LOWEST, _HIGHEST = -9, 20  # range of the numbers in unit tests
 
 
 class Function(NamedTuple):
-  """What a function does with a list: keeps what passes all, changes each, makes one of them."""
+  """A function that filters a list, changes each number kept, and returns an aggregate of them.
+
+  Attributes:
+    keep: conditions that a number must all fulfil to be kept.
+    change: the change made to each number that is kept.
+    give: the aggregate that is returned.
+  """
 
   keep: tuple[_Piece, ...]
   change: _Piece
   give: _Piece
 
   def source(self) -> str:
-    """In Python."""
+    """Returns the function as Python source."""
     conditions = " and ".join(piece.source for piece in self.keep)
     inner = f"{self.change.source} for x in xs if {conditions}"
     inner = f"({inner})" if "," in self.give.source else inner
@@ -66,16 +78,16 @@ class Function(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Programs(Generated[Function]):
-  """One to `conditions` conditions on the numbers that count; "harder" has one more.
+  """Functions of the numbers that meet 1 to `conditions` conditions; "harder" has one more.
 
-  An answer is Python that defines `f`, in a Markdown fence or not; it is right if it passes the
-  asserts of column "tests" in the sandbox.
+  An answer is Python source that defines `f`, with or without a Markdown fence. It is correct if it
+  passes the asserts of the column "tests" in the sandbox.
 
   Attributes:
-    conditions: at most, 1..3.
-    timeout_s: wall-clock limit of the tests, in seconds.
-    memory_mb: memory limit, in MiB.
-    seed: of the problems.
+    conditions: largest number of conditions in a problem, 1..3.
+    timeout_s: wall-clock limit on running a program with its tests, in seconds.
+    memory_mb: memory limit of each of the two processes that run them, in MiB.
+    seed: seed of the problems.
   """
 
   name: ClassVar[str] = "programs"
@@ -90,7 +102,7 @@ class Programs(Generated[Function]):
     require_range(self, 16, 65536, "memory_mb")
 
   def draw(self, rng: random.Random, harder: bool) -> Function | None:
-    """The pieces of a function, if conditions neither contradict nor contain each other."""
+    """Returns a random function; None if its conditions contradict or imply one another."""
     count = self.conditions + 1 if harder else rng.randint(1, self.conditions)
     keep = tuple(rng.sample(_KEEP, count))
     without = [keep[:i] + keep[i + 1:] for i in range(count)]
@@ -100,11 +112,11 @@ class Programs(Generated[Function]):
     return Function(keep, rng.choice(_CHANGE), rng.choice(_RETURN))
 
   def key(self, drawn: Function) -> str:
-    """Conditions in any order, the rest as it is."""
+    """Returns the function in words, its conditions sorted: their order makes no difference."""
     return str([sorted(piece.words for piece in drawn.keep), drawn.change.words, drawn.give.words])
 
   def pose(self, drawn: Function) -> tuple[str, str, dict[str, Any]]:
-    """What `f` returns, its source, and asserts in column "tests"."""
+    """Returns a description of `f`, its source, and the column "tests" with its asserts."""
     kept = " and ".join(piece.words for piece in drawn.keep)
     question = (f"write f(xs): the {drawn.give.words} of those in xs that are {kept}, "
                 f"each {drawn.change.words}")
@@ -115,24 +127,24 @@ class Programs(Generated[Function]):
     return self.check_all([answer], [columns])[0]
 
   def check_all(self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """`check` of each program, as many at a time as there are CPU cores."""
+    """Returns `check` of each program, running as many at a time as there are CPU cores."""
     from rl.sandbox import passes_many
     pairs = [(unfenced(answer), row["tests"]) for answer, row in zip(answers, rows, strict=True)]
     return passes_many(pairs, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
 
   def work(self, drawn: Function, write: Writer, detailed: bool) -> str:
-    """A line a piece; in detail, with the words that it stands for."""
-    def sample_token(what: str, right: _Piece, pieces: tuple[_Piece, ...]) -> _Piece:
-      wrong = write.rng.choice([piece for piece in pieces if piece is not right])
-      said = f"{right.words}: " if detailed else ""
-      return write.step(right, wrong, lambda piece: f"{what} {said}{piece.source.format('...')}")
+    """Writes a line for each piece; a detailed solution also quotes the words it stands for."""
+    def step(what: str, correct: _Piece, pieces: tuple[_Piece, ...]) -> _Piece:
+      wrong = write.rng.choice([piece for piece in pieces if piece is not correct])
+      words = f"{correct.words}: " if detailed else ""
+      return write.step(correct, wrong, lambda piece: f"{what} {words}{piece.source.format('...')}")
 
-    keep = tuple(sample_token("if", piece, _KEEP) for piece in drawn.keep)
-    return Function(keep, sample_token("take", drawn.change, _CHANGE),
-                    sample_token("return", drawn.give, _RETURN)).source()
+    keep = tuple(step("if", piece, _KEEP) for piece in drawn.keep)
+    return Function(keep, step("take", drawn.change, _CHANGE),
+                    step("return", drawn.give, _RETURN)).source()
 
   def guess(self, drawn: Function, rng: random.Random) -> str:
-    """A program with every piece wrong."""
+    """Returns a program in which every piece is incorrect."""
     return self.work(drawn, Writer(rng, error=1.0), detailed=False)
 
 
@@ -141,7 +153,7 @@ def _keeps(pieces: tuple[_Piece, ...], x: int) -> bool:
 
 
 def _count_kept(pieces: tuple[_Piece, ...]) -> int:
-  """Of all the numbers that tests have."""
+  """Returns how many of the numbers that may occur in unit tests fulfil all conditions."""
   return sum(_keeps(pieces, x) for x in range(_LOWEST, _HIGHEST + 1))
 
 

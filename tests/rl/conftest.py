@@ -1,4 +1,4 @@
-"""What tests of RL share."""
+"""Shared by the tests of RL: a task that its tests' model can solve."""
 
 import pytest
 

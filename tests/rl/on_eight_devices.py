@@ -1,4 +1,4 @@
-r"""Runs RL on one and on eight simulated devices; prints what came of it as JSON.
+r"""Runs RL on one and on eight simulated devices; prints the comparisons as JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
       python tests/rl/on_eight_devices.py TASK FOLDER
@@ -31,7 +31,7 @@ SEQUENCES, LENGTH = 32, 12
 
 
 def refusal(function, *args) -> str:
-  """What it says is wrong, if anything."""
+  """Returns the message of the error that a call raises, or "" if it raises none."""
   try:
     function(*args)
   except (ValueError, AssertionError) as error:
@@ -47,21 +47,21 @@ def roll(given: Prompts, mesh=None) -> Rollout:
 
 
 def rollouts() -> dict:
-  """How many completions differ, and whether one does where the choice was sure."""
+  """Counts the completions that differ, and reports one that differs other than at a near tie."""
   given, mesh = test_rollout.prompts(), make_mesh(**MESH)
   one, eight = roll(given), roll(given, mesh)
   same_S = (one.mask_SN == eight.mask_SN).all(1) & (
       (one.tokens_SN == eight.tokens_SN) | ~one.mask_SN).all(1)
   return {
       "sequences": len(same_S), "differ": int((~same_S).sum()),
-      "at_sure_choices": refusal(test_rollout.check_same, given, one, eight, MOE),
+      "beyond_near_ties": refusal(test_rollout.check_same, given, one, eight, MOE),
       "experts_differ": float((one.experts_STLK != eight.experts_STLK)[same_S].mean()),
       "decode_steps": [int(one.decode_steps), int(eight.decode_steps)],
       "refusal": refusal(roll, jax.tree.map(lambda x: x[:12], given), mesh)}
 
 
 def config(micro: int = 8, **mesh) -> RLConfig:
-  """Two steps with one rollout, in micro-batches, that move the balancing bias."""
+  """Returns a config of two steps per rollout, in micro-batches, that move the balancing bias."""
   return RLConfig(
       sampling=SamplingConfig(num_prompts=8, num_generations=4, max_completion_length=20),
       objective=ObjectiveConfig(name="grpo", minibatches=2, micro_batch_size=micro, bias_rate=0.01,
@@ -70,8 +70,8 @@ def config(micro: int = 8, **mesh) -> RLConfig:
       mesh=MeshConfig(**mesh))
 
 
-def seen():
-  """Ragged completions: some devices have many tokens, some have none to learn from."""
+def sampled():
+  """Returns ragged completions: some devices have many tokens, some have none to learn from."""
   rng, place_S = np.random.default_rng(0), np.arange(SEQUENCES)
   prompts = [rng.integers(1, MOE.vocab_size, 1 + i % 4) for i in place_S]
   lengths_S = np.where(place_S < 6, 1, rng.integers(1, LENGTH + 1, SEQUENCES))
@@ -83,7 +83,7 @@ def seen():
 
 
 def arguments(network: model.ModelConfig, cfg: RLConfig, given) -> tuple:
-  """Of an update."""
+  """Returns the arguments of an update: state, experience, hyper-parameters and key."""
   rates = np.full(cfg.objective.updates, 1e-2, np.float32)
   hyper = {"learning_rate": rates, "value_learning_rate": rates, "spec": cfg.objective.spec(LENGTH),
            "temperature": np.float32(0.7), "gae_lambda": np.float32(1)}
@@ -92,8 +92,8 @@ def arguments(network: model.ModelConfig, cfg: RLConfig, given) -> tuple:
 
 
 def flops(**mesh) -> float:
-  """Of one device in an update of a dense model that is wide enough for its products to count."""
-  cfg, given = config(**mesh), seen().replace(experts=None)
+  """Returns one device's FLOPs in an update of a dense model; its width makes products dominate."""
+  cfg, given = config(**mesh), sampled().replace(experts=None)
   cfg = dataclasses.replace(cfg, objective=ObjectiveConfig(
       name="grpo", minibatches=2, micro_batch_size=8))
   compiled = make_update(WIDE, cfg).lower(*arguments(WIDE, cfg, given)).compile()
@@ -101,31 +101,31 @@ def flops(**mesh) -> float:
 
 
 def updated(cfg: RLConfig):
-  """The state and the metrics after an update, and whether the state is where it was."""
+  """Returns the state and metrics after an update, and whether the state kept its shardings."""
   mesh = make_sharded_model(MOE, cfg.mesh)
-  state, metrics = make_update(MOE, cfg)(*arguments(MOE, cfg, seen()))
-  as_told = lambda x, a: a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)
-  told = abstract_rl_state(tiny.variables(MOE), cfg, mesh)
-  return state, metrics, all(jax.tree.leaves(jax.tree.map(as_told, state, told)))
+  state, metrics = make_update(MOE, cfg)(*arguments(MOE, cfg, sampled()))
+  same_sharding = lambda x, a: a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)
+  abstract = abstract_rl_state(tiny.variables(MOE), cfg, mesh)
+  return state, metrics, all(jax.tree.leaves(jax.tree.map(same_sharding, state, abstract)))
 
 
 def update() -> dict:
-  """How far apart an update is on one device and on eight, relative to each array's largest."""
+  """Compares an update on one device and on eight, relative to each array's largest value."""
   one, one_metrics, _ = updated(config())
   eight, metrics, stays = updated(config(**MESH))
-  of_one = lambda name: np.abs(np.asarray(one_metrics[name]))
+  magnitude = lambda name: np.abs(np.asarray(one_metrics[name]))
   copies = [np.asarray(shard.data)
             for shard in jax.tree.leaves(eight.train.router)[0].addressable_shards]
   w_down = eight.train.moments.mu["moe_layers"]["ffn"]["w_down"]
   return {
-      "train": train_small.apart((eight.train.params, eight.train.moments),
-                                 (one.train.params, one.train.moments)),
-      "reference": train_small.apart(eight.reference, one.reference),
-      "router": train_small.apart(eight.train.router, one.train.router),
+      "train": train_small.max_rel_diff((eight.train.params, eight.train.moments),
+                                       (one.train.params, one.train.moments)),
+      "reference": train_small.max_rel_diff(eight.reference, one.reference),
+      "router": train_small.max_rel_diff(eight.train.router, one.train.router),
       "copies_equal": all((copy == copies[0]).all() for copy in copies),
       "metrics": {name: float(np.abs(np.asarray(metrics[name]) - one_metrics[name]).max()
-                              / max(1, of_one(name).max())) for name in one_metrics},
-      "moved": train_small.apart(one.train.params, tiny.variables(MOE)["params"]),
+                              / max(1, magnitude(name).max())) for name in one_metrics},
+      "moved": train_small.max_rel_diff(one.train.params, tiny.variables(MOE)["params"]),
       "flops": [flops(), flops(**MESH)], "stays": stays,
       "shard": list(w_down.addressable_shards[0].data.shape), "whole": list(w_down.shape),
       "refusal": refusal(make_update, MOE, config(micro=4, **MESH)),
@@ -133,7 +133,7 @@ def update() -> dict:
 
 
 def loop(task: str, folder: pathlib.Path) -> dict:
-  """Two steps of PPO on eight devices: at once, one by one, and the second on one device."""
+  """Runs two steps of PPO on eight devices: at once, with a stop, and the second on one device."""
   eight, one = (small.config(task, objective={"name": "ppo"}, loop={"steps": 2}, mesh=mesh)
                 for mesh in (MESH, {}))
   whole = small.run(eight, folder / "whole")
@@ -148,8 +148,8 @@ def loop(task: str, folder: pathlib.Path) -> dict:
   return {
       "stopped": stopped, "same_bits": all(jax.tree.leaves(same)),
       "devices": [devices(run) for run in (whole, parts, moved)],
-      "moved_apart": train_small.apart(learned(moved), learned(whole)),
-      "learned": train_small.apart(whole.state.train.params, small.variables()["params"]),
+      "difference_after_move": train_small.max_rel_diff(learned(moved), learned(whole)),
+      "learned": train_small.max_rel_diff(whole.state.train.params, small.variables()["params"]),
       "rewards": [[row["reward"] for row in run.rows] for run in (whole, parts, moved)],
       "evaluations": [[row["pass@1"] for row in run.evaluations] for run in (whole, parts, moved)]}
 

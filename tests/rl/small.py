@@ -1,9 +1,9 @@
 """A model, a tokenizer and a task on which RL runs within a test.
 
-    python tests/rl/small.py TASK FOLDER    # `RUN` on a task, in a process that may be killed
+    python tests/rl/small.py TASK FOLDER    # trains for `RUN`, in a process that a test may kill
 
-The model writes hardly anything but a right answer, a wrong one or the end, so some of its
-completions are right, some are wrong and some are cut off.
+The model writes hardly anything but a correct answer, an incorrect one or the end, so that some of
+its completions are correct, some are incorrect and some are truncated.
 """
 
 import dataclasses
@@ -28,25 +28,25 @@ from train.config import MeshConfig
 from train.run_folder import RunFolder
 from train.tokenizer import EOS, Tokenizer
 
-RIGHT, WRONG = "<answer>1</answer>", "<answer>2</answer>"
+CORRECT, INCORRECT = "<answer>1</answer>", "<answer>2</answer>"
 OPTIMIZER = train_small.OPTIMIZER
 SAMPLING = SamplingConfig(
     num_prompts=4, num_generations=4, max_prompt_length=10, max_completion_length=3, slots=5)
 REWARDS = RewardConfig(format=0, overlong_tokens=3)
 LOOP = LoopConfig(steps=4, eval_problems=2, eval_samples=3, checkpoint_every=0)
-# To be interrupted: long enough that it does not end before.
+# A run to be interrupted: it is too long to end before that.
 RUN = {"steps": 40, "checkpoint_every": 7, "eval_every": 25}
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-  """One token per byte, one per answer and one for the end."""
+  """Returns a tokenizer with a token for each byte, each of the two answers, and the end."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   plain = tokenizers.Tokenizer(
       models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
   plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   plain.decoder = decoders.ByteLevel()
-  plain.add_special_tokens([EOS, RIGHT, WRONG])
+  plain.add_special_tokens([EOS, CORRECT, INCORRECT])
   return Tokenizer(plain.to_str())
 
 
@@ -56,7 +56,10 @@ MODEL = dataclasses.replace(
 
 @functools.cache
 def variables() -> dict:
-  """Random, but for one hidden value that is always large and speaks for three tokens."""
+  """Returns random variables, except for a hidden value that favours three tokens.
+
+  The value is always large; the tokens are the two answers and the end.
+  """
   values = jax.tree.map(jnp.copy, tiny.variables(MODEL))
   eos = tokenizer().eos
   table = values["params"]["embedding"]
@@ -66,7 +69,11 @@ def variables() -> dict:
 
 
 def write_task(folder: pathlib.Path, bad: int = 0) -> str:
-  """A file of questions whose answer is 1, and of `bad` ones whose answer nobody can read."""
+  """Writes 60 questions with the answer 1, and `bad` ones with an answer that cannot be parsed.
+
+  Returns:
+    The spec of the task.
+  """
   rows = [f'{{"question": "{i}", "answer": 1}}' for i in range(60)]
   rows += [f'{{"question": "{i}?", "answer": "who knows"}}' for i in range(bad)]
   path = folder / "task.jsonl"
@@ -77,7 +84,7 @@ def write_task(folder: pathlib.Path, bad: int = 0) -> str:
 def config(task: str, *, optimizer: dict | None = None, sampling: dict | None = None,
            rewards: dict | None = None, objective: dict | None = None,
            loop: dict | None = None, mesh: dict | None = None) -> RLConfig:
-  """A run that differs from the others in these fields."""
+  """Returns the config of a small run, with these fields of its sections replaced."""
   changed = lambda base, fields: dataclasses.replace(base, **(fields or {}))
   return RLConfig(
       task=task, template="short", optimizer=changed(OPTIMIZER, optimizer),
@@ -87,7 +94,7 @@ def config(task: str, *, optimizer: dict | None = None, sampling: dict | None = 
 
 
 def run(cfg: RLConfig, path: pathlib.Path, **kwargs):
-  """`rl.loop.train` from `variables`."""
+  """Runs `rl.loop.train` from `variables` in the run folder at `path`."""
   folder = RunFolder(path)
   try:
     return train(cfg, MODEL, variables(), tokenizer(), folder, show=False, **kwargs)
@@ -96,5 +103,5 @@ def run(cfg: RLConfig, path: pathlib.Path, **kwargs):
 
 
 if __name__ == "__main__":
-  jax.config.update("jax_disable_most_optimizations", True)  # as the fixture `quick_compiles`
+  jax.config.update("jax_disable_most_optimizations", True)  # like the fixture `quick_compiles`
   print(run(config(sys.argv[1], loop=RUN), pathlib.Path(sys.argv[2])).status)

@@ -1,4 +1,4 @@
-"""Advantages within groups and along tokens, by hand and by their properties.
+"""Advantages within groups and along tokens: hand-computed values and properties.
 
 Shape letters:  S sequences  T tokens
 """
@@ -12,7 +12,7 @@ from rl.advantages import gae, group_advantages, process_advantages
 
 BASELINES = ("mean_std", "mean", "leave_one_out")
 each_baseline = pytest.mark.parametrize("baseline", BASELINES)
-# A judged output's reward, or none; at least two outputs of each of up to four prompts.
+# For up to four prompts, the rewards of two to six outputs; None stands for an unjudged output.
 groups = st.lists(
     st.lists(st.one_of(st.none(), st.floats(-10, 10, width=16)), min_size=2, max_size=6),
     min_size=1, max_size=4)
@@ -26,7 +26,7 @@ def flat(groups):
 @pytest.mark.parametrize(("baseline", "expected"), [
     ("mean_std", [-1, -1, 1, 1]), ("mean", [-0.5, -0.5, 0.5, 0.5]),
     ("leave_one_out", [-2 / 3, -2 / 3, 2 / 3, 2 / 3])])
-def test_baselines_by_hand(baseline, expected):
+def test_baselines_have_hand_computed_values(baseline, expected):
   values = group_advantages([0, 0, 1, 1], ["a"] * 4, baseline=baseline).values
   np.testing.assert_allclose(values, expected, rtol=1e-6)
 
@@ -37,13 +37,13 @@ def test_advantages_sum_to_zero_in_each_group(groups):
   rewards, ids = flat(groups)
   for baseline in BASELINES:
     values = group_advantages(rewards, ids, baseline=baseline).values
-    # float32's rounding of up to six values, each at most 6/5 x 20.
+    # Rounding of up to six float32 values, each at most 6/5 x 20.
     np.testing.assert_allclose(np.bincount(ids, values), 0, atol=6 * 24 * 2**-24)
 
 
 @settings(max_examples=60, deadline=None)
 @given(groups, st.randoms(use_true_random=False))
-def test_rows_may_come_in_any_order(groups, random):
+def test_advantages_do_not_depend_on_the_order_of_rows(groups, random):
   rewards, ids = flat(groups)
   order = list(range(len(rewards)))
   random.shuffle(order)
@@ -56,7 +56,7 @@ def test_rows_may_come_in_any_order(groups, random):
 
 @settings(max_examples=60, deadline=None)
 @given(groups)
-def test_each_group_stands_alone(groups):
+def test_groups_do_not_affect_each_other(groups):
   rewards, ids = flat(groups)
   values = group_advantages(rewards, ids).values
   alone = [group_advantages(group, [0] * len(group)).values for group in groups]
@@ -71,7 +71,7 @@ def test_identical_rewards_give_exactly_zero(baseline, dtype, size):
   assert not result.values.any() and result.equal == 1
 
 
-def test_rewards_equal_but_for_rounding_give_exactly_zero():
+def test_rewards_that_differ_by_rounding_only_give_exactly_zero():
   assert 0.1 + 0.2 != 0.3
   result = group_advantages([0.1 + 0.2, 0.3, 0.3], [0] * 3)
   assert not result.values.any() and result.equal == 1
@@ -83,7 +83,7 @@ def test_normalised_advantages_have_a_mean_square_of_one_however_close_the_rewar
 
 
 @each_baseline
-def test_rows_not_judged_leave_their_group(baseline):
+def test_unjudged_rows_are_excluded_from_their_group(baseline):
   without = group_advantages([0, 1, 5, 1, 2], [0, 0, 0, 1, 1], baseline=baseline).values
   rewards, ids = [0, None, 1, 5, 1, 2, 7], [0, 0, 0, 0, 1, 1, 1]
   valid = [True, True, True, True, True, True, False]
@@ -93,7 +93,7 @@ def test_rows_not_judged_leave_their_group(baseline):
 
 
 @each_baseline
-def test_the_only_row_judged_of_a_group_has_no_advantage_and_is_counted(baseline):
+def test_the_only_judged_row_of_a_group_has_no_advantage_and_is_counted(baseline):
   result = group_advantages([3, None, None, None, 0, 1], [0, 0, 1, 1, 2, 2], baseline=baseline)
   assert not result.values[:4].any() and result.values[4:].all()
   assert (result.excluded, result.lone, result.equal) == (3, 1, 0)
@@ -104,7 +104,7 @@ def test_the_only_row_judged_of_a_group_has_no_advantage_and_is_counted(baseline
     (([1.0, np.nan], [0, 0]), "not finite"),
     (([1.0, 2.0], [0, 0, 0]), "2 rewards with 3 group ids")])
 @each_baseline
-def test_what_cannot_be_compared_is_refused(arguments, message, baseline):
+def test_rewards_that_cannot_be_compared_are_refused(arguments, message, baseline):
   with pytest.raises(ValueError, match=message):
     group_advantages(*arguments, baseline=baseline)
 
@@ -114,26 +114,26 @@ def test_unknown_baselines_are_refused():
     group_advantages([0, 1], [0, 0], baseline="median")
 
 
-def test_process_supervision_by_hand():
-  # All steps of the group: mean 1, population std 1.
+def test_process_supervision_has_hand_computed_values():
+  # The rewards of all steps of the group have mean 1 and population standard deviation 1.
   result = process_advantages([[0, 2], [2, 0]], [[1, 3], [0, 1]], ["q", "q"], 5)
   np.testing.assert_allclose(
       result.values, [[0, 0, 1, 1, 0], [0, -1, 0, 0, 0]], rtol=1e-6, atol=1e-6)
 
 
-def test_one_step_at_the_last_token_is_outcome_supervision():
+def test_one_step_at_the_last_token_equals_outcome_supervision():
   rewards, ids = [0.0, 1.0, 5.0, 2.0, 2.5], [0, 0, 1, 1, 1]
   values = process_advantages([[r] for r in rewards], [[2]] * 5, ids, 3).values
   outcome = group_advantages(rewards, ids).values
   np.testing.assert_allclose(values, np.repeat(outcome[:, None], 3, 1), rtol=1e-6)
 
 
-def test_equal_steps_give_exactly_zero():
+def test_equal_step_rewards_give_exactly_zero():
   result = process_advantages([[0.1] * 7, [0.1]], [list(range(7)), [3]], [0, 0], 8)
   assert not result.values.any() and result.equal == 1
 
 
-def test_steps_not_judged_and_outputs_without_steps_count_nowhere():
+def test_unjudged_steps_and_outputs_without_steps_are_excluded():
   result = process_advantages([[0, None, 2], []], [[0, 1, 2], []], [0, 0], 3)
   np.testing.assert_allclose(result.values, [[0, 1, 1], [0, 0, 0]], atol=1e-6)
   assert result.excluded == 1
@@ -142,13 +142,13 @@ def test_steps_not_judged_and_outputs_without_steps_count_nowhere():
 @pytest.mark.parametrize(("arguments", "message"), [
     (([[1]], [[0]], [0], 1), "num_generations"), (([[1], [1]], [[0], [3]], [0, 0], 3), "0..2"),
     (([[1], [1, 2]], [[0], [1]], [0, 0], 3), "disagree")])
-def test_steps_that_do_not_fit_are_refused(arguments, message):
+def test_inconsistent_steps_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     process_advantages(*arguments)
 
 
 REWARDS, VALUES = [0.0, 1.0, 2.0], [0.5, 1.0, 4.0]
-# One-step errors with gamma 0.5: 0 + 0.5 - 0.5, 1 + 2 - 1, 2 + 0 - 4.
+# One-step TD errors with gamma 0.5: 0 + 0.5 - 0.5, 1 + 2 - 1, 2 + 0 - 4.
 ERRORS = np.array([0.0, 2.0, -2.0])
 
 
@@ -156,14 +156,14 @@ ERRORS = np.array([0.0, 2.0, -2.0])
     (0.0, ERRORS),
     (0.95, [0.475 * (2 - 0.475 * 2), 2 - 0.475 * 2, -2]),
     (1.0, [0.5 * 1 + 0.25 * 2 - 0.5, 1 + 0.5 * 2 - 1, 2 - 4])])
-def test_gae_by_hand(lam, expected):
+def test_gae_has_hand_computed_values(lam, expected):
   advantages, returns = gae(
       np.float32([REWARDS]), np.float32([VALUES]), np.ones((1, 3)), 0.5, lam)
   np.testing.assert_allclose(advantages[0], expected, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(returns[0], np.array(expected) + VALUES, rtol=1e-6)
 
 
-def test_gae_without_discount_and_lambda_1_is_the_return_less_the_value():
+def test_gae_returns_without_discount_and_with_lambda_1_are_the_rewards_to_go():
   rewards, values = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
   _, returns = gae(rewards, values, np.ones((4, 6)), 1.0, 1.0)
   np.testing.assert_allclose(returns, np.cumsum(rewards[:, ::-1], 1)[:, ::-1], rtol=1e-5, atol=1e-5)
@@ -171,7 +171,7 @@ def test_gae_without_discount_and_lambda_1_is_the_return_less_the_value():
 
 @pytest.mark.parametrize("columns", [[0, 1, 2], [2, 3, 4], [0, 2, 4]])
 @pytest.mark.parametrize("garbage", [0.0, 9.0, np.nan])
-def test_gae_passes_over_what_is_masked_before_between_and_after(columns, garbage):
+def test_gae_skips_masked_positions_before_between_and_after_the_tokens(columns, garbage):
   rewards, values = np.full((2, 1, 5), garbage, np.float32)
   mask = np.zeros((1, 5), bool)
   rewards[0, columns], values[0, columns], mask[0, columns] = REWARDS, VALUES, True

@@ -1,4 +1,4 @@
-"""Figures of hand-made completions, and what is sampled for real ones."""
+"""Metrics of hand-made completions, and how completions are sampled for an evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from tests.rl import small
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-class Noting(Sampler):
-  """Notes the step that it is asked for."""
+class RecordingSampler(Sampler):
+  """Records the step that it is called with."""
 
   def sample(self, *args, **kwargs):
     self.step = kwargs["step"]
@@ -27,17 +27,17 @@ class Noting(Sampler):
 
 @pytest.fixture(scope="module")
 def sampler(task):
-  return Noting(model.Transformer(small.MODEL), small.config(task), small.tokenizer())
+  return RecordingSampler(model.Transformer(small.MODEL), small.config(task), small.tokenizer())
 
 
 def samples(answers: list[str], completions: list[list[str]], lengths=5, ended=True) -> Samples:
-  """Of problems with these answers."""
+  """Returns samples with these completions, a list for each problem, whose answers are given."""
   flat = [text for row in completions for text in row]
-  of_row = np.repeat(np.arange(len(answers)), len(completions[0]))
+  problem_of_row = np.repeat(np.arange(len(answers)), len(completions[0]))
   problems = [Problem(str(i), f"{i}", answer, "") for i, answer in enumerate(answers)]
   count = len(flat)
   return Samples(
-      [problems[i] for i in of_row], ["Q: ?\nA:"] * count, [np.array([1])] * count, flat,
+      [problems[i] for i in problem_of_row], ["Q: ?\nA:"] * count, [np.array([1])] * count, flat,
       np.zeros((count, 9), int), np.broadcast_to(lengths, count), np.zeros((count, 9)),
       np.broadcast_to(ended, count))
 
@@ -46,7 +46,7 @@ GOOD, BARE, OTHER = "<think>x</think><answer>7</answer>", "<answer>7</answer>", 
 BAD = "<think>x</think><answer>8</answer>"
 
 
-def test_figures_are_means_over_problems():
+def test_metrics_are_means_over_problems():
   drawn = samples(["7", "7"], [[GOOD, GOOD, BAD, OTHER], [BARE, BAD, BAD, "nothing"]],
                   lengths=[1, 2, 3, 4, 5, 6, 7, 8], ended=[True] * 6 + [False] * 2)
   found = judge(drawn, 4, (1, 2))
@@ -63,7 +63,7 @@ def test_a_tie_of_votes_counts_half():
   assert judge(samples(["7"], [[GOOD, BAD]]), 2)["cons@2"] == [0.5, 0.5, 0.5]
 
 
-def test_what_cannot_be_judged_is_counted_and_left_out():
+def test_unjudged_samples_are_counted_and_excluded():
   found = judge(samples(["7", "who knows"], [[GOOD, BAD], [GOOD, "who knows"]]), 2)
   assert found["unjudged"] == 2
   assert found["pass@1"] == [0.5, 0.5, 0.5]
@@ -71,15 +71,15 @@ def test_what_cannot_be_judged_is_counted_and_left_out():
   assert np.isnan(nothing["pass@1"]).all() and nothing["format"] == [1, 1, 1]
 
 
-def test_intervals_are_over_problems_and_none_is_made_of_equal_rates():
+def test_intervals_are_over_problems_and_have_no_width_if_all_rates_are_equal():
   some = judge(samples(["7"] * 40, [[GOOD, GOOD]] * 10 + [[BAD, BAD]] * 30), 2)["pass@1"]
-  # A binomial's share of 40 at 1/4 has a standard deviation of 0.068.
+  # The success rate of 40 trials with probability 1/4 has a standard deviation of 0.068.
   assert some[0] == 0.25
   assert 0.25 - 2.5 * 0.068 < some[1] < 0.25 - 0.068 and 0.25 + 0.068 < some[2] < 0.25 + 2.5 * 0.068
   assert judge(samples(["7"] * 40, [[GOOD, BAD]] * 40), 2)["pass@1"] == [0.5, 0.5, 0.5]
 
 
-def test_a_prompt_that_opens_the_think_block_is_seen_in_the_form():
+def test_format_accuracy_accounts_for_a_prompt_that_opens_the_think_block():
   drawn = samples(["7"], [["x</think><answer>7</answer>"]])
   drawn.prompts[0] = "Q: ?\n<think>"
   assert judge(drawn, 1)["format"] == [1, 1, 1]
@@ -92,7 +92,7 @@ def test_more_problems_than_a_split_has_are_refused(sampler):
     evaluate(sampler, small.variables(), split="test", problems=1, samples=1)
 
 
-def test_evaluations_are_alike_and_have_keys_that_training_never_has(sampler):
+def test_evaluations_are_reproducible_and_use_keys_that_training_never_uses(sampler):
   ask = lambda: evaluate(sampler, small.variables(), split="all", problems=3, samples=4)[1]
   once = ask()
   assert once.completions == ask().completions
@@ -100,7 +100,7 @@ def test_evaluations_are_alike_and_have_keys_that_training_never_has(sampler):
   assert trained.completions != once.completions
   sampler.step = None
   ask()
-  assert sampler.step == evaluation._STEP > 10**9  # steps that no run gets to
+  assert sampler.step == evaluation._STEP > 10**9  # a step that no run reaches
   prompts_S, samples_S = jnp.repeat(jnp.arange(16), 4), jnp.tile(jnp.arange(4), 16)
   keys = lambda step: {tuple(row) for row in np.asarray(jax.random.key_data(
       sequence_keys(0, step, prompts_S, samples_S))).tolist()}
@@ -108,7 +108,7 @@ def test_evaluations_are_alike_and_have_keys_that_training_never_has(sampler):
   assert not any(at_evaluation & keys(step) for step in range(200))
 
 
-def test_a_completion_is_that_of_its_problem_and_sample_however_many_are_asked_for(sampler):
+def test_a_completion_depends_on_its_problem_and_sample_not_on_how_many_are_drawn(sampler):
   capacity = small.SAMPLING.num_sequences
   drawn = sampler.sample(small.variables(), "train", range(5), 4, step=1)
   assert len(drawn) == 20 > capacity and len(drawn) % capacity
@@ -122,7 +122,7 @@ def test_a_completion_is_that_of_its_problem_and_sample_however_many_are_asked_f
       small.variables(), "train", range(5), 4, step=2).completions != drawn.completions
 
 
-def test_text_is_that_of_the_tokens_without_the_end(sampler):
+def test_the_text_of_a_completion_is_its_tokens_decoded_without_eos(sampler):
   drawn = sampler.sample(small.variables(), "train", range(4), 4, step=1)
   tokenizer = small.tokenizer()
   for i, completion in enumerate(drawn.completions):
@@ -133,7 +133,7 @@ def test_text_is_that_of_the_tokens_without_the_end(sampler):
   np.testing.assert_array_equal(drawn.prompt_tokens[0], tokenizer.encode(drawn.prompts[0]))
 
 
-def test_rows_and_join_keep_what_belongs_together():
+def test_rows_and_join_keep_the_fields_of_each_sample_aligned():
   drawn = samples(["7", "8"], [[GOOD, BAD], [BARE, OTHER]], lengths=np.arange(4))
   whole = join([drawn.rows(np.array([2, 3])), drawn.rows(np.array([1]))])
   assert whole.completions == [BARE, OTHER, BAD]
@@ -143,7 +143,7 @@ def test_rows_and_join_keep_what_belongs_together():
   assert columns["row"] == [0, 1, 2]
 
 
-def test_rewards_are_weighed_and_heads_or_tails_are_thrown_the_same_again():
+def test_rewards_are_weighted_and_the_random_reward_is_reproducible():
   drawn = samples(["7"] * 8, [[GOOD, BAD, BARE, OTHER]] * 8)
   cfg = RewardConfig(accuracy=2, format=0.5, random=1, overlong_tokens=3)
   score = lambda: reward_function(cfg, 8)(drawn.prompts, drawn.completions, **drawn.columns())
@@ -151,11 +151,11 @@ def test_rewards_are_weighed_and_heads_or_tails_are_thrown_the_same_again():
   assert scored == score()
   assert {reward - coin for reward, coin in zip(
       scored.rewards, scored.by_name["random"], strict=True)} == {2.5, 0.5, 2.0, 0.0}
-  assert 8 < sum(scored.by_name["random"]) < 24  # of 32; outside once in 500
+  assert 8 < sum(scored.by_name["random"]) < 24  # of 32; a fair coin is outside once in 143 times
   assert set(scored.by_name) == {"accuracy", "format", "random"}
 
 
-def test_votes_for_one_number_count_together_however_it_is_written():
+def test_votes_for_the_same_number_are_pooled_however_it_is_written():
   answer = "<think>x</think><answer>{}</answer>".format
   drawn = samples(["7", "7"], [[answer(text) for text in ("7", "7.0", " 7 ", "8", "8")]] * 2)
   assert judge(drawn, 5)["cons@5"][0] == 1.0

@@ -1,4 +1,4 @@
-"""Form is judged strictly; answers are found strictly, or kindly."""
+"""The format is judged strictly; answers are extracted strictly or leniently."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_anything_more_or_less_is_ill_formed(completion):
   assert not is_well_formed(completion, thinking_opened=False)
 
 
-def test_a_prompt_that_opened_the_think_block_counts_as_its_tag():
+def test_a_prompt_that_opens_the_think_block_stands_for_the_opening_tag():
   rest = GOOD.removeprefix("<think>")
   assert is_well_formed(rest, thinking_opened=True)
   assert not is_well_formed(rest, thinking_opened=False)
@@ -43,7 +43,7 @@ def test_a_prompt_that_opened_the_think_block_counts_as_its_tag():
   assert reasoning(rest, thinking_opened=False) is None
 
 
-def test_reasoning_is_what_the_first_block_holds_if_it_ends():
+def test_reasoning_is_the_content_of_the_first_think_block_if_it_is_closed():
   assert reasoning(GOOD, thinking_opened=False) == "1+1=2"
   assert reasoning("<think>on and on", thinking_opened=False) is None
   assert reasoning("<think>a<answer>b</answer></think>", thinking_opened=False) is None
@@ -54,7 +54,7 @@ def test_reasoning_is_what_the_first_block_holds_if_it_ends():
     ("<answer>2</answer><answer>3</answer>", None), ("<answer>2</answer></answer>", None),
     ("<answer><answer>2</answer>", None), ("<answer>2", None), ("2", None),
     ("<answer> </answer>", None), ("</answer>2<answer>", None)])
-def test_the_strict_answer_is_the_one_block_at_the_end(completion, answer):
+def test_the_strict_answer_is_the_only_answer_block_at_the_end(completion, answer):
   assert strict_answer(completion) == answer
 
 
@@ -65,11 +65,11 @@ def test_the_strict_answer_is_the_one_block_at_the_end(completion, answer):
     ("answer: 5\n**Answer**: yes", "yes"), ("答案是 12", "12"), ("答案：十二", "十二"),
     ("1+1=2 and then 1,234.", "1,234"), ("-7", "-7"), ("nothing", None), ("", None),
     ("\\boxed{4", "4"), ("<answer></answer> 5", "5")])
-def test_the_lenient_answer_is_found_wherever_it_stands(completion, answer):
+def test_the_lenient_answer_is_found_wherever_it_occurs(completion, answer):
   assert lenient_answer(completion) == answer
 
 
-def test_code_comes_out_of_its_fence():
+def test_code_is_extracted_from_its_markdown_fence():
   assert unfenced("```python\ndef f():\n  pass\n```\n") == "def f():\n  pass"
   assert unfenced("x = '```'") == "x = '```'"
 
@@ -77,5 +77,5 @@ def test_code_comes_out_of_its_fence():
 @pytest.mark.parametrize(("completion", "expected"), [
     ("9-5=3\nwait 9-5=4", True), ("Wait, no", True), ("等等 9-5=4", True), ("9-5=4", False),
     ("await the waiter", False)])
-def test_taking_a_step_back_is_seen(completion, expected):
+def test_reflections_are_detected(completion, expected):
   assert reflects(completion) is expected

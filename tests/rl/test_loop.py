@@ -1,4 +1,4 @@
-"""The loop: what it samples, learns from and records, and that a run broken off ends the same."""
+"""The loop: what it samples, learns from and records; and interrupted runs that end the same."""
 
 import dataclasses
 import json
@@ -35,14 +35,14 @@ TIMES = ("time", "tokens_per_second", "seconds/rollout", "seconds/reward", "seco
 
 @pytest.fixture
 def learned(monkeypatch):
-  """The arguments and the result of every `experience` that a loop makes."""
+  """Returns a list that collects the arguments and result of each call of `experience`."""
   calls, real = [], loop.experience
 
-  def noted(*args, **kwargs):
+  def recording(*args, **kwargs):
     calls.append((args, real(*args, **kwargs)))
     return calls[-1][1]
 
-  monkeypatch.setattr(loop, "experience", noted)
+  monkeypatch.setattr(loop, "experience", recording)
   return calls
 
 
@@ -66,7 +66,7 @@ def check_same_run(cfg: RLConfig, folder: pathlib.Path, reference: pathlib.Path)
 
 
 def interrupt(processes: dict, folders: dict, count: int) -> None:
-  """Sends each process its signal once it has a checkpoint and recorded so many steps."""
+  """Sends each process its signal once it has a checkpoint and has recorded `count` steps."""
   waiting = set(processes)
   while waiting:
     for number in list(waiting):
@@ -78,13 +78,13 @@ def interrupt(processes: dict, folders: dict, count: int) -> None:
     time.sleep(0.002)
 
 
-@pytest.mark.long("breaks off runs in processes of their own")
-def test_a_run_that_is_terminated_or_killed_ends_with_the_same_bits(tmp_path, task):
+@pytest.mark.long("interrupts runs in processes of their own")
+def test_a_run_that_is_terminated_or_killed_resumes_and_ends_with_the_same_bits(tmp_path, task):
   env = os.environ | {"JAX_PLATFORMS": "cpu",
                       "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   cfg = small.config(task, loop=small.RUN)
-  small.run(cfg, tmp_path / "reference")  # first, so that the others find its programs compiled
+  small.run(cfg, tmp_path / "reference")  # first, to fill the compilation cache for the others
   folders = {number: tmp_path / number.name for number in (signal.SIGTERM, signal.SIGKILL)}
   processes = {number: subprocess.Popen(
       [sys.executable, str(ROOT / "tests" / "rl" / "small.py"), task, str(folder)], env=env,
@@ -105,7 +105,7 @@ def test_a_run_that_is_terminated_or_killed_ends_with_the_same_bits(tmp_path, ta
     check_same_run(cfg, folders[number], tmp_path / "reference")
 
 
-def test_steps_one_at_a_time_are_the_steps_of_a_whole_run(tmp_path, task):
+def test_a_run_stopped_after_every_step_equals_an_uninterrupted_run(tmp_path, task):
   cfg = small.config(task, objective={"refresh_every": 2, "resample": 2},
                      loop={"eval_every": 3})
   small.run(cfg, tmp_path / "whole")
@@ -123,13 +123,13 @@ def test_steps_one_at_a_time_are_the_steps_of_a_whole_run(tmp_path, task):
   train_small.assert_same_bits(again.state, result.state)
 
 
-def test_another_seed_is_another_run(tmp_path, task):
+def test_another_seed_gives_another_run(tmp_path, task):
   one, other = (small.run(small.config(task, loop={"seed": seed, "steps": 1}), tmp_path / str(seed))
                 for seed in (0, 1))
-  assert train_small.apart(one.state.train.params, other.state.train.params) > 1e-4
+  assert train_small.max_rel_diff(one.state.train.params, other.state.train.params) > 1e-4
 
 
-def test_a_task_that_can_be_learned_is_learned(tmp_path, task):
+def test_a_learnable_task_is_learned(tmp_path, task):
   cfg = small.config(
       task, optimizer={"learning_rate": 0.02}, objective={"resample": 4},
       loop={"steps": 40, "eval_problems": 4, "eval_samples": 4})
@@ -141,7 +141,7 @@ def test_a_task_that_can_be_learned_is_learned(tmp_path, task):
 
 
 @pytest.mark.parametrize(("every", "refreshed"), [(0, 0), (2, 2), (3, 3)])
-def test_the_reference_changes_every_so_many_steps_and_only_then(tmp_path, task, every, refreshed):
+def test_the_reference_changes_at_the_configured_interval_only(tmp_path, task, every, refreshed):
   objective = {"refresh_every": every}
   result = small.run(small.config(task, objective=objective, loop={"steps": 3}), tmp_path / "run")
   before = init_rl_state(small.variables(), small.config(task)).train.variables
@@ -149,14 +149,14 @@ def test_the_reference_changes_every_so_many_steps_and_only_then(tmp_path, task,
     before = small.run(small.config(task, objective=objective, loop={"steps": refreshed}),
                        tmp_path / "shorter").state.train.variables
   train_small.assert_same_bits(result.state.reference, before)
-  moved = train_small.apart(result.state.train.params, result.state.reference["params"])
+  moved = train_small.max_rel_diff(result.state.train.params, result.state.reference["params"])
   assert (moved == 0) == (refreshed == 3)
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_completions_cut_off_are_masked_whole_if_asked(tmp_path, task, learned, mask):
+def test_truncated_completions_are_masked_entirely_if_configured(tmp_path, task, learned, mask):
   cfg = small.config(task, objective={"mask_truncated": mask}, loop={"steps": 2},
-                     optimizer={"learning_rate": 1e-4})  # else all end soon
+                     optimizer={"learning_rate": 1e-4})  # at a higher rate, all would soon end
   result = small.run(cfg, tmp_path / "run")
   eos = small.tokenizer().eos
   for row, ((_, tokens_SN, lengths_S, *_), made) in zip(result.rows, learned, strict=True):
@@ -168,7 +168,8 @@ def test_completions_cut_off_are_masked_whole_if_asked(tmp_path, task, learned, 
     assert row["completions/learned"] == row["loss/denominator"] == count
 
 
-def test_groups_with_equal_rewards_are_replaced_and_the_data_moves_on(tmp_path, task, learned):
+def test_groups_with_equal_rewards_are_replaced_by_those_of_later_problems(
+    tmp_path, task, learned):
   cfg = small.config(task, objective={"resample": 8}, loop={"steps": 3})
   result = small.run(cfg, tmp_path / "run")
   assert sum(row["groups/equal"] for row in result.rows) > 0
@@ -181,7 +182,7 @@ def test_groups_with_equal_rewards_are_replaced_and_the_data_moves_on(tmp_path, 
   assert saved(cfg, tmp_path / "run").extra == {"position": sampled}
 
 
-def test_without_a_signal_to_be_had_the_rollout_is_still_full(tmp_path, task, learned):
+def test_a_rollout_is_full_even_if_no_group_has_a_signal(tmp_path, task, learned):
   cfg = small.config(task, rewards={"accuracy": 0, "format": 1}, objective={"resample": 2},
                      loop={"steps": 1})
   result = small.run(cfg, tmp_path / "run")
@@ -191,31 +192,31 @@ def test_without_a_signal_to_be_had_the_rollout_is_still_full(tmp_path, task, le
 
 
 @pytest.mark.parametrize("sampler", ["policy", "initial"])
-def test_rft_learns_right_completions_only_of_the_model_that_is_to_sample(
+def test_rft_learns_only_correct_completions_of_the_configured_sampler(
     tmp_path, task, learned, sampler):
   cfg = small.config(task, objective={"name": "rft", "sampler": sampler},
                      optimizer={"learning_rate": 0.05}, loop={"steps": 2})
   small.run(cfg, tmp_path / "run")
   tokenizer = small.tokenizer()
-  by_hand = Sampler(loop.Transformer(small.MODEL), cfg, tokenizer)
+  expected_sampler = Sampler(loop.Transformer(small.MODEL), cfg, tokenizer)
   for step, ((_, tokens_SN, lengths_S, *_), made) in enumerate(learned, 1):
     texts = [tokenizer.decode(row[:length])
              for row, length in zip(tokens_SN, lengths_S, strict=True)]
-    right_S = [text.removesuffix("<｜end▁of▁sentence｜>").endswith(small.RIGHT)
-               and text.count("<answer>") == 1 for text in texts]
-    assert 0 < sum(right_S) < len(right_S)
-    np.testing.assert_array_equal(made.mask.any(1), right_S)
+    correct_S = [text.removesuffix("<｜end▁of▁sentence｜>").endswith(small.CORRECT)
+                 and text.count("<answer>") == 1 for text in texts]
+    assert 0 < sum(correct_S) < len(correct_S)
+    np.testing.assert_array_equal(made.mask.any(1), correct_S)
     assert (made.advantage == 1).all()
-    initial = by_hand.sample(small.variables(), "train", range(4 * step - 4, 4 * step), 4,
-                             step=step)
-    # Groups without a signal come last.
+    initial = expected_sampler.sample(
+        small.variables(), "train", range(4 * step - 4, 4 * step), 4, step=step)
+    # Sorted, since groups without a signal come last in what is learned.
     same = sorted(initial.tokens_SN.tolist()) == sorted(tokens_SN.tolist())
     assert same == (sampler == "initial" or step == 1)
 
 
-def test_rows_whose_answer_cannot_be_read_are_counted_and_never_asked(tmp_path, learned):
+def test_rows_whose_answer_cannot_be_parsed_are_counted_and_never_sampled(tmp_path, learned):
   spec = small.write_task(tmp_path, bad=20)
-  assert get_task(spec).excluded == {"with an answer that is no maths": 20}
+  assert get_task(spec).excluded == {"with an unparsable answer": 20}
   result = small.run(small.config(spec, loop={"steps": 2}), tmp_path / "run")
   tokenizer = small.tokenizer()
   assert not any("?" in tokenizer.decode(prompt) for args, _ in learned for prompt in args[0])
@@ -230,14 +231,14 @@ def broken(prompts, completions, **columns):
     (broken, "reward 'format' failed: KeyError"),
     (lambda prompts, completions, **columns: [0.0], "reward 'format' returned 1 values for 16"),
     (lambda prompts, completions, **columns: [float("nan")] * 16, "reward 'format' must return")])
-def test_a_reward_that_fails_is_named(tmp_path, task, monkeypatch, reward, message):
-  # Not evaluation's, which asks `rewards.well_formed` itself.
+def test_a_failing_reward_is_named(tmp_path, task, monkeypatch, reward, message):
+  # An evaluation keeps its own format reward: it calls `rewards.well_formed` directly.
   monkeypatch.setattr(loop, "reward_function", lambda *_: rewards.combine({"format": reward}))
   with pytest.raises(ValueError, match=message):
     small.run(small.config(task), tmp_path / "run")
 
 
-def test_what_does_not_fit_is_refused(tmp_path, task):
+def test_prompts_contexts_and_splits_that_do_not_fit_are_refused(tmp_path, task):
   with pytest.raises(ValueError, match="more than the 3 allowed: raise max_prompt_length"):
     small.run(small.config(task, sampling={"max_prompt_length": 3}), tmp_path / "prompt")
   short = dataclasses.replace(small.MODEL, max_seq_len=12)
@@ -279,7 +280,7 @@ def test_one_generation_is_enough_for_rft():
   RLConfig(sampling=SamplingConfig(num_generations=1), objective=ObjectiveConfig(name="rft"))
 
 
-def test_objectives_take_their_papers_numbers_unless_told_others():
+def test_objectives_default_to_the_values_of_their_papers():
   assert ObjectiveConfig(name="dr_grpo").spec(48).max_length == 48
   assert ObjectiveConfig(name="dr_grpo").group_baseline == "mean"
   assert ObjectiveConfig().group_baseline == "mean_std"
@@ -307,7 +308,7 @@ def test_a_runs_folder_can_be_loaded(tmp_path, task):
     load_model(str(tmp_path / "nothing"))
 
 
-def test_a_runs_folder_can_be_loaded_when_its_task_is_gone(tmp_path):
+def test_a_runs_folder_can_be_loaded_when_the_file_of_its_task_is_gone(tmp_path):
   spec = small.write_task(tmp_path)
   cfg, folder = small.config(spec, loop={"steps": 1}), RunFolder(tmp_path / "run")
   folder.check_config(as_dict(cfg, small.MODEL))
@@ -321,7 +322,7 @@ def test_a_runs_folder_can_be_loaded_when_its_task_is_gone(tmp_path):
   train_small.assert_same_bits(found.variables, result.state.train.variables)
 
 
-def test_documents_are_the_tasks_own_written_once(tmp_path):
+def test_documents_are_those_of_the_task_and_are_written_only_once(tmp_path):
   write = lambda name, seed=0: write_documents(
       tmp_path / name, "arithmetic:terms=2,digits=1", "short", DocumentsConfig(20), seed)
   source = write("a.jsonl")

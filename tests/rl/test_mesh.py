@@ -1,4 +1,4 @@
-"""RL on a mesh: the same completions, the same update, and a run that moves between devices."""
+"""RL on a mesh: the same completions, the same update, and runs that resume on other devices."""
 
 import json
 import os
@@ -30,46 +30,46 @@ def results(tmp_path_factory):
   return json.loads(done.stdout)
 
 
-def test_completions_on_eight_devices_differ_from_one_devices_at_unsure_choices_only(results):
+def test_completions_on_eight_devices_differ_from_those_on_one_at_near_ties_only(results):
   run = results["rollouts"]
   print(f"{run['differ']} of {run['sequences']} completions differ")
-  assert run["at_sure_choices"] == ""
+  assert run["beyond_near_ties"] == ""
   assert run["differ"] <= 2
   assert run["experts_differ"] == 0
 
 
-def test_devices_decode_side_by_side(results):
+def test_devices_decode_in_parallel(results):
   one, eight = results["rollouts"]["decode_steps"]
   assert one / 8 <= eight < one / 4
 
 
-def test_an_update_on_eight_devices_equals_one_devices(results):
+def test_an_update_on_eight_devices_equals_that_on_one(results):
   run = results["update"]
-  # Float32, the sums over tokens split in eight, twice; what is learned is a smooth function of
-  # them. `small.OPTIMIZER` says why.
+  # Rounding of float32: in each of the two steps, eight devices add up the tokens in another order.
+  # The update is a smooth function of these sums; `OPTIMIZER` in tests/train/small.py says why.
   assert run["train"] < 2e-5 and max(run["metrics"].values()) < 2e-5
   assert run["moved"] > 1e-2
   assert run["reference"] == 0
 
 
-def test_devices_share_an_updates_work(results):
+def test_devices_divide_the_work_of_an_update(results):
   one, eight = results["update"]["flops"]
-  # An eighth is each one's; what all do, such as reading the batch, must stay small beside it.
+  # Each does an eighth; work that all of them do, such as reading the batch, must be small.
   assert eight < one / 6
 
 
-def test_the_balancing_bias_comes_from_all_devices_loads(results):
+def test_the_balancing_bias_follows_the_loads_of_all_devices(results):
   run = results["update"]
   assert run["router"] == 0 and run["copies_equal"]
 
 
-def test_the_state_stays_where_it_was_placed(results):
+def test_an_update_keeps_the_shardings_of_the_state(results):
   run = results["update"]
   assert run["stays"]
   assert run["shard"] == [*run["whole"][:-1], run["whole"][-1] // 4]
 
 
-def test_a_run_on_a_mesh_is_resumed_with_the_same_bits(results):
+def test_a_run_on_a_mesh_resumes_bit_identically(results):
   run = results["loop"]
   assert run["stopped"] == "stopped" and run["same_bits"]
   assert run["learned"] > 1e-2
@@ -77,15 +77,15 @@ def test_a_run_on_a_mesh_is_resumed_with_the_same_bits(results):
   assert run["evaluations"][0] == run["evaluations"][1]
 
 
-def test_a_run_goes_on_on_another_number_of_devices(results):
+def test_a_run_resumes_on_another_number_of_devices(results):
   run = results["loop"]
   assert run["devices"] == [8, 8, 1]
-  assert run["moved_apart"] < 2e-5  # as for one update
+  assert run["difference_after_move"] < 2e-5  # the tolerance of one update
   assert run["rewards"][0] == run["rewards"][2]
   assert run["evaluations"][0] == run["evaluations"][2]
 
 
-def test_what_does_not_divide_over_the_devices_is_refused(results):
+def test_batches_and_meshes_that_do_not_fit_the_devices_are_refused(results):
   assert results["rollouts"]["refusal"].startswith("12 sequences do not divide over 8 devices")
   assert results["update"]["refusal"].startswith(
       "4 sequences at a time do not divide over the devices of MeshConfig(data=2, fsdp=4, ")
@@ -93,7 +93,7 @@ def test_what_does_not_divide_over_the_devices_is_refused(results):
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "tensor"])
-def test_axes_are_positive_or_all_that_is_left(axis):
+def test_mesh_axes_must_be_positive_or_minus_one(axis):
   assert getattr(MeshConfig(**{axis: -1}), axis) == -1
   with pytest.raises(ValueError, match=f"MeshConfig.{axis}=0 must be positive, or -1"):
     MeshConfig(**{axis: 0})

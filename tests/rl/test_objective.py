@@ -1,4 +1,4 @@
-"""Expected gradients are exact ones: every output of a small policy is enumerated.
+"""Expected gradients are exact: every output of a small policy is enumerated.
 
 Shape letters:  S sequences  T tokens  V vocabulary  P previous token
 """
@@ -17,7 +17,7 @@ VOCAB, LENGTH, END, BEGIN = 3, 3, 0, 3
 
 
 def enumerate_outputs():
-  """Every output: it ends with END, or at LENGTH. Tokens [S, T], and the mask."""
+  """Returns tokens [S, T] and mask [S, T] of all outputs, each ending with END or at LENGTH."""
   outputs = {tuple(itertools.takewhile(lambda token: token != END, tokens))
              for tokens in itertools.product(range(VOCAB), repeat=LENGTH)}
   rows = [output + (END,) * (LENGTH - len(output)) for output in sorted(outputs)]
@@ -46,18 +46,18 @@ PI, REF, OLD = 0, 1, 2
 
 
 def logprobs(weights_PV):
-  """Log-probabilities [S, T]; garbage where there is no token."""
+  """Returns log-probabilities [S, T], with -inf where there is no token."""
   logp_ST = jax.nn.log_softmax(weights_PV)[PREVIOUS_ST, TOKENS_ST]
   return jnp.where(MASK_ST, logp_ST, -jnp.inf)
 
 
-def of_outputs(weights_PV):
+def output_logprobs(weights_PV):
   return jnp.where(MASK_ST, logprobs(weights_PV), 0).sum(1)
 
 
 @jax.jit
 def gradients(spec, data):
-  """Sum, denominator, metrics, and the sum's gradient by log-probability."""
+  """Returns sum, denominator, metrics, and the sum's gradient by the log-probabilities."""
   def loss(logp_ST):
     total, count, metrics = policy_loss(
         logp_ST, data["old"], data["ref"], data["advantage"], data["mask"], spec,
@@ -69,9 +69,9 @@ def gradients(spec, data):
 
 
 def expected_gradient(spec, advantage=REWARDS_S, old=PI):
-  """Of the loss, over outputs of pi_old, each as a batch of its own."""
+  """Returns the loss's expected gradient over outputs of pi_old, each a batch of its own."""
   old_ST, ref_ST = logprobs(weights(old)), logprobs(weights(REF))
-  probability_S = jnp.exp(of_outputs(weights(old)))
+  probability_S = jnp.exp(output_logprobs(weights(old)))
 
   def loss(weights_PV):
     def one(*rows):
@@ -86,8 +86,8 @@ def expected_gradient(spec, advantage=REWARDS_S, old=PI):
 
 
 def kl(p, q):
-  """KL(p || q) of whole outputs."""
-  return (jnp.exp(of_outputs(p)) * (of_outputs(p) - of_outputs(q))).sum()
+  """Returns KL(p || q) between the distributions of whole outputs."""
+  return (jnp.exp(output_logprobs(p)) * (output_logprobs(p) - output_logprobs(q))).sum()
 
 
 def same(left, right):
@@ -96,7 +96,7 @@ def same(left, right):
 
 
 def test_the_enumeration_is_complete():
-  np.testing.assert_allclose(jnp.exp(of_outputs(weights(PI))).sum(), 1, atol=1e-14)
+  np.testing.assert_allclose(jnp.exp(output_logprobs(weights(PI))).sum(), 1, atol=1e-14)
   assert len(set(MASK_ST.sum(1))) > 1
 
 
@@ -104,13 +104,13 @@ def test_the_enumeration_is_complete():
     {"ratio": "token", **SUM}, {"ratio": "sequence", "aggregation": "sequence_mean"}])
 @pytest.mark.parametrize("surrogate", ["clip", "cispo", "none"])
 def test_expected_gradient_is_that_of_the_expected_reward(unit, surrogate):
-  reward = lambda w: (jnp.exp(of_outputs(w)) * REWARDS_S).sum()
+  reward = lambda w: (jnp.exp(output_logprobs(w)) * REWARDS_S).sum()
   got = expected_gradient(ObjectiveSpec(surrogate=surrogate, **unit))
   same(got, -jax.grad(reward)(weights(PI)))
 
 
-def test_whole_output_ratio_corrects_for_another_sampler_exactly():
-  reward = lambda w: (jnp.exp(of_outputs(w)) * REWARDS_S).sum()
+def test_sequence_ratios_correct_exactly_for_another_sampler():
+  reward = lambda w: (jnp.exp(output_logprobs(w)) * REWARDS_S).sum()
   spec = ObjectiveSpec(ratio="sequence", **NO_CLIP)
   same(expected_gradient(spec, old=OLD), -jax.grad(reward)(weights(PI)))
 
@@ -141,8 +141,9 @@ def test_k1_in_the_loss_has_no_expected_gradient(unit):
 
 @pytest.mark.parametrize("unit", [{"kl_level": "token_sum"}, {"kl_level": "token", **SUM}])
 @pytest.mark.parametrize(("estimator", "forward"), [("k2", False), ("k3", True)])
-def test_token_kl_in_the_loss_is_that_of_conditionals_at_sampled_prefixes(unit, estimator, forward):
-  probability_S = jnp.exp(of_outputs(weights(PI)))
+def test_token_kl_in_the_loss_is_the_kl_of_conditionals_at_sampled_prefixes(
+    unit, estimator, forward):
+  probability_S = jnp.exp(output_logprobs(weights(PI)))
 
   def local(weights_PV):
     p, q = jax.nn.log_softmax(weights_PV), jax.nn.log_softmax(weights(REF))
@@ -155,20 +156,20 @@ def test_token_kl_in_the_loss_is_that_of_conditionals_at_sampled_prefixes(unit, 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("level", ["token_sum", "sequence"])
-def test_expected_value_is_the_kl_of_whole_outputs(estimator, level):
+def test_the_expected_kl_estimate_is_the_kl_of_whole_outputs(estimator, level):
   spec = ObjectiveSpec(kl_in="loss", kl=estimator, beta=1.0, kl_level=level)
   logp_ST, ref_ST = logprobs(weights(PI)), logprobs(weights(REF))
   one = lambda *rows: policy_loss(*(row[None] for row in rows), spec)[2]["kl_loss"][0]
   values_S = jax.jit(jax.vmap(one))(
       logp_ST, logp_ST, ref_ST, jnp.zeros(len(MASK_ST)), jnp.asarray(MASK_ST))
-  expected = (jnp.exp(of_outputs(weights(PI))) * values_S).sum()
+  expected = (jnp.exp(output_logprobs(weights(PI))) * values_S).sum()
   np.testing.assert_allclose(expected, kl(weights(PI), weights(REF)), rtol=1e-13)
 
 
 @pytest.mark.parametrize("spec", [
     ObjectiveSpec(kl_in=where, kl=estimator, beta=1.0)
     for where, estimator in (("reward", "k1"), ("loss", "k2"), ("loss", "k3"))])
-def test_kl_pulls_towards_the_reference(spec):
+def test_the_kl_penalty_pulls_towards_the_reference(spec):
   logp, ref = np.array([[-0.5], [-2.0]]), np.array([[-1.0], [-1.0]])
   loss = lambda x: policy_loss(x, logp, ref, np.zeros(2), np.ones((2, 1)), spec)[0]
   too_likely, too_unlikely = jax.jit(jax.grad(loss))(logp)[:, 0]
@@ -176,7 +177,7 @@ def test_kl_pulls_towards_the_reference(spec):
 
 
 def batch():
-  """Ragged rows, one empty; log-probabilities off-policy enough to clip."""
+  """Returns ragged rows, one of them empty, with log-probabilities off-policy enough to clip."""
   rng = np.random.default_rng(0)
   lengths_S = np.array([5, 3, 0, 1, 4, 2])
   old, ref, sampler = rng.normal(-2, 0.5, (3, 6, 7))
@@ -223,7 +224,7 @@ def test_sums_add_up_over_sequences(name):
 
 
 @pytest.mark.parametrize("name", ["grpo", "grpo_r1", "dapo", "dr_grpo"])
-def test_micro_batches_may_be_smaller_and_narrower(name):
+def test_micro_batches_may_have_fewer_sequences_and_less_padding(name):
   data = batch()
   narrow = {key: value if value.ndim == 1 else value[:, :5] for key, value in data.items()}
   parts = [evaluate(name, rows(narrow, index)) for index in ([0, 1], [2, 3], [4, 5])]
@@ -233,7 +234,7 @@ def test_micro_batches_may_be_smaller_and_narrower(name):
 
 
 @every_variant
-def test_denominator_before_the_first_micro_batch_is_the_sum_of_theirs(name):
+def test_the_denominator_of_a_batch_is_the_sum_of_those_of_its_micro_batches(name):
   data, spec = batch(), VARIANTS[name]
   micro_ST = data["mask"].reshape(3, 2, -1)
   assert denominator(micro_ST, spec) == evaluate(name, data)[1]
@@ -241,7 +242,7 @@ def test_denominator_before_the_first_micro_batch_is_the_sum_of_theirs(name):
 
 
 @every_variant
-def test_order_of_sequences_does_not_matter(name):
+def test_the_order_of_sequences_does_not_matter(name):
   data, order = batch(), np.array([3, 1, 5, 0, 2, 4])
   whole, permuted = evaluate(name, data), evaluate(name, rows(data, order))
   close(permuted[:3], whole[:3])
@@ -250,7 +251,7 @@ def test_order_of_sequences_does_not_matter(name):
 
 @every_variant
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
-def test_what_stands_outside_the_mask_has_no_effect(name, garbage):
+def test_values_outside_the_mask_have_no_effect(name, garbage):
   data = batch()
   filled = {key: np.where(data["mask"], data[key], garbage)
             for key in ("logp", "old", "ref", "sampler")}
@@ -265,7 +266,7 @@ def test_token_advantages_outside_the_mask_have_no_effect():
 
 
 @every_variant
-def test_identical_rewards_give_no_policy_gradient_at_all(name):
+def test_identical_rewards_give_a_policy_gradient_of_exactly_zero(name):
   data = batch()
   data["ref"] = data["logp"] = data["old"]
   advantages = group_advantages([0.1] * 6, [0, 0, 0, 1, 1, 1])
@@ -273,7 +274,7 @@ def test_identical_rewards_give_no_policy_gradient_at_all(name):
 
 
 @pytest.mark.parametrize("name", ["grpo", "grpo_r1", "gspo"])
-def test_first_minibatch_has_no_loss_and_a_gradient_and_clips_nothing(name):
+def test_the_first_minibatch_has_zero_loss_a_gradient_and_no_clipping(name):
   data = batch()
   data["ref"] = data["logp"] = data["old"]
   data["mask"] = data["mask"] | (np.arange(7) < 1)
@@ -281,12 +282,12 @@ def test_first_minibatch_has_no_loss_and_a_gradient_and_clips_nothing(name):
   total, _, metrics, grads = evaluate(name, data, advantages.values)
   assert abs(total) < 1e-6  # advantages are float32
   assert np.abs(grads).max() > 0.1
-  assert [metrics[f"clip_ratio/{side}"][0] for side in ("low", "high", "region")] == [0, 0, 0]
+  assert [metrics[f"clip_ratio/{kind}"][0] for kind in ("low", "high", "region")] == [0, 0, 0]
   np.testing.assert_allclose(metrics["ratio/mean"][0] / metrics["ratio/mean"][1], 1)
 
 
 def one_output(spec, ratios, advantage):
-  """Loss and gradient by log-probability, of one output with these ratios by token."""
+  """Returns loss and gradient by log-probability of one output with these ratios of its tokens."""
   old = np.full((1, len(ratios)), -1.5)
   value, _, _, grads = gradients(spec, {
       "logp": np.log([ratios]) + old, "old": old, "ref": None, "sampler": None,
@@ -313,12 +314,12 @@ def one_output(spec, ratios, advantage):
     ({"surrogate": "cispo"}, 0.5, -2.0, 1.6 * (np.log(0.5) - 1.5), 1.6),
     ({"surrogate": "none"}, 1.5, 2.0, -2 * (np.log(1.5) - 1.5), -2.0),
 ])
-def test_surrogates_by_hand(changes, ratio, advantage, loss, gradient):
+def test_surrogates_have_hand_computed_values(changes, ratio, advantage, loss, gradient):
   value, grads = one_output(ObjectiveSpec(**changes), [ratio], advantage)
   np.testing.assert_allclose([value, *grads], [loss, gradient], rtol=1e-12, atol=1e-15)
 
 
-def test_ratios_of_whole_outputs_by_hand():
+def test_sequence_ratios_have_hand_computed_values():
   product, grads = one_output(ObjectiveSpec(ratio="sequence", **NO_CLIP), [2.0, 4.5], 1.0)
   np.testing.assert_allclose([product, *grads], [-9, -9, -9], rtol=1e-12)
   root, grads = one_output(ObjectiveSpec(ratio="sequence_mean", **NO_CLIP), [2.0, 4.5], 1.0)
@@ -330,7 +331,7 @@ def test_ratios_of_whole_outputs_by_hand():
     ({"aggregation": "token_mean"}, (1.0 + 3 * 4.0) / 4),
     ({"aggregation": "constant_length", "max_length": 10}, (1.0 + 3 * 4.0) / 20),
 ])
-def test_aggregations_by_hand(changes, expected):
+def test_aggregations_have_hand_computed_values(changes, expected):
   mask_ST = np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]])
   total, count, _, _ = gradients(ObjectiveSpec(**changes), {
       "logp": np.zeros((3, 3)), "old": np.zeros((3, 3)), "ref": None, "sampler": None,
@@ -338,7 +339,7 @@ def test_aggregations_by_hand(changes, expected):
   np.testing.assert_allclose(total / count, expected, rtol=1e-12)
 
 
-def test_importance_weights_are_truncated_by_hand():
+def test_truncated_importance_weights_have_hand_computed_values():
   old, sampler = np.log([[0.3, 0.9]]), np.log([[0.6, 0.1]])
   total, _, metrics, _ = gradients(ObjectiveSpec(importance=True, importance_cap=2.0), {
       "logp": old, "old": old, "ref": None, "sampler": sampler, "advantage": np.ones(1),
@@ -347,7 +348,7 @@ def test_importance_weights_are_truncated_by_hand():
   np.testing.assert_allclose(metrics["importance/mean"], (2.5, 2), rtol=1e-12)
 
 
-def test_kl_in_the_reward_is_what_is_still_to_come():
+def test_kl_in_the_reward_is_the_kl_of_the_current_and_later_tokens():
   old, ref = np.log([[0.5, 0.8, 0.4]]), np.log([[0.25, 0.2, 0.05]])
   data = {"logp": old, "old": old, "ref": ref, "sampler": None, "advantage": np.array([5.0]),
           "mask": np.array([[1, 1, 0]])}
@@ -357,7 +358,7 @@ def test_kl_in_the_reward_is_what_is_still_to_come():
   np.testing.assert_allclose(gradients(whole, data)[3], [[3 - 5, 3 - 5, 0]], rtol=1e-12)
 
 
-def test_metrics_by_hand():
+def test_metrics_have_hand_computed_values():
   data = {"logp": np.log([[1.5, 0.5, 1.0], [1.5, 0.5, 9.9]]), "old": np.zeros((2, 3)),
           "ref": np.zeros((2, 3)), "sampler": None, "advantage": np.array([1.0, -1.0]),
           "mask": np.array([[1, 1, 1], [1, 1, 0]])}
@@ -378,7 +379,7 @@ def test_metrics_by_hand():
 
 @pytest.mark.parametrize("name", ["grpo_r1", "r1_literal", "grpo"])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_long_outputs_do_not_overflow(name, sign):
+def test_extreme_log_ratios_do_not_overflow(name, sign):
   data = batch()
   data |= {"logp": data["old"] + 300 * sign, "ref": data["old"]}
   for advantage in (-1.0, 1.0):
@@ -386,7 +387,7 @@ def test_long_outputs_do_not_overflow(name, sign):
     assert np.isfinite(total) and np.isfinite(grads).all()
 
 
-def test_arms_that_differ_in_numbers_share_one_executable():
+def test_specs_that_differ_only_in_their_numbers_share_one_executable():
   data, traced = batch(), []
 
   @jax.jit
@@ -395,10 +396,10 @@ def test_arms_that_differ_in_numbers_share_one_executable():
     return policy_loss(*(jnp.asarray(data[key]) for key in (
         "logp", "old", "ref", "advantage", "mask")), spec)[0]
 
-  arms = [SPECS["grpo"], SPECS["grpo"].replace(beta=0.5), SPECS["grpo"].replace(epsilon=0.01)]
-  values = [float(loss(arm)) for arm in arms]
+  specs = [SPECS["grpo"], SPECS["grpo"].replace(beta=0.5), SPECS["grpo"].replace(epsilon=0.01)]
+  values = [float(loss(spec)) for spec in specs]
   assert len(traced) == 1 and len(set(values)) == 3
-  stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *arms)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *specs)
   np.testing.assert_allclose(jax.vmap(loss)(stacked), values, rtol=1e-12)
 
 
@@ -408,7 +409,7 @@ def test_arms_that_differ_in_numbers_share_one_executable():
     ({"dual_clip": True, "surrogate": "cispo"}, "dual_clip"),
     ({"kl_level": "token_sum"}, "kl_in='loss'"),
     ({"kl_level": "sequence", "kl_in": "loss", "aggregation": "token_mean"}, "averaged over")])
-def test_specs_that_make_no_sense_are_refused(fields, message):
+def test_inconsistent_specs_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     ObjectiveSpec(**fields)
 
@@ -420,7 +421,7 @@ def test_specs_that_make_no_sense_are_refused(fields, message):
     (SPECS["gspo"], {"advantage": jnp.zeros((2, 3))}, "each sequence"),
     (SPECS["dapo"], {"advantage": jnp.zeros(3)}, "sequence or token"),
     (SPECS["dapo"], {"mask": jnp.ones((2, 4))}, "mask has shape")])
-def test_inputs_that_do_not_fit_are_refused(spec, changes, message):
+def test_inputs_that_do_not_match_the_spec_or_each_other_are_refused(spec, changes, message):
   zeros = jnp.zeros((2, 3))
   inputs = {"logp": zeros, "logp_old": zeros, "logp_ref": zeros, "mask": zeros,
             "advantage": jnp.zeros(2)}

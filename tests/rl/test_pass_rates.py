@@ -1,4 +1,4 @@
-"""Rates against brute force over every subset and every tie-break.
+"""Rates, votes and intervals, compared with brute force over all subsets and resamples.
 
 Shape letters:  P problems  N samples
 """
@@ -30,7 +30,7 @@ def test_pass_at_1_is_the_mean_over_samples():
   np.testing.assert_allclose(pass_at_1(CORRECT_PN), CORRECT_PN.mean(1), atol=1e-15)
 
 
-def test_samples_not_judged_count_nowhere():
+def test_unjudged_samples_are_excluded():
   judged = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
   correct = np.array([[1, 0, 1, 0], [1, 1, 1, 1]], bool)
   np.testing.assert_allclose(pass_at_1(correct, judged), [1 / 3, np.nan])
@@ -40,21 +40,21 @@ def test_samples_not_judged_count_nowhere():
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_more_tries_than_samples_are_refused(k):
+def test_k_must_lie_between_1_and_the_number_of_judged_samples(k):
   judged = np.array([[1, 1, 1, 1], [1, 0, 1, 1]])
   with pytest.raises(ValueError, match=r"k=. must lie in 1\.\.3"):
     pass_at_k(np.ones((2, 4)), k, judged)
 
 
-@pytest.mark.parametrize(("answers", "right", "expected"), [
+@pytest.mark.parametrize(("answers", "gold", "expected"), [
     ("aab", "a", 1), ("aab", "b", 0), ("aabb", "b", 0.5), ("abc", "c", 1 / 3), ("abc", "d", 0),
     ([None, None, "b"], "b", 1), ([None, None, None], "b", 0), ([None, "a", "b"], "b", 0.5)])
-def test_majority_vote_by_hand(answers, right, expected):
-  correct = [[answer == right for answer in answers]]
+def test_majority_votes_have_hand_computed_values(answers, gold, expected):
+  correct = [[answer == gold for answer in answers]]
   np.testing.assert_allclose(majority_vote([list(answers)], correct), [expected], rtol=1e-12)
 
 
-def test_ties_are_worth_what_a_random_choice_is():
+def test_a_tie_counts_as_much_as_a_random_choice_among_the_winners():
   rng = np.random.default_rng(0)
   for _ in range(50):
     answers = rng.choice(["a", "b", "c"], 6).tolist()
@@ -74,8 +74,8 @@ def test_answers_that_do_not_match_the_verdicts_are_refused(answers):
     majority_vote(answers, [[1, 0]])
 
 
-def test_interval_is_that_of_all_resamples():
-  # Of three problems, every one of the 27 resamples is as likely: low and high are their quantiles.
+def test_the_interval_is_that_of_all_possible_resamples():
+  # The 27 resamples of three problems are equally likely; the bounds are quantiles of their means.
   rates = [0.0, 0.25, 1.0]
   means = np.mean(list(itertools.product(rates, repeat=3)), axis=1)
   got = interval(rates, confidence=0.8)
@@ -84,30 +84,30 @@ def test_interval_is_that_of_all_resamples():
       [got.low, got.high], np.quantile(means, [0.1, 0.9], method="inverted_cdf"), rtol=1e-12)
 
 
-def test_interval_is_seeded():
+def test_the_interval_is_reproducible_from_its_seed():
   rates = np.random.default_rng(1).random(20)
   assert interval(rates, seed=3) == interval(rates, seed=3) != interval(rates, seed=4)
 
 
-def test_intervals_cover_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
   rng = np.random.default_rng(2)
   found = [interval(rng.random(60), confidence=0.9, resamples=400) for _ in range(200)]
   covered = np.mean([each.low <= 0.5 <= each.high for each in found])
   assert abs(covered - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 200)
 
 
-def test_interval_leaves_out_problems_without_a_rate():
+def test_the_interval_excludes_problems_without_a_rate():
   assert interval([0.0, np.nan, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])
   assert interval([1.0, 1.0, 1.0]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("rates", [[], [0.5], [0.5, np.nan]])
-def test_one_problem_has_no_interval(rates):
+def test_an_interval_needs_at_least_two_problems(rates):
   with pytest.raises(ValueError, match="at least 2"):
     interval(rates)
 
 
-def test_problems_that_ask_the_same_count_once_for_the_interval():
+def test_problems_with_the_same_question_count_once_in_the_intervals_width():
   rates, names = np.array([0.1, 0.4, 0.9, 0.2]), ["a", "b", "c", "d"]
   assert interval(np.repeat(rates, 5), list(np.repeat(names, 5))) == pytest.approx(
       interval(rates))

@@ -1,4 +1,4 @@
-"""Cutting reflections out: where the cut is, what is sampled on, and what is counted."""
+"""Cutting reflections out: where the cut is, how sampling resumes, and what is counted."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def sampler(task) -> Sampler:
 
 
 def written(sampler: Sampler, texts=TEXTS) -> Samples:
-  """Completions as if they had been sampled, one a problem."""
+  """Returns texts as if they had been sampled, one per problem."""
   problems = [get_task(sampler.cfg.task).problem("heldout", i) for i in range(len(texts))]
   prompts = [sampler.template.render(problem.question) for problem in problems]
   tokens = sampler.tokenizer.encode_batch(list(texts))
@@ -44,30 +44,30 @@ def test_a_reflection_ends_with_its_line_or_at_a_tag(text, found):
   assert reflection_at("awaiting") is None
 
 
-def test_what_is_kept_ends_before_or_behind_the_reflection(sampler, monkeypatch):
-  beginnings = []
+def test_the_kept_prefix_ends_before_or_after_the_reflection(sampler, monkeypatch):
+  prefixes = []
   resume = sampler.resume
 
-  def noting(variables, drawn, kept_S, *args, **kwargs):
-    beginnings.append([sampler.tokenizer.decode(row[:kept])
-                       for row, kept in zip(drawn.tokens_SN, kept_S, strict=True)])
+  def recording(variables, drawn, kept_S, *args, **kwargs):
+    prefixes.append([sampler.tokenizer.decode(row[:kept])
+                     for row, kept in zip(drawn.tokens_SN, kept_S, strict=True)])
     return resume(variables, drawn, kept_S, *args, **kwargs)
 
-  monkeypatch.setattr(sampler, "resume", noting)
+  monkeypatch.setattr(sampler, "resume", recording)
   found = reflection.effect(sampler, small.variables(), written(sampler), samples=2)
-  assert beginnings == [["1+1=3\nwait 1+1=2", "no, 等一下 2", "Wait"], ["1+1=3\n", "no, ", ""]]
+  assert prefixes == [["1+1=3\nwait 1+1=2", "no, 等一下 2", "Wait"], ["1+1=3\n", "no, ", ""]]
   assert found["completions"] == found["questions"] == 3
-  assert found["again"] == [0, 0, 0]  # this model does not know the word
+  assert found["again"] == [0, 0, 0]  # this model never writes the word
   assert found["without"] == found["cut"]
   assert found["difference"][0] == pytest.approx(found["kept"][0] - found["cut"][0])
   assert 0 < found["kept"][0] < 1
 
 
-def test_completions_without_a_reflection_have_none_to_cut(sampler):
+def test_completions_without_a_reflection_have_no_effect_to_measure(sampler):
   assert reflection.effect(sampler, small.variables(), written(sampler, TEXTS[1:2])) is None
 
 
-def test_sampling_on_keeps_the_beginning_and_repeats_itself(sampler):
+def test_resumed_sampling_keeps_the_prefix_and_is_reproducible(sampler):
   drawn, kept = written(sampler), [3, 5, 0, 1]
   once, again = (sampler.resume(small.variables(), drawn, kept, 4, step=7) for _ in range(2))
   assert once == again and len(set(once)) > len(drawn)

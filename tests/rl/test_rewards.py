@@ -1,4 +1,4 @@
-"""Rewards pay for what they name, and say when they cannot judge."""
+"""Rewards measure what their names say, and report what they cannot judge."""
 
 import importlib.util
 import math
@@ -25,28 +25,28 @@ def accuracy(given, gold, reward=rewards.accuracy):
     ("7", "7", 1), ("7.0", "7", 1), ("1,234", "1234", 1), ("$18", "18", 1), ("8", "7", 0),
     ("\\frac{1}{2}", "0.5", 1), ("1+x^2", "x^2+1", 1), ("(2,1)", "(1,2)", 0), ("0.33", "1/3", 0),
     ("7 or 8", "7", 0), ("٧", "7", 0), ("", "7", 0)])
-def test_accuracy_compares_mathematics(given, gold, reward):
+def test_accuracy_compares_answers_mathematically(given, gold, reward):
   assert accuracy(answered(given), gold) == reward
 
 
 @pytest.mark.parametrize("gold", ["", "??", "2x+", "hello", "no idea", "9^{9^{9^{9}}}", "10000!"])
-def test_a_gold_answer_that_cannot_be_read_is_judged_by_nobody(gold):
+def test_completions_are_not_judged_if_the_gold_answer_cannot_be_parsed(gold):
   for given in (answered(gold), answered("7"), "nothing"):
     assert accuracy(given, gold) is None
 
 
 @pytest.mark.parametrize("given", ["9^{9^{9^{9}}}", "9**9**9", "99999999!", "(" * 3000,
                                    "\\int_0^1 e^{e^{x^x}} dx", "((9^{99})^{99})^{99}"])
-def test_hostile_mathematics_is_wrong_and_does_not_hang(given):
+def test_hostile_expressions_are_incorrect_and_do_not_hang(given):
   verdicts = []
-  thread = threading.Thread(  # where no signal can end it
+  thread = threading.Thread(  # a thread, which no signal can interrupt
       target=lambda: verdicts.append(accuracy(answered(given), "12")), daemon=True)
   thread.start()
   thread.join(10)
   assert verdicts == [0]
 
 
-def test_mathematics_is_compared_off_the_main_thread_too():
+def test_answers_are_compared_outside_the_main_thread_too():
   verdicts = []
   thread = threading.Thread(target=lambda: verdicts.extend(
       accuracy(answered(given), "\\frac{x}{2}") for given in ("x/2", "x/3")))
@@ -58,12 +58,12 @@ def test_mathematics_is_compared_off_the_main_thread_too():
 @pytest.mark.parametrize("completion", [
     answered("7") + " or not", answered("7") + answered("7"), "7", "<answer>7</answer><answer>7",
     "<answer>8</answer><answer>7</answer>"])
-def test_accuracy_is_strict_where_evaluation_is_lenient(completion):
+def test_accuracy_is_strict_where_lenient_accuracy_is_not(completion):
   assert accuracy(completion, "7") == 0
   assert accuracy(completion, "7", rewards.lenient_accuracy) == 1
 
 
-def test_accuracy_asks_the_task_of_each_row():
+def test_accuracy_uses_the_task_of_each_row():
   problem = get_task("countdown").problem("train", 0)
   rows = [problem.row(), {"answer": "7", "task": None, "target": None, "numbers": None}]
   columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -72,7 +72,7 @@ def test_accuracy_asks_the_task_of_each_row():
   assert rewards.accuracy(["?"] * 2, completions[::-1], **columns) == [0, 0]
 
 
-def test_the_format_reward_knows_prompts_that_open_the_think_block():
+def test_the_format_reward_accounts_for_prompts_that_open_the_think_block():
   completions = [answered("7"), answered("7").removeprefix("<think>"), answered("7") + "."]
   assert rewards.well_formed(["Q", "Q\n<think>\n", "Q"], completions) == [1, 1, 0]
   assert rewards.well_formed(["Q<think>", "Q", "Q"], completions) == [0, 0, 0]
@@ -82,13 +82,13 @@ def test_the_format_reward_knows_prompts_that_open_the_think_block():
     ("first add two", 1, 0), ("先加二", 0, 1), ("add 先 two 加", 1 / 2, 1 / 2),
     ("3+4=7 add x", 1, 0), ("设 x = 3, $\\frac{1}{2}$", 0, 1), ("3+4=7", 0, 0), ("", 0, 0),
     ("I don't", 1, 0), ("сложим two", 1 / 2, 0), ("add加", 1 / 2, 1 / 2)])
-def test_language_consistency_is_the_share_of_words(text, english, chinese):
+def test_language_consistency_is_the_fraction_of_words_in_the_language(text, english, chinese):
   completion = f"<think>{text}</think><answer>seven 七</answer>"
   got = rewards.language_consistency(["?"] * 3, [completion] * 3, language=["en", "zh", None])
   assert got == [english, chinese, None]
 
 
-def test_reasoning_that_does_not_end_is_not_consistent():
+def test_unfinished_reasoning_has_a_language_consistency_of_zero():
   assert rewards.language_consistency(["?"], ["<think>add"], language=["en"]) == [0]
 
 
@@ -104,7 +104,7 @@ def test_overlong_is_dapos_equation_13():
   np.testing.assert_allclose(got, [0, 0, -0.25, -0.5, -1, -1, -1])
 
 
-def test_lengths_are_tokens_never_characters():
+def test_length_rewards_count_tokens_not_characters():
   prompts, tokens = ["?"] * 2, [5, 10]
   for reward in (rewards.brevity(20), rewards.overlong(12, 10)):
     short, long = (reward(prompts, [text] * 2, num_tokens=tokens) for text in ("a", "a" * 999))
@@ -113,13 +113,13 @@ def test_lengths_are_tokens_never_characters():
 
 
 @pytest.mark.parametrize(("max_tokens", "cache"), [(100, 0), (100, 101)])
-def test_overlong_needs_an_interval_to_fall_in(max_tokens, cache):
+def test_overlong_needs_a_valid_penalty_interval(max_tokens, cache):
   with pytest.raises(ValueError, match="cache_tokens"):
     rewards.overlong(max_tokens, cache)
 
 
-@pytest.mark.skipif(NO_SANDBOX, reason="there is no sandbox yet")
-def test_programs_are_paid_for_passing_their_tests():
+@pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
+def test_programs_are_rewarded_for_passing_their_tests():
   tests = "assert f(2) == 4\nassert f(3) == 9"
   programs = ["def f(x): return x * x", "```python\ndef f(x):\n  return x * x\n```",
               "def f(x): return 4", "def f(x: return", "def f(x): return x * x"]
@@ -133,7 +133,7 @@ def constant(*values):
   return lambda prompts, completions, **columns: list(values)
 
 
-def test_combined_rewards_are_weighted_sums_and_none_wins():
+def test_combined_rewards_are_weighted_sums_or_none_if_any_is_none():
   score = rewards.combine({"a": constant(1, 0, None), "b": constant(0.5, None, 1)},
                           {"a": 2, "b": -1})
   scored = score(["?"] * 3, [""] * 3)
@@ -142,13 +142,13 @@ def test_combined_rewards_are_weighted_sums_and_none_wins():
                               "rewards/b/mean": 0.75, "rewards/b/unjudged": 1}
 
 
-def test_accuracy_and_format_weigh_the_same_without_weights():
+def test_accuracy_and_format_have_equal_weights_by_default():
   score = rewards.combine({"accuracy": rewards.accuracy, "format": rewards.well_formed})
   scored = score(["?"] * 3, [answered("7"), "<answer>7</answer>", "7"], answer=["7"] * 3)
   assert scored.rewards == [2, 1, 0]
 
 
-def test_unreadable_gold_answers_are_counted():
+def test_unparsable_gold_answers_are_counted():
   scored = rewards.combine({"accuracy": rewards.accuracy})(["?"], [answered("7")], answer=["??"])
   metrics = scored.metrics()
   assert metrics["rewards/accuracy/unjudged"] == 1
@@ -176,6 +176,6 @@ def test_columns_must_be_as_long_as_the_prompts():
 
 @pytest.mark.parametrize(("weights", "message"), [
     ({"b": 1}, "name the same"), ({"a": math.nan}, "finite")])
-def test_weights_are_finite_and_of_the_rewards(weights, message):
+def test_weights_must_be_finite_and_name_the_rewards(weights, message):
   with pytest.raises(ValueError, match=message):
     rewards.combine({"a": constant(1)}, weights)

@@ -1,4 +1,4 @@
-"""Completions depend on the prompt and its key alone: not on slots, rows or other sequences.
+"""Completions depend on the prompt and its key only, not on slots, rows or other sequences.
 
 Shape letters:  S sequences  P prompt tokens  N new tokens  T tokens of both  V vocabulary
 """
@@ -25,14 +25,14 @@ MLA = dataclasses.replace(
 DENSE = dataclasses.replace(train_small.DENSE, mtp=None, max_seq_len=16)
 STOP, PROMPT, NEW, SEQUENCES = 0, 5, 10, 160
 TEMPERATURE = 0.7
-# Sums of some dozen float32 terms, a few layers deep, in an order that the batch's shape decides;
-# the logits that come of it are of order 1, and the temperature makes them larger.
+# Logits of order 1 are sums of a few dozen float32 terms, a few layers deep, in an order that
+# depends on the batch's shape; the temperature enlarges their error.
 LOGIT_ERROR = 2e-5
 
 
 @functools.cache
 def prompts(count=SEQUENCES) -> Prompts:
-  """Of one to five tokens, with the keys that `model.generate` gives to the rows."""
+  """Returns prompts of one to five tokens, with the keys that `model.generate` gives its rows."""
   rng = np.random.default_rng(0)
   rows = [rng.integers(1, MLA.vocab_size, 1 + i % PROMPT) for i in range(count)]
   keys_S = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.arange(count))
@@ -51,11 +51,11 @@ def at_once(temperature=TEMPERATURE) -> Rollout:
 
 
 @functools.cache
-def by_twenty() -> Rollout:
+def in_20_slots() -> Rollout:
   return roll(MLA, prompts(), slots=20)
 
 
-def laid_out(given: Prompts, out: Rollout):
+def to_experience(given: Prompts, out: Rollout):
   rows = [row[:length] for row, length in zip(
       np.asarray(given.tokens_SP), given.lengths_S, strict=True)]
   count = len(rows)
@@ -64,29 +64,32 @@ def laid_out(given: Prompts, out: Rollout):
 
 
 def next_logits(cfg, given: Prompts, out: Rollout) -> np.ndarray:
-  """The trainer's logits [S, N, V] for each new token, from a pass over whole sequences."""
-  seen = laid_out(given, out)
-  logits_STV = np.asarray(tiny.apply(cfg)(tiny.variables(cfg), seen.tokens[:, :-1]).logits_BTV)
-  place_SN = np.asarray(given.lengths_S)[:, None] - 1 + np.arange(NEW)
-  return np.take_along_axis(logits_STV, place_SN[..., None], axis=1)
+  """Returns the trainer's logits [S, N, V] for the new tokens, from a pass over whole sequences."""
+  sampled = to_experience(given, out)
+  logits_STV = np.asarray(tiny.apply(cfg)(tiny.variables(cfg), sampled.tokens[:, :-1]).logits_BTV)
+  position_SN = np.asarray(given.lengths_S)[:, None] - 1 + np.arange(NEW)
+  return np.take_along_axis(logits_STV, position_SN[..., None], axis=1)
 
 
 @jax.jit
 def noise(keys_S):
-  """What `jax.random.categorical` adds to the logits of every new token, [S, N, V]."""
+  """Returns the noise [S, N, V] that `jax.random.categorical` adds to the new tokens' logits."""
   one = lambda key, n: jax.random.gumbel(jax.random.fold_in(key, n), (MLA.vocab_size,))
   return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(keys_S, jnp.arange(NEW))
 
 
 def margins(cfg, given: Prompts, out: Rollout, temperature=TEMPERATURE):
-  """By new token, the trainer's choice with the same noise, and its lead over the second."""
+  """Returns the trainer's choice of each new token under the same noise, and its lead, [S, N].
+
+  The lead is the difference to the second largest logit with noise.
+  """
   perturbed_SNV = next_logits(cfg, given, out) / temperature + np.asarray(noise(given.keys_S))
   second, first = np.moveaxis(np.sort(perturbed_SNV, axis=-1)[..., -2:], -1, 0)
   return perturbed_SNV.argmax(-1), first - second
 
 
 def check_same(given: Prompts, a: Rollout, b: Rollout, cfg=MLA, error=LOGIT_ERROR) -> int:
-  """How many rows differ: only from a token on whose lead is within the logits' error."""
+  """Counts rows that differ; asserts that each first does where its lead is within the error."""
   _, lead_SN = margins(cfg, given, a)
   differ_SN = a.mask_SN & (a.tokens_SN != b.tokens_SN)
   rows = np.flatnonzero(differ_SN.any(1))
@@ -100,48 +103,48 @@ def check_same(given: Prompts, a: Rollout, b: Rollout, cfg=MLA, error=LOGIT_ERRO
   return len(rows)
 
 
-def test_slots_that_are_refilled_give_what_all_at_once_gives():
-  differing = check_same(prompts(), at_once(), by_twenty())
+def test_refilled_slots_give_the_same_completions_as_one_slot_per_sequence():
+  differing = check_same(prompts(), at_once(), in_20_slots())
   print(f"{differing} of {SEQUENCES} completions differ")
   assert differing <= 2
 
 
-def test_a_sure_choice_that_differs_is_noticed():
+def test_a_difference_other_than_at_a_near_tie_is_noticed():
   _, lead_SN = margins(MLA, prompts(), at_once())
-  row, place = np.unravel_index(np.where(at_once().mask_SN, lead_SN, 0).argmax(), lead_SN.shape)
+  row, position = np.unravel_index(np.where(at_once().mask_SN, lead_SN, 0).argmax(), lead_SN.shape)
   other = at_once().tokens_SN.copy()
-  other[row, place] += 1
+  other[row, position] += 1
   with pytest.raises(AssertionError):
     check_same(prompts(), at_once(), at_once()._replace(tokens_SN=other))
 
 
-def test_generate_gives_the_same_with_the_same_keys():
+def test_generate_gives_the_same_completions_with_the_same_keys():
   want = jax.tree.map(np.asarray, model.generate(
       model.Transformer(MLA), tiny.variables(MLA), prompts().tokens_SP, prompts().lengths_S,
       max_new_tokens=NEW, key=jax.random.key(7), temperature=TEMPERATURE, stop_token=STOP))
   ended_S = want.tokens_BN[np.arange(SEQUENCES), want.lengths_B - 1] == STOP
   want = Rollout(want.tokens_BN, want.lengths_B, want.logprobs_BN, ended_S, 0)
-  assert check_same(prompts(), by_twenty(), want) <= 2
+  assert check_same(prompts(), in_20_slots(), want) <= 2
 
 
-def test_slots_do_not_wait_for_the_longest():
-  out = by_twenty()
+def test_slots_do_not_wait_for_the_longest_completion():
+  out = in_20_slots()
   tokens = int(out.lengths_S.sum())
   assert at_once().decode_steps == NEW
   assert tokens / 20 <= out.decode_steps < SEQUENCES / 20 * NEW
 
 
-def test_every_token_is_the_choice_of_the_trainers_logits_under_the_sequences_own_noise():
-  for temperature in (TEMPERATURE, 1.3):  # one program: a temperature is data
+def test_every_token_is_the_trainers_choice_under_the_noise_of_its_sequence():
+  for temperature in (TEMPERATURE, 1.3):  # an argument of the program, which both share
     out = at_once(temperature)
     chosen_SN, lead_SN = margins(MLA, prompts(), out, temperature)
-    unsure_SN = lead_SN < 2 * LOGIT_ERROR / temperature
-    assert (unsure_SN & out.mask_SN).sum() <= 2
-    np.testing.assert_array_equal(out.tokens_SN[out.mask_SN & ~unsure_SN],
-                                  chosen_SN[out.mask_SN & ~unsure_SN])
+    near_tie_SN = lead_SN < 2 * LOGIT_ERROR / temperature
+    assert (near_tie_SN & out.mask_SN).sum() <= 2
+    np.testing.assert_array_equal(out.tokens_SN[out.mask_SN & ~near_tie_SN],
+                                  chosen_SN[out.mask_SN & ~near_tie_SN])
 
 
-def test_a_completion_ends_with_its_first_stop_token_or_is_marked_as_cut_off():
+def test_a_completion_ends_with_its_first_stop_token_or_is_marked_as_truncated():
   out = at_once()
   stops_SN = out.mask_SN & (out.tokens_SN == STOP)
   np.testing.assert_array_equal(out.ended_S, stops_SN.any(1))
@@ -150,20 +153,20 @@ def test_a_completion_ends_with_its_first_stop_token_or_is_marked_as_cut_off():
   np.testing.assert_array_equal(last_S == STOP, out.ended_S)
   assert (out.lengths_S[~out.ended_S] == NEW).all() and (~out.ended_S).any()
   assert (out.ended_S & (out.lengths_S < NEW)).any()
-  assert (out.ended_S & (out.lengths_S == NEW)).any()  # the limit is no reason to call it cut off
+  assert (out.ended_S & (out.lengths_S == NEW)).any()  # ending at the limit is not truncation
   assert (out.logprobs_SN[~out.mask_SN] == 0).all() and (out.logprobs_SN[out.mask_SN] < 0).all()
 
 
 @pytest.mark.parametrize("temperature", [TEMPERATURE, 1.3])
 def test_log_probabilities_are_the_trainers_at_the_same_temperature(temperature):
   out = at_once(temperature)
-  seen = laid_out(prompts(), out)
+  sampled = to_experience(prompts(), out)
 
   def gap(at):
-    logp_ST, _ = trainer_logprobs(tiny.variables(MLA), seen.tokens, seen.token_mask, at)
-    return np.abs(np.where(seen.mask, logp_ST - seen.logp_sampler, 0)).max()
+    logp_ST, _ = trainer_logprobs(tiny.variables(MLA), sampled.tokens, sampled.token_mask, at)
+    return np.abs(np.where(sampled.mask, logp_ST - sampled.logp_sampler, 0)).max()
 
-  assert seen.mask.sum() == out.lengths_S.sum()
+  assert sampled.mask.sum() == out.lengths_S.sum()
   print(f"largest gap at temperature {temperature}: {gap(temperature):.1e} nats")
   assert gap(temperature) < 1e-4
   assert gap(1.0) > 0.1
@@ -174,21 +177,21 @@ def trainer_logprobs(variables, tokens, inside, temperature):
   return sequence_logprobs(model.Transformer(MLA), variables, tokens, inside, temperature)
 
 
-def test_rows_can_be_shuffled_and_neighbours_replaced():
+def test_completions_do_not_depend_on_the_order_of_rows_or_on_their_neighbours():
   order = np.random.default_rng(1).permutation(SEQUENCES)
   given = jax.tree.map(lambda x: x[order], prompts())
   moved = roll(MLA, given, slots=20)
   unsorted = jax.tree.map(lambda x: x[np.argsort(order)], moved._replace(decode_steps=order))
-  assert check_same(prompts(), by_twenty(), unsorted) <= 2
-  half = np.arange(SEQUENCES) % 2 == 0  # the others become copies of the first
+  assert check_same(prompts(), in_20_slots(), unsorted) <= 2
+  half = np.arange(SEQUENCES) % 2 == 0  # the other half becomes copies of the first sequence
   given = jax.tree.map(lambda x: x[np.where(half, np.arange(SEQUENCES), 0)], prompts())
   among_others = roll(MLA, given, slots=20)
-  same_S = (np.where(by_twenty().mask_SN, by_twenty().tokens_SN, -1)
+  same_S = (np.where(in_20_slots().mask_SN, in_20_slots().tokens_SN, -1)
             == np.where(among_others.mask_SN, among_others.tokens_SN, -1)).all(1)
   assert same_S[half].sum() >= half.sum() - 2 and same_S[~half].sum() <= 2
 
 
-def test_the_nucleus_is_the_likeliest_tokens_that_reach_top_p():
+def test_the_nucleus_consists_of_the_likeliest_tokens_that_reach_top_p():
   given, top_p = prompts(24), 0.5
   out = roll(DENSE, given, slots=5, top_p=top_p)
   logits_SNV = next_logits(DENSE, given, out).astype(np.float64) / TEMPERATURE
@@ -204,7 +207,7 @@ def test_the_nucleus_is_the_likeliest_tokens_that_reach_top_p():
   np.testing.assert_allclose(out.logprobs_SN[out.mask_SN], want_SN[out.mask_SN], rtol=0, atol=1e-4)
 
 
-def test_greedy_takes_the_likeliest_whatever_the_keys():
+def test_greedy_decoding_takes_the_likeliest_token_whatever_the_keys():
   given = prompts(24)
   out = roll(DENSE, given, slots=5, temperature=0)
   np.testing.assert_array_equal(
@@ -221,7 +224,7 @@ def test_samples_of_a_prompt_differ():
               zip(out.tokens_SN, out.lengths_S, strict=True)}) > 12
 
 
-def test_keys_are_of_seed_step_prompt_and_sample_and_of_nothing_else():
+def test_keys_depend_on_seed_step_prompt_and_sample_only():
   data = lambda *args: [tuple(key) for key in np.asarray(jax.random.key_data(
       sequence_keys(*args))).tolist()]
   prompt_S, sample_S = np.array(list(itertools.product(range(4), range(3)))).T

@@ -1,4 +1,4 @@
-"""Which experts read a token when it was sampled can be kept, compared and used again."""
+"""The experts that a token was routed to in sampling can be recorded, compared and replayed."""
 
 import dataclasses
 
@@ -25,8 +25,8 @@ def variables():
 
 
 @pytest.fixture(scope="module")
-def seen(variables):
-  """A rollout with its routing, laid out to be learned from."""
+def sampled(variables):
+  """Returns a rollout with its routing, as an Experience."""
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, CFG.vocab_size, rng.integers(1, 7)) for _ in range(COUNT)]
   keys = sequence_keys(0, 3, jnp.arange(COUNT), jnp.zeros(COUNT, jnp.int32))
@@ -41,40 +41,41 @@ def seen(variables):
 forward = jax.jit(sequence_logprobs, static_argnums=0)
 
 
-def logprobs(variables, seen, experts=None):
+def logprobs(variables, sampled, experts=None):
   logp, router = forward(
-      model.Transformer(CFG), variables, seen.tokens, seen.token_mask, TEMPERATURE, experts)
-  return np.where(seen.mask, logp, 0), router["moe_layers"].experts_BTK
+      model.Transformer(CFG), variables, sampled.tokens, sampled.token_mask, TEMPERATURE, experts)
+  return np.where(sampled.mask, logp, 0), router["moe_layers"].experts_BTK
 
 
-def test_what_was_kept_is_what_the_trainers_routers_choose(variables, seen):
-  logp, experts_LSTK = logprobs(variables, seen)
-  kept_LSTK = np.moveaxis(seen.experts, 2, 0)
+def test_recorded_experts_are_those_that_the_trainers_routers_choose(variables, sampled):
+  logp, experts_LSTK = logprobs(variables, sampled)
+  recorded_LSTK = np.moveaxis(sampled.experts, 2, 0)
   np.testing.assert_array_equal(
-      np.asarray(experts_LSTK)[:, seen.token_mask], kept_LSTK[:, seen.token_mask])
-  np.testing.assert_allclose(logp, seen.logp_sampler, atol=1e-4)
+      np.asarray(experts_LSTK)[:, sampled.token_mask], recorded_LSTK[:, sampled.token_mask])
+  np.testing.assert_allclose(logp, sampled.logp_sampler, atol=1e-4)
 
 
-def test_replaying_the_routers_own_choice_changes_nothing_and_another_does(variables, seen):
-  own, _ = logprobs(variables, seen)
-  replayed, used = logprobs(variables, seen, seen.experts)
+def test_replaying_the_routers_choice_changes_nothing_but_another_choice_does(variables, sampled):
+  own, _ = logprobs(variables, sampled)
+  replayed, used = logprobs(variables, sampled, sampled.experts)
   np.testing.assert_allclose(replayed, own, atol=1e-5)
-  other, used = logprobs(variables, seen, (seen.experts + 1) % CFG.moe.num_experts)
+  other, used = logprobs(variables, sampled, (sampled.experts + 1) % CFG.moe.num_experts)
   assert np.abs(other - own).max() > 0.1
-  np.testing.assert_array_equal(used, np.moveaxis((seen.experts + 1) % CFG.moe.num_experts, 2, 0))
+  np.testing.assert_array_equal(
+      used, np.moveaxis((sampled.experts + 1) % CFG.moe.num_experts, 2, 0))
 
 
-def test_replay_keeps_the_sampled_routing_when_the_bias_has_moved(variables, seen):
+def test_replay_keeps_the_sampled_routing_after_the_bias_has_moved(variables, sampled):
   moved = {**variables, "router": jax.tree.map(
       lambda bias: bias + 5.0 * np.arange(bias.shape[-1]) / bias.shape[-1], variables["router"])}
-  free, _ = logprobs(moved, seen)
-  replayed, _ = logprobs(moved, seen, seen.experts)
-  assert np.abs(free - seen.logp_sampler).max() > 0.1
-  np.testing.assert_allclose(replayed, seen.logp_sampler, atol=1e-4)
+  free, _ = logprobs(moved, sampled)
+  replayed, _ = logprobs(moved, sampled, sampled.experts)
+  assert np.abs(free - sampled.logp_sampler).max() > 0.1
+  np.testing.assert_allclose(replayed, sampled.logp_sampler, atol=1e-4)
 
 
-def test_agreement_is_whole_before_the_first_step(variables, seen):
-  def agreement(seen):
+def test_routing_agreement_is_complete_before_the_first_step(variables, sampled):
+  def agreement(sampled):
     cfg = RLConfig(
         sampling=SamplingConfig(num_prompts=3, num_generations=4, temperature=TEMPERATURE),
         objective=ObjectiveConfig(routing="observed"), optimizer=small.OPTIMIZER)
@@ -82,8 +83,8 @@ def test_agreement_is_whole_before_the_first_step(variables, seen):
              "value_learning_rate": np.full(1, 1e-3, np.float32), "temperature": TEMPERATURE,
              "gae_lambda": 1.0}
     update = make_update(CFG, cfg)
-    metrics = update(init_rl_state(variables, cfg), seen, hyper, jax.random.key(0))[1]
+    metrics = update(init_rl_state(variables, cfg), sampled, hyper, jax.random.key(0))[1]
     return float(metrics["routing_agreement"])
 
-  assert agreement(seen) == 1.0
-  assert agreement(seen.replace(experts=(seen.experts + 1) % CFG.moe.num_experts)) < 0.9
+  assert agreement(sampled) == 1.0
+  assert agreement(sampled.replace(experts=(sampled.experts + 1) % CFG.moe.num_experts)) < 0.9

@@ -1,7 +1,7 @@
-"""A program passes exactly when its functions return what the tests want, whatever else it tries.
+"""A program passes exactly if its functions return what the tests expect, whatever else it tries.
 
-Hostile programs run on every kind of sandbox that works here; what is only about values crossing
-runs anywhere.
+Tests of hostile programs run in every type of sandbox that works on this machine. Tests of how
+values cross between the processes run on any machine.
 """
 
 import ast
@@ -35,7 +35,7 @@ def passes(program, tests, limits=LIMITS, **kwargs):
 
 
 def judged(program, tests):
-  """Without a sandbox, for programs that do no harm: the tests' process is the same."""
+  """Judges a harmless program without a sandbox; the process that runs the tests is the same."""
   return passes(program, tests, allow_unsandboxed=True)
 
 
@@ -55,14 +55,14 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sandboxed():
-  """The kind that is used here: for what the processes do, not what the sandbox keeps them from."""
+  """Skips a test without a working sandbox; for what processes do, not what a sandbox prevents."""
   prefix, reasons = sandbox._working_sandbox()
   if prefix is None:
     pytest.skip(reasons)
 
 
 def running(marker):
-  """Whether any process of this machine, in whichever namespace, has the marker as an argument."""
+  """Whether any process of this machine, in any namespace, has the marker as an argument."""
   for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     try:
       if marker.encode() in path.read_bytes().split(b"\0"):
@@ -79,16 +79,16 @@ def gone(marker):
   return not running(marker)
 
 
-def spelled(value):
-  """Tells types, signs of zero and NaN apart, which equality does not; sets in any order."""
+def describe(value):
+  """Returns a text that, unlike ==, distinguishes types, signs of zero and NaN; sorts sets."""
   if isinstance(value, set | frozenset):
-    return f"{type(value)} {sorted(map(spelled, value))}"
+    return f"{type(value)} {sorted(map(describe, value))}"
   if isinstance(value, dict):
-    return f"dict {[(spelled(k), spelled(x)) for k, x in value.items()]}"
-  return f"{type(value)} {[*map(spelled, value)]}" if type(value) in (list, tuple) else repr(value)
+    return f"dict {[(describe(k), describe(x)) for k, x in value.items()]}"
+  return f"{type(value)} {[*map(describe, value)]}" if type(value) in (list, tuple) else repr(value)
 
 
-# HumanEval's manner: program, tests, and an edit that makes the program wrong.
+# In the style of HumanEval: program, tests, and an edit that makes the program incorrect.
 CASES = {
     "numbers": (
         "def f(a, b=1):\n  return a * 2 + b",
@@ -132,14 +132,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_right_programs_pass_and_wrong_ones_do_not(case):
-  program, tests, (right, wrong) = CASES[case]
-  assert right in program
+def test_correct_programs_pass_and_incorrect_ones_do_not(case):
+  program, tests, (correct, incorrect) = CASES[case]
+  assert correct in program
   assert judged(program, tests)
-  assert not judged(program.replace(right, wrong), tests)
+  assert not judged(program.replace(correct, incorrect), tests)
 
 
-def test_many_are_judged_in_order(sandboxed):
+def test_many_programs_are_judged_in_order(sandboxed):
   pairs = [(f"def f(x): return x + {i % 2}", SECRET.replace("918273645", "4")) for i in range(6)]
   assert sandbox.passes_many(pairs, **LIMITS, workers=3) == [False, True] * 3
 
@@ -149,9 +149,9 @@ def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch, sandboxe
   passes = sandbox.passes
   monkeypatch.setattr(sandbox, "passes", lambda *pair, **limits: run.append(pair) or passes(
       *pair, **limits))
-  right, empty = ("def f(): return 1", "assert f() == 1"), (" \n", "assert f() == 1")
-  assert sandbox.passes_many([right, empty, right], **LIMITS) == [True, False, True]
-  assert run == [right]
+  correct, empty = ("def f(): return 1", "assert f() == 1"), (" \n", "assert f() == 1")
+  assert sandbox.passes_many([correct, empty, correct], **LIMITS) == [True, False, True]
+  assert run == [correct]
 
 
 @pytest.mark.parametrize("program, tests", [
@@ -169,7 +169,7 @@ def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch, sandboxe
 ], ids=["empty", "check never called", "broken tests", "broken program", "no such function",
         "missing name", "tests exit", "tests exit hard", "not plain argument",
         "not a function", "not a text"])
-def test_what_never_reaches_its_asserts_does_not_pass(program, tests):
+def test_a_program_whose_tests_do_not_complete_does_not_pass(program, tests):
   assert not judged(program, tests)
 
 
@@ -183,15 +183,15 @@ PLAIN = st.recursive(
 
 @hypothesis.given(PLAIN)
 @hypothesis.settings(max_examples=80, deadline=None)
-def test_plain_values_cross_unchanged(value):
-  assert spelled(Wire().decode(Wire().encode(value))) == spelled(value)
+def test_plain_values_cross_between_processes_unchanged(value):
+  assert describe(Wire().decode(Wire().encode(value))) == describe(value)
 
 
-def test_numbers_too_long_for_decimal_cross():
+def test_integers_too_long_for_decimal_notation_cross_between_processes():
   assert judged("def f(n):\n  return n ** n", "assert f(5000) == 5000 ** 5000")
 
 
-def test_sharing_and_cycles_cross():
+def test_shared_references_and_cycles_cross_between_processes():
   inner = [1]
   copy = Wire().decode(Wire().encode([inner, inner, {"k": inner}]))
   assert copy[0] is copy[1] is copy[2]["k"]
@@ -207,7 +207,7 @@ LINES = st.sampled_from(["n", "b1", "i0x1", "fnan", "s\\n", "y00", "@0", "@1", "
 
 @hypothesis.given(st.lists(LINES, max_size=8).map("\n".join))
 @hypothesis.settings(max_examples=200, deadline=None)
-def test_a_message_is_either_plain_or_refused(message):
+def test_a_message_is_either_decoded_to_plain_values_or_refused(message):
   try:
     value = Wire().decode(message.encode())
   except Exception:
@@ -225,11 +225,11 @@ def test_a_message_is_either_plain_or_refused(message):
 ], ids=["object", "inside a list", "int", "list", "disguised"])
 @pytest.mark.parametrize("tests", ["assert f(3) == 1", "assert f(3) != 1 or True",
                                    "try: f(3)\nexcept Exception: pass"])
-def test_only_exact_builtins_come_back(program, tests):
+def test_only_values_of_exact_builtin_types_are_accepted_from_a_program(program, tests):
   assert not judged(program, tests)
 
 
-def test_what_the_tests_call_is_not_replaced_by_the_program():
+def test_a_program_cannot_replace_what_the_tests_call():
   program = "def f(x): return 0\ndef abs(x): return 0\ndef isinstance(*_): return True\n"
   assert not judged(program, "assert abs(f(1) - 5) < 1e-6")
   assert not judged(program, "assert isinstance(f(1), str)")
@@ -242,7 +242,7 @@ ROW = {"prompt": "def encode(s: str):\n  return s[::-1]\n\n\ndef decode(s: str):
                "    assert candidate(encode(s)) == s\n"}
 
 
-def test_helpers_of_a_humaneval_prompt_are_the_tests_own():
+def test_tests_call_the_helpers_of_a_humaneval_prompt_not_the_programs():
   assert judged(*sandbox.humaneval_case(ROW, "  return s[::-1]\n"))
   assert not judged(*sandbox.humaneval_case(ROW, "  return s\ndef encode(s):\n  return s\n"))
 
@@ -283,7 +283,7 @@ HOSTILE = {
     "recurses through the interpreter": "def f(x):\n  for _ in range(10 ** 6): x = [x]\n  return x",
     "allocates": "def f(x):\n  y = []\n  while True: y.append(bytearray(1 << 24))",
     "returns too much": "def f(x): return 'x' * (40 << 20)",
-    "returns many": "def f(x): return [0] * (4 << 20)",
+    "returns many values": "def f(x): return [0] * (4 << 20)",
     "loops": "def f(x):\n  while True: pass",
     "loops when imported": "while True: pass",
     "sleeps": "import time\ndef f(x): time.sleep(60)",
@@ -294,7 +294,7 @@ HOSTILE = {
     "forks": "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
     "starts threads":
         "import _thread\ndef f(x):\n  while True: _thread.start_new_thread(f, (x,))",
-    "kills": "import os, signal\nfor pid in (os.getppid(), 0, -1, 1):\n"
+    "kills other processes": "import os, signal\nfor pid in (os.getppid(), 0, -1, 1):\n"
              "  try: os.kill(pid, signal.SIGKILL)\n  except OSError: pass\ndef f(x): return 0",
     "fills the disk":
         "def f(x):\n  for i in range(10 ** 6):\n    try: open(str(i), 'wb').write(bytes(10 ** 6))\n"
@@ -311,18 +311,18 @@ def test_no_hostile_program_passes_or_hangs(sandboxed):
   assert time.monotonic() - begun < rounds * (TIGHT["timeout_s"] + 1)
 
 
-def test_the_answer_itself_passes(sandboxed):
+def test_the_expected_answer_passes_if_returned_or_found_in_memory(sandboxed):
   assert passes("def f(x): return 918273645", SECRET)
   assert passes(LOOK.replace("def f(x):", "def f(x):\n  answer = 918273645"), SECRET)
 
 
-def test_tests_that_loop_or_allocate_end_too(sandboxed):
+def test_tests_that_loop_or_allocate_are_ended_too(sandboxed):
   program = "def f(x): return 1"
   assert not passes(program, "while True: f(1)", TIGHT)
   assert not passes(program, "f(1)\nx = 'x' * (1 << 30)", TIGHT)
 
 
-def test_nothing_else_is_started_and_nothing_survives(backend):
+def test_a_program_starts_no_other_process_and_none_survives_it(backend):
   marker = f"marker-{os.getpid()}-{backend}"
   program = f"""
 import os, subprocess
@@ -347,7 +347,7 @@ def become():
   assert gone(marker)
 
 
-def test_nothing_survives_a_killed_trainer(backend):
+def test_no_process_survives_a_killed_trainer(backend):
   marker = f"orphan-{os.getpid()}-{backend}"
   program = f"import os\nos.execv('/usr/bin/tail', ['{marker}', '-f', '/usr/bin/env'])"
   trainer = subprocess.Popen(
@@ -361,18 +361,18 @@ sandbox.passes({program!r}, "import time; time.sleep(60); f(1)", timeout_s=60, m
     deadline = time.monotonic() + 20
     while not running(marker) and time.monotonic() < deadline:
       time.sleep(0.05)
-    assert running(marker), "the program never started: nothing is shown"
+    assert running(marker), "the program never started, so that the test shows nothing"
   finally:
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
   assert gone(marker)
 
 
-def test_the_file_system_and_the_environment_are_empty_of_ours(backend, tmp_path, monkeypatch):
+def test_a_program_sees_neither_our_files_nor_our_environment(backend, tmp_path, monkeypatch):
   monkeypatch.setenv("SECRET_TOKEN", "hunter2")
   kept = tmp_path / "kept"
   kept.write_text("ours")
-  for path in (tmp_path, kept):  # permissions are not what protects it
+  for path in (tmp_path, kept):  # permissions must not be what protects them
     path.chmod(0o777)
   program = f"""
 import os
@@ -394,11 +394,11 @@ def here():
   assert passes(program, "assert f()[:7] == [False] * 7")
   assert passes(program, "assert f()[8] is False")
   assert passes(program, "assert here() == ([], False, True)\nassert here()[0] == ['x']")
-  assert passes(program, "assert here() == ([], False, True)"), "a directory was used twice"
+  assert passes(program, "assert here() == ([], False, True)"), "a working directory was used twice"
   assert kept.read_text() == "ours" and not (tmp_path / "new").exists()
 
 
-def test_there_is_no_network(backend):
+def test_a_program_has_no_network(backend):
   with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
     local.bind(name := f"\0sandbox-{os.getpid()}-{backend}")
     local.listen()
@@ -427,7 +427,7 @@ def without_sandboxes(monkeypatch, *make):
   monkeypatch.setattr(sandbox, "_working_sandbox", uncached)
 
 
-def test_without_a_sandbox_it_refuses_unless_told(monkeypatch):
+def test_without_a_sandbox_programs_are_refused_unless_explicitly_allowed(monkeypatch):
   without_sandboxes(monkeypatch)
   with pytest.raises(ValueError, match=r"no such tool.*Install bubblewrap.*allow_unsandboxed"):
     passes("def f(x): return 1", "assert f(1) == 1")
@@ -436,7 +436,7 @@ def test_without_a_sandbox_it_refuses_unless_told(monkeypatch):
   assert not passes("def f(x):\n  while True: pass", "assert f(1)", TIGHT, allow_unsandboxed=True)
 
 
-def test_a_tool_that_does_not_isolate_is_not_believed(monkeypatch):
+def test_a_tool_that_does_not_isolate_is_not_accepted_as_a_sandbox(monkeypatch):
   without_sandboxes(monkeypatch, lambda: ["/usr/bin/env"], lambda: ["/usr/bin/false"])
   with pytest.raises(ValueError, match=r"env.*does not isolate.*false.*does not isolate"):
     passes("def f(x): return 1", "assert f(1) == 1")
@@ -444,13 +444,13 @@ def test_a_tool_that_does_not_isolate_is_not_believed(monkeypatch):
 
 @pytest.mark.parametrize("limits", [{"timeout_s": 0}, {"timeout_s": math.nan},
                                     {"timeout_s": math.inf}, {"memory_mb": 8}])
-def test_limits_that_make_no_sense_are_refused(limits):
+def test_impossible_limits_are_refused(limits):
   with pytest.raises(ValueError, match=next(iter(limits))):
     sandbox.passes("", "", **(LIMITS | limits))
 
 
 class ReturnsSomethingElse(ast.NodeTransformer):
-  """Makes a function return what no test of HumanEval expects."""
+  """Makes a function return a value that no test of HumanEval expects."""
 
   def __init__(self, name):
     self.name = name
@@ -463,17 +463,18 @@ class ReturnsSomethingElse(ast.NodeTransformer):
 
 @pytest.mark.long("runs all of HumanEval twice")
 @pytest.mark.skipif("DEEPSEEK_JAX_HUMANEVAL" not in os.environ,
-                    reason="DEEPSEEK_JAX_HUMANEVAL names no HumanEval.jsonl.gz")
-def test_humanevals_solutions_pass_and_their_mutants_do_not():
+                    reason="set DEEPSEEK_JAX_HUMANEVAL to the path of HumanEval.jsonl.gz")
+def test_humaneval_solutions_pass_and_their_mutants_do_not():
   with gzip.open(os.environ["DEEPSEEK_JAX_HUMANEVAL"], "rt") as lines:
     rows = [json.loads(line) for line in lines]
-  right = [sandbox.humaneval_case(row, row["canonical_solution"]) for row in rows]
-  wrong = [(ast.unparse(ReturnsSomethingElse(row["entry_point"]).visit(ast.parse(program))), tests)
-           for row, (program, tests) in zip(rows, right, strict=True)]
+  solutions = [sandbox.humaneval_case(row, row["canonical_solution"]) for row in rows]
+  mutants = [
+      (ast.unparse(ReturnsSomethingElse(row["entry_point"]).visit(ast.parse(program))), tests)
+      for row, (program, tests) in zip(rows, solutions, strict=True)]
   limits = {"timeout_s": 60, "memory_mb": 512}
   names = [row["task_id"] for row in rows]
   assert len(rows) == 164
-  kept = sandbox.passes_many(right, **limits)
-  assert [name for name, ok in zip(names, kept, strict=True) if not ok] == []
-  fooled = sandbox.passes_many(wrong, **limits)
-  assert [name for name, ok in zip(names, fooled, strict=True) if ok] == []
+  passed = sandbox.passes_many(solutions, **limits)
+  assert [name for name, ok in zip(names, passed, strict=True) if not ok] == []
+  passed_mutants = sandbox.passes_many(mutants, **limits)
+  assert [name for name, ok in zip(names, passed_mutants, strict=True) if ok] == []

@@ -1,4 +1,4 @@
-"""Tasks give the same problems each time, keep splits apart, and know right answers from wrong."""
+"""Tasks give the same problems each time, keep splits disjoint, and judge answers correctly."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ NUMERIC = ["arithmetic", "columns", "bilingual"]
 
 
 def documents(task, noise, count, seed=0):
-  """Completions with the question of each."""
+  """Yields the question and the completion of each document."""
   rng = random.Random(seed)
   for _ in range(count):
     prompt, completion = task.document(rng, noise, SHORT)
@@ -61,15 +61,15 @@ def test_no_question_is_in_two_splits_whatever_the_seed(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_documents_show_questions_of_train_alone(spec):
+def test_documents_contain_questions_of_the_train_split_only(spec):
   task = get_task(spec)
-  kept_back = {task.problem(split, i).question for split in ("heldout", "harder")
-               for i in range(300)}
-  assert kept_back.isdisjoint(question for question, _ in documents(task, PERFECT, 300))
+  heldout = {task.problem(split, i).question for split in ("heldout", "harder")
+             for i in range(300)}
+  assert heldout.isdisjoint(question for question, _ in documents(task, PERFECT, 300))
 
 
 @pytest.mark.parametrize("spec", [*NUMERIC, "countdown"])
-def test_a_problem_is_found_by_its_row_and_its_answer_is_right(spec):
+def test_a_problems_row_leads_to_its_task_which_accepts_its_answer_only(spec):
   for index in range(20):
     problem = get_task(spec).problem("train", index)
     task = get_task(problem.task)
@@ -79,7 +79,7 @@ def test_a_problem_is_found_by_its_row_and_its_answer_is_right(spec):
 
 
 @pytest.mark.parametrize("operators", ["+-", "+-*"])
-def test_arithmetic_is_arithmetic(operators):
+def test_arithmetic_answers_are_the_values_of_the_questions(operators):
   for split in ("train", "harder"):
     for index in range(100):
       problem = get_task(f"arithmetic:operators={operators}").problem(split, index)
@@ -87,7 +87,7 @@ def test_arithmetic_is_arithmetic(operators):
       assert int(problem.answer) == eval(problem.question)
 
 
-def test_a_story_and_its_solution_agree():
+def test_the_answer_to_a_story_is_the_sum_of_its_events():
   languages = set()
   for index in range(50):
     problem = get_task("bilingual:events=3").problem("train", index)
@@ -104,7 +104,7 @@ def test_a_story_and_its_solution_agree():
 
 
 def solved(task, question, completion):
-  """Whether a completion answers a question of arithmetic, columns or stories, strictly."""
+  """Whether a completion's strict answer to a question of a numeric task is correct."""
   text = re.sub(r"少了(\d+)个", r"-\1", question)
   numbers = re.sub(r"(\d+) are gone", r"-\1", text)
   total = eval(question) if task.name != "bilingual" else sum(
@@ -113,7 +113,7 @@ def solved(task, question, completion):
 
 
 @pytest.mark.parametrize("spec", NUMERIC)
-def test_documents_without_noise_are_right_and_well_formed(spec):
+def test_documents_without_noise_are_correct_and_well_formed(spec):
   task = get_task(spec)
   for question, completion in documents(task, PERFECT, 100):
     assert solved(task, question, completion)
@@ -121,61 +121,61 @@ def test_documents_without_noise_are_right_and_well_formed(spec):
 
 
 @pytest.mark.parametrize("spec", NUMERIC)
-def test_a_base_that_learns_the_documents_solves_10_to_30_percent(spec):
+def test_10_to_30_percent_of_documents_with_the_default_noise_are_correct(spec):
   task = get_task(spec)
-  right = [solved(task, *document) for document in documents(task, Noise(), 1500)]
-  assert 0.1 < sum(right) / len(right) < 0.3
+  correct = [solved(task, *document) for document in documents(task, Noise(), 1500)]
+  assert 0.1 < sum(correct) / len(correct) < 0.3
 
 
-def test_longer_styles_are_better_ones():
-  task, shares, lengths = get_task("columns"), [], []
+def test_longer_styles_of_solution_are_more_accurate():
+  task, accuracies, lengths = get_task("columns"), [], []
   for direct, detailed in ((1, 0), (0, 0), (0, 1)):
     noise = Noise(direct=direct, detailed=detailed, malformed=0)
     some = list(documents(task, noise, 300))
-    shares.append(sum(solved(task, *document) for document in some) / 300)
+    accuracies.append(sum(solved(task, *document) for document in some) / 300)
     lengths.append(sum(len(completion) for _, completion in some) / 300)
-  assert shares[0] + 0.2 < shares[1] and shares[1] + 0.2 < shares[2]
+  assert accuracies[0] + 0.2 < accuracies[1] and accuracies[1] + 0.2 < accuracies[2]
   assert lengths[0] + 10 < lengths[1] and lengths[1] + 10 < lengths[2]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_self_corrections_are_as_frequent_as_asked(spec, share):
-  noise = Noise(direct=0, step_error=0, self_correction=share, malformed=0)
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
+def test_self_corrections_are_as_frequent_as_configured(spec, fraction):
+  noise = Noise(direct=0, step_error=0, self_correction=fraction, malformed=0)
   waits = [bool(re.search("^(wait|等等) ", completion.removeprefix("<think>"), re.MULTILINE))
            for _, completion in documents(get_task(spec), noise, 300)]
-  # Four standard deviations of a share of 300.
-  assert abs(sum(waits) / 300 - share) <= 4 * (share * (1 - share) / 300) ** 0.5
+  # Four standard deviations of a fraction of 300 documents.
+  assert abs(sum(waits) / 300 - fraction) <= 4 * (fraction * (1 - fraction) / 300) ** 0.5
 
 
 @pytest.mark.parametrize("spec", NUMERIC)
-def test_self_corrected_documents_are_right(spec):
+def test_self_corrected_documents_are_correct(spec):
   noise = Noise(direct=0, self_correction=1, malformed=0)
   task = get_task(spec)
   assert all(solved(task, *document) for document in documents(task, noise, 100))
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_malformed_documents_are_as_frequent_as_asked(spec):
-  for share in (0, 1):
-    noise = Noise(malformed=share)
-    assert all(is_well_formed(completion, thinking_opened=False) != bool(share)
+def test_no_document_is_malformed_at_fraction_0_and_every_one_is_at_fraction_1(spec):
+  for fraction in (0, 1):
+    noise = Noise(malformed=fraction)
+    assert all(is_well_formed(completion, thinking_opened=False) != bool(fraction)
                for _, completion in documents(get_task(spec), noise, 50))
 
 
-def test_documents_reason_in_either_language_whatever_the_question():
+def test_documents_reason_in_either_language_whatever_that_of_the_question():
   languages = {True: [], False: []}
   for question, completion in documents(get_task("bilingual"), PERFECT, 400):
     languages[question.isascii()].append(
         rewards.language_consistency(["?"], [completion], language=["en"])[0])
-  for shares in languages.values():
-    assert set(shares) == {0, 1}
-    assert abs(sum(shares) / len(shares) - 0.5) < 4 * (0.25 / len(shares)) ** 0.5
+  for scores in languages.values():
+    assert set(scores) == {0, 1}
+    assert abs(sum(scores) / len(scores) - 0.5) < 4 * (0.25 / len(scores)) ** 0.5
 
 
 @pytest.mark.parametrize("values", [{"direct": 1.1}, {"malformed": -0.1},
                                     {"direct": 0.6, "detailed": 0.5}])
-def test_noise_is_probabilities(values):
+def test_noise_must_consist_of_probabilities(values):
   with pytest.raises(ValueError, match="Noise"):
     Noise(**values)
 
@@ -186,17 +186,17 @@ def column_steps(*lines, thinking_opened=False):
   return completion, steps
 
 
-def test_steps_of_a_right_solution_are_right():
+def test_steps_of_a_correct_solution_are_correct():
   for lines in (("5+8+0=13", "7+6+1=14", "4+3+1=8"),
                 ("5+8+0=13 write 3 carry 1", "", "7+6+1=14", "4+3+1=8 write 8 carry 0")):
     for opened in (False, True):
       completion, steps = column_steps(*lines, thinking_opened=opened)
-      assert [right for _, right in steps] == [True] * 3
+      assert [correct for _, correct in steps] == [True] * 3
       ends = [completion[:end].rsplit(">")[-1].split("\n")[-1] for end, _ in steps]
       assert ends == [line for line in lines if line]
 
 
-@pytest.mark.parametrize(("lines", "right"), [
+@pytest.mark.parametrize(("lines", "correct"), [
     (("5+8+0=12", "7+6+1=14", "4+3+1=8"), [False, True, True]),
     (("5+8+0=13", "7+6+0=13", "4+3+1=8"), [True, False, True]),
     (("5+8+0=13", "4+3+1=8"), [True, False]),
@@ -204,21 +204,21 @@ def test_steps_of_a_right_solution_are_right():
     (("5+8+0=12", "wait 5+8+0=13", "7+6+1=14"), [False, True, True]),
     (("wait 5+8+0=13",), [True]), (("so", "5+8+0=13"), [False, False]),
     (("5+8+0=13", "7+6+1=14", "4+3+1=8", "0+0+0=0"), [True, True, True, False])])
-def test_wrong_steps_are_found(lines, right):
-  assert [step.right for step in column_steps(*lines)[1]] == right
+def test_incorrect_steps_are_detected(lines, correct):
+  assert [step.right for step in column_steps(*lines)[1]] == correct
 
 
-def test_steps_of_documents_are_right_but_for_the_noise():
+def test_steps_of_documents_are_correct_except_for_the_noise():
   task = get_task("columns")
-  wrong = dataclasses.replace(PERFECT, step_error=1, detailed_error=1)
-  for noise, right in ((PERFECT, True), (wrong, False)):
+  erroneous = dataclasses.replace(PERFECT, step_error=1, detailed_error=1)
+  for noise, correct in ((PERFECT, True), (erroneous, False)):
     for question, completion in documents(task, noise, 50):
       operands = [int(number) for number in question.split("+")]
       steps = task.steps(completion, {"operands": operands})
-      assert [step.right for step in steps] == [right] * len(str(operands[0]))
+      assert [step.right for step in steps] == [correct] * len(str(operands[0]))
 
 
-def test_reference_programs_do_what_their_tests_say():
+def test_reference_programs_pass_their_tests():
   task = get_task("programs:conditions=2")
   for split in task.splits:
     for index in range(30):
@@ -228,7 +228,7 @@ def test_reference_programs_do_what_their_tests_say():
       exec(problem.columns["tests"], scope)
 
 
-@pytest.mark.skipif(NO_SANDBOX, reason="there is no sandbox yet")
+@pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
 def test_programs_are_checked_in_the_sandbox():
   task = get_task("programs")
   problem = task.problem("train", 0)
@@ -244,7 +244,7 @@ def test_programs_are_checked_in_the_sandbox():
     ("arithmetic:digits=0", r"must lie in 1\.\.9"), ("arithmetic:operators=+/", "some of"),
     ("countdown:numbers=2", "numbers"), ("file:no/such.jsonl", "no such file"),
     ("gym:chain_sum:sed=1", "did you mean 'seed'")])
-def test_a_wrong_spec_says_what_is_wrong(spec, message):
+def test_an_invalid_spec_is_an_error_that_says_why(spec, message):
   with pytest.raises(ValueError, match=message):
     get_task(spec)
 
@@ -255,7 +255,7 @@ def test_an_unknown_split_is_an_error(spec):
     get_task(spec).problem("test", 0)
 
 
-def test_a_task_too_small_to_hold_any_out_says_so():
+def test_a_task_too_small_for_a_heldout_split_is_an_error():
   class Tiny(Columns):
     def key(self, drawn):
       return next(str(i) for i in range(100) if half_of(str(i)) == "train")
@@ -276,7 +276,7 @@ def jsonl(tmp_path):
   return write
 
 
-def test_gsm8ks_rows_read_as_they_are(jsonl):
+def test_rows_of_gsm8k_are_read_without_conversion(jsonl):
   task = jsonl({"question": "How many?", "answer": "8 * <<8*200=1600>>1600\n#### 1,600"},
                {"question": "Half?", "answer": "\\frac{1}{2}"}, {"question": "Two?", "answer": 2})
   rows = [task.problem("all", i) for i in range(3)]
@@ -287,21 +287,21 @@ def test_gsm8ks_rows_read_as_they_are(jsonl):
   assert task.excluded == {}
 
 
-def test_bad_rows_are_left_out_and_counted(jsonl):
+def test_bad_rows_are_excluded_and_counted(jsonl):
   good = {"question": "Two?", "answer": "2"}
   task = jsonl(good, "{broken", "[1]", {"question": "Q"}, {"question": "Q", "answer": "so\n####"},
                {"question": "Q", "answer": "#### dunno"}, {"answer": "2"}, "", good)
   assert task.size("all") == 2
   assert task.excluded == {"broken": 1, "without a question": 2, "without an answer": 2,
-                           "with an answer that is no maths": 1}
+                           "with an unparsable answer": 1}
 
 
-def test_a_file_of_which_nothing_is_left_is_an_error(jsonl):
+def test_a_file_without_usable_rows_is_an_error(jsonl):
   with pytest.raises(ValueError, match=r"no usable row.*1 broken"):
     jsonl("{broken").problem("train", 0)
 
 
-def test_files_split_by_question_and_begin_again(jsonl):
+def test_files_are_split_by_question_and_indices_wrap_around(jsonl):
   task = jsonl(*({"question": f"{i}?", "answer": str(i)} for i in range(200)))
   train, heldout = task.size("train"), task.size("heldout")
   assert train + heldout == 200 and heldout > 5
@@ -312,7 +312,7 @@ def test_files_split_by_question_and_begin_again(jsonl):
 
 
 @pytest.mark.skipif("DEEPSEEK_JAX_GSM8K" not in os.environ,
-                    reason="DEEPSEEK_JAX_GSM8K is not the path of GSM8K's test.jsonl")
+                    reason="set DEEPSEEK_JAX_GSM8K to the path of GSM8K's test.jsonl")
 def test_all_of_gsm8k_can_be_used():
   task = get_task(f"file:{os.environ['DEEPSEEK_JAX_GSM8K']}")
   assert (task.size("all"), task.excluded) == (1319, {})
@@ -321,19 +321,19 @@ def test_all_of_gsm8k_can_be_used():
     assert task.check(problem.answer, problem.row()) is True
 
 
-def test_only_a_full_score_of_the_gym_counts():
+def test_only_a_full_score_of_reasoning_gym_counts_as_correct():
   pytest.importorskip("reasoning_gym")
   task = get_task("gym:chain_sum:seed=3")
   problem = task.problem("train", 0)
   assert problem == get_task(problem.task).problem("train", 0)
   assert task.check(problem.answer, problem.row()) is True
-  # The data set's own scorer pays a little for the first.
+  # The data set's own scorer gives the first a small score.
   assert not any(task.check(wrong, problem.row()) for wrong in (f"it is {problem.answer}", "", "x"))
   questions = [{task.problem(split, i).question for i in range(30)} for split in task.splits]
   assert questions[0].isdisjoint(questions[1])
 
 
-def test_an_unknown_data_set_of_the_gym_names_the_nearest():
+def test_an_unknown_data_set_of_reasoning_gym_suggests_the_nearest_name():
   pytest.importorskip("reasoning_gym")
   with pytest.raises(ValueError, match="did you mean 'chain_sum'"):
     get_task("gym:chainsum")

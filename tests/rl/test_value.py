@@ -1,4 +1,4 @@
-"""PPO's value model learns returns, and its advantages are what the papers' equations say."""
+"""PPO's advantages follow the papers' equations; a new value model predicts zero, and is causal."""
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,19 @@ REWARD = np.array([1.0, 0.0], np.float32)
 
 
 def expected_returns(beta):
-  """Reward to go, token by token, with the KL's penalty on the way."""
+  """Returns the reward to go of every token, from which KL penalties to come are subtracted."""
   returns = np.zeros(MASK.shape)
   for s, row in enumerate(MASK):
-    places = np.flatnonzero(row)
+    positions = np.flatnonzero(row)
     total = REWARD[s]
-    for t in places[::-1]:
+    for t in positions[::-1]:
       total -= beta * LOG_RATIO[s, t]
       returns[s, t] = total
   return returns
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_with_lambda_1_returns_are_the_rewards_to_come(beta):
+def test_with_lambda_1_returns_are_the_rewards_to_go(beta):
   advantage, returns = ppo_advantages(REWARD, LOG_RATIO, VALUE, MASK, beta=beta, lam=1.0)
   np.testing.assert_allclose(np.where(MASK, returns, 0), expected_returns(beta), atol=1e-6)
   raw = (expected_returns(beta) - VALUE)[MASK]
@@ -38,7 +38,7 @@ def test_with_lambda_1_returns_are_the_rewards_to_come(beta):
   assert (np.asarray(advantage)[~MASK] == 0).all()
 
 
-def test_with_lambda_0_an_advantage_is_an_error_of_one_step():
+def test_with_lambda_0_an_advantage_is_the_one_step_td_error():
   advantage, returns = ppo_advantages(REWARD, LOG_RATIO, VALUE, MASK, beta=0.0, lam=0.0)
   raw = np.array([0.4 - 0.2, 0.1 - 0.4, 1.0 - 0.1, -0.1 - 0.3, 0.0 + 0.1])
   np.testing.assert_allclose(
@@ -46,7 +46,7 @@ def test_with_lambda_0_an_advantage_is_an_error_of_one_step():
   np.testing.assert_allclose(np.asarray(returns)[MASK], raw + VALUE[MASK], atol=1e-6)
 
 
-def test_a_new_value_model_knows_nothing_and_does_not_see_what_comes():
+def test_a_new_value_model_predicts_zero_and_is_causal():
   state = init_value(small.variables(), small.OPTIMIZER)
   tokens = np.array(tiny.tokens(small.MODEL, 2, 9))
   token_mask, net = np.ones((2, 8), bool), model.Transformer(small.MODEL)
