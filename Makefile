@@ -4,13 +4,14 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12; do \
 EXTRAS ?= dev
 BIN = .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all results lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo      train a small model on text, and another to reason by RL; report on both'
 	@echo 'make test      the tests that need only a CPU and minutes'
 	@echo 'make test-all  those and the long ones (EXTRAS=dev,tpu,hf adds what they need)'
+	@echo 'make results   regenerate the index of results, the figures of README and docs/configuration.md'
 	@echo 'make lint      ruff'
 
 .venv/.made-$(EXTRAS): setup.cfg pyproject.toml
@@ -33,6 +34,9 @@ test: .venv/.made-$(EXTRAS)
 
 test-all: .venv/.made-$(EXTRAS)
 	$(BIN)/python -m pytest -q
+
+results: .venv/.made-$(EXTRAS)
+	$(BIN)/python -m experiments.run --experiment=results
 
 lint: .venv/.made-$(EXTRAS)
 	$(BIN)/ruff check .

@@ -48,9 +48,11 @@ class Experiment:
     return {"": module.CONFIG} if hasattr(module, "CONFIG") else {}
 
   @property
-  def paper(self) -> str | None:
-    """The folder of a study below `studies/`, such as "v3"; None for anything else."""
-    return self.module.split(".")[-2] if self.kind == "studies" else None
+  def results_folder(self) -> str:
+    """Where its results are committed, below `results/`: such as "v3/fp8" or "bench/bench_train".
+    """
+    above = {"studies": self.module.split(".")[-2], "benchmarks": "bench", "programs": "programs"}
+    return f"{above[self.kind]}/{self.name}"
 
 
 def experiments() -> dict[str, Experiment]:

@@ -119,3 +119,4 @@ def test_no_export_has_the_name_of_a_module_beside_it(package):
   for module in pkgutil.iter_modules(loaded.__path__):
     value = getattr(loaded, module.name, None)
     assert value is None or isinstance(value, types.ModuleType), f"{package}.{module.name}"
+  assert not [name for name in getattr(loaded, "__all__", ()) if not hasattr(loaded, name)]

@@ -102,9 +102,10 @@ def median_interval(values: ArrayLike) -> tuple[float, float, float]:
   return median, float(values_n[left_out - 1]), float(values_n[n - left_out])
 
 
-def describe(median: float, low: float, high: float) -> str:
-  """A ratio with its interval, as text."""
-  return f"{median:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(low) else f"{median:.2f}"
+def describe(median: float, low: float | None, high: float | None) -> str:
+  """A ratio with its interval, as text; bounds that are infinite, or None, are left out."""
+  known = low is not None and np.isfinite(low)
+  return f"{median:.2f} ({low:.2f} to {high:.2f})" if known else f"{median:.2f}"
 
 
 def attempt[C: Contender](contenders: list[C], action: Callable[[C], Any],

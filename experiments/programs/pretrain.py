@@ -18,7 +18,9 @@ from experiments.options import Options
 from experiments.programs import baselines
 from experiments.programs.generate import write_continuation
 from experiments.reports import provenance
+from experiments.reports.results import SUMMARY
 from experiments.reports.run_report import write_run_report
+from experiments.reports.summary import bench_summary, claim
 from rl.loading import load_model
 from train import cost
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -115,11 +117,11 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
     _record(out.path, cfg, data, {"status": "failed", "cost": cost.total(out.path)})
     raise
   for message in result.messages:
-    print(f"damaged checkpoint, passed over: {message}", file=sys.stderr)
+    print(f"skipped a damaged checkpoint: {message}", file=sys.stderr)
   if result.status == "stopped":
     print(f"stopped after step {result.steps}, which is saved; rerun the same command to resume")
     return
-  _finish(cfg, data, out.path, result)
+  _finish(cfg, options.scale_of(SCALES), data, out.path, result)
 
 
 def _is_finished(path: pathlib.Path) -> bool:
@@ -156,9 +158,10 @@ def _print_evaluation(step: int, evaluation) -> None:
   print(text, flush=True)
 
 
-def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result) -> None:
-  record = {"status": result.status, "evaluations": result.evaluations, "cost": result.cost,
-            "skipped_steps": int(np.max(result.state.skipped))}
+def _finish(cfg: PretrainConfig, scale: str, data: Data, path: pathlib.Path,
+            result: Result) -> None:
+  record = {"scale": scale, "status": result.status, "evaluations": result.evaluations,
+            "cost": result.cost, "skipped_steps": int(np.max(result.state.skipped))}
   if cfg.baselines:
     record["baselines"] = _baselines(cfg, data)
     _compare(result.evaluations[-1]["bits_per_byte"], record["baselines"])
@@ -176,6 +179,7 @@ def _finish(cfg: PretrainConfig, data: Data, path: pathlib.Path, result: Result)
     print(f"MaxVio of a batch: {first['max_violation']:.2f} at the first step, "
           f"{last['max_violation']:.2f} at the last")
   run = _record(path, cfg, data, record)
+  write_json_atomic(path / SUMMARY, summary(run))
   print(f"report: {write_run_report(path, run, result.rows)}")
 
 
@@ -218,3 +222,21 @@ def _compare(ours: dict[str, float], others: dict[str, dict[str, float]]) -> Non
   for name, bits in table.items():
     print(f"{name:16}" + "".join(f"{bits[domain]:12.3f}" for domain in ours)
           + f"{np.mean([bits[domain] for domain in ours]):10.3f}")
+
+
+def summary(run: dict) -> dict:
+  """The summary of what results.json of a finished run holds."""
+  last, rivals = run["evaluations"][-1], run.get("baselines", {})
+  claims = []
+  for domain, bits in last["bits_per_byte"].items():
+    others = ", ".join(f"{name} {found[domain]:.3f}" for name, found in rivals.items())
+    claims.append(claim(f"held-out text, {domain}", "bits per byte", bits, reference=others,
+                        n="one run"))
+  if (acceptance := last.get("mtp_acceptance")) is not None:
+    claims.append(claim("second token predicted by MTP", "acceptance rate", acceptance,
+                        reference="85 to 90 % in V3 (section 5.4.3)", n="one run"))
+  cost = run["cost"]
+  return bench_summary(
+      "pretrain", run["scale"],
+      f"{run['config']['train']['steps']:,} steps of pre-training on "
+      f"{cost['tokens']:,} tokens.", run["provenance"], claims=claims)

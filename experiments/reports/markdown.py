@@ -6,9 +6,13 @@ A number that could not be measured is null in results, and a dash here.
 import itertools
 import math
 import pathlib
+import re
 from collections.abc import Iterable
 
 from train.run_folder import leaves
+
+# A cell of a column that aligns right: a number, with its unit or interval.
+_NUMBER = re.compile(r"[0-9−–∞+][0-9.,e+−]*( ?(%|s|min|h))?( [(\[±][^;]*)?")
 
 
 def number(value, digits: int = 4) -> str:
@@ -36,7 +40,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
   """A Markdown table; columns of nothing but numbers align right."""
   cell = lambda value: number(value).replace("|", "\\|").replace("\n", " ")
   header, rows = list(map(cell, header)), [list(map(cell, row)) for row in rows]
-  rule = ["---:" if all(text[:1] in "0123456789−–∞" for text in column) else "---"
+  rule = ["---:" if all(map(_NUMBER.fullmatch, column)) else "---"
           for column in zip(*rows, strict=True)]
   return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rows])
 
@@ -84,7 +88,7 @@ def origin(provenance: dict) -> str:
   facts = [("commit", commit + dirty)]
   if provenance.get("sources"):
     facts.append(("hash of the sources", _values(provenance["sources"])))
-  facts += [(name, _values(provenance[name])) for name in ("device", "cpu", "cores")
+  facts += [(name, _values(provenance[name])) for name in ("xla_flags", "device", "cpu", "cores")
             if provenance.get(name)]
   versions = provenance.get("versions", {})
   several = versions.get("several", [versions])

@@ -1,8 +1,11 @@
-"""Figures of runs and studies: data and a path in, a PNG of 800 pixels' width out.
+"""Figures of runs and studies: each function draws its data into a PNG of 800 pixels' width.
 
-Drawn on bare `Figure`s, without pyplot: PNG then comes from Agg whatever the display, and nothing
-is global. Colours are Okabe and Ito's, which colour-blind readers can tell apart; line style or
-marker changes with them.
+Every figure has axes with units, a legend if there is more than one curve, and below it one line
+that reads it, computed from the same data. Figures are drawn without pyplot, so that no display is
+needed and nothing is global. Colours are those of Okabe and Ito, which colour-blind readers can
+tell apart; line style or marker changes with them.
+
+All functions also return the figure.
 """
 
 import itertools
@@ -36,19 +39,22 @@ _UNITS = {
     "learning_rate": "learning rate (per step)",
     "max_violation": "MaxVio (max ÷ mean − 1)",
     "tokens_per_second": "tokens per second",
-    "utilisation": "share of peak FLOP/s",
+    "utilisation": "fraction of peak FLOP/s",
 }
-_SMOOTHED_SHARE = 0.03  # of a curve's points, the moving average's time constant
+_SMOOTHED_FRACTION = 0.03  # of a curve's points: the time constant of the moving average
+_READING_LINE = 0.17  # inches
+_READING_WIDTH = 88  # characters
+_LABEL_WIDTH = 26  # characters of a label beside a small panel
 
 
 class Comparison(NamedTuple):
-  """A line of the forest.
+  """One line of `forest`.
 
   Attributes:
     name: what is compared.
-    paired: its interval; infinite bounds are drawn as a lone point.
-    axis: label with unit; lines that have the same share an axis.
-    paper: the paper's own value, on the same axis.
+    paired: the estimate with its interval; if that is infinite, only the estimate is drawn.
+    axis: label with unit; lines with the same label share an axis.
+    paper: the paper's value, on the same axis.
     margin: half-width of the band around `reference` within which differences do not count.
     verdict: of `stats.judge`.
     reference: no effect, or the threshold.
@@ -69,12 +75,44 @@ def _figure(height: float = _HEIGHT, rows: int = 1, columns: int = 1, **ratios):
   return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
 
 
-def _save(figure: Figure, path: str | pathlib.Path) -> None:
+def _save(figure: Figure, path: str | pathlib.Path, reading: str) -> Figure:
+  """Writes the PNG with a line below the figure that reads it, and returns the figure."""
+  lines = textwrap.wrap(reading, _READING_WIDTH)
+  width, height = figure.get_size_inches()
+  below = _READING_LINE * len(lines) + 0.06
+  figure.set_size_inches(width, height + below)
+  figure.get_layout_engine().set(rect=(0, below / (height + below), 1, height / (height + below)))
+  figure.text(0.01, 0.05 / (height + below), "\n".join(lines), fontsize=8, style="italic",
+              va="bottom")
   figure.savefig(path, dpi=_DPI, format="png")
+  return figure
+
+
+def _last(values: np.ndarray) -> float:
+  """The last value that is finite; NaN if none is."""
+  finite = values[np.isfinite(values)]
+  return float(finite[-1]) if finite.size else math.nan
+
+
+def _ends(values: np.ndarray) -> str:
+  """The first and last finite values, in words."""
+  finite = values[np.isfinite(values)]
+  return f"from {finite[0]:.3g} to {finite[-1]:.3g}" if finite.size else "was never finite"
+
+
+def _extremes(last: dict[str, float]) -> str:
+  """The curves that end lowest and highest, in words."""
+  known = {name: value for name, value in last.items() if math.isfinite(value)}
+  if not known:
+    return "no curve has finite values"
+  low, high = min(known, key=known.get), max(known, key=known.get)
+  if known[low] == known[high]:
+    return f"{'all end' if len(known) > 1 else f'{low} ends'} at {known[low]:.3g}"
+  return f"{low} ends lowest, at {known[low]:.3g}, {high} highest, at {known[high]:.3g}"
 
 
 def _styles():
-  """Colour and dash; every pair differs for 28 curves."""
+  """Yields pairs of colour and dash, of which the first 28 are distinct."""
   for i in itertools.count():
     yield _COLOURS[i % len(_COLOURS)], _DASHES[(i + i // 28) % len(_DASHES)]
 
@@ -91,15 +129,18 @@ def _legend(axes: Axes) -> None:
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values, NaN where a row's value is not finite; rows without the key left out."""
+  """Steps and values of the rows that have the key, NaN where the value is not finite."""
   rows = [row for row in rows if row.get(key) is not None]
   values = np.array([row[key] for row in rows], float)
   return np.array([row["step"] for row in rows]), np.where(np.isfinite(values), values, np.nan)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-  """Exponential moving average, shorter at the start, where the loss falls; gaps stay gaps."""
-  longest = max(1.0, _SMOOTHED_SHARE * len(values))
+  """Exponential moving average, over fewer points at the start, where the loss falls.
+
+  Gaps stay gaps.
+  """
+  longest = max(1.0, _SMOOTHED_FRACTION * len(values))
   average, averages = 0.0, np.full(len(values), np.nan)
   for seen, i in enumerate(np.flatnonzero(~np.isnan(values))):
     average += (values[i] - average) / min(longest, 1 + 0.1 * seen)
@@ -109,17 +150,19 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 @_styled
 def loss_curves(
-    rows_by_name: dict[str, list[dict]], path: str | pathlib.Path, key: str = "loss") -> None:
-  """Moving averages, over the faint values of every seed; several curves without their start.
+    rows_by_name: dict[str, list[dict]], path: str | pathlib.Path, key: str = "loss") -> Figure:
+  """Draws moving averages over the faint values of every seed.
+
+  The vertical axis of several curves leaves out the fall at the start, where all are alike.
 
   Args:
     rows_by_name: a curve's name (empty for no legend) to its rows with "step", `key` and, for
       several seeds, "per_seed": {key: one value a seed}.
-    path: the PNG.
-    key: what to draw.
+    path: of the PNG.
+    key: the metric to draw.
   """
   figure, ((axes,),) = _figure()
-  settled = []
+  settled, last = [], {}
   for (name, rows), (colour, dash) in zip(rows_by_name.items(), _styles(), strict=False):
     steps, values = _series(rows, key)
     with_seeds = [row for row in rows if key in row.get("per_seed", {})]
@@ -131,6 +174,7 @@ def loss_curves(
     smoothed = _smoothed(values)
     axes.plot(steps, smoothed, color=colour, linestyle=dash, label=name)
     settled.append(smoothed[len(smoothed) // 10:])
+    last[name] = _last(smoothed)
   # Several curves are there to be told apart, which the fall at the start would not let them be.
   late = np.concatenate(settled) if len(settled) > 1 else np.empty(0)
   if np.isfinite(late).any():
@@ -139,38 +183,43 @@ def loss_curves(
   _step_axis(axes)
   axes.set_ylabel(_UNITS.get(key, key))
   _legend(axes)
-  _save(figure, path)
+  alone = f"the moving average goes {_ends(smoothed)}" if last else ""
+  return _save(figure, path, f"{_UNITS.get(key, key).partition(' (')[0].capitalize()}: "
+                             f"{_extremes(last) if len(last) > 1 else alone}.")
 
 
-def _plain_curve(rows: list[dict], path: str | pathlib.Path, key: str):
+def _plain_curve(rows: list[dict], path: str | pathlib.Path, key: str) -> Figure:
   figure, ((axes,),) = _figure(0.75 * _HEIGHT)
   axes.plot(*_series(rows, key), color=_COLOURS[0])
   _step_axis(axes)
   axes.set_ylabel(_UNITS[key])
   axes.set_ylim(bottom=0)
   axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
-  _save(figure, path)
+  _, values = _series(rows, key)
+  name = _UNITS[key].partition(" (")[0]
+  return _save(figure, path, f"{name[0].upper()}{name[1:]} goes {_ends(values)}; its largest value "
+                             f"is {np.nanmax(values, initial=-math.inf):.3g}.")
 
 
 @_styled
-def max_violation(rows: list[dict], path: str | pathlib.Path) -> None:
-  """How unevenly experts are used over training, from rows with "step" and "max_violation"."""
-  _plain_curve(rows, path, "max_violation")
+def max_violation(rows: list[dict], path: str | pathlib.Path) -> Figure:
+  """Draws the imbalance of experts over training, from rows with "step" and "max_violation"."""
+  return _plain_curve(rows, path, "max_violation")
 
 
 @_styled
-def learning_rate(rows: list[dict], path: str | pathlib.Path) -> None:
-  """The schedule as it ran, from rows with "step" and "learning_rate"."""
-  _plain_curve(rows, path, "learning_rate")
+def learning_rate(rows: list[dict], path: str | pathlib.Path) -> Figure:
+  """Draws the schedule as it ran, from rows with "step" and "learning_rate"."""
+  return _plain_curve(rows, path, "learning_rate")
 
 
 @_styled
-def validation(evaluations: list[dict], path: str | pathlib.Path) -> None:
-  """Held-out bits per byte over training, a curve a domain.
+def validation(evaluations: list[dict], path: str | pathlib.Path) -> Figure:
+  """Draws held-out bits per byte over training, one curve per domain.
 
   Args:
     evaluations: {"step": int, "bits_per_byte": {domain: value}}, by step.
-    path: the PNG.
+    path: of the PNG.
   """
   figure, ((axes,),) = _figure()
   domains = dict.fromkeys(name for e in evaluations for name in e["bits_per_byte"])
@@ -183,22 +232,24 @@ def validation(evaluations: list[dict], path: str | pathlib.Path) -> None:
   axes.set_ylabel("validation (bits per byte)")
   axes.set_ylim(bottom=0)
   _legend(axes)
-  _save(figure, path)
+  last = evaluations[-1]["bits_per_byte"]
+  return _save(figure, path, f"Bits per byte after step {evaluations[-1]['step']:,}: " + ", ".join(
+      f"{domain} {bits:.3f}" for domain, bits in last.items()) + "; lower is better.")
 
 
 @_styled
 def panels(
     drawn: dict[str, dict[str, tuple[list, list]]], path: str | pathlib.Path,
-    doublings: str | None = None, logarithmic: bool = False) -> None:
-  """Small curves over steps, two beside each other.
+    doublings: str | None = None, logarithmic: bool = False) -> Figure:
+  """Draws small panels of curves over steps, two in a row.
 
   Args:
     drawn: by the panel's label, by the curve's name, steps and values; None is a gap. A name has
       the same colour in every panel.
     path: of the PNG.
-    doublings: the label of the horizontal axis if that is not of steps but of powers of two, each
-      as far from the next.
-    logarithmic: whether values are drawn so.
+    doublings: the label of the horizontal axis if that shows powers of two, evenly spaced, instead
+      of steps.
+    logarithmic: whether the vertical axes are logarithmic.
   """
   names = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
   styles = dict(zip(names, _styles(), strict=False))
@@ -215,7 +266,7 @@ def panels(
       colour, dash = styles[name]
       axes.plot(steps, np.array(values, float), color=colour, linestyle=dash, label=name,
                 marker="o" if len(steps) < 12 else None, markersize=3)
-    axes.set_ylabel(label)
+    axes.set_ylabel(textwrap.fill(label, _LABEL_WIDTH))
     if logarithmic:
       axes.set_yscale("log")
     if doublings:
@@ -224,14 +275,17 @@ def panels(
       axes.set_xlabel(doublings)
     else:
       _step_axis(axes)
-  figure.legend(*axes_RC.flat[0].get_legend_handles_labels(), loc="outside upper center",
-                ncols=columns)
-  _save(figure, path)
+  handles = {name: handle for axes in axes_RC.flat
+             for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+  figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
+  label, curves = next(iter(drawn.items()))
+  last = {name: _last(np.array(values, float)) for name, (_, values) in curves.items()}
+  return _save(figure, path, f"First panel, {label}: {_extremes(last)}.")
 
 
 @_styled
-def learning(runs: dict[str, dict], path: str | pathlib.Path) -> None:
-  """Reward and held-out pass@1 of several trainers, each by its own clock.
+def learning(runs: dict[str, dict], path: str | pathlib.Path) -> Figure:
+  """Draws reward and held-out pass@1 of several trainers, each over its own clock.
 
   Args:
     runs: by trainer "steps", [{"time", "mean_reward"}], and "evaluations", [{"time", "pass@1":
@@ -249,19 +303,21 @@ def learning(runs: dict[str, dict], path: str | pathlib.Path) -> None:
     right.plot(times, mean, marker="o", markersize=3, **style)
     right.fill_between(times, low, high, color=colour, alpha=0.2, linewidth=0)
   for axes, label in ((left, "reward of a rollout"), (right, "held-out pass@1")):
-    axes.set(xlabel="seconds, evaluations left out", ylabel=label, ylim=(0, 1))
+    axes.set(xlabel="seconds (without evaluations)", ylabel=label, ylim=(0, 1))
   _legend(left)
-  _save(figure, path)
+  return _save(figure, path, "Held-out pass@1 at the end: " + ", ".join(
+      f"{name} {run['evaluations'][-1]['pass@1'][0]:.2f} after "
+      f"{run['evaluations'][-1]['time']:.3g} s" for name, run in runs.items()) + ".")
 
 
 @_styled
 def load_heat_map(
-    loads_by_domain: dict[str, np.ndarray | list], path: str | pathlib.Path) -> None:
-  """Which experts each domain uses: load over the layer's mean, one colour scale for all.
+    loads_by_domain: dict[str, np.ndarray | list], path: str | pathlib.Path) -> Figure:
+  """Draws the load of every expert over its layer's mean, on one colour scale for all domains.
 
   Args:
-    loads_by_domain: domain to [layers, experts] of tokens received.
-    path: the PNG.
+    loads_by_domain: by domain, tokens received, [layers, experts].
+    path: of the PNG.
   """
   relative = {}
   for domain, load_LE in loads_by_domain.items():
@@ -292,7 +348,11 @@ def load_heat_map(
   bar = figure.colorbar(image, ax=used, ticks=[0, 0.5, 1, (1 + top) / 2, top], format="%.2g",
                         aspect=25, pad=0.02)
   bar.set_label("load ÷ mean")
-  _save(figure, path)
+  busiest = {domain: np.nanmax(load, initial=0) for domain, load in relative.items()}
+  domain = max(busiest, key=busiest.get)
+  layer, expert = np.argwhere(relative[domain] == busiest[domain])[0] if busiest[domain] else (0, 0)
+  return _save(figure, path, f"The highest load is {busiest[domain]:.2f} times its layer's mean: "
+                             f"expert {expert} of MoE layer {layer} on {domain}. 1 is balanced.")
 
 
 def _forest_line(axes: Axes, y: float, line: Comparison) -> None:
@@ -312,8 +372,8 @@ def _forest_line(axes: Axes, y: float, line: Comparison) -> None:
 
 
 @_styled
-def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> None:
-  """Every comparison's interval beside its margin, the paper's value and the verdict."""
+def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> Figure:
+  """Draws the interval of every comparison with its margin, the paper's value and the verdict."""
   groups: dict[str, list[Comparison]] = {}
   for comparison in comparisons:
     groups.setdefault(comparison.axis, []).append(comparison)
@@ -336,27 +396,7 @@ def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> None:
     keys.append(axes.fill_between([], [], color="#56B4E9", alpha=0.25, label="margin"))
   figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), fontsize=8,
                 frameon=False)
-  _save(figure, path)
-
-
-@_styled
-def scatter_tradeoff(
-    points: list[tuple[str, float, float, float | None, float | None]], xlabel: str, ylabel: str,
-    path: str | pathlib.Path) -> None:
-  """What is gained against what it costs.
-
-  Args:
-    points: name, x, y and the half-widths of their error bars, None for none.
-    xlabel: with unit.
-    ylabel: with unit.
-    path: the PNG.
-  """
-  figure, ((axes,),) = _figure()
-  for i, (name, x, y, xerr, yerr) in enumerate(points):
-    axes.errorbar(x, y, yerr, xerr, color=_COLOURS[i % len(_COLOURS)], label=name, capsize=2,
-                  fmt=_MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)], elinewidth=1)
-  axes.margins(0.1)
-  axes.set_xlabel(xlabel)
-  axes.set_ylabel(ylabel)
-  _legend(axes)
-  _save(figure, path)
+  verdicts = [line.verdict for line in comparisons]
+  return _save(figure, path, f"Of {len(verdicts)} claims " + ", ".join(
+      f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts))
+      + ". The black line is no effect, or the threshold that is claimed.")

@@ -22,7 +22,7 @@ from train.run_folder import write_json_atomic
 PRODUCT = ("pallas_kernels", "model", "train", "rl", "experiments")
 _ROOT = pathlib.Path(__file__).parents[2]
 _SOURCES = (".py", ".json")  # Python, and tables that it reads
-_MERGED = ("commit", "dirty", "sources", "versions", "device", "cpu", "cores")
+_MERGED = ("commit", "dirty", "sources", "versions", "xla_flags", "device", "cpu", "cores")
 
 
 @functools.cache
@@ -54,6 +54,7 @@ def describe() -> dict:
       "versions": {"python": platform.python_version()} | {
           name: importlib.metadata.version(name) for name in packages} | (
               {"torch": str(peer.__version__)} if peer else {}),
+      "xla_flags": os.environ.get("XLA_FLAGS") or None,
       "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
       "cpu": _cpu(), "cores": os.cpu_count(),
   }

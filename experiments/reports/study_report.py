@@ -10,6 +10,7 @@ import pathlib
 import statistics
 
 from experiments.reports import plots
+from experiments.reports.labels import metric_label
 from experiments.reports.markdown import (
   document,
   duration,
@@ -67,9 +68,15 @@ def _forest_lines(comparisons: list[dict]) -> list[plots.Comparison]:
     claim, threshold = c["claim"], c["claim"].get("threshold")
     lines.append(plots.Comparison(
         c["name"], _paired(c["paired"]),
-        f"{c['metric']}: difference" if threshold is None else c["metric"], claim.get("paper"),
+        _axis(c["metric"], c.get("baseline")), claim.get("paper"),
         claim.get("margin"), c["verdict"], threshold or 0.0))
   return lines
+
+
+def _axis(metric: str, baseline: str | None) -> str:
+  """The label of a comparison's axis: of a difference between arms, or of one arm's value."""
+  label = metric_label(metric)
+  return f"difference in {label}" if baseline else label
 
 
 def _spread(values: list[float]) -> str | None:

@@ -78,10 +78,11 @@ def _cells(pairs: Sequence[tuple], metric: str) -> str:
 
 
 def _curves(pairs: Mapping[str, Sequence[tuple]]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Panels: with what two seeds differ by, and without, where the scale is another."""
+  """Panels of the arms with the difference between two seeds, and of the arms alone."""
   curves = {name: _mean_curve(by_seed) for name, by_seed in pairs.items()}
-  return {"with seeds: error, %": curves,
-          "arms: error, %": {name: curve for name, curve in curves.items() if name != _SEEDS}}
+  return {"relative error of the loss (%), arms and seeds": curves,
+          "relative error of the loss (%), arms alone": {
+              name: curve for name, curve in curves.items() if name != _SEEDS}}
 
 
 def _mean_curve(pairs: Sequence[tuple]) -> tuple[list, list]:

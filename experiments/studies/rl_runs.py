@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import model
+from experiments.reports.labels import metric_label
 from experiments.studies import rl_tables
 from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import gains, metrics_of_rows
@@ -205,7 +206,7 @@ def _print_outcome(task: Task, before: dict, after: dict) -> None:
   for name, estimate in before.items():
     if isinstance(estimate, list) and name in after:
       shown = ["{:.3f} [{:.3f}, {:.3f}]".format(*found[name]) for found in (before, after)]
-      print(f"  {rl_tables.LABELS.get(name, name):16} {shown[0]}  ->  {shown[1]}")
+      print(f"  {metric_label(name):16} {shown[0]}  ->  {shown[1]}")
 
 
 def _curves(result: loop.RLResult) -> dict[str, list[list[float]]]:

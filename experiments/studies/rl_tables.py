@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reports.labels import LABELS
 from experiments.reports.markdown import number
 
 ByArm = Mapping[str, Sequence[Mapping[str, Any]]]
 
-# The names of estimates as reports print them; files keep the shorter ones.
-LABELS = {"lenient_pass@1": "pass@1, lenient match", "lenient_cons": "maj@k, lenient match",
-          "format": "format accuracy", "length": "length (tokens)", "clipped": "truncated"}
 _CURVES = {"reward": "reward (mean of a rollout)", "pass@1": "held-out pass@1",
            "length": "length (tokens)", "kl": "KL to the reference (nats per token)",
            "lenient_pass@1": "held-out pass@1, lenient match", "format_reward": "format accuracy",
@@ -123,9 +121,16 @@ def _outcomes(runs: ByArm, split: str, caption: str) -> dict[str, Any]:
       "caption": caption, "header": ["model", *(labels.get(name, name) for name in _OUTCOME)],
       "rows": [[name, *(_cell(_estimates(estimates).get(column)) for column in _OUTCOME)]
                for name, estimates in found.items()],
-      "note": f"{first['problems']} problems, of which {first['questions']} ask different "
-              "questions; 95 % bootstrap intervals over questions. Lenient match finds answers "
-              "outside their block, too."}
+      "note": f"{_interval_note(first)} Lenient match finds answers outside their block, too."}
+
+
+def _interval_note(found: Mapping[str, Any]) -> str:
+  """What the intervals are over; earlier versions did not count the different questions."""
+  if "questions" not in found:
+    return (f"{found['problems']} problems; 95 % bootstrap intervals over problems, which are too "
+            "narrow where several ask the same question.")
+  return (f"{found['problems']} problems, of which {found['questions']} ask different questions; "
+          "95 % bootstrap intervals over questions.")
 
 
 def _base_sampling(runs: ByArm) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def _reflection_effects(runs: ByArm) -> dict[str, Any]:
   return {
       "caption": "What cutting reflections out does to accuracy",
       "header": ["model", "completions", "questions", *_REFLECTION.values()],
-      "rows": [[name, effect["completions"], effect["questions"],
+      "rows": [[name, effect["completions"], effect.get("questions"),
                 *(_cell(effect[part]) for part in _REFLECTION)]
                for name, effect in effects.items()],
       "note": "Completions that take a step back, continued from after that place and from before "

@@ -20,8 +20,9 @@ import numpy as np
 
 from experiments import settings
 from experiments.options import Options
-from experiments.reports import provenance
+from experiments.reports import provenance, results
 from experiments.reports.study_report import FINISHED, write_study_report
+from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.comparing import SWEEP_SEED, compare, compared_runs, finite
 from experiments.studies.runs import Task
@@ -201,7 +202,16 @@ class Runner:
                               for path in sorted(self.parts.glob("*.json"))])
 
   def judge(self) -> dict:
-    """Merges the parts, compares what can be compared, and writes results.json and report.md."""
+    """Writes `outcome` as results.json, with its summary and report; returns it."""
+    result = self.outcome()
+    write_json_atomic(self.out.path / "results.json", result)
+    write_json_atomic(self.out.path / results.SUMMARY, study_summary(result))
+    self._print(result)
+    print(f"report: {write_study_report(self.out.path, result)}")
+    return result
+
+  def outcome(self) -> dict:
+    """Merges the parts and compares what can be compared: what results.json holds."""
     runs = self.finished()
     swept = self._swept(runs)
     best = {arm: rate for arm, (rate, _) in swept.items()}
@@ -214,7 +224,7 @@ class Runner:
                    if c]
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
-    result = {
+    return {
         "name": self.study.name, "claim": self.study.claim, "source": self.study.source,
         "scale": self.scale_name, "definition": self.study.definition(self.scale_name),
         "arms": [{"name": arm.name, "settings": " ".join(arm.settings) or "none",
@@ -229,10 +239,6 @@ class Runner:
                                   for arm, by_seed in ran.items()}),
         "total_cost": cost.add_up([run["cost"] for run in runs.values()]),
         "provenance": self.where_it_ran()}
-    write_json_atomic(self.out.path / "results.json", result)
-    self._print(result)
-    print(f"report: {write_study_report(self.out.path, result)}")
-    return result
 
   def _describe_rate(self, rate: float | None) -> str:
     rates = self.scale.learning_rates

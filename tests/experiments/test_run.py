@@ -70,8 +70,8 @@ def test_experiments_are_found_by_folder_and_not_by_a_list():
     if "\nSTUDY = " in text or "\ndef main(options: Options)" in text:
       assert found[path.stem].module.endswith(path.stem)
       assert found[path.stem].summary
-  assert found["load_balancing"].paper == "v3" and found["rl_clip"].paper == "r1"
-  assert found["pretrain"].paper is None
+  assert [found[name].results_folder for name in ("fp8", "rl_clip", "pretrain", "bench_moe")] == [
+      "v3/fp8", "r1/rl_clip", "programs/pretrain", "bench/bench_moe"]
 
 
 @pytest.mark.parametrize(("args", "message"), [

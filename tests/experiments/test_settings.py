@@ -282,5 +282,5 @@ def test_numerics_and_recipes_are_named_and_their_fields_set_on_top():
   assert apply(*(f"{key}={value}" for key, _, value in settings.fields(config))) == config
   assert errors("model.numerics=fp9") == [
       "model.numerics: there is no numerics policy 'fp9'; there are: fp32, bf16, fp8"]
-  assert "Numerics.compute='float16' goes with no recipe" in errors(
+  assert "Numerics.compute='float16' cannot be used with a recipe" in errors(
       "model.numerics=fp8", "model.numerics.compute=float16")[0]

@@ -18,8 +18,9 @@ from experiments import settings
 from experiments.benchmarks.kernels.cases import SHAPES, Case, cases
 from experiments.benchmarks.timing import CallTimer, alternate, describe, paired_rounds, speedup
 from experiments.options import Options
-from experiments.reports import provenance
-from experiments.reports.markdown import table
+from experiments.reports import results
+from experiments.reports.markdown import number, table
+from experiments.reports.summary import bench_summary, claim, target
 from model.checks import require
 from pallas_kernels import implementations
 from pallas_kernels.quantized import error
@@ -67,8 +68,8 @@ def main(options: Options) -> None:
     if cfg.only in case.operation:
       rows += _measure(case, cfg, ceilings)
       if options.out:  # after each, as there are many
-        provenance.record(
-            options.out, {"config": to_dict(cfg), "ceilings": ceilings, "rows": rows})
+        results.record(options.out, {"config": to_dict(cfg), "scale": scale, "ceilings": ceilings,
+                                     "rows": rows}, summary)
   require(rows, f"only={cfg.only} is in no operation's name")
   print(table(_HEADER, map(_line, rows)))
 
@@ -105,7 +106,7 @@ def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[d
   seconds = alternate(timed, cfg.rounds)
   return [_row(case, name, seconds, ceilings, off if name == "ours" else {"error": None})
           for name in timed] + [
-      {"operation": case.operation, "shape": case.shape, "side": name, "absent": why}
+      {"operation": case.operation, "shape": case.shape, "contender": name, "absent": why}
       for name, why in absent.items()]
 
 
@@ -154,26 +155,47 @@ def _row(case: Case, name: str, seconds: dict[str, list[float]], ceilings: dict[
   rate = case.work / median / (1e12 if case.unit == "TFLOP/s" else 1e9)
   ceiling = ceilings["copy GB/s" if case.unit == "GB/s" else
                      "FP8 TFLOP/s" if case.operation.startswith("fp8") else "bf16 TFLOP/s"]
-  row = {"operation": case.operation, "shape": case.shape, "side": name, "seconds": median,
+  row = {"operation": case.operation, "shape": case.shape, "contender": name, "seconds": median,
          "by_round": seconds[name], "rate": rate, "unit": case.unit,
-         "share_of_ceiling": rate / ceiling, **off}
+         "fraction_of_ceiling": rate / ceiling, **off}
   if name == "ours":
     return row
-  row["ours_over_it"] = speedup(paired_rounds(seconds["ours"]), paired_rounds(seconds[name]))
+  row["speedup"] = speedup(paired_rounds(seconds["ours"]), paired_rounds(seconds[name]))
   targets = case.targets if implementations.local_backend() else ()  # kernels' targets
   goals = [target.ratio for target in targets if target.contender == name]
-  return row | ({"target": goals[0], "met": row["ours_over_it"][1] >= goals[0]} if goals else {})
+  return row | ({"target": goals[0], "met": row["speedup"][1] >= goals[0]} if goals else {})
 
 
-_HEADER = ("operation", "shape", "contender", "ms", "rate", "unit", "of ceiling", "error",
+_HEADER = ("operation", "shape", "contender", "ms", "rate", "unit", "fraction of ceiling", "error",
            "speed-up of ours", "target")
 
 
 def _line(row: dict) -> tuple:
   if "absent" in row:
-    return (row["operation"], row["shape"], row["side"], None, None, row["absent"], *[None] * 4)
-  of = row.get("ours_over_it")
-  target = f"{row['target']} {'met' if row['met'] else 'missed'}" if "target" in row else None
-  return (row["operation"], row["shape"], row["side"], 1e3 * row["seconds"], row["rate"],
-          row["unit"], row["share_of_ceiling"], row["error"],
-          of and describe(*of), target)
+    return (row["operation"], row["shape"], row["contender"], None, None, row["absent"],
+            *[None] * 4)
+  of = row.get("speedup")
+  goal = f"{row['target']} {'met' if row['met'] else 'missed'}" if "target" in row else None
+  return (row["operation"], row["shape"], row["contender"], 1e3 * row["seconds"], row["rate"],
+          row["unit"], row["fraction_of_ceiling"], row["error"],
+          of and describe(*of), goal)
+
+
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  ceilings, rounds = result["ceilings"], result["config"]["rounds"]
+  claims = []
+  for row in result["rows"]:
+    if "speedup" in row:
+      text = f"{row['operation']}, {row['shape']}: ours against {row['contender']}"
+      estimate, n = row["speedup"], f"{rounds // 2} pairs of rounds"
+      claims.append(target(text, "speed-up", estimate, at_least=row["target"], n=n)
+                    if "target" in row else claim(text, "speed-up", *estimate, n=n))
+  return bench_summary(
+      "bench_kernels", result["scale"],
+      "Low-precision operations against torch's and XLA's, alternating in one process.", result,
+      claims=claims, tables=[{
+          "name": "rates", "caption": "Rates", "header": _HEADER,
+          "rows": list(map(_line, result["rows"])),
+          "note": "Ceilings, measured in the same process: " + ", ".join(
+              f"{name} {number(value)}" for name, value in ceilings.items()) + "."}])

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of our kernels and of XLA's products, for chips that are not here.
+"""Compile our kernels and XLA's products ahead of time for TPUs, and ask which format pays.
 
 libtpu, from the extra `tpu`, compiles for every TPU on any host. It says how many cycles it thinks
 its own product takes, by format: that answers which format pays on which chip. It does not look
@@ -28,8 +28,9 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments import settings
 from experiments.options import Options
-from experiments.reports import provenance
-from experiments.reports.markdown import collapsed, document, origin, table
+from experiments.reports import provenance, results
+from experiments.reports.markdown import collapsed, table
+from experiments.reports.summary import bench_summary, claim
 from model.checks import require, require_positive
 from model.config import MLAConfig, ModelConfig
 from model.registry import get_config
@@ -191,33 +192,32 @@ def main(options: Options) -> None:
       continue
     found[key] = row | compiled(case, device)
     said = found[key].get("error") or f"compiles in {found[key]['compile_seconds']:.1f} s"
-    print(f"{row['chip']}, {row['side']} {row['name']}, {_shape(row)}: {said}", flush=True)
+    print(f"{row['chip']}, {row['contender']} {row['name']}, {_shape(row)}: {said}", flush=True)
     if options.out:
       _record(options.out, cfg, found)
   rows = list(found.values())
-  print(verdicts(rows))
+  print(table(_PAYS, verdicts(rows)))
   if options.out:
-    _record(options.out, cfg, found)
-    print(f"report: {_report(options.out, rows)}")
+    print(f"report: {_record(options.out, cfg, found)}")
 
 
-def _record(folder: pathlib.Path, cfg: TpuConfig, found: dict[tuple, dict]) -> None:
-  provenance.record(folder, {
-      "config": to_dict(cfg), "libtpu": _libtpu(), "rows": list(found.values())})
+def _record(folder: pathlib.Path, cfg: TpuConfig, found: dict[tuple, dict]) -> pathlib.Path:
+  result = {"config": to_dict(cfg), "libtpu": _libtpu(), "rows": list(found.values())}
+  return results.record(folder, result, summary, lambda _, of: _sections(of))
 
 
 def _kept(folder: pathlib.Path | None) -> dict[tuple, dict]:
-  """Rows of an earlier run of this commit, maybe of other models or one that was stopped."""
+  """Rows of an earlier run of the same code, of other models or one that was stopped."""
   path = folder and folder / "results.json"
   if not path or not path.exists():
     return {}
   result, now = json.loads(path.read_text()), provenance.describe()
-  same = all(result[name] == now[name] for name in ("commit", "dirty", "versions"))
-  return {_key(row): row for row in result["rows"]} if same and not now["dirty"] else {}
+  same = all(result.get(name) == now[name] for name in ("sources", "versions"))
+  return {_key(row): row for row in result["rows"]} if same else {}
 
 
 def _key(row: dict) -> tuple:
-  return tuple(row[name] for name in ("chip", "side", "name", "rows", "n", "k", "groups"))
+  return tuple(row[name] for name in ("chip", "contender", "name", "rows", "n", "k", "groups"))
 
 
 def _rows(cfg: TpuConfig) -> Iterator[tuple[dict, Case, Any]]:
@@ -234,11 +234,12 @@ def _rows(cfg: TpuConfig) -> Iterator[tuple[dict, Case, Any]]:
     for layer, names in shapes.items():
       cases = [("ours", case) for case in kernels(layer, "TPU7" in device.device_kind)]
       cases += [] if layer.groups else [("XLA", case) for case in dots(layer)]
-      for side, case in cases:
-        same = side, case.name, *((x.shape, x.dtype) for x in jax.tree.leaves(case.operands))
+      for contender, case in cases:
+        same = contender, case.name, *((x.shape, x.dtype) for x in jax.tree.leaves(case.operands))
         if same not in seen:
-          yield ({"chip": chip, "layers": ", ".join(names), **layer._asdict(), "side": side,
-                  "name": case.name}, case, device)
+          row = {"chip": chip, "layers": ", ".join(names), **layer._asdict(),
+                 "contender": contender, "name": case.name}
+          yield row, case, device
         seen.add(same)
 
 
@@ -274,7 +275,7 @@ def speedups(rows: list[dict]) -> dict[str, dict[str, float]]:
   found = {}
   for chip in dict.fromkeys(row["chip"] for row in rows):
     cycles_of = {(row["rows"], row["n"], row["k"], row["name"]): row.get("cycles")
-                 for row in rows if row["chip"] == chip and row["side"] == "XLA"}
+                 for row in rows if row["chip"] == chip and row["contender"] == "XLA"}
     shapes = dict.fromkeys(key[:3] for key in cycles_of)
     complete = [shape for shape in shapes if all(cycles_of[*shape, name] for name in _DOTS)]
     if complete:
@@ -284,23 +285,43 @@ def speedups(rows: list[dict]) -> dict[str, dict[str, float]]:
   return found
 
 
-def verdicts(rows: list[dict]) -> str:
-  """Which format pays, chip by chip; none does that gains less than a tenth."""
+_PAYS = ("chip", *(f"bf16 ÷ {name}" for name in _DOTS), "fastest format")
+
+
+def verdicts(rows: list[dict]) -> list[list[str]]:
+  """Lines of `_PAYS`, chip by chip; a format that gains less than a tenth does not pay."""
   pays = lambda gains: max(gains, key=gains.get) if max(gains.values()) > 1.1 else "bf16"
-  return table(("chip", *(f"bf16 ÷ {name}" for name in _DOTS), "what pays"), (
-      (chip, *(f"{gain:.2f}" for gain in gains.values()), pays(gains))
-      for chip, gains in speedups(rows).items()))
+  return [[chip, *(f"{gain:.2f}" for gain in gains.values()), pays(gains)]
+          for chip, gains in speedups(rows).items()]
 
 
-def _report(folder: pathlib.Path, rows: list[dict]):
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  rows = result["rows"]
+  ours = [row for row in rows if row["contender"] == "ours"]
+  compile_here = sum("error" not in row for row in ours)
+  claims = [claim(f"{chip}: {name} against bfloat16", "ratio of estimated cycles", gains[name],
+                  n="the compiler's estimate")
+            for chip, gains in speedups(rows).items() for name in gains if name != "bf16"]
+  claims.append(claim("programs of our kernels that compile", "fraction",
+                      compile_here / len(ours), n=f"{len(ours)} programs"))
+  return bench_summary(
+      "tpu_kernels", "ahead_of_time",
+      f"Kernels for TPUs, compiled ahead of time by libtpu {result['libtpu']}. None of it was "
+      "measured on a TPU.", result, claims=claims, tables=[{
+          "name": "formats", "caption": "Which format pays", "header": list(_PAYS),
+          "rows": verdicts(rows),
+          "note": "Cycles of bfloat16 over those of the format: the compiler's own estimate of its "
+                  "product of two matrices, the geometric mean over all shapes."}])
+
+
+def _sections(result: dict) -> list[tuple[str, str]]:
+  rows = result["rows"]
+  ours = [row for row in rows if row["contender"] == "ours"]
   refused = [row for row in rows if "error" in row]
-  ours = [row for row in rows if row["side"] == "ours"]
-  compiles = (f"{len(ours) - sum(row['side'] == 'ours' for row in refused)} of {len(ours)} "
-              f"programs of our kernels compile, with libtpu {_libtpu()}.")
-  return document(folder / "report.md", "Kernels for TPUs, compiled ahead of time", [
-      ("What pays", verdicts(rows)),
-      ("", "Cycles are the compiler's own estimate of its product of two matrices, the geometric "
-           "mean over the shapes below. None of it was measured on a TPU."),
+  compiles = (f"{len(ours) - sum(row['contender'] == 'ours' for row in refused)} of {len(ours)} "
+              f"programs of our kernels compile, with libtpu {result['libtpu']}.")
+  return [
       ("XLA's products", _dots_table(rows)),
       ("", "`optimal_seconds`, the compiler's other estimate, is of FLOPs and bytes: it does not "
            "know that a chip multiplies one format faster than another of as many bits."),
@@ -312,14 +333,13 @@ def _report(folder: pathlib.Path, rows: list[dict]):
            "conversion cost. They are no prediction. A dash is where it gave none."),
       ("Refused", table(("chip", "kernel", "shape", "error"), (
           (row["chip"], row["name"], _shape(row), row["error"]) for row in refused))
-       if refused else ""),
-      ("How to run it again", origin(provenance.describe()))])
+       if refused else "")]
 
 
 def _dots_table(rows: list[dict]) -> str:
   found = {}
   for row in rows:
-    if row["side"] == "XLA":
+    if row["contender"] == "XLA":
       found.setdefault((row["chip"], row["layers"], _shape(row)), {})[row["name"]] = row
   micro = lambda row: _micro(row.get("optimal_seconds"))
   return table(("chip", "layers", "M x N x K", *(f"{name}, cycles" for name in _DOTS),

@@ -21,8 +21,9 @@ from experiments import settings
 from experiments.benchmarks.kernels.cases import group_sizes, normal
 from experiments.benchmarks.timing import CallTimer, alternate
 from experiments.options import Options
-from experiments.reports import provenance
+from experiments.reports import results
 from experiments.reports.markdown import table
+from experiments.reports.summary import backend, bench_summary
 from model.checks import require
 from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu import tilings
@@ -93,10 +94,10 @@ def main(options: Options) -> None:
   for job in chosen:
     rows += _measure(job, cfg)
     if options.out:  # after each, as there are many
-      provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
+      results.record(options.out, {"config": to_dict(cfg), "rows": rows}, summary, _sections)
       write_json_atomic(options.out / "tilings.json",
                         dict(sorted((tilings.table() | best(rows)).items())))
-  print(table(("operation", "tiling", "µs", "TFLOP/s", "of the default's time"), map(_line, rows)))
+  print(table(_HEADER, map(_line, rows)))
 
 
 def jobs() -> Iterator[Job]:
@@ -104,12 +105,13 @@ def jobs() -> Iterator[Job]:
   from pallas_kernels.mosaic_gpu import (
       fp8_grouped,
       fp8_matmul,
+      fp8_tiling,
       fp8_weight_gradient,
       grouped_matmul,
       grouped_weight_gradient,
   )
 
-  dense, bf16, f32 = fp8_matmul.Tiling, jnp.bfloat16, jnp.float32
+  dense, bf16, f32 = fp8_tiling.Tiling, jnp.bfloat16, jnp.float32
   of_blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4),
                dense(block_m=256, depth=1, stages=3))
   of_vectors = (
@@ -186,6 +188,26 @@ def best(rows: list[dict]) -> dict[str, dict[str, int]]:
   return found
 
 
+_HEADER = ("operation", "tiling", "µs", "TFLOP/s", "time over the default's")
+
+
 def _line(row: dict) -> tuple:
   tiling = " ".join(f"{name}={value}" for name, value in row["tiling"].items())
   return row["key"], tiling, 1e6 * row["seconds"], row["rate"] / 1e12, row["of_default"]
+
+
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  chosen = best(result["rows"])
+  of = result["config"]["only"] or "all operations"
+  return bench_summary(
+      "tune_kernels", f"{backend(result)}-{of.replace(' ', '-')}",
+      f"Candidate tilings of Hopper's kernels, alternating ({of}).", result, tables=[
+          {"name": "best", "caption": "The fastest tiling of every operation and shape",
+           "header": list(_HEADER),
+           "rows": [_line(row) for row in result["rows"] if chosen[row["key"]] == row["tiling"]],
+           "note": f"Medians of {result['config']['rounds']} rounds."}])
+
+
+def _sections(_, result: dict) -> list[tuple[str, str]]:
+  return [("All candidates", table(_HEADER, map(_line, result["rows"])))]

@@ -1,4 +1,4 @@
-"""How much a tensor core loses of a sum of FP8 products, and what promotion gives back: test E4.
+"""Measure how much a tensor core loses of a sum of FP8 products, and what promotion gives back.
 
 DeepSeek-V3 found that Hopper keeps 14 bits of such sums: of two random matrices with K = 4096 the
 largest relative error is nearly 2 % (arXiv:2412.19437, section 3.3.2). Here random matrices of
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,9 @@ from jax import lax
 
 from experiments import settings
 from experiments.options import Options
-from experiments.reports import plots, provenance
-from experiments.reports.markdown import document, figure, origin, table
+from experiments.reports import plots, provenance, results
+from experiments.reports.markdown import figure, table
+from experiments.reports.summary import backend, bench_summary, claim
 from model.checks import require, require_positive
 from pallas_kernels import Quantized, fp8_matmul
 from pallas_kernels.implementations import local_backend
@@ -102,9 +104,10 @@ def main(options: Options) -> None:
              for name, found in _measure(cfg, numbers, width).items()]
     if options.out:  # after each, as the next may be too wide
       provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
-  print(_table(rows))
+  print(table(_HEADER, _lines(rows)))
   if options.out:
-    print(f"report: {_report(options.out, rows)}")
+    result = {"config": to_dict(cfg), "rows": rows}
+    print(f"report: {results.record(options.out, result, summary, _sections)}")
 
 
 def _measure(cfg: AccumulationConfig, numbers: str, width: int) -> dict[str, dict[str, float]]:
@@ -142,17 +145,49 @@ def _compiled_dot(lhs_shape: tuple, rhs_shape: tuple, precision: lax.Precision):
   return dot.lower(*operands).compile({"xla_gpu_enable_triton_gemm": False})
 
 
-def _table(rows: list[dict]) -> str:
-  return table(("numbers", "K", "way", *_ERRORS.values()), (
-      (row["numbers"], row["width"], row["way"], *(_percent(row.get(name)) for name in _ERRORS))
-      for row in rows))
+_HEADER = ("numbers", "K", "way", *_ERRORS.values())
+
+
+def _lines(rows: list[dict]) -> list[list]:
+  return [[row["numbers"], row["width"], row["way"],
+           *(_percent(row.get(name)) for name in _ERRORS)] for row in rows]
 
 
 def _percent(value: float | None) -> str | None:
   return None if value is None else f"{100 * value:.3f} %"
 
 
-def _report(folder, rows: list[dict]):
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  errors = {(row["numbers"], row["width"], row["way"]): row for row in result["rows"]}
+  ways = dict.fromkeys(way for *_, way in errors)
+  raw, promoted = (("raw_matmul", "fp8_matmul, promoted") if "raw_matmul" in ways
+                   else ("emulated", "emulated, promoted"))
+  size, widths = result["config"]["rows"], result["config"]["widths"]
+  claims = [
+      claim(f"sums of {width} positive products: {words}", "largest relative error",
+            errors["positive", width, way]["relative"], n=f"{size} x {size} sums",
+            reference="nearly 2 % of random matrices with K = 4096"
+            if width == 4096 and way == raw else "")
+      for width in widths
+      for words, way in (("all of it in the tensor core", raw), ("promoted every 128", promoted))]
+  percent = lambda numbers, name, width, way: _percent(errors[numbers, width, way][name])
+  return bench_summary(
+      "fp8_accumulation", backend(result),
+      f"Errors of {size} x {size} sums of K products of E4M3 numbers against float64.", result,
+      claims=claims, tables=[{
+          "name": "promotion", "caption": "The largest error, with and without promotion",
+          "header": ["K", "normal, ÷ σ", "promoted every 128", "positive, relative",
+                     "promoted every 128"],
+          "rows": [[width, *(percent(numbers, name, width, way)
+                             for numbers, name in (("normal", "of_deviation"),
+                                                   ("positive", "relative"))
+                             for way in (raw, promoted))]
+                   for width in widths]}])
+
+
+def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
+  rows = result["rows"]
   panels = {
       label: {
           name: ([row["width"] for row in rows if (row["numbers"], row["way"]) == (numbers, name)],
@@ -161,7 +196,5 @@ def _report(folder, rows: list[dict]):
       for numbers, metric, label in (("normal", "of_deviation", "normal: error ÷ σ"),
                                      ("positive", "relative", "positive: relative error"))}
   draw = functools.partial(plots.panels, doublings="K (products in a sum)", logarithmic=True)
-  return document(folder / "report.md", "Sums of FP8 products", [
-      ("Errors", _table(rows)),
-      ("", figure(folder, "errors", "Errors over K", draw, panels)),
-      ("How to run it again", origin(provenance.describe()))])
+  return [("Errors over K", figure(folder, "errors", "Errors over K", draw, panels)),
+          ("All errors", table(_HEADER, _lines(rows)))]

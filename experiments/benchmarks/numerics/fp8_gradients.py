@@ -1,9 +1,9 @@
-"""What quantising activation gradients in blocks costs, with and without loud tokens: test E5.
+"""Measure what quantising activation gradients in blocks costs, with and without outlier tokens.
 
 DeepSeek-V3 saw a 16 B model diverge, after about 300 B tokens, when gradients of activations had
 one scale for 128 x 128 of them instead of 1 x 128, and suspects outliers that belong to tokens
 (arXiv:2412.19437, appendix B.2). Divergence is out of reach here; the errors behind it are not. The
-first part multiplies random gradients in which a few tokens are louder; the second takes gradients
+first part multiplies random gradients in which a few tokens are larger; the second takes gradients
 of a small trained language model, with a few tokens' losses weighted more, and compares them with
 those in float32 by the kind of layer. Experts are those that float32 chose, so that no error is one
 of routing.
@@ -25,8 +25,9 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.options import Options
-from experiments.reports import plots, provenance
-from experiments.reports.markdown import document, figure, number, origin, table
+from experiments.reports import plots, results
+from experiments.reports.markdown import figure, number
+from experiments.reports.summary import backend, bench_summary, claim
 from experiments.studies.v3 import fp8
 from model.checks import require, require_positive
 from pallas_kernels import Recipe, dequantize, quantize
@@ -96,8 +97,8 @@ def main(options: Options) -> None:
   trained = trained_errors(cfg)
   print("\n".join(verdicts(random, trained)))
   if options.out:
-    provenance.record(options.out, {"config": to_dict(cfg), "random": random, "trained": trained})
-    print(f"report: {_report(options.out, random, trained)}")
+    result = {"config": to_dict(cfg), "random": random, "trained": trained}
+    print(f"report: {results.record(options.out, result, summary, _sections)}")
 
 
 # Random gradients.
@@ -106,8 +107,8 @@ def main(options: Options) -> None:
 def random_errors(cfg: GradientsConfig, factor: float) -> list[dict]:
   """Errors of both backward products against float64, a row for each way and product.
 
-  "ordinary" is over the tokens that are not loud: their rows of the input's gradient, and what they
-  add to the weight's.
+  "ordinary" is over the tokens that are no outliers: their rows of the input's gradient, and what
+  they add to the weight's.
   """
   rng = np.random.default_rng(cfg.seed)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -131,10 +132,10 @@ def random_errors(cfg: GradientsConfig, factor: float) -> list[dict]:
 
 
 def _outliers(cfg: GradientsConfig, count: int) -> np.ndarray:
-  """Which tokens are loud: bool [count]."""
-  loud = np.zeros(count, bool)
-  loud[:max(1, round(cfg.outlier_fraction * count))] = True
-  return np.random.default_rng(cfg.seed + 1).permutation(loud)
+  """Which tokens are outliers: bool [count]."""
+  outliers = np.zeros(count, bool)
+  outliers[:max(1, round(cfg.outlier_fraction * count))] = True
+  return np.random.default_rng(cfg.seed + 1).permutation(outliers)
 
 
 def _quantised(x: np.ndarray, operand: Operand) -> np.ndarray:
@@ -228,8 +229,8 @@ def verdicts(random: list[dict], trained: list[dict]) -> list[str]:
                      for factor, ratio in zip(factors, ratios, strict=True))
     larger = [f"{factor:g}" for factor, ratio in zip(factors, ratios, strict=True) if ratio > 1.1]
     lines.append(
-        f"Random gradients, {product}, ordinary tokens: blocks err this many times as much as "
-        f"tiles, by the factor of loud tokens: {each}; by more than a tenth more "
+        f"Random gradients, {product}, ordinary tokens: errors of 128x128 over those of "
+        f"1x128, by the factor of outlier tokens: {each}; by more than a tenth "
         + (f"from {larger[0]} on: below, the exponents of E4M3 itself are enough." if larger else
            "nowhere: the exponents of E4M3 itself are enough."))
   for weight in dict.fromkeys(row["weight"] for row in trained):
@@ -237,8 +238,8 @@ def verdicts(random: list[dict], trained: list[dict]) -> list[str]:
     kinds = dict.fromkeys(kind for kind, _ in of)
     against = lambda way: ", ".join(
         f"{kind} {number(of[kind, way] / of[kind, '1x128'], 3)}" for kind in kinds)  # noqa: B023
-    lines.append(f"Trained model, loud tokens' weight {weight:g}: blocks against tiles: "
-                 f"{against('128x128')}; E5M2 against E4M3: {against('1x128, E5M2')}.")
+    lines.append(f"Trained model, weight of outlier tokens {weight:g}: 128x128 over 1x128: "
+                 f"{against('128x128')}; E5M2 over E4M3: {against('1x128, E5M2')}.")
   return lines
 
 
@@ -250,32 +251,49 @@ def _by_factor(rows: list[dict], product: str, over: str) -> list[dict[str, floa
   return list(found.values())
 
 
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  random, trained = result["random"], result["trained"]
+  factors = list(dict.fromkeys(row["factor"] for row in random))
+  cells = [(product, over, _by_factor(random, product, over))
+           for product in ("input gradient", "weight gradient") for over in ("ordinary", "all")]
+  size = f"{result['config']['tokens']} tokens of width {result['config']['width']}"
+  claims = [
+      claim(f"random gradients, outliers {factor:g} times as large: {product} of ordinary tokens, "
+            "128x128 over 1x128", "ratio of errors", of["128x128"] / of["1x128"], n=size)
+      for product, over, by_factor in cells if over == "ordinary"
+      for factor, of in zip(factors, by_factor, strict=True)]
+  kinds = list(dict.fromkeys(row["kind"] for row in trained))
+  by_way = collections.defaultdict(dict)
+  for row in trained:
+    by_way[row["weight"], row["way"]][row["kind"]] = row["error"]
+  ways = list(dict.fromkeys(row["way"] for row in random))
+  return bench_summary(
+      "fp8_gradients", backend(result),
+      "Errors of backward products by how gradients of activations are quantised: in 1x128 tiles, "
+      "in 128x128 blocks, with one scale, and in E5M2.", result, claims=claims, tables=[
+          {"name": "random", "caption": "Random gradients: relative Frobenius norm of the error",
+           "header": ["product", "tokens", "factor of outliers", *ways],
+           "rows": [[product, over, f"{factor:g}", *(_percent(of[way]) for way in ways)]
+                    for product, over, by_factor in cells
+                    for factor, of in zip(factors, by_factor, strict=True)]},
+          {"name": "trained", "caption": "A trained model's gradients against float32's",
+           "header": ["weight of outlier tokens", "gradients", *kinds],
+           "rows": [[f"{weight:g}", way, *(_percent(of[kind]) for kind in kinds)]
+                    for (weight, way), of in by_way.items()]}])
+
+
 def _percent(value: float) -> str:
   return f"{100 * value:.2f} %"
 
 
-def _report(folder: pathlib.Path, random: list[dict], trained: list[dict]) -> pathlib.Path:
+def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
+  random = result["random"]
   factors = list(dict.fromkeys(row["factor"] for row in random))
-  cells = [(product, over, _by_factor(random, product, over))
-           for product in ("input gradient", "weight gradient") for over in ("ordinary", "all")]
-  of_random = table(("product", "tokens", "factor", *GRADIENTS), (
-      (product, over, f"{factor:g}", *(_percent(of[way]) for way in GRADIENTS))
-      for product, over, by_factor in cells
-      for factor, of in zip(factors, by_factor, strict=True)))
-  panels = {f"{product.partition(' ')[0]}'s: {over} tokens": {
-      way: (factors, [of[way] for of in by_factor]) for way in GRADIENTS}
-            for product, over, by_factor in cells}
-  draw = functools.partial(plots.panels, doublings="factor of loud tokens", logarithmic=True)
-  kinds = list(dict.fromkeys(row["kind"] for row in trained))
-  lines = collections.defaultdict(dict)
-  for row in trained:
-    lines[row["weight"], row["way"]][row["kind"]] = row["error"]
-  of_trained = table(("loud tokens' weight", "gradients", *kinds), (
-      (f"{weight:g}", way, *(_percent(of[kind]) for kind in kinds))
-      for (weight, way), of in lines.items()))
-  return document(folder / "report.md", "Gradients in tiles and in blocks", [
-      ("What it shows", "\n".join(f"- {line}" for line in verdicts(random, trained))),
-      ("Random gradients: relative Frobenius norm of the error", of_random),
-      ("", figure(folder, "errors", "Errors of the input's and weight's gradient", draw, panels)),
-      ("A trained model's gradients against float32's", of_trained),
-      ("How to run it again", origin(provenance.describe()))])
+  panels = {f"{product}: {over} tokens": {
+      way: (factors, [of[way] for of in _by_factor(random, product, over)]) for way in GRADIENTS}
+            for product in ("input gradient", "weight gradient") for over in ("ordinary", "all")}
+  draw = functools.partial(plots.panels, doublings="factor of outlier tokens", logarithmic=True)
+  return [
+      ("What it shows", "\n".join(f"- {line}" for line in verdicts(random, result["trained"]))),
+      ("", figure(folder, "errors", "Errors of the input's and weight's gradient", draw, panels))]

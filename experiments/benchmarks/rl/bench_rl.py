@@ -23,10 +23,10 @@ import numpy as np
 from experiments import settings
 from experiments.benchmarks.rl import sums
 from experiments.benchmarks.rl.contenders import Bench, OwnTrainer, PeerTrainer, Trainer
-from experiments.benchmarks.rl.report import write_bench_report
+from experiments.benchmarks.rl.report import sections, summary
 from experiments.benchmarks.timing import attempt
 from experiments.options import Options
-from experiments.reports import provenance
+from experiments.reports import results
 from rl.pass_rates import interval
 from train.config_io import to_dict
 
@@ -61,8 +61,7 @@ def main(options: Options) -> None:
 
   def save() -> None:
     # Overwrites what was there: this folder's results are of one run.
-    provenance.record(folder, result)
-    write_bench_report(folder)
+    results.record(folder, result, summary, sections)
 
   ours = OwnTrainer(bench)
   result["params"] = ours.cfg.param_count()
@@ -141,17 +140,17 @@ def _time(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> No
   rounds = collections.defaultdict(list)
   for _ in range(bench.repeats):
     _round(bench, contenders, rounds, result)
-  result["sides"] = {
-      contender.name: summary(rounds[contender.name]) | {"masters": contender.masters}
+  result["contenders"] = {
+      contender.name: medians(rounds[contender.name]) | {"masters": contender.masters}
       for contender in contenders}
-  rates = {name: found["tokens_per_second"] for name, found in result["sides"].items()}
+  rates = {name: found["tokens_per_second"] for name, found in result["contenders"].items()}
   # The strongest first.
   rivals = sorted(set(rates) - {"ours"}, key=lambda name: rates[name]["step"], reverse=True)
   result["ratios"] = {name: {phase: rates["ours"][phase] / rate
                              for phase, rate in rates[name].items()} for name in rivals}
 
 
-def summary(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
+def medians(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
   """A contender's medians over rounds.
 
   Args:
@@ -177,7 +176,7 @@ def summary(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
 def _train_all(bench: Bench, contenders: list[Trainer], questions: Sequence[str],
                result: dict[str, Any], save: Callable[[], None]) -> None:
   """Trains ours, and then the fastest peer of those that can learn at this rate."""
-  speed = lambda contender: result["sides"][contender.name]["tokens_per_second"]["step"]
+  speed = lambda contender: result["contenders"][contender.name]["tokens_per_second"]["step"]
   ours, *rivals = contenders
   # Small steps vanish in weights of bfloat16.
   able = [peer for peer in rivals if peer.masters == "float32"]

@@ -18,7 +18,8 @@ import numpy as np
 
 from experiments import settings
 from experiments.options import Options
-from experiments.reports import provenance
+from experiments.reports import results
+from experiments.reports.summary import backend, bench_summary, claim
 from model import ModelConfig, Transformer, get_config, init_on_host
 from model.checks import require
 from rl.config import RLConfig, SamplingConfig
@@ -105,10 +106,10 @@ def main(options: Options) -> None:
   ratios = {name: {of: cost[of] / first[of] for of in compared} for name, cost in costs.items()}
   _report(cfg, costs, ratios, rollout_median)
   if options.out:
-    provenance.record(options.out, {
+    results.record(options.out, {
         "shape": to_dict(cfg), "params": cfg.model.param_count(), "tokens": int(seen.mask.sum()),
         "ratios": ratios, "objectives": costs, "rollout_seconds": rollout_median,
-        "rollout_seconds_by_round": rollout_seconds})
+        "rollout_seconds_by_round": rollout_seconds}, summary)
 
 
 def _roll_out(cfg: BenchConfig, variables: dict, step: int) -> Experience:
@@ -180,3 +181,27 @@ def _report(cfg: BenchConfig, costs: dict, ratios: dict, rollout_seconds: float)
     print(f"{name:16}{cost['step_seconds']:9.3f}{rollout_seconds:11.3f}"
           f"{cost['update_seconds']:10.3f}{cost['peak_bytes'] / 1e6:9,.1f}"
           f"{cost['state_bytes'] / 1e6:10,.1f}{cost['temporary_bytes'] / 1e6:14,.1f}")
+
+
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  costs, sampling = result["objectives"], result["shape"]["rl"]["sampling"]
+  first, *others = costs
+  rounds = f"medians of {result['shape']['bench']['rounds']} rounds"
+  measured = {"step_seconds": "seconds of a step", "update_seconds": "seconds of an update",
+              "peak_bytes": "peak bytes of an update"}
+  completions = sampling["num_prompts"] * sampling["num_generations"]
+  return bench_summary(
+      "bench_rl_cost", backend(result),
+      f"The cost of RL objectives on the same rollouts: {result['params']:,} parameters, "
+      f"{completions} completions of {sampling['max_completion_length']} tokens.", result,
+      claims=[claim(f"{name} against {first}: {words}", "ratio", result["ratios"][name][of],
+                    n="the compiled program" if of == "peak_bytes" else rounds)
+              for name in others for of, words in measured.items()],
+      tables=[{"name": "costs", "caption": "Seconds and memory",
+               "header": ["objective", "step s", "rollout s", "update s", "peak MB", "state MB",
+                          "temporary MB"],
+               "rows": [[name, cost["step_seconds"], result["rollout_seconds"],
+                         cost["update_seconds"], cost["peak_bytes"] / 1e6,
+                         cost["state_bytes"] / 1e6, cost["temporary_bytes"] / 1e6]
+                        for name, cost in costs.items()]}])

@@ -1,39 +1,60 @@
-"""The report of `bench_rl`: the ratio first, then phases, then learning over the wall clock."""
+"""The report of `bench_rl`: speed-ups first, then phases, then learning over the wall clock."""
 
-import json
 import operator
 import pathlib
 from typing import Any
 
 from experiments.benchmarks.rl import sums
 from experiments.reports import plots
-from experiments.reports.markdown import document, duration, figure, flat, number, origin, table
+from experiments.reports.markdown import duration, figure, flat, number, table
+from experiments.reports.summary import backend, bench_summary, claim
 
 _COLUMNS = ("step", *sums.PHASES)
 
 
-def write_bench_report(folder: pathlib.Path) -> pathlib.Path:
-  """Reads results.json of the folder; writes report.md and its plot there."""
-  result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+  """The summary of what results.json holds: the strongest peer comes first."""
+  found, bench = result["contenders"], result["bench"]
+  rounds = f"medians of {bench['repeats']} rounds"
+  claims = [claim(f"a step of GRPO: ours against {name}", "ratio of tokens/s", ratio["step"],
+                  n=rounds) for name, ratio in result["ratios"].items()]
+  claims += [claim(f"seconds to pass@1 {bench['goal']:g}: {name}", "seconds",
+                   run["seconds_to_goal"], n="one run")
+             for name, run in result.get("training", {}).items() if "seconds_to_goal" in run]
+  rates = [[name, *(of["tokens_per_second"][phase] for phase in _COLUMNS), min(of["by_round"]),
+            max(of["by_round"])] for name, of in found.items()]
+  seconds = [[name, *(of["seconds"][phase] for phase in _COLUMNS), of["tokens"],
+              of["mean_reward"], of["masters"]] for name, of in found.items()]
+  title = (f"GRPO on {bench['task']}: {result['params']:,} parameters, {bench['num_prompts']} "
+           f"prompts x {bench['num_generations']} completions of at most "
+           f"{bench['max_completion_length']} tokens, contenders alternating on one device.")
+  provenance = result | {"versions": result["versions"] | result.get("versions_of_peer", {})}
+  return bench_summary("bench_rl", backend(result), title, provenance, claims=claims, tables=[
+      {"name": "rates", "caption": "Tokens per second",
+       "header": ["contender", *_COLUMNS, "slowest round", "fastest round"], "rows": rates},
+      {"name": "seconds", "caption": "Seconds per step",
+       "header": ["contender", *_COLUMNS, "tokens", "reward", "weights"], "rows": seconds,
+       "note": "Tokens sampled, up to and with the one that ends a completion, over the seconds of "
+               "a phase; medians over rounds. Phases that a contender does not time are part of "
+               "its update."}])
+
+
+def sections(folder: pathlib.Path, result: dict[str, Any]) -> list[tuple[str, str]]:
+  """What the report has beside the summary; draws the plot of the training."""
   training = {name: run for name, run in result.get("training", {}).items() if run["steps"]}
-  head = {key: result[key] for key in ("command", "commit", "dirty", "device", "cpu", "cores",
-                                       "versions")}
-  head["versions"] = head["versions"] | result.get("versions_of_peer", {})
-  return document(folder / "report.md", f"GRPO on {result['bench']['task']}", [
-      ("Ratio", _ratio(result)),
+  return [
+      ("Speed-ups", _speedups(result)),
       ("", _warm_up(result)),
-      ("Phases", _phases(result["sides"])),
       ("Training", _training(result)),
-      ("", figure(folder, "training", "Reward and held-out pass@1 over each side's own clock",
+      ("", figure(folder, "training", "Reward and held-out pass@1 over each contender's own clock",
                   plots.learning, training)),
-      ("Left out", _left_out(result)),
-      ("Settings", table(("setting", "value"), flat(result["bench"]))),
-      ("How to run it again", origin(head))])
+      ("Not measured", _not_measured(result)),
+      ("Settings", table(("setting", "value"), flat(result["bench"])))]
 
 
-def _ratio(result: dict[str, Any]) -> str:
+def _speedups(result: dict[str, Any]) -> str:
   """Ours over every peer; the strongest comes first, and bold."""
-  by_round = {name: side["by_round"] for name, side in result["sides"].items()}
+  by_round = {name: of["by_round"] for name, of in result["contenders"].items()}
   over = lambda pick, name: number(pick(by_round["ours"]) / pick(by_round[name]), 3)
   lines = []
   for name, ratio in result["ratios"].items():
@@ -47,46 +68,33 @@ def _ratio(result: dict[str, Any]) -> str:
 
 
 def _warm_up(result: dict[str, Any]) -> str:
-  """Whether the sides ran steadily when they were timed."""
+  """Whether the contenders ran steadily when they were timed."""
   if "warm_up" not in result:
-    rounds = "; ".join(f"{name} {', '.join(map(number, side['by_round']))}"
-                       for name, side in result["sides"].items())
-    return ("No rounds to warm up came before these: the first was not warm, and the last is "
+    rounds = "; ".join(f"{name} {', '.join(map(number, of['by_round']))}"
+                       for name, of in result["contenders"].items())
+    return ("There were no warm-up rounds: the first timed round was not warm, and the last is "
             f"nearer to a steady pace than the median. Tokens/s by round: {rounds}.")
   warm_up = result["warm_up"]
-  rounds = max(len(side["by_round"]) for side in warm_up.values())
-  unsteady = [name for name, side in warm_up.items() if not side["steady"]]
+  rounds = max(len(of["by_round"]) for of in warm_up.values())
+  unsteady = [name for name, of in warm_up.items() if not of["steady"]]
   found = f"not reached by {', '.join(unsteady)}" if unsteady else "reached by all"
-  return (f"{rounds} rounds to warm up came before those timed, until each side's last two agree "
-          f"within 10 %: {found}.")
+  return (f"{rounds} warm-up rounds came first, until the last two of every contender agree within "
+          f"10 %: {found}.")
 
 
-def _left_out(result: dict[str, Any]) -> str:
-  """Sides that failed, and ways of the peer that nobody asked for."""
+def _not_measured(result: dict[str, Any]) -> str:
+  """Contenders that failed, and ways of the peer that were not asked for."""
   bench, parts = result["bench"], []
   if result["failed"]:
-    parts.append(table(("side", "why"), result["failed"].items()))
+    parts.append(table(("contender", "reason"), result["failed"].items()))
   if bench["peer"] == "trl":
-    unasked = [way for way in sums.GENERATION if way not in bench["peer_generation"]]
-    if unasked:
-      parts.append("Ways of TRL to sample that were not run: " + "; ".join(
-          f"{way} ({sums.GENERATION[way]})" for way in unasked) + ".")
+    left_out = [way for way in sums.GENERATION if way not in bench["peer_generation"]]
+    if left_out:
+      parts.append("TRL's other ways of sampling: " + "; ".join(
+          f"{way} ({sums.GENERATION[way]})" for way in left_out) + ".")
   if bench["peer"]:
-    parts.append("vLLM, with which TRL can sample, was not measured.")
+    parts.append("vLLM, with which TRL can sample.")
   return "\n\n".join(parts)
-
-
-def _phases(sides: dict[str, dict]) -> str:
-  rates = table(("tokens/s", *_COLUMNS, "slowest round", "fastest round"), [
-      [name, *(side["tokens_per_second"][phase] for phase in _COLUMNS), min(side["by_round"]),
-       max(side["by_round"])] for name, side in sides.items()])
-  seconds = table(("seconds a step", *_COLUMNS, "tokens", "reward", "weights"), [
-      [name, *(side["seconds"][phase] for phase in _COLUMNS), side["tokens"], side["mean_reward"],
-       side["masters"]]
-      for name, side in sides.items()])
-  return (f"{rates}\n\n{seconds}\n\nTokens sampled, up to and with the one that ends a turn, over "
-          "the seconds of a phase; medians over rounds. Phases that others leave unnamed are in "
-          "their update.")
 
 
 def _training(result: dict[str, Any]) -> str:
@@ -98,13 +106,12 @@ def _training(result: dict[str, Any]) -> str:
       rows.append([name, *("{:.3f} [{:.3f}, {:.3f}]".format(*one["pass@1"])
                            for one in (first, last)), last["step"], duration(last["time"]),
                    "not reached" if reached is None else duration(reached)])
-  goal = f"to pass@1 {result['bench']['goal']:g}"
   if not rows:
     return ""
   problems, questions = result["bench"]["eval_problems"], result.get("heldout_questions")
   over = (f"over the {questions} distinct questions of {problems} held-out problems" if questions
-          else f"over {problems} held-out problems; those that ask the same were taken as "
-               "independent, so they are too narrow")
-  return (table(("side", "pass@1 before", "after", "steps", "clock", goal), rows)
-          + f"\n\nIntervals of 95 % are {over}.")
-
+          else f"over {problems} held-out problems, repeated questions counted as independent, so "
+               "they are too narrow")
+  goal = f"to pass@1 {result['bench']['goal']:g}"
+  return (table(("contender", "pass@1 before", "after", "steps", "clock", goal), rows)
+          + f"\n\n95 % intervals {over}.")

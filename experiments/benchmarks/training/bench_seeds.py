@@ -7,15 +7,17 @@ import jax
 import numpy as np
 
 from experiments import settings
-from experiments.benchmarks.timing import alternate
+from experiments.benchmarks.timing import alternate, median_interval
 from experiments.options import Options
-from experiments.reports import provenance
+from experiments.reports import results
+from experiments.reports.summary import backend, bench_summary, claim, target
 from model import ModelConfig, get_config
 from train.config import DataConfig, RunConfig, TrainConfig
 from train.program import Program
 from train.stages import with_seeds
 
 _ROUNDS, _STEPS = 7, 10
+_TARGET = 2.0  # times the seconds of one seed
 _NANO, _DATA = get_config("nano"), DataConfig(seq_len=256)
 _TRAIN = TrainConfig(steps=1000, batch_size=16)
 
@@ -50,9 +52,9 @@ def main(options: Options) -> None:
   for count, seconds in median.items():
     print(f"{count} seeds: {1e3 * seconds:.2f} ms a step, {count * tokens / seconds:,.0f} tokens/s")
   if options.out:
-    provenance.record(options.out, {
+    results.record(options.out, {
         "ratio": ratio, "batch": run.train.batch_size, "seq_len": run.data.seq_len,
-        "seconds_a_step": by_round})
+        "numerics": run.model.numerics.compute, "seconds_per_step": by_round}, summary)
 
 
 class _Stepper:
@@ -77,3 +79,25 @@ class _Stepper:
       self._index += 1
     jax.block_until_ready(metrics)
     return (time.perf_counter() - started) / _STEPS
+
+
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  (one, single), (many, vmapped) = result["seconds_per_step"].items()
+  ratio = median_interval(np.asarray(vmapped) / np.asarray(single))
+  tokens, rounds = result["batch"] * result["seq_len"], f"{len(single)} rounds"
+  numerics, scale = result["numerics"], f"{backend(result)}-{result['numerics']}"
+  if "deterministic_ops=true" in (result.get("xla_flags") or ""):
+    numerics, scale = f"{numerics}, deterministic operations", f"{scale}-deterministic"
+  return bench_summary(
+      "bench_seeds", scale,
+      f"A training step of several seeds in a vmapped batch against that of one: "
+      f"{result['batch']} x {result['seq_len']} tokens a seed, {numerics}.", result,
+      claims=[target(f"a step of {many} seeds against one of a single seed, {numerics}",
+                     "ratio of seconds", ratio, at_most=_TARGET, n=rounds),
+              claim(f"throughput of {many} seeds against a single one, {numerics}",
+                    "ratio of tokens/s", int(many) / ratio[0], n=rounds)],
+      tables=[{"name": "steps", "caption": "Steps", "header": ["seeds", "ms a step", "tokens/s"],
+               "rows": [[count, 1e3 * float(np.median(seconds)),
+                         int(count) * tokens / float(np.median(seconds))]
+                        for count, seconds in ((one, single), (many, vmapped))]}])

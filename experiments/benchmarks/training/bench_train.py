@@ -10,6 +10,7 @@ time of a step goes.
 
 import dataclasses
 import os
+import pathlib
 import tempfile
 import time
 from typing import Any
@@ -27,7 +28,8 @@ from experiments.benchmarks.training.contenders import (
   Trainer,
 )
 from experiments.options import Options
-from experiments.reports import markdown, provenance
+from experiments.reports import markdown, results
+from experiments.reports.summary import bench_summary, claim, target
 from model import NUMERICS, get_config
 from model.checks import require
 from train.checkpoint import Checkpoints
@@ -68,6 +70,11 @@ def _scales() -> dict[str, BenchConfig]:
 
 
 SCALES = _scales()
+# The least speed-up over the fastest rival, by scale and phase, and the least fraction of the peak
+# in bfloat16.
+_TARGETS = {"cpu": {"train": 1.0}, "gpu": {"forward_backward": 2.5, "train": 2.5},
+            "v2_lite": {"forward_backward": 1.2, "train": 1.2}}
+_PEAK_TARGETS = {("v2_lite", "ours bf16"): 0.4}
 
 
 def main(options: Options) -> None:
@@ -82,7 +89,7 @@ def main(options: Options) -> None:
           f"--scale={scale} trains {params:,} parameters, which takes hours on a CPU: use "
           "--scale=cpu, or a smaller model by --set model=micro")
   result: dict[str, Any] = {"shape": to_dict(cfg), "params": params,
-                            "absent": {}, "phases": {}}
+                            "scale": scale, "absent": {}, "phases": {}}
   peers = [PeerTrainer(cfg, flags) for flags in cfg.bench.variants if cfg.bench.peer]
   try:
     ours = [OwnTrainer(cfg, numerics) for numerics in cfg.bench.numerics]
@@ -92,14 +99,14 @@ def main(options: Options) -> None:
           cfg, phase, contenders, result["absent"], options)
       _report(cfg, phase, timed)
       if options.out:  # after each, as the next may not fit
-        provenance.record(options.out, result)
+        results.record(options.out, result, summary, _sections)
   finally:
     for peer in peers:
       peer.quit()
   if scale == "cpu":
     result |= _surroundings(cfg, ours[0])
     if options.out:
-      provenance.record(options.out, result)
+      results.record(options.out, result, summary, _sections)
 
 
 def _measure(cfg: BenchConfig, phase: str, contenders: list[Trainer], excluded: dict[str, str],
@@ -114,9 +121,9 @@ def _measure(cfg: BenchConfig, phase: str, contenders: list[Trainer], excluded: 
     _write_profiles(phase, [own for own in contenders if isinstance(own, OwnTrainer)], options)
   first = contenders[0].name
   return {
-      "sides": {contender.name: _rates(cfg, seconds[contender.name]) | contender.finish()
+      "contenders": {contender.name: _rates(cfg, seconds[contender.name]) | contender.finish()
                 for contender in contenders},
-      "faster_by": {name: speedup(seconds[first], took)
+      "speedup": {name: speedup(seconds[first], took)
                     for name, took in seconds.items() if name != first}}
 
 
@@ -126,28 +133,28 @@ def _rates(cfg: BenchConfig, seconds: list[float]) -> dict:
   compute = NUMERICS[cfg.bench.numerics[0]].compute
   return {"tokens_per_second": rate, "by_round": [cfg.tokens / took for took in seconds],
           "flops_per_second": flops,
-          "share_of_peak": flops * jax.device_count() / peak_flops(compute)}  # of one device
+          "fraction_of_peak": flops * jax.device_count() / peak_flops(compute)}  # of one device
 
 
 def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
-  found = timed["sides"]
+  found = timed["contenders"]
   first, *others = found
   print(f"\n{phase.replace('_', ' + ')}, {cfg.batch_size} x {cfg.seq_len} tokens")
   for name in sorted(others, key=lambda name: -found[name]["tokens_per_second"]):
-    print(f"{first} over {name}: {describe(*timed['faster_by'][name])}")
+    print(f"{first} over {name}: {describe(*timed['speedup'][name])}")
   width = max(map(len, found))
   print(f"{'':{width}}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'peak MB':>9}{'start s':>9}")
   for name, row in found.items():
     print(f"{name:{width}}{row['tokens_per_second']:10,.0f}{row['flops_per_second'] / 1e12:9.2f}"
-          f"{row['share_of_peak']:9.1%}{row['peak_mb']:9,.0f}{row['start_seconds']:9.1f}")
+          f"{row['fraction_of_peak']:9.1%}{row['peak_mb']:9,.0f}{row['start_seconds']:9.1f}")
 
 
 def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> None:
   """Where a step's time goes, printed, and written beside the results."""
-  for side in ours:
-    parts = side.trace()
+  for own in ours:
+    parts = own.trace()
     total = sum(share.seconds for share in parts["kinds"])
-    text = f"# Where the time goes: {side.name}, {phase}\n"
+    text = f"# Where the time goes: {own.name}, {phase}\n"
     for title, shares in (("kind of work", parts["kinds"]),
                           ("kernel", parts["kernels"][:_KERNELS_LISTED])):
       rows = [(share.name, 1e3 * share.seconds, share.seconds / total, share.count)
@@ -156,7 +163,7 @@ def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> Non
     print(text)
     if options.out:
       options.out.mkdir(parents=True, exist_ok=True)
-      name = f"{phase}-{side.name}".replace(" ", "-")
+      name = f"{phase}-{own.name}".replace(" ", "-")
       (options.out / f"profile-{name}.md").write_text(text, encoding="utf-8")
 
 
@@ -168,13 +175,13 @@ def _surroundings(cfg: BenchConfig, ours: OwnTrainer) -> dict:
   ours.start("train")
   save = _checkpoint_cost(ours)
   ours.finish()
-  print(f"a checkpoint costs {save['seconds']:.2f} s, {save['share']:.1%} of the "
+  print(f"a checkpoint costs {save['seconds']:.2f} s, {save['fraction']:.1%} of the "
         f"{save['interval']} steps between two")
   return {"input_pipeline_tokens_per_second": pipeline, "checkpoint": save}
 
 
 def _checkpoint_cost(ours: OwnTrainer) -> dict:
-  """Seconds that a save adds to the steps around it, and their share of all between two."""
+  """Seconds that a save adds to the steps around it, and their fraction of all between two."""
   with tempfile.TemporaryDirectory() as folder:
     checkpoints, extra = Checkpoints(folder, keep=1), []
     for index in range(3):
@@ -187,7 +194,7 @@ def _checkpoint_cost(ours: OwnTrainer) -> dict:
     checkpoints.close()
   seconds = float(np.median(extra))
   return {"seconds": seconds, "interval": _CHECKPOINT_EVERY,
-          "share": seconds / (_CHECKPOINT_EVERY * plain / _STEPS_TO_CHECKPOINT)}
+          "fraction": seconds / (_CHECKPOINT_EVERY * plain / _STEPS_TO_CHECKPOINT)}
 
 
 def _pipeline(cfg: RunConfig) -> float:
@@ -198,3 +205,63 @@ def _pipeline(cfg: RunConfig) -> float:
   started = time.perf_counter()
   rest = sum(batch["loss_mask"].size for batch in batches)
   return rest / (time.perf_counter() - started)
+
+
+def summary(result: dict) -> dict:
+  """The summary of what results.json holds."""
+  scale, shape = result["scale"], result["shape"]
+  claims = [one for phase, timed in result["phases"].items()
+            for one in _claims(scale, phase, timed, shape["bench"]["rounds"])]
+  if "checkpoint" in result:
+    save = result["checkpoint"]
+    claims += [
+        claim("input pipeline alone", "tokens/s", result["input_pipeline_tokens_per_second"]),
+        claim(f"a checkpoint, of the {save['interval']} steps between two", "fraction of the time",
+              save["fraction"])]
+  return bench_summary(
+      "bench_train", scale,
+      f"Training steps of {result['params']:,} parameters on {shape['batch_size']} x "
+      f"{shape['seq_len']} tokens, contenders alternating on one device.", result, claims=claims,
+      tables=[_table(phase, timed) for phase, timed in result["phases"].items()])
+
+
+def _claims(scale: str, phase: str, timed: dict, rounds: int) -> list[dict]:
+  """Speed-ups over every rival, with a target for the fastest; fractions of the peak with one."""
+  found = timed["contenders"]
+  first = next(iter(found))
+  rivals = sorted(timed["speedup"], key=lambda name: -found[name]["tokens_per_second"])
+  goal, claims = _TARGETS.get(scale, {}).get(phase), []
+  for name in rivals:
+    text, n = f"{_words(phase)}: {first} against {name}", f"{rounds} rounds"
+    estimate = timed["speedup"][name]
+    claims.append(target(text, "speed-up", estimate, at_least=goal, n=n)
+                  if goal and name == rivals[0] else claim(text, "speed-up", *estimate, n=n))
+  for name, row in found.items():
+    if least := _PEAK_TARGETS.get((scale, name)):
+      claims.append(target(f"{_words(phase)}: {name}", "fraction of the bfloat16 peak",
+                           (row["fraction_of_peak"],), at_least=least, n=f"{rounds} rounds"))
+  return claims
+
+
+def _table(phase: str, timed: dict) -> dict:
+  return {
+      "name": phase, "caption": _words(phase),
+      "header": ["contender", "tokens/s", "TFLOP/s", "of the peak", "peak MB", "start s"],
+      "rows": [[name, row["tokens_per_second"], row["flops_per_second"] / 1e12,
+                f"{row['fraction_of_peak']:.1%}", row["peak_mb"], row["start_seconds"]]
+               for name, row in timed["contenders"].items()]}
+
+
+def _words(phase: str) -> str:
+  return {"train": "forward, backward and optimizer"}.get(phase, phase.replace("_", " + "))
+
+
+def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
+  """Links to profiles, what could not run, and the settings."""
+  profiles = "\n".join(f"- [{path.stem.removeprefix('profile-')}]({path.name})"
+                       for path in sorted(folder.glob("profile-*.md")))
+  absent = markdown.table(("contender", "reason"), result["absent"].items())
+  return [("Where the time of a step goes", profiles),
+          ("Not measured", absent if result["absent"] else ""),
+          ("Settings", markdown.collapsed("All of them", markdown.table(
+              ("setting", "value"), markdown.flat(result["shape"]))))]

@@ -1,19 +1,23 @@
-"""Figures open, have the size they promise, and show what they are given."""
+"""Figures show the data that they are given, with axes, legends and a line that reads them."""
+
+import math
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from experiments import stats
 from experiments.reports import plots
 
-STEPS = range(0, 100, 2)
+STEPS = np.arange(0, 100, 2)
+RNG = np.random.default_rng(0)
 
 
 def rows(level: float = 2.0, seeds: int = 0) -> list[dict]:
   out = []
-  for step in STEPS:
-    loss = level + 5 * np.exp(-step / 10)
+  for step in STEPS.tolist():
+    loss = level + 5 * math.exp(-step / 10)
     out.append({"step": step, "loss": loss, "learning_rate": 1e-3 * (step + 1),
                 "max_violation": 1 / (1 + step)})
     if seeds:
@@ -25,32 +29,103 @@ def line(name: str, values, axis: str = "bits per byte: difference", **fields) -
   return plots.Comparison(name, stats.paired(values, 0), axis, **fields)
 
 
-def drawn(path) -> np.ndarray:
-  """The picture as [height, width, 3], once it is 800 wide and neither blank nor nearly so."""
+def curves(axes) -> dict[str, np.ndarray]:
+  """The labelled curves of a panel, [points, 2] each."""
+  return {curve.get_label(): np.asarray(curve.get_xydata(), float) for curve in axes.lines
+          if not curve.get_label().startswith("_")}
+
+
+def reading(figure) -> str:
+  return " ".join(figure.texts[-1].get_text().split())
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / "x.png"
+
+
+# What all figures have.
+
+EVALUATIONS = [{"step": 0, "bits_per_byte": {"bible": 8.0}},
+               {"step": 9, "bits_per_byte": {"bible": 2.0, "python": 3.0}}]
+PANELS = {"reward": {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [0.5, None])},
+          "length": {"a": ([0, 1], [3.0, 4.0])}}
+LEARNING = {"ours": {"steps": [{"time": 1.0, "mean_reward": 0.5}],
+                     "evaluations": [{"time": 0.0, "pass@1": [0.1, 0.0, 0.2]},
+                                     {"time": 2.5, "pass@1": [0.8, 0.7, 0.9]}]}}
+FIGURES = {
+    "loss": (plots.loss_curves, {"a": rows(), "b": rows(2.2, seeds=3)}),
+    "max_violation": (plots.max_violation, rows()),
+    "learning_rate": (plots.learning_rate, rows()),
+    "validation": (plots.validation, EVALUATIONS),
+    "panels": (plots.panels, PANELS),
+    "learning": (plots.learning, LEARNING),
+    "loads": (plots.load_heat_map, {"bible": [[3.0, 1.0]], "python": [[2.0, 2.0]]}),
+    "forest": (plots.forest, [line("a", [1.0, 1.1], verdict="reproduced")])}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_a_png_of_800_pixels_with_labelled_axes_and_a_reading(name, path):
+  draw, data = FIGURES[name]
+  figure = draw(data, path)
   image = matplotlib.image.imread(path)[..., :3]
   assert image.shape[1] == 800 and image.shape[0] > 150
-  assert 0.005 < (image < 0.95).any(-1).mean() < 0.9
-  return image
+  assert 0.005 < (image < 0.95).any(-1).mean() < 0.9  # neither blank nor nearly so
+  assert reading(figure).endswith(".") and len(reading(figure)) > 20
+  for axes in figure.axes:
+    labels = (axes.get_xlabel() or figure.get_supxlabel(), axes.get_ylabel()
+              or figure.get_supylabel())
+    assert name == "forest" or not axes.get_visible() or all(labels), labels
 
 
-def has_colour(image: np.ndarray, colour: str) -> bool:
-  wanted = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-  return bool((np.abs(image - wanted).max(-1) < 0.02).any())
+def test_nothing_is_cut_off_at_the_edges(path):
+  """The outermost pixels are white, whatever the lengths of labels and names."""
+  long = {f"a rather long label of panel {i} with its unit (tokens per second)": {
+      f"an arm with a long name {j}": ([0, 1], [0.0, 1e6]) for j in range(5)} for i in range(3)}
+  plots.panels(long, path)
+  image = matplotlib.image.imread(path)[..., :3]
+  edges = [image[0], image[-1], image[:, 0], image[:, -1]]
+  assert all((edge > 0.99).all() for edge in edges)
 
 
-def test_loss_curves_draw_every_run_in_its_colour(tmp_path):
-  plots.loss_curves({"a": rows(), "b": rows(2.2, seeds=3)}, tmp_path / "x.png")
-  image = drawn(tmp_path / "x.png")
-  assert has_colour(image, "#0072B2") and has_colour(image, "#D55E00")
-  assert not has_colour(image, "#009E73")
+@pytest.mark.parametrize("name", FIGURES)
+def test_drawing_leaves_matplotlibs_settings_alone(name, path):
+  before = dict(matplotlib.rcParams)
+  draw, data = FIGURES[name]
+  draw(data, path)
+  assert dict(matplotlib.rcParams) == before
 
 
-def test_a_loss_that_is_not_finite_leaves_a_gap(tmp_path):
+# Curves.
+
+
+def test_every_loss_curve_has_its_own_colour_and_a_name_in_the_legend(path):
+  figure = plots.loss_curves({"a": rows(), "b": rows(2.2, seeds=3)}, path)
+  (axes,) = figure.axes
+  named = [curve for curve in axes.lines if not curve.get_label().startswith("_")]
+  assert len({to_hex(curve.get_color()) for curve in named}) == 2
+  assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+  faint = [curve for curve in axes.lines if curve.get_alpha()]
+  assert len(faint) == 1 + 3  # one run of a, three seeds of b
+  assert axes.get_ylabel() == "training loss (nats per token)"
+  assert "a ends lowest, at 2" in reading(figure) and "b highest, at 2.2" in reading(figure)
+
+
+def test_several_loss_curves_leave_out_the_fall_at_the_start_and_one_does_not(path):
+  (several,) = plots.loss_curves({"a": rows(), "b": rows(2.2)}, path).axes
+  (one,) = plots.loss_curves({"": rows()}, path).axes
+  assert several.get_ylim()[1] < 6 < 7 < one.get_ylim()[1]
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap(path):
   broken = rows()
-  for i in (3, 4, 20):
-    broken[i]["loss"] = (float("nan"), float("inf"), None)[i % 3]
-  plots.loss_curves({"": broken}, tmp_path / "x.png")
-  assert has_colour(drawn(tmp_path / "x.png"), "#0072B2")
+  for i, value in ((3, math.nan), (4, math.inf), (20, None)):
+    broken[i]["loss"] = value
+  figure = plots.loss_curves({"": broken}, path)
+  faint, smoothed = (np.asarray(curve.get_xydata(), float) for curve in figure.axes[0].lines)
+  assert len(faint) == len(STEPS) - 1  # a row without the value is left out
+  for curve in (faint, smoothed):
+    assert np.isnan(curve[[3, 4], 1]).all() and np.isfinite(np.delete(curve, [3, 4], 0)).all()
 
 
 def test_the_average_of_a_constant_is_that_constant():
@@ -58,72 +133,120 @@ def test_the_average_of_a_constant_is_that_constant():
 
 
 def test_the_average_smooths_noise_and_keeps_up_with_a_fall():
-  rng = np.random.default_rng(0)
-  noise = plots._smoothed(rng.normal(0, 1, 1000))
+  noise = plots._smoothed(RNG.normal(0, 1, 1000))
   assert noise[500:].std() < 0.25
   fall = 8 * np.exp(-np.arange(1000) / 50)
   assert np.abs(plots._smoothed(fall) - fall).max() < 1.0
 
 
-@pytest.mark.parametrize("draw", [plots.max_violation, plots.learning_rate])
-def test_curves_by_step_open(draw, tmp_path):
-  draw(rows(), tmp_path / "x.png")
-  assert has_colour(drawn(tmp_path / "x.png"), "#0072B2")
+@pytest.mark.parametrize(("draw", "key", "says"), [
+    (plots.max_violation, "max_violation", "MaxVio goes from 1 to 0.0101; its largest value is 1"),
+    (plots.learning_rate, "learning_rate", "Learning rate goes from 0.001 to 0.099")])
+def test_curves_by_step_are_the_rows_values(draw, key, says, path):
+  figure = draw(rows(), path)
+  (curve,) = figure.axes[0].lines
+  np.testing.assert_allclose(curve.get_xydata(), [[row["step"], row[key]] for row in rows()])
+  assert says in reading(figure)
 
 
-def test_validation_takes_domains_that_come_late(tmp_path):
-  evaluations = [{"step": 0, "bits_per_byte": {"bible": 8.0}},
-                 {"step": 9, "bits_per_byte": {"bible": 2.0, "python": 3.0}}]
-  plots.validation(evaluations, tmp_path / "x.png")
-  image = drawn(tmp_path / "x.png")
-  assert has_colour(image, "#0072B2") and has_colour(image, "#D55E00")
+def test_validation_takes_domains_that_come_late(path):
+  figure = plots.validation(EVALUATIONS, path)
+  found = curves(figure.axes[0])
+  np.testing.assert_array_equal(found["bible"], [[0, 8], [9, 2]])
+  np.testing.assert_array_equal(found["python"], [[9, 3]])
+  assert "after step 9: bible 2.000, python 3.000" in reading(figure)
+
+
+# Panels.
+
+
+def test_a_name_has_one_style_in_all_panels_and_none_is_a_gap(path):
+  figure = plots.panels(PANELS, path)
+  reward, length = figure.axes
+  assert [axes.get_ylabel() for axes in (reward, length)] == ["reward", "length"]
+  style = lambda axes, name: next(
+      (curve.get_color(), curve.get_linestyle()) for curve in axes.lines
+      if curve.get_label() == name)
+  assert style(reward, "a") == style(length, "a") != style(reward, "b")
+  assert np.isnan(curves(reward)["b"][1, 1])
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_a_name_that_only_a_later_panel_has_is_in_the_legend(path):
+  figure = plots.panels({"x": {"a": ([0], [1.0])}, "y": {"late": ([0], [1.0])}}, path)
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "late"]
+
+
+def test_powers_of_two_are_evenly_spaced_and_values_may_be_logarithmic(path):
+  drawn = {"pass@K": {"a": ([1, 2, 4, 8], [0.1, 0.2, 0.3, 0.4])}}
+  axes = plots.panels(drawn, path, doublings="K", logarithmic=True).axes[0]
+  assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("log", "log", "K")
+  positions = axes.transData.transform([[k, 0.1] for k in (1, 2, 4, 8)])[:, 0]
+  np.testing.assert_allclose(np.diff(positions), np.diff(positions)[0])
+
+
+def test_an_odd_number_of_panels_leaves_the_last_place_empty(path):
+  figure = plots.panels({str(i): {"a": ([0], [1.0])} for i in range(3)}, path)
+  assert [axes.get_visible() for axes in figure.axes] == [True] * 3 + [False]
+
+
+def test_learning_is_drawn_over_each_trainers_own_clock_with_its_interval(path):
+  left, right = plots.learning(LEARNING, path).axes
+  np.testing.assert_array_equal(curves(left)["ours"], [[1.0, 0.5]])
+  np.testing.assert_array_equal(curves(right)["ours"], [[0.0, 0.1], [2.5, 0.8]])
+  (band,) = right.collections
+  low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+  assert (low, high) == (0.0, 0.9)
+
+
+# Heat maps.
 
 
 @pytest.mark.parametrize(("layers", "experts", "domains"), [(1, 8, 1), (4, 16, 3), (58, 256, 5)])
-def test_heat_maps_of_every_shape_open(layers, experts, domains, tmp_path):
-  rng = np.random.default_rng(0)
-  loads = {f"domain {d}": rng.gamma(2, 1, (layers, experts)) for d in range(domains)}
-  plots.load_heat_map(loads, tmp_path / "x.png")
-  drawn(tmp_path / "x.png")
+def test_heat_maps_show_every_layer_expert_and_domain(layers, experts, domains, path):
+  loads = {f"domain {d}": RNG.gamma(2, 1, (layers, experts)) for d in range(domains)}
+  figure = plots.load_heat_map(loads, path)
+  panels = [axes for axes in figure.axes if axes.images]
+  assert [axes.get_title() for axes in panels] == list(loads)
+  assert all(axes.images[0].get_array().shape == (layers, experts) for axes in panels)
 
 
-def test_heat_map_is_relative_to_each_layers_own_mean(tmp_path):
-  skewed = np.array([[3.0, 1.0], [1.0, 3.0]])
-  for name, scale in (("x", [[1.0], [1.0]]), ("y", [[1.0], [50.0]])):
-    plots.load_heat_map({"d": skewed * scale}, tmp_path / f"{name}.png")
-  np.testing.assert_array_equal(drawn(tmp_path / "x.png"), drawn(tmp_path / "y.png"))
+def test_heat_map_is_relative_to_each_layers_own_mean(path):
+  loads = np.array([[3.0, 1.0], [50.0, 150.0]])
+  figure = plots.load_heat_map({"d": loads}, path)
+  np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[1.5, 0.5], [0.5, 1.5]])
+  assert "1.50 times its layer's mean: expert 0 of MoE layer 0 on d" in reading(figure)
 
 
-def test_heat_map_shows_a_layer_without_load_as_a_gap(tmp_path):
-  plots.load_heat_map({"d": [[0.0, 0.0], [1.0, 3.0]]}, tmp_path / "x.png")
-  drawn(tmp_path / "x.png")
+def test_heat_map_shows_a_layer_without_load_as_a_gap(path):
+  figure = plots.load_heat_map({"d": [[0.0, 0.0], [1.0, 3.0]]}, path)
+  image = np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)
+  assert np.isnan(image[0]).all() and np.isfinite(image[1]).all()
 
 
-def test_forest_colours_follow_the_verdicts_and_unbounded_intervals_are_points(tmp_path):
-  plots.forest([line("a", [1.0, 1.1], verdict="reproduced", paper=0.9, margin=0.2),
-                line("b", [5.0], axis="MaxVio", verdict="unresolved", reference=4.0)],
-               tmp_path / "x.png")
-  image = drawn(tmp_path / "x.png")
-  assert has_colour(image, "#0072B2") and has_colour(image, "#737373")
-  assert not has_colour(image, "#D55E00")
+# Forests.
 
 
-def test_forest_grows_with_its_lines(tmp_path):
-  heights = []
-  for count in (1, 12):
-    plots.forest([line("name", [1.0, 2.0])] * count, tmp_path / "x.png")
-    heights.append(drawn(tmp_path / "x.png").shape[0])
+def test_forest_colours_follow_the_verdicts_and_unbounded_intervals_are_points(path):
+  figure = plots.forest([
+      line("a", [1.0, 1.1], verdict="reproduced", paper=0.9, margin=0.2),
+      line("b", [5.0], axis="MaxVio", verdict="unresolved", reference=4.0)], path)
+  above, below = figure.axes
+  colours = {to_hex(curve.get_color()) for curve in above.lines}
+  assert "#0072b2" in colours and "#d55e00" not in colours
+  assert {to_hex(curve.get_color()) for curve in below.lines} == {"#000000", "#737373"}
+  interval = lambda axes: [curve for curve in axes.lines if curve.get_linewidth() == 2]
+  assert len(interval(above)) == 1 and not interval(below)
+  estimate = next(curve for curve in below.lines if curve.get_marker() == "o")
+  assert estimate.get_xdata() == [5.0]
+  assert [curve.get_xdata() for curve in above.lines if curve.get_marker() == "D"] == [[0.9]]
+  assert (above.get_xlabel(), below.get_xlabel()) == ("bits per byte: difference", "MaxVio")
+  names = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert names == ["mean, 95 % interval", "paper", "margin"]
+  assert "Of 2 claims 1 reproduced, 1 unresolved" in reading(figure)
+
+
+def test_forest_grows_with_its_lines(path):
+  heights = [plots.forest([line("name", [1.0, 2.0])] * count, path).get_size_inches()[1]
+             for count in (1, 12)]
   assert heights[1] > 3 * heights[0]
-
-
-def test_scatter_draws_points_with_and_without_error_bars(tmp_path):
-  plots.scatter_tradeoff([("a", 1.0, 2.0, 0.1, 0.2), ("b", 2.0, 1.0, None, None)],
-                         "cost (J)", "loss (nats per token)", tmp_path / "x.png")
-  image = drawn(tmp_path / "x.png")
-  assert has_colour(image, "#0072B2") and has_colour(image, "#D55E00")
-
-
-def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):
-  before = dict(matplotlib.rcParams)
-  plots.learning_rate(rows(), tmp_path / "x.png")
-  assert dict(matplotlib.rcParams) == before

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
-import shutil
 
 import pytest
 
@@ -23,7 +21,6 @@ from experiments.studies.v3 import load_balancing
 from train.config import DataConfig, RunConfig, Source
 
 RATES = (1e-3, 2e-3, 4e-3)
-RESULTS = pathlib.Path(settings.__file__).parent / "results"
 CFG = RunConfig(model=model.get_config("nano"))
 LOWER = Claim("sign", sign=-1)
 WIDE = ("optimizer.beta1=0.8",)  # a setting for an arm; no run here is trained
@@ -253,19 +250,6 @@ def test_the_parts_of_several_invocations_merge_into_one_verdict(tmp_path, capsy
   assert "3 reproduced, 1 contradicted, 1 unresolved" in text
   assert "2 of 15" in text and "failed: not finite" in text
   assert "on 3 seeds" in capsys.readouterr().out
-
-
-def test_results_of_earlier_versions_still_merge_to_the_same(tmp_path):
-  """The committed study, of which nothing but its parts is read."""
-  folder = tmp_path / "study"
-  shutil.copytree(RESULTS / "load_balancing-cpu", folder)
-  was = json.loads((folder / "results.json").read_text())
-  made = Runner(load_balancing.STUDY, "cpu", Options("load_balancing", out=folder))
-  made.judge()
-  made.out.close()
-  now = json.loads((folder / "results.json").read_text())
-  reworded = {"provenance", "source_hash", "arms"}
-  assert all(now[name] == was[name] for name in was.keys() - reworded)
 
 
 def test_where_nothing_is_missing_nothing_is_trained(tmp_path):

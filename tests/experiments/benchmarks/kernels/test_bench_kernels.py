@@ -32,12 +32,16 @@ def test_a_small_run_times_every_contender_and_notes_which_peers_are_absent(tmp_
                     settings=("rounds=4", "seconds=0", "only=fp8_matmul"))
   bench_kernels.main(options)
   result = json.loads((tmp_path / "results.json").read_text())
-  rows = {row["side"]: row for row in result["rows"]}
+  rows = {row["contender"]: row for row in result["rows"]}
   assert rows["ours"]["rate"] == pytest.approx(2 * 128 * 256 * 384 / rows["ours"]["seconds"] / 1e12)
   assert rows["ours"]["error"] < 2**-8  # the result is rounded to bfloat16
-  assert len(rows["XLA bf16"]["ours_over_it"]) == 3
+  assert len(rows["XLA bf16"]["speedup"]) == 3
   assert "absent" in rows["torch _scaled_mm"]
   assert "fp8_matmul" in capsys.readouterr().out
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  (claim,) = summary["claims"]
+  assert (claim["claim"], claim["value"]) == (
+      "fp8_matmul, 128 x 256 x 384: ours against XLA bf16", rows["XLA bf16"]["speedup"][0])
 
 
 def test_an_order_that_favours_what_runs_first_moves_no_ratio_and_widens_no_interval():
@@ -48,7 +52,7 @@ def test_an_order_that_favours_what_runs_first_moves_no_ratio_and_widens_no_inte
   case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", tuple, {})
   for name, ratio in (("other", 2), ("last", 3)):
     row = bench_kernels._row(case, name, seconds, {"bf16 TFLOP/s": 1.0}, {})
-    assert row["ours_over_it"] == pytest.approx((ratio, ratio, ratio))
+    assert row["speedup"] == pytest.approx((ratio, ratio, ratio))
 
 
 def test_a_contender_or_reference_that_does_not_fit_is_absent_and_other_errors_are_raised():

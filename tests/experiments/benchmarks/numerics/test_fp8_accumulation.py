@@ -1,5 +1,7 @@
 """Errors of sums of FP8 products: of a known product, and of what runs without a GPU."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,9 @@ def test_promotion_helps_at_every_width_and_the_report_says_so(tmp_path, capsys)
   assert (tmp_path / "errors.png").stat().st_size > 0
   report = (tmp_path / "report.md").read_text()
   assert "| positive | 1,024 | emulated, promoted |" in report
+  claims = json.loads((tmp_path / "summary.json").read_text())["claims"]
+  raw, promoted = (claim["value"] for claim in claims if claim["claim"].startswith("sums of 1024"))
+  assert raw > 2 * promoted
 
 
 @pytest.mark.skipif(implementations.local_backend() != "mosaic_gpu",

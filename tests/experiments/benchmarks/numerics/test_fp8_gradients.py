@@ -46,8 +46,8 @@ def test_verdicts_give_the_ratios_that_the_numbers_have():
              for way, error in (("1x128", 0.1), ("128x128", 0.12), ("1x128, E5M2", 0.2))]
   text = " ".join(fp8_gradients.verdicts(random, trained))
   assert "1 at 1, 3 at 10" in text and "from 10 on" in text
-  assert "blocks against tiles: attention 1.2" in text
-  assert "E5M2 against E4M3: attention 2" in text
+  assert "128x128 over 1x128: attention 1.2" in text
+  assert "E5M2 over E4M3: attention 2" in text
 
 
 @pytest.mark.parametrize(("fields", "message"), [

@@ -18,8 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers
 import model
 from experiments.benchmarks.rl import bench_rl, sums
 from experiments.benchmarks.rl.contenders import Bench, OwnTrainer, PeerTrainer
-from experiments.benchmarks.rl.report import write_bench_report
+from experiments.benchmarks.rl.report import sections, summary
 from experiments.options import Options
+from experiments.reports import results
 from rl.tasks.generated import half_of
 from rl.templates import get_template
 from train import chat
@@ -191,7 +192,7 @@ def test_rates_are_medians_over_rounds_of_tokens_over_a_phases_seconds():
   step = lambda seconds, tokens: {"rollout": seconds / 2, "reward": seconds / 4,
                                   "update": seconds / 4, "seconds": seconds, "tokens": tokens,
                                   "mean_reward": 0.5}
-  found = bench_rl.summary([[step(1.0, 10), step(3.0, 30)], [step(1.0, 50)], [step(1.0, 20)]])
+  found = bench_rl.medians([[step(1.0, 10), step(3.0, 30)], [step(1.0, 50)], [step(1.0, 20)]])
   assert found["by_round"] == [10, 50, 20]
   assert found["tokens_per_second"] == {"rollout": 40, "reward": 80, "update": 80, "step": 20}
   assert found["seconds"]["step"] == 1.0 and found["mean_reward"] == 0.5
@@ -273,42 +274,48 @@ def test_a_file_in_the_place_of_the_folder_is_noticed_before_anything_runs(tmp_p
 
 @pytest.fixture
 def committed(tmp_path) -> pathlib.Path:
-  """A copy of the results that are older than the warm-up."""
-  source = ROOT / "experiments/results/bench_rl/results.json"
-  shutil.copy(source, tmp_path)
+  """The raw results that are committed; they are older than the warm-up."""
+  with results.raw(results.ROOT / "bench/bench_rl/gpu") as folder:
+    shutil.copy(folder / "results.json", tmp_path)
   return tmp_path
 
 
+def report(folder: pathlib.Path) -> str:
+  result = json.loads((folder / "results.json").read_text())
+  return results.write_report(folder, result, summary, sections).read_text()
+
+
 def test_a_report_has_the_last_and_the_fastest_round_beside_the_median(committed):
-  text = write_bench_report(committed).read_text()
-  line = next(line for line in text.splitlines() if "trl (generate)" in line)
+  text = report(committed)
+  line = next(line for line in text.splitlines() if line.startswith("- 5.06 times"))
   # 41,819 / 8257 of rounds 2, and 42,483 / 10,562 of rounds 3.
-  assert "5.06 times" in line and line.count("4.02") == 2
-  assert "the first was not warm" in text and "over 64 held-out problems" in text
+  assert "trl (generate)" in line and line.count("4.02") == 2
+  assert "the first timed round was not warm" in text and "over 64 held-out problems" in text
 
 
-def test_a_report_says_what_was_not_run(committed):
-  text = write_bench_report(committed).read_text()
-  assert "not run: compiled (" in text and "vLLM, with which TRL can sample, was not" in text
+def test_a_report_says_what_was_not_measured(committed):
+  text = report(committed)
+  assert "other ways of sampling: compiled (" in text and "vLLM, with which TRL can sample" in text
 
 
 @pytest.mark.parametrize(("steady", "found"), [
-    (True, "2 rounds to warm up came before those timed, until each side's last two agree within "
-           "10 %: reached by all"), (False, "not reached by trl (generate).")])
+    (True, "2 warm-up rounds came first, until the last two of every contender agree within 10 %: "
+           "reached by all"), (False, "not reached by trl (generate).")])
 def test_a_report_says_whether_the_warm_up_was_long_enough(committed, steady, found):
   path = committed / "results.json"
   result = json.loads(path.read_text()) | {"heldout_questions": 13, "warm_up": {
       "ours": {"by_round": [1, 1], "steady": True},
       "trl (generate)": {"by_round": [1, 2], "steady": steady}}}
   path.write_text(json.dumps(result))
-  text = write_bench_report(committed).read_text()
-  assert found in text and "first was not warm" not in text
+  text = report(committed)
+  assert found in text and "round was not warm" not in text
   assert "over the 13 distinct questions of 64 held-out problems" in text
 
 
 def test_alone_it_times_trains_and_reports(folder, tmp_path, quick_compiles):
   result = run(folder, tmp_path)
-  assert set(result["sides"]) == {"ours"} and len(result["sides"]["ours"]["by_round"]) == 2
+  assert set(result["contenders"]) == {"ours"}
+  assert len(result["contenders"]["ours"]["by_round"]) == 2
   assert len(result["warm_up"]["ours"]["by_round"]) == 2
   assert 2 <= result["heldout_questions"] <= 4
   training = result["training"]["ours"]
@@ -331,7 +338,7 @@ def test_a_peer_that_cannot_run_is_excluded_and_ours_continues(folder, tmp_path,
   without.write_text("#!/bin/sh\necho lacks torch >&2\nexit 1\n")
   without.chmod(0o755)
   result = run(folder, tmp_path / "out", peer="transformers", peer_python=without, minutes=0)
-  assert list(result["failed"]) == ["transformers"] and set(result["sides"]) == {"ours"}
+  assert list(result["failed"]) == ["transformers"] and set(result["contenders"]) == {"ours"}
   assert "the peer stopped" in (tmp_path / "out" / "report.md").read_text()
 
 

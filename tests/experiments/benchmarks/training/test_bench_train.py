@@ -24,13 +24,14 @@ def test_a_small_run_times_both_phases_profiles_them_and_notes_who_is_absent(tmp
   assert "stopped" in result["absent"]["transformers --compile"]
   for phase in ("forward_backward", "train"):
     timed = result["phases"][phase]
-    assert set(timed["sides"]) == {"ours"} and not timed["faster_by"]
-    side = timed["sides"]["ours"]
-    assert len(side["by_round"]) == 2 and side["peak_mb"] > side["program_mb"] > 0
+    assert set(timed["contenders"]) == {"ours"} and not timed["speedup"]
+    ours = timed["contenders"]["ours"]
+    assert len(ours["by_round"]) == 2 and ours["peak_mb"] > ours["program_mb"] > 0
     profile = (tmp_path / f"profile-{phase}-ours.md").read_text()
     assert "| dense products |" in profile
   assert "| optimizer |" in profile
   assert "train, 2 x 16 tokens" in capsys.readouterr().out
+  assert "profile-train-ours.md" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("numerics", "alone"), [(("fp32",), True), (("fp8", "bf16"), False)])
@@ -62,7 +63,9 @@ def test_what_takes_hours_on_a_cpu_is_an_error(scale):
 
 
 def test_what_a_phase_gave_outlives_the_next(tmp_path, monkeypatch):
-  measured = {"sides": {"ours": {}}}
+  ours = {"tokens_per_second": 1.0, "flops_per_second": 1.0, "fraction_of_peak": 0.5,
+          "peak_mb": 1.0, "start_seconds": 1.0}
+  measured = {"contenders": {"ours": ours}, "speedup": {}}
   phases = iter([measured])
   monkeypatch.setattr(bench_train, "_measure", lambda *_: next(phases))
   monkeypatch.setattr(bench_train, "_report", lambda *_: None)

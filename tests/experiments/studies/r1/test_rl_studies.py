@@ -20,7 +20,7 @@ from rl.tasks import get_task
 from rl.templates import get_template
 
 NAMES = [name for name, entry in catalogue.experiments().items()
-         if entry.paper == "r1" and name.startswith("rl_")]
+         if entry.results_folder == f"r1/{name}" and name.startswith("rl_")]
 CASES = [(name, scale) for name in NAMES for scale in ("smoke", "cpu", "gpu")]
 # As `judged` and `gains` have them; of a run's rows, those of a row with everything in it.
 ROW = {"step": 1, "completions/mean_length": 1, "seconds/step": 1, "kl": 1, "entropy": 1,

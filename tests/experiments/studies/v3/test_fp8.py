@@ -96,7 +96,7 @@ def test_arms_are_set_beside_two_seeds_of_bfloat16():
       ["fp8", "+7.500 % (+10.000, +5.000)", "+7.500 % (+10.000, +5.000)", 2],
       ["two seeds of bf16", "+10.000 % (+10.000)", "+10.000 % (+10.000)", 1]]
   panel, = shown["panels"]
-  of_seeds = panel["curves"]["with seeds: error, %"]
+  of_seeds = panel["curves"]["relative error of the loss (%), arms and seeds"]
   steps, errors = of_seeds["fp8"]
   assert steps == [1, 2] and errors[0] == pytest.approx((10 + 0) / 2)
   # Weights of a smoothing of 0.9 over two losses are 9 and 10, over 19.

@@ -1,0 +1,123 @@
+"""Committed results: `results/<paper, bench or programs>/<experiment>/<scale>/`.
+
+Each folder has `report.md` with its figures, `summary.json`, which is small and which the index and
+the tables of README and docs are generated from, and `raw.tar.xz` with everything else that the
+experiment wrote and a reader may want: its own results, parts and metrics.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from experiments.reports import provenance
+from experiments.reports.markdown import document, origin
+from experiments.reports.summary import claims_table, table_text
+from train.run_folder import write_json_atomic
+
+ROOT = pathlib.Path(__file__).parents[1] / "results"
+SUMMARY, RAW = "summary.json", "raw.tar.xz"
+# What a run folder holds that no one needs to see again.
+_LEFT_OUT = {"checkpoints", "events", "runs", "lock", "cost", "profile", "making", SUMMARY,
+             "tokenizer.json", "documents.jsonl"}
+
+Result = Mapping[str, Any]
+
+
+def record(folder: pathlib.Path, result: Result, summarise: Callable[[Result], dict],
+           sections: Callable[[pathlib.Path, Result], list[tuple[str, str]]] | None = None
+           ) -> pathlib.Path:
+  """Writes a benchmark's results.json, with its provenance, summary.json and report.md.
+
+  Args:
+    folder: where to; what it held under these names is replaced.
+    result: what was measured, as JSON.
+    summarise: makes the summary from what results.json holds.
+    sections: makes further sections of the report, (heading, body), and draws their figures in the
+      folder.
+
+  Returns:
+    The path of report.md.
+  """
+  path = provenance.record(folder, result)
+  return write_report(folder, json.loads(path.read_text(encoding="utf-8")), summarise, sections)
+
+
+def write_report(folder: pathlib.Path, result: Result, summarise: Callable[[Result], dict],
+                 sections: Callable[[pathlib.Path, Result], list[tuple[str, str]]] | None = None
+                 ) -> pathlib.Path:
+  """As `record`, of a results.json that is there already."""
+  summary = summarise(result)
+  write_json_atomic(folder / SUMMARY, summary)
+  return document(folder / "report.md", f"{summary['experiment']}, {summary['scale']}", [
+      ("", summary["title"]),
+      ("Claims", claims_table(summary["claims"])),
+      *((shown["caption"], table_text(shown)) for shown in summary["tables"]),
+      *(sections(folder, result) if sections else []),
+      ("How to run it again", origin(summary["provenance"]))])
+
+
+def keep(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
+  """Copies a finished experiment's report to the committed results, and packs what is large.
+
+  Args:
+    folder: what the experiment wrote, with report.md and summary.json.
+    destination: a folder of `ROOT`; what it held before is replaced.
+
+  Raises:
+    ValueError: if the experiment has not written a report and a summary.
+  """
+  for name in ("report.md", SUMMARY):
+    if not (folder / name).exists():
+      raise ValueError(f"{folder} has no {name}: give the folder of a finished study or benchmark")
+  report = (folder / "report.md").read_text(encoding="utf-8")
+  shown = {folder / name for name in re.findall(r"\]\(([\w.-]+)\)", report)}
+  shutil.rmtree(destination, ignore_errors=True)
+  destination.mkdir(parents=True)
+  for path in (folder / "report.md", folder / SUMMARY, *sorted(shown)):
+    shutil.copy(path, destination)
+  kept = {folder / "report.md", *shown}
+  with tarfile.open(destination / RAW, "w:xz", preset=9) as archive:
+    for path in sorted(folder.rglob("*")):
+      relative = path.relative_to(folder)
+      if path.is_file() and path not in kept and not _LEFT_OUT & set(relative.parts):
+        archive.add(path, str(relative), filter=_anonymous)
+  return destination
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+  """An entry that says nothing of who packed it, or when: equal contents make equal archives."""
+  info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode = 0, 0, 0, "", "", 0o644
+  return info
+
+
+@contextlib.contextmanager
+def raw(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary folder with what a committed result has packed."""
+  with tempfile.TemporaryDirectory() as place:
+    with tarfile.open(folder / RAW) as archive:
+      archive.extractall(place, filter="data")
+    yield pathlib.Path(place)
+
+
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+  """The summary in a folder.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  path = folder / SUMMARY
+  if not path.exists():
+    raise ValueError(f"{folder} has no {SUMMARY}: give the folder of a finished study or benchmark")
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summaries(root: pathlib.Path = ROOT) -> dict[str, dict[str, Any]]:
+  """All committed summaries by their folder, such as "v3/load_balancing/cpu"."""
+  return {path.parent.relative_to(root).as_posix(): json.loads(path.read_text(encoding="utf-8"))
+          for path in sorted(root.rglob(SUMMARY))}

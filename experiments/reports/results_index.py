@@ -1,0 +1,185 @@
+"""The index of committed results, and the generated blocks of README and docs.
+
+A block stands between `<!-- results: KIND ARGUMENTS -->` and `<!-- end of results -->`. Its kinds:
+
+    claims FOLDER [FOLDER ...]          every claim of these results
+    rows FOLDER: CLAIM; FOLDER: CLAIM   single claims, each named by how it begins
+    table FOLDER NAME                   a table of a benchmark's summary
+    overview                            the table of all results
+
+Everything comes from the `summary.json` files.
+"""
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from experiments.reports.markdown import table
+from experiments.reports.summary import claims_table, estimate, table_text
+
+Summaries = Mapping[str, Mapping[str, Any]]
+_BLOCK = re.compile(r"(<!-- results: (\w+)\s*(.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def fill(text: str, summaries: Summaries, stale: Callable[[str], str]) -> str:
+  """A document with all of its blocks made anew.
+
+  Args:
+    text: the document, in Markdown.
+    summaries: of `results.summaries`.
+    stale: what is to be said of a result's age, by its folder; see `overview`.
+
+  Raises:
+    ValueError: for a block that names what does not exist.
+  """
+  makers = {"claims": _claims, "rows": _rows, "table": _table,
+            "overview": lambda _, found: overview(found, stale)}
+
+  def replace(match: re.Match) -> str:
+    head, kind, arguments, end = match.groups()
+    if kind not in makers:
+      raise ValueError(f"there is no block {kind!r}; there are: {', '.join(makers)}")
+    return f"{head}{makers[kind](' '.join(arguments.split()), summaries)}\n{end}"
+
+  return _BLOCK.sub(replace, text)
+
+
+def blocks(text: str) -> list[str]:
+  """The bodies of a document's blocks."""
+  return [match[0] for match in _BLOCK.finditer(text)]
+
+
+def overview(summaries: Summaries, stale: Callable[[str], str]) -> str:
+  """Every result in a line: verdicts, command, hardware, code, and whether it is stale.
+
+  Args:
+    summaries: of `results.summaries`.
+    stale: "no", or how the present code differs from what made a result, by its folder.
+  """
+  lines = []
+  for folder, summary in summaries.items():
+    origin = summary["provenance"]
+    lines.append([f"[{folder}](#{_anchor(folder)})", _counts([summary]), f"`{origin['command']}`",
+                  hardware(origin), code(origin), stale(folder)])
+  return table(("result", "claims", "command", "hardware", "code", "stale?"), lines)
+
+
+def _anchor(heading: str) -> str:
+  """What a Markdown heading is linked by."""
+  return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
+
+
+def _counts(summaries: Iterable[Mapping[str, Any]]) -> str:
+  """How many claims have which verdict, in words."""
+  counts = collections.Counter(c["verdict"] for summary in summaries for c in summary["claims"])
+  return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "none"
+
+
+def hardware(origin: Mapping[str, Any]) -> str:
+  """Device and versions, in a few words."""
+  device = origin["device"]
+  if isinstance(device, Mapping):
+    device = ", ".join(device["several"])
+  if device.endswith("cpu"):
+    device = f"{origin.get('cores', '?')} cores of {origin.get('cpu', 'a CPU')}"
+  versions = origin.get("versions", {})
+  several = versions.get("several", [versions])
+  jax = ", ".join(dict.fromkeys(each["jax"] for each in several if "jax" in each))
+  return f"{device}; jax {jax}" if jax else device
+
+
+def code(origin: Mapping[str, Any]) -> str:
+  """The hash of the sources that ran, or the commit where none was recorded."""
+  sources, commit = origin.get("sources"), origin.get("commit")
+  if isinstance(sources, str):
+    return f"sources {sources}"
+  if not isinstance(commit, str):
+    return "several commits"
+  dirty = " and uncommitted changes" if origin.get("dirty") else ""
+  return f"commit {commit[:9]}{dirty}" if len(commit) >= 9 else "several commits"
+
+
+def difference(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+  """How the definition of a study has changed since a result, for the column "stale?".
+
+  Args:
+    then: the definition in the result's summary; None if it is not known.
+    now: that of the study, at the same scale.
+  """
+  if then is None:
+    return "unknown"
+  changed = [name.replace("_", " ") for name in now if then.get(name) != now[name]]
+  return f"yes: other {', '.join(changed)}" if changed else "no"
+
+
+def _summary(folder: str, summaries: Summaries) -> Mapping[str, Any]:
+  if folder not in summaries:
+    raise ValueError(f"there is no result {folder}; there are: {', '.join(summaries)}")
+  return summaries[folder]
+
+
+def _claims(arguments: str, summaries: Summaries) -> str:
+  folders = arguments.split()
+  claims = [c for folder in folders for c in _summary(folder, summaries)["claims"]]
+  return "\n\n".join([claims_table(claims), _sources(folders, summaries)])
+
+
+def _rows(arguments: str, summaries: Summaries) -> str:
+  lines, folders = [], []
+  for item in arguments.split(";"):
+    folder, _, beginning = item.strip().partition(": ")
+    found = [c for c in _summary(folder, summaries)["claims"]
+             if c["claim"].startswith(beginning)]
+    if len(found) != 1:
+      raise ValueError(f"{len(found)} claims of {folder} begin with {beginning!r}; its claims: "
+                       + "; ".join(c["claim"] for c in summaries[folder]["claims"]))
+    c = found[0]
+    lines.append([c["claim"], c["metric"], c["reference"] or None, estimate(c),
+                  f"**{c['verdict']}**", f"[{folder}](/experiments/results/{folder}/report.md)"])
+    folders.append(folder)
+  return table(("result", "metric", "paper or target", "measured", "verdict", "evidence"), lines)
+
+
+def _table(arguments: str, summaries: Summaries) -> str:
+  folder, _, name = arguments.partition(" ")
+  found = {shown["name"]: shown for shown in _summary(folder, summaries)["tables"]}
+  if name not in found:
+    raise ValueError(f"{folder} has no table {name!r}; it has: {', '.join(found)}")
+  return "\n\n".join([table_text(found[name]), _sources([folder], summaries)])
+
+
+def _sources(folders: list[str], summaries: Summaries) -> str:
+  """Where the figures come from: report, hardware and command."""
+  return "\n".join(
+      f"- [{folder}](/experiments/results/{folder}/report.md): "
+      f"{hardware(summaries[folder]['provenance'])}; "
+      f"`{summaries[folder]['provenance']['command']}`" for folder in dict.fromkeys(folders))
+
+
+def index_page(summaries: Summaries, stale: Callable[[str], str]) -> str:
+  """`results/README.md`: every claim with the paper's figure, ours, its verdict and its origin."""
+  # Papers first.
+  ordered = dict(sorted(summaries.items(), key=lambda item: (item[0].startswith("bench"), item[0])))
+  sections = [_section(folder, summary, stale(folder)) for folder, summary in ordered.items()]
+  return "\n\n".join([
+      "# Committed results",
+      "Generated by `make results` from every `summary.json` below this folder. Each result has a "
+      "`report.md` with its figures, and `raw.tar.xz` with what else the experiment wrote. A study "
+      "is stale if its arms, its claims or the learning rates that it sweeps have changed since "
+      "the result was made; a benchmark has no such definition.",
+      "To add a result: `python -m experiments.run --experiment=results --set keep=FOLDER`, where "
+      "FOLDER is what the experiment wrote.",
+      f"{len(summaries)} results. Of their claims: {_counts(summaries.values())}.",
+      overview(ordered, stale), *sections]) + "\n"
+
+
+def _section(folder: str, summary: Mapping[str, Any], stale: str) -> str:
+  """One result: what it is, its claims, and where they come from."""
+  origin = summary["provenance"]
+  source = f" ({summary['source']})" if "source" in summary else ""
+  found = [f"## {folder}", f"{summary['title']}{source}",
+           claims_table(summary["claims"]) or f"No claims; see the [report]({folder}/report.md).",
+           f"[Report]({folder}/report.md) · `{origin['command']}` · {hardware(origin)} · "
+           f"{code(origin)} · stale: {stale}"]
+  return "\n\n".join(found)

@@ -1,0 +1,188 @@
+"""Committed results: summaries follow from raw data, and generated files from summaries."""
+
+import dataclasses
+import json
+import re
+import tarfile
+
+import pytest
+
+from experiments import catalogue
+from experiments.benchmarks.rl import report as bench_rl_report
+from experiments.options import Options
+from experiments.programs import results as program
+from experiments.reports import results, results_index, summary
+from experiments.studies.runner import Runner
+from train.run_folder import write_json_atomic
+
+SUMMARIES = results.summaries()
+STUDIES = [folder for folder, of in SUMMARIES.items() if "definition" in of]
+BENCHMARKS = [folder for folder, of in SUMMARIES.items() if "definition" not in of]
+
+
+def test_there_are_results_of_both_kinds():
+  assert len(STUDIES) >= 10 and len(BENCHMARKS) >= 10
+
+
+@pytest.mark.parametrize("folder", STUDIES)
+def test_a_studys_verdicts_follow_from_its_parts(folder, tmp_path):
+  """Judged again at the learning rates that were swept then, whatever is swept now."""
+  committed = SUMMARIES[folder]
+  study = catalogue.find(committed["experiment"]).load().STUDY
+  scale = dataclasses.replace(study.scales[committed["scale"]], learning_rates=tuple(
+      committed["definition"]["learning_rates"]))
+  study = dataclasses.replace(study, scales=study.scales | {committed["scale"]: scale})
+  with results.raw(results.ROOT / folder) as raw:
+    runner = Runner(study, committed["scale"], Options(study.name, out=raw))
+    found = summary.study_summary(runner.outcome())
+    runner.out.close()
+  write_json_atomic(tmp_path / "found", found | {"provenance": committed["provenance"]})
+  assert json.loads((tmp_path / "found").read_text()) == committed
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS)
+def test_a_benchmarks_summary_follows_from_its_results(folder):
+  committed = SUMMARIES[folder]
+  module = catalogue.find(committed["experiment"]).load()
+  make = getattr(module, "summary", bench_rl_report.summary)
+  with results.raw(results.ROOT / folder) as raw:
+    assert json.loads(json.dumps(make(json.loads((raw / "results.json").read_text())))) == committed
+
+
+@pytest.mark.parametrize("folder", SUMMARIES)
+def test_a_result_is_where_it_belongs_and_its_report_has_its_figures(folder):
+  assert folder.startswith(f"{catalogue.find(SUMMARIES[folder]['experiment']).results_folder}/")
+  text = (results.ROOT / folder / "report.md").read_text()
+  linked = re.findall(r"\]\(([\w.-]+)\)", text)
+  assert {path.name for path in (results.ROOT / folder).iterdir()} == {
+      "report.md", results.SUMMARY, results.RAW, *linked}
+  assert not re.search(r"/(tmp|home|root|work|Users)/", text + json.dumps(SUMMARIES[folder]))
+
+
+def test_generated_files_are_current():
+  """The index of results, the configuration reference, and the blocks of README and docs."""
+  stale = [path.name for path, text in program.generated().items()
+           if not path.exists() or path.read_text(encoding="utf-8") != text]
+  assert not stale, "run `make results`"
+
+
+# A result of our own.
+
+PROVENANCE = {"command": "python -m experiments.run --experiment=bench_moe --out=/tmp/x --scale=a",
+              "commit": "0123456789abcdef", "dirty": True, "sources": "feedbeef",
+              "versions": {"jax": "1.2.3"}, "device": "1 x cpu", "cpu": "CPU", "cores": 2}
+
+
+def made(**fields) -> dict:
+  return summary.bench_summary("bench_moe", "cpu", "How fast.", PROVENANCE, **fields)
+
+
+def test_a_command_is_quoted_without_what_concerns_one_machine():
+  quoted = summary.plain_command("run --out=/tmp/x --max_minutes 3 --set 'a=b c' --out y --scale=z")
+  assert quoted == "run --set 'a=b c' --scale=z"
+
+
+@pytest.mark.parametrize(("estimate", "bounds", "met"), [
+    ((1.2, 1.1, 1.3), {"at_least": 1.1}, True), ((1.2, 1.0, 1.3), {"at_least": 1.1}, False),
+    ((2.0, 1.9, 2.1), {"at_most": 2.0}, False), ((1.9,), {"at_most": 2.0}, True)])
+def test_a_target_is_met_if_all_of_the_interval_is_beyond_it(estimate, bounds, met):
+  found = summary.target("faster", "speed-up", estimate, **bounds)
+  assert found["verdict"] == ("met" if met else "missed")
+  assert found["reference"] == f"target: {'at least 1.1' if 'at_least' in bounds else 'at most 2'}"
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ((2.6871, 2.6634, 2.7121), "2.687 (2.663 to 2.712)"),
+    ((56.0, 54.0, 57.2), "56.0 (54.0 to 57.2)"),
+    ((-1.09, -1.34, -0.84), "−1.09 (−1.34 to −0.84)"), ((0.0751,), "0.0751"),
+    ((259452.3,), "259,452"), ((1.0, 1.0, 1.0), "1 (1 to 1)"), ((None,), "–"),
+    ((3e-7, 2.9e-7, 3.1e-7), "3e-07 (2.9e-07 to 3.1e-07)")])
+def test_an_estimate_has_the_digits_that_its_interval_warrants(values, text):
+  assert summary.estimate(summary.claim("it", "metric", *values)) == text
+
+
+def test_bounds_that_are_not_finite_are_unknown():
+  found = summary.claim("it", "metric", 1.0, float("-inf"), float("inf"))
+  assert (found["low"], found["high"]) == (None, None) and summary.estimate(found) == "1.00"
+
+
+def test_an_origin_is_named_by_sources_or_else_by_the_commit():
+  assert results_index.code(PROVENANCE) == "sources feedbeef"
+  del (older := dict(PROVENANCE))["sources"]
+  assert results_index.code(older) == "commit 012345678 and uncommitted changes"
+  several = {"commit": {"several": ["a", "b"]}}
+  assert results_index.code(several) == "several commits"
+  assert results_index.hardware(PROVENANCE) == "2 cores of CPU; jax 1.2.3"
+  devices = {"device": {"several": ["1 x A", "1 x B"]}}
+  assert results_index.hardware(devices) == "1 x A, 1 x B"
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, "no"), ({"learning_rates": [1]}, "yes: other learning rates"),
+    ({"arms": {}, "claims": []}, "yes: other arms, claims")])
+def test_a_study_is_stale_if_what_decides_its_outcome_changed(change, expected):
+  now = {"arms": {"a": []}, "learning_rates": [], "claims": ["x"]}
+  assert results_index.difference(now | change, now) == expected
+  assert results_index.difference(None, now) == "unknown"
+
+
+def test_blocks_are_filled_and_the_rest_is_left_alone():
+  found = {"bench/bench_moe/cpu": made(
+      claims=[summary.claim("slots are fast", "speed-up", 1.5),
+              summary.claim("blocks are slow", "speed-up", 0.5)],
+      tables=[{"name": "ms", "caption": "Times", "header": ["way", "ms"], "rows": [["slots", 3.5]],
+               "note": "Medians."}])}
+  text = ("before\n<!-- results: claims bench/bench_moe/cpu -->\nold\n<!-- end of results -->\n"
+          "<!-- results: rows\n  bench/bench_moe/cpu: slots are -->\n\n<!-- end of results -->\n"
+          "<!-- results: table bench/bench_moe/cpu ms -->\n<!-- end of results -->\n"
+          "<!-- results: overview -->\n<!-- end of results -->\nafter\n")
+  filled = results_index.fill(text, found, lambda _: "no")
+  assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
+  claims, rows, table, overview = results_index.blocks(filled)
+  assert "| blocks are slow | speed-up | – | 0.500 | – | **measured** |" in claims
+  assert "slots are fast" in rows and "blocks" not in rows
+  assert "| slots | 3.5 |\n\nMedians." in table and "--scale=a" in table and "/tmp" not in table
+  assert "2 measured" in overview
+  assert results_index.fill(filled, found, lambda _: "no") == filled
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    ("nonsense", "there is no block 'nonsense'"),
+    ("claims bench/other", "there is no result bench/other; there are: bench/bench_moe/cpu"),
+    ("table bench/bench_moe/cpu ms", "no table 'ms'"),
+    ("rows bench/bench_moe/cpu: slots", "2 claims of bench/bench_moe/cpu begin with 'slots'"),
+    ("rows bench/bench_moe/cpu: tiles", "0 claims of bench/bench_moe/cpu begin with 'tiles'")])
+def test_a_block_that_names_what_does_not_exist_is_an_error(block, message):
+  claims = [summary.claim(f"slots are {way}", "speed-up", 1.0) for way in ("fast", "small")]
+  with pytest.raises(ValueError, match=re.escape(message)):
+    results_index.fill(f"<!-- results: {block} -->\n<!-- end of results -->",
+                       {"bench/bench_moe/cpu": made(claims=claims)}, lambda _: "no")
+
+
+def test_what_is_kept_is_the_report_with_its_figures_and_packs_the_rest(tmp_path):
+  run = tmp_path / "run"
+  (run / "parts").mkdir(parents=True)
+  (run / "checkpoints").mkdir()
+  (run / "checkpoints" / "large").write_bytes(b"x")
+  (run / "parts" / "1.json").write_text("{}")
+  (run / "curve.png").write_bytes(b"png")
+  results.record(run, {"value": 3}, lambda result: made(claims=[
+      summary.claim("it", "metric", result["value"])]),
+      lambda folder, result: [("Curve", "![Curve](curve.png)")])
+  kept = results.keep(run, tmp_path / "kept")
+  assert {path.name for path in kept.iterdir()} == {
+      "report.md", "curve.png", results.SUMMARY, results.RAW}
+  assert results.read_summary(kept)["claims"][0]["value"] == 3
+  with results.raw(kept) as raw:
+    assert {path.name for path in raw.rglob("*") if path.is_file()} == {"1.json", "results.json"}
+    assert json.loads((raw / "results.json").read_text())["value"] == 3
+  archive = (kept / results.RAW).read_bytes()
+  assert (results.keep(run, kept) / results.RAW).read_bytes() == archive
+  with tarfile.open(kept / results.RAW) as packed:
+    assert all(member.uname == "" and member.mtime == 0 for member in packed)
+
+
+def test_what_has_no_summary_cannot_be_kept(tmp_path):
+  (tmp_path / "run").mkdir()
+  with pytest.raises(ValueError, match="give the folder of a finished study"):
+    program.main(Options("results", settings=(f"keep={tmp_path / 'run'}",)))
