@@ -1,6 +1,7 @@
-"""What users run: the command, programs, studies, benchmarks and their reports.
+"""What users run: the command line, programs, studies, benchmarks and their reports.
 
-Imports go one way inside, too: `settings`, `options` and `stats` know nothing above them; `reports`
-draw what they are given; `studies` compare training runs; `programs` and `benchmarks` use all of
-these and not each other; `run` is the command, and finds the rest by folder.
+Imports within this package go one way, too. `settings`, `options`, `stats` and `catalogue` import
+nothing else from it; `reports` draws the data that it is given; `studies` compares training runs;
+`programs` and `benchmarks` may use all of these, but not each other; `run` is the command line,
+which finds the experiments by folder.
 """

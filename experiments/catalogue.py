@@ -1,9 +1,9 @@
-"""The experiments that `--experiment` can name, found by folder.
+"""Finds the experiments that `--experiment` can name, by searching the folders of this package.
 
 A module below `programs/` or `benchmarks/` is an experiment if it defines `main(options)`, a module
-below `studies/` if it defines `STUDY`. Its name is the file's, its summary the first line of its
-docstring, and its settings are `SCALES`, configurations by scale, or `CONFIG`. Modules are parsed,
-not imported, until one of them runs.
+below `studies/` if it defines `STUDY`. The experiment is named after the file, and the first line
+of the docstring is its summary. The configuration of a program or benchmark is `SCALES`, a dict of
+configurations by scale, or `CONFIG`. Modules are only parsed; one is imported when it runs.
 """
 
 import ast
@@ -20,13 +20,13 @@ _FOLDERS = ("programs", "studies", "benchmarks")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """One entry.
+  """An experiment that the command line can run.
 
   Attributes:
-    name: as `--experiment` takes it.
-    kind: the folder it was found in: "programs", "studies" or "benchmarks".
-    module: its dotted name.
-    summary: the first line of its docstring.
+    name: the name that `--experiment` accepts.
+    kind: the folder that the module is in: "programs", "studies" or "benchmarks".
+    module: dotted name of the module.
+    summary: first line of the module's docstring.
   """
 
   name: str
@@ -35,11 +35,11 @@ class Experiment:
   summary: str
 
   def load(self) -> types.ModuleType:
-    """The imported module."""
+    """Imports the experiment's module and returns it."""
     return importlib.import_module(self.module)
 
   def configs(self) -> dict[str, Any]:
-    """The configuration at every scale, by the scale's name; under "" where there are no scales."""
+    """Returns the configurations by scale; an experiment without scales has one, under ""."""
     module = self.load()
     if self.kind == "studies":
       return {name: scale.config for name, scale in module.STUDY.scales.items()}
@@ -49,14 +49,13 @@ class Experiment:
 
   @property
   def results_folder(self) -> str:
-    """Where its results are committed, below `results/`: such as "v3/fp8" or "bench/bench_train".
-    """
-    above = {"studies": self.module.split(".")[-2], "benchmarks": "bench", "programs": "programs"}
-    return f"{above[self.kind]}/{self.name}"
+    """Folder of the committed results, relative to `results/`, such as "bench/bench_train"."""
+    parents = {"studies": self.module.split(".")[-2], "benchmarks": "bench", "programs": "programs"}
+    return f"{parents[self.kind]}/{self.name}"
 
 
 def experiments() -> dict[str, Experiment]:
-  """Every experiment by name: programs first, then studies, then benchmarks.
+  """Returns every experiment by name: first programs, then studies, then benchmarks.
 
   Raises:
     ValueError: if two modules have the same name.
@@ -77,20 +76,21 @@ def experiments() -> dict[str, Experiment]:
 
 
 def find(name: str) -> Experiment:
-  """The experiment of that name.
+  """Returns the experiment called `name`.
 
   Raises:
-    ValueError: if there is none, naming the closest.
+    ValueError: if there is no such experiment; the message suggests the most similar name.
   """
   known = experiments()
   if name not in known:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no experiment {name!r}; did you mean {near!r}? --list shows them "
-                     "all")
+    raise ValueError(f"there is no experiment {name!r}; did you mean {near!r}? --list shows all "
+                     "experiments")
   return known[name]
 
 
 def _is_experiment(tree: ast.Module, kind: str) -> bool:
+  """Whether a module in the folder `kind` defines an experiment."""
   if kind == "studies":
     return any(isinstance(target, ast.Name) and target.id == "STUDY" for node in tree.body
                if isinstance(node, ast.Assign) for target in node.targets)

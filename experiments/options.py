@@ -1,4 +1,4 @@
-"""The command line's flags as data."""
+"""The values of the command line's flags, as a dataclass."""
 
 import dataclasses
 import pathlib
@@ -7,7 +7,10 @@ from collections.abc import Collection
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The flags of `experiments.run`, where they are documented."""
+  """The values of the flags of `experiments.run`, which documents them.
+
+  `settings` holds those of `--set`; every other field has the name of its flag.
+  """
 
   experiment: str
   scale: str | None = None
@@ -21,13 +24,14 @@ class Options:
   profile: bool = False
 
   def folder(self, default: str) -> pathlib.Path:
+    """Returns `--out`, or the folder `default` below `runs/` if it is not given."""
     return self.out or pathlib.Path("runs") / default
 
   def scale_of(self, scales: Collection[str]) -> str:
-    """`--scale`, or "smoke".
+    """Returns `--scale`, or "smoke" if it is not given.
 
     Raises:
-      ValueError: if it is not one of `scales`.
+      ValueError: if that is not one of `scales`.
     """
     scale = self.scale or "smoke"
     if scale not in scales:
@@ -36,7 +40,11 @@ class Options:
     return scale
 
   def num_seeds(self, default: int = 1) -> int:
-    """`--seeds` as a count."""
+    """Returns `--seeds` as a number of seeds, or `default` if it is not given.
+
+    Raises:
+      ValueError: if `--seeds` is not a positive number.
+    """
     if self.seeds is None:
       return default
     if not self.seeds.isdecimal() or int(self.seeds) < 1:
@@ -45,19 +53,26 @@ class Options:
     return int(self.seeds)
 
   def seed_range(self, default: int) -> range:
-    """`--seeds` as `N` (0 to N - 1) or `A:B` (A to B - 1)."""
+    """Returns the seeds that `--seeds` gives as `N` (0 to N - 1) or as `A:B` (A to B - 1).
+
+    Args:
+      default: the number of seeds if `--seeds` is not given.
+
+    Raises:
+      ValueError: if `--seeds` has neither form, or is empty.
+    """
     first, colon, last = (self.seeds or str(default)).partition(":")
     if not colon:
       first, last = "0", first
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-      raise ValueError(f"--seeds={self.seeds} must be N, or A:B with A < B")
+      raise ValueError(f"--seeds={self.seeds} must be a number N > 0, or a range A:B with A < B")
     return range(int(first), int(last))
 
   def require_supported(self, *unsupported: str) -> None:
-    """Raises ValueError for a flag that was given and is not supported by this experiment.
+    """Raises ValueError if a flag was given that this experiment does not support.
 
     Args:
-      *unsupported: names of fields.
+      *unsupported: names of the fields whose flags are not supported.
     """
     for name in unsupported:
       if getattr(self, name):

@@ -1,4 +1,4 @@
-"""The command: `python -m experiments.run --experiment=NAME`."""
+"""The command line: `python -m experiments.run --experiment=NAME`."""
 
 import os
 import pathlib
@@ -11,27 +11,28 @@ from experiments.options import Options
 
 _GPU = pathlib.Path("/dev/nvidiactl")
 
-_EXPERIMENT = flags.DEFINE_string("experiment", None, "what to run; --list shows all")
-_LIST = flags.DEFINE_bool("list", False, "list all experiments, and what every study costs")
+_EXPERIMENT = flags.DEFINE_string("experiment", None, "name of the experiment; --list shows all")
+_LIST = flags.DEFINE_bool("list", False, "list all experiments, and the cost of every study")
 _HELP_CONFIG = flags.DEFINE_bool(
-    "help_config", False, "describe every setting of the --experiment at its --scale, or all of "
-    "the configuration without one")
+    "help_config", False, "describe every setting of --experiment at --scale; without an "
+    "--experiment, every setting of all experiments")
 _SCALE = flags.DEFINE_string(
-    "scale", None, "how much work: smoke (the default), cpu, gpu, or another that --list names")
+    "scale", None, "size of the experiment: smoke (the default), cpu, gpu, or another one that the "
+    "experiment has; --list shows the scales of studies")
 _OUT = flags.DEFINE_string(
-    "out", None, "folder for results; rerun the same command on it to resume. Default "
-    "runs/EXPERIMENT-SCALE where something is trained")
+    "out", None, "folder for the results, by default runs/EXPERIMENT-SCALE for experiments that "
+    "train a model; the same command with the same folder resumes")
 _SEEDS = flags.DEFINE_string(
-    "seeds", None, "number of paired seeds; in studies also FROM:TO")
-_SET = flags.DEFINE_multi_string("set", [], "section.field=value, as often as needed")
-_A = flags.DEFINE_multi_string("a", [], "ab: a setting of the first arm, as in --set")
-_B = flags.DEFINE_multi_string("b", [], "ab: a setting of the second arm, as in --set")
-_ARMS = flags.DEFINE_list("arms", [], "studies: run these arms only")
+    "seeds", None, "number of seeds; for studies also a range FROM:TO, which excludes TO")
+_SET = flags.DEFINE_multi_string("set", [], "a setting, section.field=value; may be repeated")
+_A = flags.DEFINE_multi_string("a", [], "ab: a setting of arm a, as for --set; may be repeated")
+_B = flags.DEFINE_multi_string("b", [], "ab: a setting of arm b, as for --set; may be repeated")
+_ARMS = flags.DEFINE_list("arms", [], "studies: run only these arms, separated by commas")
 _MAX_MINUTES = flags.DEFINE_float(
-    "max_minutes", None, "stop after saving once this much time has passed; rerun to resume",
+    "max_minutes", None, "save and stop after this many minutes; the same command resumes",
     lower_bound=0.01)
-_PROFILE = flags.DEFINE_bool("profile", False, "pretrain: leave a trace of a few steps in --out; "
-                             "bench_train: show where the time of a step goes")
+_PROFILE = flags.DEFINE_bool("profile", False, "pretrain: write a profiler trace of a few steps to "
+                             "--out; bench_train: show where the time of a step goes")
 
 
 def _fail(message: str) -> None:
@@ -53,7 +54,7 @@ def _list() -> None:
 
 def _list_study(entry: catalogue.Experiment, width: int) -> None:
   study = entry.load().STUDY
-  print(f"  {'':{width}}  from {study.source}")
+  print(f"  {'':{width}}  source: {study.source}")
   for scale in study.scales:
     print(f"  {'':{width}}  --scale={scale}: {study.cost(scale)}")
 
@@ -67,7 +68,7 @@ def _options() -> Options:
 
 
 def _keep_compiled_programs() -> None:
-  """Turns the persistent compilation cache on: compiling takes longer than a smoke run."""
+  """Turns on the persistent compilation cache, as compiling takes longer than a smoke run."""
   import jax
 
   from train.config import DataConfig
@@ -77,11 +78,12 @@ def _keep_compiled_programs() -> None:
 
 
 def _start_again_tuned_for_cpus() -> None:
-  """Replaces this process by one that keeps freed memory and vectorises for 512 bits.
+  """Restarts the command in a process that keeps freed memory and uses 512-bit vectors, on CPUs.
 
-  Both settings are read when a process starts. A training step allocates half a gigabyte. If it
-  goes back to the system after every step, a quarter of the time is spent on page faults; with huge
-  pages, one step in several takes three times as long. What the user has set is left alone.
+  Both settings, of malloc and of XLA, are read only when a process starts. A training step
+  allocates half a gigabyte. If that is returned to the system after every step, a quarter of the
+  time is spent on page faults; with huge pages, one step in several takes three times as long.
+  Environment variables that the user has set are not changed.
   """
   env = dict(os.environ)
   if sys.platform != "linux" or env.get("JAX_PLATFORMS", "cpu") != "cpu" or _GPU.exists():
@@ -97,18 +99,19 @@ def _start_again_tuned_for_cpus() -> None:
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
-    _fail(f"unexpected argument {argv[1]!r}; everything is a --flag")
-  if _LIST.value:
-    _list()
-    return
+    _fail(f"unexpected argument {argv[1]!r}: every option is a --flag")
   name = _EXPERIMENT.value
   try:
+    if _LIST.value:
+      _list()
+      sys.stdout.flush()
+      return
     if _HELP_CONFIG.value:
       from experiments.reports.config_reference import help_text
       print(help_text(name, _SCALE.value))
       return
     if name is None:
-      _fail("name an --experiment; --list shows them")
+      _fail("name an --experiment; --list shows all of them")
     experiment = catalogue.find(name)
     _start_again_tuned_for_cpus()
     _keep_compiled_programs()
@@ -118,6 +121,9 @@ def main(argv: list[str]) -> None:
       runner.main(module.STUDY, _options())
     else:
       module.main(_options())
+  except BrokenPipeError:  # such as of `--list | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is quiet
+    sys.exit(1)
   except (ValueError, OSError) as error:
     _fail(str(error))
 

@@ -1,8 +1,8 @@
-"""Settings from the command line: `--set section.field=value`, typed by the configuration.
+"""Parses settings of the command line, `--set section.field=value`, by the configuration's types.
 
-Values are written as they are read: `3e-4`, `true`, `none`, `cosine`, `a,b` for a tuple, and
-`Class(field=value, ...)` for a dataclass, within which the same rules hold. Quotes around a text
-keep its commas and brackets together and are taken off; within them nothing is escaped.
+Values are written like `3e-4`, `true`, `none` or `cosine`, a tuple as `a,b`, and a dataclass as
+`Class(field=value, ...)`, whose fields are written by the same rules. Commas and brackets within
+quotes have no special meaning; the quotes are removed, and there are no escape sequences.
 """
 
 import contextlib
@@ -37,17 +37,19 @@ _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 def apply[T](config: T, assignments: Sequence[str], *,
              named: Mapping[str, Callable[[str], Any]] | None = None) -> T:
-  """`config` with all assignments made at once, so that only the outcome needs to be valid.
+  """Returns `config` with all assignments applied at once, so that only the result must be valid.
 
-  Their order is immaterial: `model=micro` comes before `model.moe.num_experts=32`.
+  The order of the assignments does not matter: `model=micro` is always applied before
+  `model.moe.num_experts=32`.
 
   Args:
     config: a tree of frozen dataclasses.
-    assignments: texts `dotted.name=value`.
-    named: for a dotted name, what makes a value of a plain word, as `get_config` for "model".
+    assignments: texts of the form `dotted.name=value`.
+    named: by dotted name, functions that turn a plain word into a value, such as `get_config` for
+      "model".
 
   Raises:
-    ValueError: listing, a line each, all that is wrong and what would be right.
+    ValueError: with a line for everything that is wrong, which says what would be valid.
   """
   draft = _Draft(config, named or {})
   settings, errors = _pairs(assignments)
@@ -63,14 +65,14 @@ def apply[T](config: T, assignments: Sequence[str], *,
 
 
 def assigned(assignments: Iterable[str]) -> set[str]:
-  """The dotted names that the assignments set, as written."""
+  """Returns the dotted names that the assignments set, as they are written."""
   return set(_pairs(assignments)[0])
 
 
 def fields(config: Any) -> list[tuple[str, str, Any]]:
-  """All that can be set: dotted name, type in words, current value.
+  """Returns everything that can be set, as (dotted name, type in words, current value).
 
-  Dataclasses are listed only where there is a choice: of another one, or none.
+  A field that holds a dataclass is listed only if it may hold another dataclass, or None.
   """
   return [(name, type_text(hint), operator.attrgetter(name)(config))
           for name, hint in walk(type(config), to_dict(config))
@@ -78,38 +80,59 @@ def fields(config: Any) -> list[tuple[str, str, Any]]:
 
 
 class _Draft:
-  """A configuration as plain data into which settings are put, or what is wrong with them."""
+  """A configuration as plain data, into which settings are written.
+
+  An invalid setting is written as `Invalid`, whose message `from_dict` reports.
+
+  Args:
+    config: the configuration before the settings.
+    named: see `apply`.
+  """
 
   def __init__(self, config: Any, named: Mapping[str, Callable[[str], Any]]):
     self.cls, self.tree, self._named = type(config), to_dict(config), named
 
   def set(self, cls: type, node: dict[str, Any], path: str, names: list[str], text: str) -> None:
-    """Sets what `names` lead to from `node`, the `cls` at `path`."""
+    """Writes one setting.
+
+    Args:
+      cls: the dataclass that `node` stands for.
+      node: the plain data of a part of the configuration.
+      path: dotted name of that part; empty for the whole configuration.
+      names: names of the fields that lead from `node` to the setting.
+      text: the value, as on the command line.
+    """
     name, *rest = names
     dotted = f"{path}.{name}" if path else name
-    whole = ".".join((dotted, *rest))
+    full_name = ".".join((dotted, *rest))
     hint = field_types(cls).get(name)
-    if now := renamed_setting(cls, ".".join(names)):
+    if new_name := renamed_setting(cls, ".".join(names)):
       prefix = f"{path}." if path else ""
-      node[f"--set {whole}"] = Invalid(f"{whole} has been renamed: set {prefix}{now}")
+      node[f"--set {full_name}"] = Invalid(f"{full_name} has been renamed: set {prefix}{new_name}")
     elif hint is None:
-      node[f"--set {whole}"] = Invalid(self._unknown(cls, path, whole))  # not `name`: maybe `type`
+      # The key is not `name`, which may be "type": that key names the dataclass of a union.
+      node[f"--set {full_name}"] = Invalid(self._unknown(cls, path, full_name))
     elif not rest:
       node[name] = self._read(hint, text.strip(), dotted)
     else:
-      inner = node.setdefault(name, to_plain(getattr(cls, name, None), hint))  # or its default
+      # A field that is absent has its default.
+      inner = node.setdefault(name, to_plain(getattr(cls, name, None), hint))
       if isinstance(inner, dict):
         self.set(class_of(hint, inner), inner, dotted, rest, text)
       elif inner is None and classes(hint):
-        ways = " or ".join(f"--set '{dotted}={call_text(kind)}'" for kind in classes(hint).values())
-        node[name] = Invalid(f"{whole} cannot be set while {dotted} is none; add {ways}: "
-                             "both apply together")
+        calls = " or ".join(
+            f"--set '{dotted}={call_text(kind)}'" for kind in classes(hint).values())
+        node[name] = Invalid(f"{full_name} cannot be set while {dotted} is none; add {calls}, "
+                             "which is applied first")
       elif not classes(hint):
-        node[name] = Invalid(f"{whole} does not exist: {dotted} has no fields, it is "
+        node[name] = Invalid(f"{full_name} does not exist: {dotted} has no fields, it is "
                              f"{type_text(hint)}")
 
   def _read(self, hint: Any, text: str, path: str) -> Any:
-    """Plain data, or `text` if it makes no sense as `hint`: `from_dict` refuses it with reasons."""
+    """Returns `text` as plain data of type `hint`.
+
+    Text that is not of that type is returned as it is: `from_dict` rejects it, and says why.
+    """
     if type(None) in alternatives(hint) and text.lower() == "none":
       return None
     call = _CALL.fullmatch(text)
@@ -133,13 +156,14 @@ class _Draft:
     return text[1:-1] if re.fullmatch(_QUOTED, text) else text
 
   def _parsed(self, kind: type, hint: Any, text: str, path: str) -> Any:
-    """As fields, not as text, so that those set on top of it find them."""
+    """Returns the fields of what `kind.parse` makes of `text`, so that settings can change them."""
     try:
       return to_plain(kind.parse(text), hint)
     except ValueError as error:
       return Invalid(f"{path}: {error}")
 
   def _read_call(self, cls: type, inner: str, path: str) -> Any:
+    """Returns the call of a dataclass, `cls(inner)`, as plain data."""
     settings, errors = _pairs(_split(inner))
     if errors:
       return Invalid(f"{path}={cls.__name__}({inner}): {'; '.join(errors)}")
@@ -149,12 +173,13 @@ class _Draft:
     return node
 
   def _unknown(self, cls: type, path: str, dotted: str) -> str:
+    """Returns the message for a setting that does not exist, with the most similar name."""
     prefix = f"{path}." if path else ""
     allowed = field_types(cls)
     known = [prefix + name for name in allowed] + [
         name for name, _ in walk(self.cls, self.tree) if not dotted.startswith(f"{name}.")]
     similar = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-    last = lambda name: name.rpartition(".")[2]  # the section may be what is wrong
+    last = lambda name: name.rpartition(".")[2]  # the section may be misspelt
     nearest = max(known, key=lambda name: max(similar(dotted, name),
                                               similar(last(dotted), last(name))))
     names = ", ".join(f"{name} ({type_text(hint)})" for name, hint in allowed.items())
@@ -163,7 +188,7 @@ class _Draft:
 
 
 def _read_scalar(kind: Any, text: str) -> Any:
-  """`text` as a bool, number or choice; None if it is not one."""
+  """Returns `text` as a bool, number or choice, as `kind` requires; None if it is not one."""
   if typing.get_origin(kind) is Literal:
     return {str(choice): choice for choice in typing.get_args(kind)}.get(text)
   if kind is bool:
@@ -176,7 +201,7 @@ def _read_scalar(kind: Any, text: str) -> Any:
 
 
 def _pairs(items: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-  """Names and values of `name=value`, and what is wrong with items of another form."""
+  """Returns the values of items `name=value` by name, and messages about all other items."""
   settings, errors = {}, []
   for item in items:
     name, equals, text = item.partition("=")
@@ -191,7 +216,10 @@ def _pairs(items: Iterable[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _split(text: str) -> list[str]:
-  """The parts between commas that are in no brackets or quotes; a last comma may be left over."""
+  """Returns the parts of `text` between commas outside brackets and quotes.
+
+  A comma at the end is ignored.
+  """
   parts, depth = [""], 0
   for token in _TOKEN.findall(text):
     depth = max(0, depth + (token in "([{") - (token in ")]}"))

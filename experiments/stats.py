@@ -1,4 +1,4 @@
-"""Statistics of studies whose arms share their seeds, and the verdicts that follow from them.
+"""Statistics of studies whose arms share their seeds, and the verdicts on claims.
 
 Shape letters:  n seeds
 """
@@ -16,18 +16,22 @@ _SIGNIFICANCE, _POWER = 0.05, 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-  """Differences of arms that share seeds, in the metric's unit.
+  """Statistics of the differences treatment - baseline between arms that share seeds.
+
+  All but the counts are in the metric's unit.
 
   Attributes:
-    n: pairs, that is seeds.
-    mean: of treatment - baseline.
-    std: of the differences, n - 1 in the denominator; NaN for one pair, like `stderr`.
-    stderr: of the mean.
-    low, high: Student-t interval of the mean; infinite for one pair.
-    sign: of the expected effect, or if none was named, of the mean; 0 for a mean of 0.
-    same_sign: pairs whose difference has that sign.
-    detectable: the smallest true effect that as many pairs with this spread would show, two-sided
-      at 5 %, four times of five; infinite for one pair.
+    n: number of pairs, one per seed.
+    mean: mean difference.
+    std: sample standard deviation of the differences, with n - 1 in the denominator; NaN for one
+      pair.
+    stderr: standard error of the mean difference; NaN for one pair.
+    low, high: Student-t confidence interval of the mean difference; infinite for one pair.
+    sign: sign of the expected effect or, if none was given, of the mean; 0 for a mean of 0.
+    same_sign: number of pairs whose difference has that sign.
+    detectable: minimum detectable effect, the smallest true difference that a two-sided test at the
+      5 % level finds with a power of 80 %, for this number of pairs and this standard deviation;
+      infinite for one pair.
   """
 
   n: int
@@ -43,16 +47,19 @@ class Paired:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """What a paper says, made decidable before the runs.
+  """A paper's claim as a criterion that is fixed before any run.
 
   Attributes:
-    kind: "sign": treatment - baseline has `sign`, by more than `margin`. "equivalent": it is within
-      +-`margin`. "threshold": one arm's value is on the `sign` side of `threshold`.
+    kind: "sign": treatment - baseline has the sign `sign` and exceeds `margin` in magnitude.
+      "equivalent": treatment - baseline lies within +-`margin`. "threshold": one arm's value lies
+      above or below `threshold`, as `sign` says.
     sign: +1 for larger or above, -1 for smaller or below; "equivalent" does not use it.
-    margin: in the metric's unit.
-    threshold: in the metric's unit, for "threshold" only.
-    single_run: a "threshold" may be judged by one run, for metrics that seeds do not move.
-    paper: the paper's own effect or value, for comparison; no verdict depends on it.
+    margin: for "sign", what the difference must exceed; for "equivalent", the largest difference
+      that counts as equal; in the metric's unit. 0 for "threshold".
+    threshold: bound of the kind "threshold", in the metric's unit; None for the other kinds.
+    single_run: whether a "threshold" may be judged by a single run, for metrics that do not depend
+      on the seed.
+    paper: the paper's own effect or value, shown for comparison; no verdict depends on it.
   """
 
   kind: Literal["sign", "equivalent", "threshold"]
@@ -71,29 +78,30 @@ class Claim:
     if not 0 <= self.margin < np.inf:
       raise ValueError(f"Claim.margin={self.margin} must be finite and at least 0")
     if self.kind == "equivalent" and not self.margin:
-      raise ValueError("Claim.margin=0 makes no claim of equivalence: fix a positive margin")
+      raise ValueError("Claim.margin=0 cannot show equivalence: fix a positive margin")
     if (self.kind == "threshold") != (self.threshold is not None):
-      raise ValueError(f"Claim.threshold={self.threshold} with kind={self.kind!r}: give it for the "
-                       "kind 'threshold' and for no other")
+      raise ValueError(f"Claim.threshold={self.threshold} with kind={self.kind!r}: give one for "
+                       "the kind 'threshold', and for no other kind")
     if self.kind == "threshold" and self.margin:
-      raise ValueError(f"Claim.margin={self.margin}: move `threshold` by it instead")
+      raise ValueError(f"Claim.margin={self.margin} does not apply to the kind 'threshold': move "
+                       "`threshold` by the margin instead")
     if self.single_run and self.kind != "threshold":
       raise ValueError(f"Claim.single_run is for the kind 'threshold', not {self.kind!r}: one pair "
-                       "says nothing about the spread between seeds")
+                       "says nothing about the variation between seeds")
 
 
 def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
            sign: Literal[-1, 1] | None = None) -> Paired:
-  """The mean difference of two arms with its Student-t interval.
+  """Returns the mean difference of two arms with its Student-t interval.
 
   Args:
-    treatment: [n], one value a seed.
-    baseline: [n], the same seeds in the same order; or 0 for the value of a single arm.
-    confidence: coverage of the interval.
-    sign: of the expected effect, which `same_sign` counts; None for that of the mean.
+    treatment: [n], one value per seed.
+    baseline: [n], values of the same seeds in the same order; or 0, for the value of a single arm.
+    confidence: coverage of the interval, in (0, 1).
+    sign: sign of the expected effect, which `same_sign` counts; None for the sign of the mean.
 
   Raises:
-    ValueError: no pairs, arms of different length, or a value that is not finite.
+    ValueError: if there are no pairs, the arms differ in length, or a value is not finite.
   """
   treatment_n, baseline_n = np.asarray(treatment, float), np.asarray(baseline, float)
   if treatment_n.ndim != 1 or not treatment_n.size:
@@ -106,7 +114,7 @@ def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
   difference_n = treatment_n - baseline_n
   if not np.isfinite(difference_n).all():
     raise ValueError(f"differences {difference_n.tolist()} are not all finite: leave failed runs "
-                     "out, with their partners, and say so")
+                     "out, and the other arm's runs of the same seeds, and report that")
   n, mean = difference_n.size, float(difference_n.mean())
   expected = sign or int(np.sign(mean))
   same_sign = int((np.sign(difference_n) == expected).sum())
@@ -121,10 +129,11 @@ def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
 
 
 def judge(result: Paired, claim: Claim) -> Verdict:
-  """Whether the whole interval supports the claim, opposes it, or does neither.
+  """Returns the verdict: whether the whole interval supports the claim, opposes it, or neither.
 
-  A sign is contradicted beyond the margin on the other side, so that a claim and its opposite
-  trade verdicts. One seed decides nothing, unless the claim is declared `single_run`.
+  The claim of a sign is contradicted if the whole interval lies beyond the margin in the opposite
+  direction, so that it is contradicted exactly where the claim of the opposite sign is reproduced.
+  A single seed decides nothing, unless the claim is declared `single_run`.
   """
   low, high = result.low, result.high
   if result.n < 2:
@@ -142,8 +151,15 @@ def judge(result: Paired, claim: Claim) -> Verdict:
 
 
 def noise(values: ArrayLike) -> float:
-  """Standard deviation between runs that differ in nothing but the seed: [n] -> metric's unit."""
+  """Returns the sample standard deviation of runs that differ only in their seed.
+
+  Args:
+    values: [n], one value per run.
+
+  Raises:
+    ValueError: if there are fewer than two values.
+  """
   values_n = np.asarray(values, float)
   if values_n.ndim != 1 or values_n.size < 2:
-    raise ValueError(f"noise needs at least two runs in one row, got shape {values_n.shape}")
+    raise ValueError(f"noise needs at least two runs, as an array [n], got shape {values_n.shape}")
   return float(values_n.std(ddof=1))

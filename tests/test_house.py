@@ -1,4 +1,4 @@
-"""The shape of the house: imports go one way, and files, functions and folders stay readable."""
+"""Code structure: imports follow the layers, and files, functions and folders stay small."""
 
 import ast
 import importlib
@@ -10,14 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "model", "train", "rl", "experiments")
-# From the bottom to the top; a module may import from its own place and from those before it, and
-# of the last two groups, places side by side may not import each other.
-ORDER = (*(({package},) for package in PACKAGES[:-1]),
-         ({"experiments.settings", "experiments.options", "experiments.stats",
-           "experiments.catalogue"},),
-         ({"experiments.reports"},), ({"experiments.studies"},),
-         ({"experiments.programs"}, {"experiments.benchmarks"}), ({"experiments.run"},))
-PEERS = ROOT / "experiments" / "benchmarks" / "peers"  # run where their libraries are
+# From the lowest layer to the highest, each a tuple of groups. A module may import from its own
+# group and from lower layers, but not from another group of its layer.
+LAYERS = (*(({package},) for package in PACKAGES[:-1]),
+          ({"experiments.settings", "experiments.options", "experiments.stats",
+            "experiments.catalogue"},),
+          ({"experiments.reports"},), ({"experiments.studies"},),
+          ({"experiments.programs"}, {"experiments.benchmarks"}), ({"experiments.run"},))
+PEERS = ROOT / "experiments" / "benchmarks" / "peers"  # run by interpreters with their libraries
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -29,12 +29,12 @@ def module_of(path: pathlib.Path) -> str:
 
 
 def imported(tree: ast.AST):
-  """The modules that a file imports, those named in `import_module` calls among them."""
+  """Yields the modules that a file imports, including those named in `import_module` calls."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      assert not node.level, "imports are absolute"
+      assert not node.level, "imports must be absolute"
       yield from (name if (name := f"{node.module}.{alias.name}") in MODULES else node.module
                   for alias in node.names)
     elif (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
@@ -43,18 +43,18 @@ def imported(tree: ast.AST):
 
 
 def place(module: str) -> tuple[int, int] | None:
-  """Where a module is in ORDER: its floor, and which of the places side by side there."""
-  for floor, beside in enumerate(ORDER):
-    for room, members in enumerate(beside):
+  """Returns the indices of a module's layer and of its group in that layer; None if it has none."""
+  for layer, groups in enumerate(LAYERS):
+    for group, members in enumerate(groups):
       if any(module == name or module.startswith(f"{name}.") for name in members):
-        return floor, room
+        return layer, group
   return None
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_imports_go_one_way(path):
+def test_modules_import_only_from_their_own_group_and_from_lower_layers(path):
   own = place(module_of(path))
-  assert own is not None or module_of(path) == "experiments", "a module without a place in ORDER"
+  assert own is not None or module_of(path) == "experiments", "add the module to LAYERS"
   for module in imported(ast.parse(path.read_text())):
     assert module.split(".")[0] != "tests"
     other = place(module)
@@ -63,10 +63,10 @@ def test_imports_go_one_way(path):
     assert other[0] < own[0] or other == own, f"{module_of(path)} imports {module}"
 
 
-def test_the_guard_of_imports_sees_what_it_is_to_refuse():
-  """So that it cannot pass on nothing: every place has modules, and arrows up are found."""
-  for beside in ORDER:
-    for members in beside:
+def test_all_groups_have_modules_and_imports_of_higher_layers_are_detected():
+  """The test of imports cannot pass vacuously."""
+  for groups in LAYERS:
+    for members in groups:
       for name in members:
         assert any(module == name or module.startswith(f"{name}.") for module in MODULES), name
   source = ("import rl.loop\nfrom experiments.programs import pretrain\n"
@@ -78,24 +78,24 @@ def test_the_guard_of_imports_sees_what_it_is_to_refuse():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_peers_are_started_or_loaded_by_name_and_only_they_import_what_extras_install(path):
+def test_only_peers_import_libraries_of_extras_and_no_import_statement_names_a_peer(path):
   if PEERS in path.parents:
     return
   tree = ast.parse(path.read_text())
-  plain = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-  for module in imported(ast.Module(plain, [])):
+  statements = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+  for module in imported(ast.Module(statements, [])):
     assert module.split(".")[0] not in ("torch", "transformers", "trl", "libtpu")
     assert not module.startswith("experiments.benchmarks.peers")
 
 
-def test_there_are_peers_that_import_what_extras_install():
+def test_peers_import_torch_transformers_and_trl():
   found = {module.split(".")[0] for path in PEERS.glob("*.py")
            for module in imported(ast.parse(path.read_text()))}
   assert {"torch", "transformers", "trl"} <= found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_files_and_functions_stay_readable(path):
+def test_files_have_at_most_500_lines_and_functions_at_most_80(path):
   source = path.read_text()
   assert source.count("\n") <= 500
   for node in ast.walk(ast.parse(source)):
@@ -103,7 +103,7 @@ def test_files_and_functions_stay_readable(path):
       assert node.end_lineno - node.lineno < 80, node.name
 
 
-def test_folders_stay_readable():
+def test_folders_have_at_most_25_files_and_those_of_experiments_15():
   for folder in {path.parent for path in SOURCES}:
     files = [path.name for path in folder.glob("*.py")]
     assert len(files) <= 25, folder
@@ -113,8 +113,8 @@ def test_folders_stay_readable():
 @pytest.mark.parametrize("package", sorted(
     module for module in MODULES if (ROOT.joinpath(*module.split(".")) / "__init__.py").exists()
     and PEERS.name not in module))
-def test_no_export_has_the_name_of_a_module_beside_it(package):
-  """One name, one thing: `package.name` is a module, or what the package exports."""
+def test_exports_exist_and_none_has_the_name_of_a_submodule(package):
+  """`package.name` is then either a submodule or an export, whatever was imported before."""
   loaded = importlib.import_module(package)
   for module in pkgutil.iter_modules(loaded.__path__):
     value = getattr(loaded, module.name, None)

@@ -1,1 +1,1 @@
-"""Benchmarks: contenders that alternate on one machine, ours beside other libraries'."""
+"""Benchmarks of this project's speed, memory and numerical error, against other libraries."""

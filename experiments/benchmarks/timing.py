@@ -1,9 +1,9 @@
-"""Timing contenders against each other: they alternate, so that a machine that slows, slows all.
+"""Timing of contenders that alternate, so that a slowdown of the machine affects all of them.
 
-A contender is whatever does the work that is timed: one of ours, or a peer in a process of its own.
-Rounds run in counterbalanced order: every other one backwards, since what ran before leaves a
-machine hot. What is quoted are medians of ratios over pairs of rounds, with intervals that assume
-nothing about their distribution.
+A contender is anything whose work is timed: an implementation of this project, or a peer that runs
+in its own process. Rounds run in counterbalanced order, every other one backwards, because a
+contender leaves the machine hot for the next one. The reported values are medians of ratios over
+pairs of rounds, with intervals that assume nothing about the distribution of the ratios.
 """
 
 import json
@@ -25,21 +25,21 @@ class Contender(Protocol):
   name: str
 
   def quit(self) -> None:
-    """Frees what it holds; nothing else is called afterwards."""
+    """Frees the contender's resources; no other method is called afterwards."""
 
 
 class Unavailable(ValueError):
-  """A contender cannot run here; the message says why. The others go on."""
+  """A contender cannot run here; the message says why. The other contenders continue."""
 
 
 class CallTimer:
-  """Seconds of one call of a function, averaged over as many calls as fill the time given.
+  """Measures the seconds per call of a function, averaged over the calls that fit a given time.
 
   Args:
-    run: the function, which may return before its work is done. It is called at once, so that it is
-      compiled and warm.
-    wait: waits for what `run` returned.
-    seconds: that a measurement takes, about.
+    run: the function, which may return before its work is done. The constructor calls it, so that
+      it is compiled and warm when it is timed.
+    wait: blocks until the value that `run` returned is ready.
+    seconds: approximate duration of a measurement.
   """
 
   def __init__(self, run: Callable[[], Any], wait: Callable[[Any], Any], seconds: float):
@@ -47,7 +47,8 @@ class CallTimer:
     self.result = run()
     wait(self.result)
     self._calls = 3
-    # The first calls find the GPU idle and are slow: too few calls would be timed if they decided.
+    # The first calls find the GPU idle and are slow: if they set the count, too few calls would be
+    # timed.
     self._calls = max(1, round(seconds / min(self() for _ in range(5))))
 
   def __call__(self) -> float:
@@ -60,7 +61,7 @@ class CallTimer:
 
 def alternate[Name](timed: Mapping[Name, Callable[[], float]],
                     rounds: int) -> dict[Name, list[float]]:
-  """Seconds of every contender, round by round, in counterbalanced order."""
+  """Returns the seconds of every contender, round by round, timed in counterbalanced order."""
   seconds = {name: [] for name in timed}
   for index in range(rounds):
     for name in (list, reversed)[index % 2](timed):
@@ -69,53 +70,58 @@ def alternate[Name](timed: Mapping[Name, Callable[[], float]],
 
 
 def paired_rounds(seconds: Sequence[float]) -> list[float]:
-  """Geometric means of rounds two by two: one in each order.
+  """Geometric means of the seconds of successive pairs of rounds, one round in each order.
 
-  In one of the two a contender follows itself, in the other whatever may have run cooler.
+  In one round of a pair, the contender at either end of the order follows itself; in the other it
+  follows a contender that may have left the machine cooler.
   """
   return np.sqrt(np.asarray(seconds[::2]) * np.asarray(seconds[1::2])).tolist()
 
 
 def speedup(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-  """Their seconds over ours, round by round: the median and its 95 % interval."""
+  """Median, over rounds, of their seconds divided by ours, with its 95 % interval."""
   return median_interval(np.asarray(theirs) / np.asarray(ours))
 
 
 def median_interval(values: ArrayLike) -> tuple[float, float, float]:
-  """The median, and order statistics with the population's median between them at 95 % or more.
+  """The median of a sample, and a confidence interval of the population's median, at 95 % or more.
 
-  Nothing is assumed about the distribution, and outliers move neither. Fewer than six values bound
-  nothing: all of n samples are on one side of the median with probability 0.5^(n - 1).
+  The bounds are order statistics: nothing is assumed about the distribution, and outliers move
+  neither the median nor the bounds. Fewer than six values give no bounds, because all n values lie
+  on one side of the population's median with probability 0.5^(n - 1).
 
   Args:
-    values: [n].
+    values: float [n].
 
   Returns:
-    Median, low and high; the bounds are infinite if no order statistics are far enough apart.
+    The median, the lower and the upper bound; the bounds are infinite if no order statistics are
+    far enough apart.
   """
   values_n = np.sort(np.asarray(values, float))
   n, median = values_n.size, float(np.median(values_n))
-  # As many at each end as a binomial variable of n trials rarely falls to or below.
-  left_out = sum(2 * special.bdtr(k, n, 0.5) <= 0.05 for k in range(n // 2))
-  if not left_out:
+  # Rank, from either end, of the bounds: the number of counts k for which a binomial variable of n
+  # fair trials is at most k with a probability of 2.5 % or less.
+  rank = sum(2 * special.bdtr(k, n, 0.5) <= 0.05 for k in range(n // 2))
+  if not rank:
     return median, -np.inf, np.inf
-  return median, float(values_n[left_out - 1]), float(values_n[n - left_out])
+  return median, float(values_n[rank - 1]), float(values_n[n - rank])
 
 
 def describe(median: float, low: float | None, high: float | None) -> str:
-  """A ratio with its interval, as text; bounds that are infinite, or None, are left out."""
+  """A ratio with its interval as text; bounds that are infinite or None are left out."""
   known = low is not None and np.isfinite(low)
   return f"{median:.2f} ({low:.2f} to {high:.2f})" if known else f"{median:.2f}"
 
 
 def attempt[C: Contender](contenders: list[C], action: Callable[[C], Any],
                           excluded: dict[str, str]) -> None:
-  """Calls the action for each contender; those that are unavailable are removed and noted.
+  """Calls the action for each contender, and excludes those that are unavailable.
 
   Args:
-    contenders: in order; the failing ones are removed from the list.
-    action: what each is to do.
-    excluded: gets the reason by the contender's name.
+    contenders: the contenders in order; those whose action raises `Unavailable` are removed from
+      the list.
+    action: called with each contender.
+    excluded: receives the reason of each exclusion by the contender's name.
   """
   for contender in tuple(contenders):
     try:
@@ -128,12 +134,12 @@ def attempt[C: Contender](contenders: list[C], action: Callable[[C], Any],
 
 
 class PeerProcess:
-  """A peer in an interpreter of its own, which answers every command line with a line of JSON.
+  """A peer in its own interpreter, which answers every command line with one line of JSON.
 
   Args:
-    command: what to start.
-    timeout: seconds that an answer may take.
-    **options: of `subprocess.Popen`.
+    command: the program to start, with its arguments.
+    timeout: longest time to wait for an answer, in seconds.
+    **options: options of `subprocess.Popen`.
   """
 
   def __init__(self, command: Iterable[str], timeout: float, **options: Any):
@@ -142,34 +148,38 @@ class PeerProcess:
         list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
   def answer(self, timeout: float | None = None) -> dict[str, Any]:
-    """The next answer.
+    """Returns the next answer.
 
     Args:
-      timeout: seconds; None for the peer's own.
+      timeout: longest time to wait, in seconds; None for the `timeout` of the constructor.
 
     Raises:
-      Unavailable: if the peer stopped, or did not answer in time.
+      Unavailable: if the peer has stopped or does not answer in time.
     """
     seconds = self._timeout if timeout is None else max(0.0, timeout)
     if not select.select([self._process.stdout], [], [], seconds)[0]:
-      raise Unavailable(f"the peer did not answer within {self._timeout:g} s: allow more by "
-                        "bench.peer_timeout, or leave it out")
+      raise Unavailable(f"the peer did not answer within {seconds:g} s: raise "
+                        "bench.peer_timeout, or run without the peer")
     line = self._process.stdout.readline()
     if not line:
-      raise Unavailable("the peer stopped: see its message above")
+      raise Unavailable("the peer stopped; its messages above say why")
     return json.loads(line)
 
   def ask(self, command: str) -> dict[str, Any]:
-    """Sends a command and returns its answer; raises what `answer` does."""
+    """Sends a command and returns its answer.
+
+    Raises:
+      Unavailable: if the peer has stopped or does not answer in time.
+    """
     try:
       self._process.stdin.write(f"{command}\n".encode())
       self._process.stdin.flush()
     except BrokenPipeError:
-      raise Unavailable("the peer stopped: see its message above") from None
+      raise Unavailable("the peer stopped; its messages above say why") from None
     return self.answer()
 
   def quit(self) -> None:
-    """Kills the peer."""
+    """Kills the peer's process."""
     self._process.kill()
     self._process.wait()
     self._process.stdin.close()

@@ -1,7 +1,7 @@
-"""Compare two settings on paired seeds: your own idea with the defaults, or two ideas.
+"""Compare two configurations on paired seeds, such as an idea of your own with the defaults.
 
-`--a` and `--b` take settings as `--set` does; an arm without any is the unchanged configuration.
-The learning rate of both arms is swept.
+`--a` and `--b` are settings of the two arms, as for `--set`; an arm without any has the unchanged
+configuration. The learning rate of each arm is swept.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from experiments.studies.comparing import compared_runs
 from experiments.studies.runner import execute
 from experiments.studies.study import Arm, Comparison, Scale, Study
 
-_MARGIN = 0.02  # nats: a smaller difference counts as none
+_MARGIN = 0.02  # nats per token; arms that differ by less count as equal
 _EVALUATIONS = 8
 
 
 def main(options: Options) -> None:
   options.require_supported("profile")
   if not options.a and not options.b:
-    raise ValueError("say how the arms differ: --a key=value, --b key=value or both")
+    raise ValueError("the arms do not differ: give --a section.field=value, --b or both")
   scale = options.scale_of(SCALES)
   cfg = SCALES[scale].without_extras()
   cfg = dataclasses.replace(cfg, train=dataclasses.replace(
@@ -34,10 +34,11 @@ def main(options: Options) -> None:
   study = Study(
       name="ab", claim=f"b ({' '.join(options.b) or 'unchanged'}) reaches a lower validation loss "
                        f"than a ({' '.join(options.a) or 'unchanged'})",
-      source="your idea", arms=(Arm("a", options.a), Arm("b", options.b)), baseline="a",
+      source="your own comparison", arms=(Arm("a", options.a), Arm("b", options.b)), baseline="a",
       comparisons=(
-          Comparison("b is better than a", "validation_loss", "b", "a", Claim("sign", sign=-1)),
-          Comparison(f"b equals a within {_MARGIN} nats", "validation_loss", "b", "a",
+          Comparison("b has a lower validation loss than a", "validation_loss", "b", "a",
+                     Claim("sign", sign=-1)),
+          Comparison(f"b's loss is within {_MARGIN} nats of a's", "validation_loss", "b", "a",
                      Claim("equivalent", margin=_MARGIN))),
       scales={scale: budget})
   results = execute(study, scale, options)
@@ -46,37 +47,44 @@ def main(options: Options) -> None:
 
 
 def _speed_up(runs_a: dict[int, dict], runs_b: dict[int, dict]) -> str:
-  """FLOPs that a needs for its final loss over those that b needs for the same, over the seeds."""
+  """Returns in words how many times fewer FLOPs b needs to reach a's final loss.
+
+  Args:
+    runs_a: finished runs of arm a by seed, with their "flops" and "validation_curve".
+    runs_b: finished runs of arm b by seed.
+  """
   ratios = []
   for seed in runs_a.keys() & runs_b.keys():
     a, b = runs_a[seed], runs_b[seed]
     flops = flops_to_loss(b["validation_curve"], b["flops"], a["validation_curve"][-1][1])
     ratios.append(a["flops"] / flops if flops else math.nan)
   if not ratios:
-    return "no pair of finished runs to compare FLOPs of"
+    return "no speed-up can be given: there is no seed on which both arms finished"
   reached = [ratio for ratio in ratios if not math.isnan(ratio)]
   if len(reached) < len(ratios):
-    return (f"b did not reach a's final loss on {len(ratios) - len(reached)} of {len(ratios)} "
-            "seeds: no speed-up to state")
+    return (f"no speed-up can be given: b did not reach a's final loss on "
+            f"{len(ratios) - len(reached)} of {len(ratios)} seeds")
   return (f"b reaches a's final loss with {1 / np.mean(reached):.2f} of a's FLOPs: a speed-up of "
           f"{np.mean(reached):.2f} (from {min(reached):.2f} to {max(reached):.2f} over "
           f"{len(reached)} seeds)")
 
 
 def flops_to_loss(curve: list[list[float]], flops: float, target: float) -> float | None:
-  """FLOPs at which a validation curve first reaches `target`, linear between evaluations.
+  """Returns the FLOPs after which a validation loss first reaches a target.
+
+  The loss is interpolated linearly between evaluations.
 
   Args:
-    curve: [step, loss] pairs, ascending.
-    flops: of the whole run.
-    target: a loss.
+    curve: [step, loss] of every evaluation, in ascending order of steps.
+    flops: FLOPs of the whole run.
+    target: the loss to reach.
 
   Returns:
-    None if it never does.
+    None if the curve never reaches the target.
   """
   last_step = curve[-1][0]
   for (step, loss), (next_step, next_loss) in itertools.pairwise(curve):
     if next_loss <= target:
-      share = 0.0 if loss <= target else (loss - target) / (loss - next_loss)
-      return flops * (step + share * (next_step - step)) / last_step
+      fraction = 0.0 if loss <= target else (loss - target) / (loss - next_loss)
+      return flops * (step + fraction * (next_step - step)) / last_step
   return None

@@ -1,7 +1,9 @@
-"""What a language model's bits per byte are compared with, on the same bytes.
+"""Baselines for the bits per byte of a language model, on the same bytes: gzip and n-grams.
 
-gzip knows nothing but the held-out bytes; the n-gram model learns from the training bytes that the
-language model saw. N counts positions, G distinct n-grams and C distinct contexts.
+gzip uses the held-out bytes alone; the n-gram model is trained on the bytes that the language model
+was trained on.
+
+Shape letters:  N positions  G distinct n-grams  C distinct contexts
 """
 
 import gzip
@@ -12,46 +14,54 @@ import numpy as np
 
 
 def gzip_bits_per_byte(heldout: bytes) -> float:
-  """Bits of `gzip -9` of all of `heldout` at once, header included, per byte of it.
+  """Returns the size of `heldout` compressed by `gzip -9`, header included, in bits per byte.
 
   Raises:
-    ValueError: there are no bytes.
+    ValueError: if there are no bytes.
   """
   _require_bytes("heldout", heldout)
   return 8 * len(gzip.compress(heldout, 9)) / len(heldout)
 
 
 class _Level(NamedTuple):
-  """N-grams of one length and the contexts, a byte shorter, that they begin with; keys sorted."""
+  """The n-grams of one length, and their contexts, which are one byte shorter.
+
+  Attributes:
+    grams_G: the n-grams, packed into uint64 and sorted.
+    probability_G: probability of an n-gram's last byte after its context, without the part that the
+      next shorter context contributes.
+    contexts_C: the contexts, packed into uint64 and sorted.
+    backoff_C: weight of the next shorter context in the interpolation.
+  """
 
   grams_G: np.ndarray
-  probability_G: np.ndarray  # without what the next shorter context adds
+  probability_G: np.ndarray
   contexts_C: np.ndarray
-  backoff_C: np.ndarray  # share of the next shorter context
+  backoff_C: np.ndarray
 
 
 class NGram:
   """Interpolated modified Kneser-Ney over bytes (Chen and Goodman, TR-10-98, section 3).
 
-  A byte is predicted from the `order - 1` bytes before it, and where a document has fewer, from
-  those. The shortest context falls back on 1/256 for every byte, so that the 256 probabilities
-  after any context are positive and sum to 1.
+  A byte is predicted from the `order - 1` bytes before it, or from fewer at the beginning of a
+  document. The empty context is interpolated with 1/256 for every byte, so that the 256
+  probabilities after any context are positive and sum to 1.
 
   Attributes:
-    order: bytes of an n-gram, the predicted one included; 1..8, as many as a uint64 holds.
+    order: length of an n-gram in bytes, the predicted one included; 1..8, as a uint64 holds 8.
   """
 
   def __init__(self, order: int = 5):
     if not 1 <= order <= 8:
-      raise ValueError(f"NGram.order={order} must lie in 1..8, as many bytes as a uint64 holds")
+      raise ValueError(f"NGram.order={order} must lie in 1..8, as n-grams are packed into uint64")
     self.order = order
     self._levels: list[_Level] = []
 
   def fit(self, train: bytes | Sequence[bytes]) -> "NGram":
-    """Learns from `train`, a document or several, and forgets what it knew; returns itself.
+    """Trains the model from scratch on `train`, one document or several, and returns it.
 
     Raises:
-      ValueError: there are no bytes.
+      ValueError: if there are no bytes.
     """
     documents = [train] if isinstance(train, bytes) else train
     _require_bytes("train", b"".join(documents))
@@ -59,35 +69,43 @@ class NGram:
     packed_N, length_N = _pack(documents, order)
     distinct = [np.unique(_last(packed_N[length_N >= length], length), return_counts=True)
                 for length in range(1, order + 1)]
-    # Below the highest order a gram counts the bytes it was seen after, not how often it was seen.
+    # Kneser-Ney: below the highest order, the count of an n-gram is the number of distinct bytes
+    # that precede it, not the number of its occurrences.
     follows = [np.unique(_last(longer_G, length), return_counts=True)
                for length, (longer_G, _) in enumerate(distinct[1:], start=1)]
     self._levels = [_discounted(*counted) for counted in (*follows, distinct[-1])]
     return self
 
   def next_byte(self, context: bytes) -> np.ndarray:
-    """Probabilities (256,) of the byte after `context`, of which the last `order - 1` bytes count.
+    """Returns the probabilities (256,) of the byte after `context`.
+
+    Only the last `order - 1` bytes of the context matter.
 
     Raises:
-      ValueError: `fit` was not called.
+      ValueError: if `fit` has not been called.
     """
     packed_N, length_N = _pack([context + b"\0"], self.order)
     return self._probability(packed_N[-1] + np.arange(256, dtype=np.uint64),
                              np.full(256, length_N[-1]))
 
   def bits_per_byte(self, heldout: bytes) -> float:
-    """Mean of -log2 of the probability of every byte of `heldout`, taken as one document.
+    """Returns the mean of -log2(probability) over the bytes of `heldout`, as one document.
 
     Raises:
-      ValueError: there are no bytes, or `fit` was not called.
+      ValueError: if there are no bytes, or `fit` has not been called.
     """
     _require_bytes("heldout", heldout)
     return float(-np.log2(self._probability(*_pack([heldout], self.order))).mean())
 
   def _probability(self, packed_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
-    """Probability of each last byte given those before it, of `length_N` bytes in all."""
+    """Returns the probability of the last byte of each n-gram, given the bytes before it.
+
+    Args:
+      packed_N: n-grams of up to `order` bytes, packed into uint64 with the last byte lowest.
+      length_N: how many bytes of each n-gram to use, the last byte included.
+    """
     if not self._levels:
-      raise ValueError("NGram has seen no training bytes: call fit first")
+      raise ValueError("NGram is not trained yet: call fit first")
     probability_N = np.full(packed_N.shape, 1 / 256)
     for length, level in enumerate(self._levels, start=1):
       reaches_N = length_N >= length
@@ -104,23 +122,31 @@ def _require_bytes(name: str, content: bytes) -> None:
 
 
 def _pack(documents: Sequence[bytes], order: int) -> tuple[np.ndarray, np.ndarray]:
-  """At every position the last `order` bytes, the newest lowest, and how many are the document's.
+  """Packs the `order` bytes up to each position into a uint64, with the last byte lowest.
+
+  Returns:
+    The packed bytes of every position of all documents, and how many of them, at most `order`, are
+    of the position's own document.
   """
   bytes_N = np.frombuffer(b"".join(documents), np.uint8)
   packed_N = np.zeros(bytes_N.size, np.uint64)
-  for back in range(min(order, bytes_N.size)):
-    packed_N[back:] |= bytes_N[:bytes_N.size - back].astype(np.uint64) << np.uint64(8 * back)
+  for offset in range(min(order, bytes_N.size)):
+    packed_N[offset:] |= bytes_N[:bytes_N.size - offset].astype(np.uint64) << np.uint64(8 * offset)
   sizes = np.array([len(document) for document in documents])
-  begins_N = np.repeat(np.cumsum(sizes) - sizes, sizes)
-  return packed_N, np.minimum(np.arange(bytes_N.size) - begins_N + 1, order)
+  starts_N = np.repeat(np.cumsum(sizes) - sizes, sizes)
+  return packed_N, np.minimum(np.arange(bytes_N.size) - starts_N + 1, order)
 
 
 def _last(packed_N: np.ndarray, length: int) -> np.ndarray:
+  """Returns the last `length` bytes of packed n-grams."""
   return packed_N & np.uint64(2**(8 * length) - 1)
 
 
 def _discounted(grams_G: np.ndarray, counts_G: np.ndarray) -> _Level:
-  """Takes from every count what lower orders get to distribute, and normalizes by context."""
+  """Returns n-grams with discounted counts, normalised by context.
+
+  What the discounts remove becomes the weight of the next shorter context.
+  """
   discount_G = _discounts(counts_G)[np.minimum(counts_G, 3)]
   contexts_G = grams_G >> np.uint64(8)
   contexts_C, first_C, grams_C = np.unique(contexts_G, return_index=True, return_counts=True)
@@ -130,17 +156,21 @@ def _discounted(grams_G: np.ndarray, counts_G: np.ndarray) -> _Level:
 
 
 def _discounts(counts_G: np.ndarray) -> np.ndarray:
-  """Discounts (4,) of counts 0, 1, 2, and 3 or more, estimated from counts of counts 1..4."""
+  """Returns the discounts (4,) of counts 0, 1, 2, and 3 or more.
+
+  They are estimated from how many n-grams have a count of 1, 2, 3 and 4.
+  """
   num = np.bincount(np.minimum(counts_G, 5), minlength=5)[1:5].astype(float)
   if num.all():
     steps = np.arange(1, 4)
     estimate = steps - (steps + 1) * num[0] / (num[0] + 2 * num[1]) * num[1:] / num[:-1]
     if (estimate > 0).all():
       return np.array([0, *estimate])
-  return np.array([0, 0.5, 1, 1.5])  # too few grams to tell; KenLM's choice then
+  return np.array([0, 0.5, 1, 1.5])  # KenLM's defaults, for too few n-grams to estimate
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted_N: np.ndarray,
+def _look_up(keys: np.ndarray, values: np.ndarray, queries_N: np.ndarray,
              missing: float) -> np.ndarray:
-  place_N = np.minimum(np.searchsorted(keys, wanted_N), keys.size - 1)
-  return np.where(keys[place_N] == wanted_N, values[place_N], missing)
+  """Returns the values of `queries_N` among the sorted `keys`, and `missing` for absent ones."""
+  index_N = np.minimum(np.searchsorted(keys, queries_N), keys.size - 1)
+  return np.where(keys[index_N] == queries_N, values[index_N], missing)

@@ -1,6 +1,7 @@
-"""Loads a model and checks that its forms agree: without a checkpoint, `nano` from a seed.
+"""Check that a model's logits agree between its implementations: cached, absorbed, dense experts.
 
-Takes under a minute on two CPU cores.
+Without a checkpoint, the model is `nano` with random weights, and a round trip through a Hugging
+Face folder is checked too. This takes under a minute on two CPU cores.
 """
 
 import dataclasses
@@ -22,10 +23,10 @@ _PROMPT_TOKENS, _NEW_TOKENS = 12, 12
 
 @dataclasses.dataclass(frozen=True)
 class CheckConfig:
-  """What is checked.
+  """The model that is checked.
 
   Attributes:
-    checkpoint: a run folder or a Hugging Face folder; None for `nano` with seeded weights.
+    checkpoint: a run folder or a Hugging Face folder; None for `nano` with random weights.
   """
 
   checkpoint: str | None = None
@@ -53,12 +54,17 @@ def main(options: Options) -> None:
 
 def _describe(name: str, cfg: model.ModelConfig) -> str:
   return (f"{name}: {cfg.param_count():,} parameters, {cfg.active_param_count():,} active, "
-          f"{cfg.mtp_param_count():,} for MTP; a token takes {cfg.kv_cache_elements_per_token():,} "
-          f"cache elements, and {cfg.flops_per_token(4096) / 1e9:,.3f} GFLOP of training at 4096")
+          f"{cfg.mtp_param_count():,} for MTP; {cfg.kv_cache_elements_per_token():,} cache "
+          f"elements per token; {cfg.flops_per_token(4096) / 1e9:,.3f} GFLOP per training token at "
+          "a context of 4096")
 
 
 def _round_trip(cfg: model.ModelConfig) -> tuple[model.ModelConfig, dict]:
-  """Makes the model, writes it as a Hugging Face folder, and reads it back."""
+  """Initialises a model, writes it as a Hugging Face folder, reads it back, and checks its logits.
+
+  Returns:
+    The config and the variables that were read.
+  """
   variables = model.init(cfg, jax.random.key(0))
   with tempfile.TemporaryDirectory() as folder:
     model.hf.save(folder, cfg, variables)
@@ -82,28 +88,38 @@ def _prompt(cfg: model.ModelConfig) -> jax.Array:
 
 
 def _report(what: str, ours: jax.Array, reference: jax.Array, tolerance: float) -> None:
-  """Prints the relative difference; raises ValueError if it is too large or not a number."""
+  """Prints the relative difference of two arrays.
+
+  Raises:
+    ValueError: if the difference exceeds `tolerance`, or is NaN.
+  """
   ours, reference = np.asarray(ours, np.float32), np.asarray(reference, np.float32)
-  apart = float(np.abs(ours - reference).max() / np.abs(reference).max())
-  if not apart <= tolerance:
-    raise ValueError(f"{what}: relative difference {apart:.1e}, allowed {tolerance:.0e}")
-  print(f"ok  {what}: relative difference {apart:.1e}")
+  difference = float(np.abs(ours - reference).max() / np.abs(reference).max())
+  if not difference <= tolerance:
+    raise ValueError(f"{what}: relative difference {difference:.1e}, tolerance {tolerance:.0e}")
+  print(f"ok  {what}: relative difference {difference:.1e}")
 
 
 def _check_count(cfg: model.ModelConfig, variables: dict) -> None:
   count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
   if count != cfg.param_count(mtp=True):
-    raise ValueError(f"{count:,} parameters, but the config counts {cfg.param_count(mtp=True):,}")
-  print(f"ok  {count:,} parameters, as the config counts without building the model")
+    raise ValueError(
+        f"{count:,} parameters, but the config computes {cfg.param_count(mtp=True):,}")
+  print(f"ok  {count:,} parameters, as the config computes without building the model")
 
 
 def _check_forms(cfg: model.ModelConfig, variables: dict) -> None:
-  """Whole sequence or token by token, expanded or absorbed, sparse or dense: one function."""
+  """Checks that all implementations of the model agree, and that no token is dropped.
+
+  The logits of a whole sequence are compared with those of decoding token by token, with expanded
+  and with absorbed MLA, and with those of computing every expert for every token.
+  """
   tokens_BT = _prompt(cfg)
   plain = _forward(cfg)(variables, tokens_BT)
   if not bool(jnp.isfinite(plain.logits_BTV).all()):
     raise ValueError("some logits are not finite")
-  # bfloat16 keeps 8 bits: forms that round in another order differ by a few per cent.
+  # bfloat16 has 8 significant bits, so results that are rounded in another order differ by a few
+  # per cent.
   tolerance = 1e-4 if cfg.numerics.compute == "float32" else 0.05
   latent = isinstance(cfg.attention, model.MLAConfig)
   for form in ("expanded", "absorbed") if latent else (None,):

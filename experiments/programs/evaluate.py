@@ -1,4 +1,4 @@
-"""How often a checkpoint solves a task: pass@1, pass@k, cons@k, form and length, with intervals."""
+"""Evaluate a checkpoint on a task: pass@1, pass@k, cons@k, format and length, with intervals."""
 
 import dataclasses
 
@@ -15,22 +15,25 @@ from rl.sampler import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """What to ask of which model. Temperature and top-p are R1's (section 3).
+  """The model, the task, and how completions are sampled.
+
+  The default temperature and top-p are R1's (section 3).
 
   Attributes:
-    checkpoint: a folder of pretrain or r1_zero, or a Hugging Face folder.
-    task: see `rl.tasks.get_task`.
-    template: see `rl.templates.get_template`.
-    split: of the task: heldout, harder, train.
-    problems: how many.
-    samples: completions of each.
-    ks: pass@k is given for these, besides 1.
-    temperature: 0 for the likeliest tokens.
-    top_p: nucleus mass.
-    max_prompt_length, max_completion_length: in tokens.
-    slots: completions sampled together.
-    seed: of the sampling.
-    tokenizer: a tokenizer.json, where the folder has none.
+    checkpoint: the model: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
+    task: spec of the task, see `rl.tasks.get_task`.
+    template: name of the prompt template, see `rl.templates.get_template`.
+    split: split of the task that the problems are from: heldout, harder or train.
+    problems: number of problems, at least 2.
+    samples: number of completions of each problem.
+    ks: values of k, at most `samples`, for which pass@k is reported in addition to pass@1.
+    temperature: sampling temperature; 0 for greedy decoding.
+    top_p: probability mass of nucleus sampling, in (0, 1].
+    max_prompt_length: longest prompt allowed, in tokens.
+    max_completion_length: number of tokens after which a completion is truncated.
+    slots: number of completions that are decoded at a time.
+    seed: seed of the sampling.
+    tokenizer: path of a tokenizer.json, for folders without one.
   """
 
   checkpoint: str = ""
@@ -63,10 +66,11 @@ def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
   if not cfg.checkpoint:
-    raise ValueError("say what to evaluate: --set checkpoint=DIR")
+    raise ValueError("no model to evaluate: give its folder, --set checkpoint=DIR")
   if options.out:
     options.out.mkdir(parents=True, exist_ok=True)
-  # A program samples pairs; no more of them than there are completions to judge.
+  # A compiled program samples a fixed number of sequences, at least two for each prompt, as the
+  # config requires. More of these pairs than there are completions would only be padding.
   pairs = min(cfg.slots, -(-cfg.problems * cfg.samples // 2))
   run = RLConfig(
       task=cfg.task, template=cfg.template, loop=LoopConfig(seed=cfg.seed),
@@ -88,9 +92,9 @@ def main(options: Options) -> None:
 
 
 def lines(found: dict) -> list[str]:
-  """An evaluation, a line for each figure."""
+  """Returns the figures of `rl.evaluate.evaluate` as lines of text."""
   figures = {name: value for name, value in found.items() if isinstance(value, list)}
   return [f"{name:16}{value:9.3f}  [{low:.3f}, {high:.3f}]"
           for name, (value, low, high) in figures.items()] + [
-              f"{found['problems']} problems ({found['questions']} different), {found['samples']} "
-              f"samples of each, {found['unjudged']} not judged; intervals of 95 %"]
+              f"{found['problems']} problems ({found['questions']} distinct), {found['samples']} "
+              f"samples of each, {found['unjudged']} not judged; 95 % intervals"]

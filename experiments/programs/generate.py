@@ -1,4 +1,4 @@
-"""Prints text from a checkpoint of ours or a Hugging Face folder, token by token."""
+"""Generate text with a model of a run folder or a Hugging Face folder, printed token by token."""
 
 import codecs
 import dataclasses
@@ -16,16 +16,16 @@ from train.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-  """What to read and how to go on.
+  """The model, the prompt, and how the continuation is sampled.
 
   Attributes:
-    checkpoint: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
-    prompt: what the text begins with.
-    max_new_tokens: where it ends, if no end-of-document token does.
-    temperature: 0 for the likeliest token.
-    top_p: nucleus mass.
-    seed: of the sampling.
-    tokenizer: a tokenizer.json, where the folder has none.
+    checkpoint: the model: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
+    prompt: the beginning of the text.
+    max_new_tokens: largest number of sampled tokens, unless an end-of-document token comes first.
+    temperature: sampling temperature; 0 for greedy decoding.
+    top_p: probability mass of nucleus sampling, in (0, 1].
+    seed: seed of the sampling.
+    tokenizer: path of a tokenizer.json, for folders without one.
   """
 
   checkpoint: str = ""
@@ -43,7 +43,7 @@ class GenerateConfig:
 
 
 def require_sampling(temperature: float, top_p: float) -> None:
-  """Raises ValueError unless one can sample with these."""
+  """Raises ValueError unless temperature and top-p are valid for sampling."""
   if temperature < 0 or not 0 < top_p <= 1:
     raise ValueError(f"temperature={temperature} must not be negative, and top_p={top_p} must lie "
                      "in (0, 1]")
@@ -56,7 +56,7 @@ def main(options: Options) -> None:
   options.require_supported("scale", "out", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
   if not cfg.checkpoint:
-    raise ValueError("say what to read: --set checkpoint=DIR")
+    raise ValueError("no model to sample from: give its folder, --set checkpoint=DIR")
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
   print(cfg.prompt, end="", flush=True)
@@ -69,7 +69,18 @@ def main(options: Options) -> None:
 def write_continuation(
     cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer, prompt: str, *,
     max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0) -> str:
-  """Prints a continuation as it is sampled, and returns it."""
+  """Prints a continuation of a prompt as it is sampled, and returns it.
+
+  Args:
+    cfg: the architecture.
+    variables: the model's variables.
+    tokenizer: the model's tokenizer.
+    prompt: the text to continue; if it is empty, the end-of-document token is continued.
+    max_new_tokens: largest number of sampled tokens.
+    temperature: sampling temperature; 0 for greedy decoding.
+    top_p: probability mass of nucleus sampling, in (0, 1].
+    seed: seed of the sampling.
+  """
   prompt_T = tokenizer.encode(prompt)
   if not len(prompt_T):
     prompt_T = np.array([tokenizer.eos], np.int32)
@@ -78,7 +89,7 @@ def write_continuation(
   for token in model.stream(
       network, variables, jnp.asarray(prompt_T), max_new_tokens=max_new_tokens,
       key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=tokenizer.eos):
-    # A character may be spread over several tokens: the decoder waits for its last byte.
+    # The bytes of a character may be divided between tokens: the decoder waits for the last one.
     piece = "" if token == tokenizer.eos else decoder.decode(tokenizer.decode_bytes([token]))
     text += piece
     print(piece, end="", flush=True)

@@ -1,7 +1,7 @@
-"""Train a model on text, resume it, evaluate it and report on it.
+"""Train a model on text, or resume it; evaluate it and write a report.
 
-Supervised fine-tuning is the same program with `init` and a prompt field. Scales, timed on two CPU
-cores or one H200: see SCALES.
+Supervised fine-tuning is the same program with `init` and sources that have a `prompt_field`. The
+comments in SCALES say how long each scale takes on two CPU cores or one H200.
 """
 
 import contextlib
@@ -37,13 +37,14 @@ from train.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-  """A run, and what to do with the trained model.
+  """A training run, and what is done with the trained model.
 
   Attributes:
-    export: write a Hugging Face folder there.
-    prompt: the beginning of the text shown at the end.
-    sample_tokens: its length; 0 for none.
-    baselines: compare with gzip -9 and an n-gram model on the same bytes.
+    export: folder to which the model is written in Hugging Face's format; None for no export.
+    prompt: beginning of the sample of text that is printed after training.
+    sample_tokens: number of tokens sampled after the prompt; 0 for no sample.
+    baselines: whether bits per byte are compared with gzip -9 and an n-gram model on the same
+      bytes.
   """
 
   export: str | None = None
@@ -53,7 +54,7 @@ class PretrainConfig(RunConfig):
 
 
 def _smoke() -> PretrainConfig:
-  """40 steps of a three-layer model: under a minute on two cores."""
+  """Returns the config of `smoke`: 40 steps of two layers and an MTP module, under a minute."""
   nano = model.get_config("nano")
   small = dataclasses.replace(
       nano, d_model=64, num_layers=2, ffn_dim=128, moe=dataclasses.replace(
@@ -65,13 +66,14 @@ def _smoke() -> PretrainConfig:
 
 SCALES = {
     "smoke": _smoke(),
-    # `nano` for four minutes on two cores, one of them for evaluating on 1 MB twice.
+    # Trains `nano` in four minutes on two cores, of which evaluating twice on 1 MB takes one.
     "cpu": PretrainConfig(
         model=model.get_config("nano"), data=DataConfig(heldout_bytes=460_000),
         optimizer=OptimizerConfig(learning_rate=5e-3),
-        balance=BalanceConfig(bias_rate=0.01),  # gamma x steps is what carries over from V3
+        # What carries over from V3 is gamma x steps, so fewer steps need a larger gamma.
+        balance=BalanceConfig(bias_rate=0.01),
         train=TrainConfig(steps=370, batch_size=8, unroll=3)),
-    # `small` in bfloat16 for about ten minutes on one H200.
+    # Trains `small` in bfloat16 in about ten minutes on one H200.
     "gpu": PretrainConfig(
         model=dataclasses.replace(model.get_config("small"), numerics=model.NUMERICS["bf16"]),
         data=DataConfig(bpe_vocab_size=16384, seq_len=1024),
@@ -85,7 +87,7 @@ def main(options: Options) -> None:
   scale = options.scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
   overridden = settings.assigned(options.settings)
-  options.num_seeds()  # checked before anything is read
+  options.num_seeds()  # checks --seeds before anything is loaded
   start = load_model(cfg.init) if cfg.init else None
   if start:
     cfg = _with_start(cfg, start, overridden)
@@ -102,7 +104,7 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
   out.check_config({"config": to_dict(run_cfg), "seeds": seeds}, upgrade_run)
   data.tokenizer.save(out.path / TOKENIZER)
   if _is_finished(out.path):
-    print(f"{out.path} is finished, nothing is left to train; its report is "
+    print(f"{out.path} is finished, nothing is left to train; the report is "
           f"{out.path / 'report.md'}")
     if cfg.export:
       _export(cfg, load_model(out.path).variables, data)
@@ -130,10 +132,19 @@ def _is_finished(path: pathlib.Path) -> bool:
 
 
 def _with_start(cfg: PretrainConfig, start: LoadedModel, overridden: set[str]) -> PretrainConfig:
-  """`init` decides the architecture, and the tokenizer if it has one and none is set."""
+  """Returns `cfg` with the architecture of the model that training starts from.
+
+  Args:
+    cfg: the run, whose `init` names the model.
+    start: the model. Its tokenizer, if it has one, is used unless the user has set one.
+    overridden: dotted names that the user has set.
+
+  Raises:
+    ValueError: if these include a part of the architecture.
+  """
   changed = sorted(name for name in overridden if name.split(".")[0] == "model")
   if changed:
-    raise ValueError(f"init={cfg.init} decides the model; {', '.join(changed)} cannot be set too")
+    raise ValueError(f"init={cfg.init} determines the model: do not set {', '.join(changed)}")
   return start_from(cfg, start, keep_tokenizer="data.tokenizer" in overridden)
 
 
@@ -189,14 +200,17 @@ def _export(cfg: PretrainConfig, variables: dict, data: Data) -> None:
 
 
 def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:
-  """Writes results.json; returns what it holds."""
+  """Writes results.json, and returns its content."""
   run = {"provenance": provenance.describe(), "config": to_dict(cfg), "data": data.summary(),
          **more}
   return write_json_atomic(path / "results.json", run)
 
 
 def _baselines(cfg: PretrainConfig, data: Data) -> dict[str, dict[str, float]]:
-  """gzip -9 and an n-gram model on the held-out bytes; the latter learned what the model read."""
+  """Returns the bits per byte of gzip -9 and of an n-gram model on the held-out text, by domain.
+
+  The n-gram model is trained on the same bytes as the model.
+  """
   rows = data.train(cfg.train.seed)
   count = cfg.train.steps * cfg.train.batch_size
   ngram = baselines.NGram()
@@ -210,7 +224,7 @@ def _baselines(cfg: PretrainConfig, data: Data) -> dict[str, dict[str, float]]:
 
 
 def _text(tokenizer: Tokenizer, tokens: list[np.ndarray]) -> bytes:
-  """The bytes that tokens stand for, those of document ends and filling in the middle left out."""
+  """Returns the bytes of tokens, without end-of-document and fill-in-the-middle tokens."""
   flat = np.concatenate([np.ravel(part) for part in tokens])
   special = (tokenizer.eos, tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end)
   return tokenizer.decode_bytes(flat[~np.isin(flat, [i for i in special if i is not None])])
@@ -225,11 +239,11 @@ def _compare(ours: dict[str, float], others: dict[str, dict[str, float]]) -> Non
 
 
 def summary(run: dict) -> dict:
-  """The summary of what results.json of a finished run holds."""
-  last, rivals = run["evaluations"][-1], run.get("baselines", {})
+  """Returns the summary of a finished run, from the content of its results.json."""
+  last, references = run["evaluations"][-1], run.get("baselines", {})
   claims = []
   for domain, bits in last["bits_per_byte"].items():
-    others = ", ".join(f"{name} {found[domain]:.3f}" for name, found in rivals.items())
+    others = ", ".join(f"{name} {found[domain]:.3f}" for name, found in references.items())
     claims.append(claim(f"held-out text, {domain}", "bits per byte", bits, reference=others,
                         n="one run"))
   if (acceptance := last.get("mtp_acceptance")) is not None:

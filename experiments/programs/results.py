@@ -1,7 +1,7 @@
-"""Regenerate the index of committed results and the figures of README and docs; keep new results.
+"""Regenerate the index of committed results and the result tables in README and docs.
 
-`--set keep=FOLDER` first adds what a study or a benchmark has written to FOLDER. With
-`--set check=true` nothing is written, and files that are not current are an error.
+`--set keep=FOLDER` first adds the results that a study or benchmark has written to FOLDER. With
+`--set check=true`, no generated file is written, and it is an error if one is out of date.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ _ROOT = results.ROOT.parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class ResultsConfig:
-  """What to do with committed results.
+  """What the program does with committed results.
 
   Attributes:
-    keep: the folder of a finished study or benchmark to add to the results.
-    name: of the kept result's folder; None for the scale that it ran at.
-    check: change nothing, and fail if a generated file is not current.
+    keep: folder of a finished study or benchmark whose results are added to the committed ones;
+      None to add nothing.
+    name: name of the folder in which they are committed; None for the scale at which they ran.
+    check: whether to write no generated file, and fail if one is out of date.
   """
 
   keep: str | None = None
@@ -36,8 +37,10 @@ CONFIG = ResultsConfig()
 def main(options: Options) -> None:
   options.require_supported("scale", "out", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
+  if cfg.keep and cfg.check:
+    raise ValueError("keep adds a result and check writes nothing: leave one of them out")
   if cfg.keep:
-    print(f"kept in {_keep(pathlib.Path(cfg.keep), cfg.name)}")
+    print(f"results added in {_keep(pathlib.Path(cfg.keep), cfg.name)}")
   changed = []
   for path, text in generated().items():
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -45,30 +48,37 @@ def main(options: Options) -> None:
       if not cfg.check:
         write_text_atomic(path, text)
   if changed and cfg.check:
-    raise ValueError(f"not current, run `make results`: {', '.join(changed)}")
+    raise ValueError(f"out of date, run `make results`: {', '.join(changed)}")
   print(f"{len(changed)} files changed: {', '.join(changed)}" if changed
-        else "everything is current")
+        else "all generated files are up to date")
 
 
 def _keep(folder: pathlib.Path, name: str | None) -> pathlib.Path:
+  """Adds the results in `folder` to the committed ones, and returns where they are."""
   summary = results.read_summary(folder)
   place = results.ROOT / catalogue.find(summary["experiment"]).results_folder
   return results.keep(folder, place / (name or summary["scale"]))
 
 
 def generated() -> dict[pathlib.Path, str]:
-  """Every generated file with the content that it should have."""
+  """Returns the content that every generated file should have, by path."""
   found = results.summaries()
   files = {results.ROOT / "README.md": results_index.index_page(found, stale),
            _ROOT / "docs" / "configuration.md": config_reference.reference()}
   for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))):
     if path not in files:
-      files[path] = results_index.fill(path.read_text(encoding="utf-8"), found, stale)
+      above = "" if path.parent == _ROOT else "../"
+      files[path] = results_index.fill(
+          path.read_text(encoding="utf-8"), found, f"{above}experiments/results")
   return files
 
 
 def stale(folder: str) -> str:
-  """Whether the study that made a result has another definition now, and how it differs."""
+  """Returns whether a study's definition has changed since a result, and in what; "–" for others.
+
+  Args:
+    folder: folder of the result, relative to `results/`.
+  """
   summary = results.read_summary(results.ROOT / folder)
   if "definition" not in summary:
     return "–"

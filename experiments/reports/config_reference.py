@@ -1,8 +1,8 @@
 """The configuration reference: every setting with its type, default and meaning.
 
-All of it comes from the dataclasses: types and defaults from their fields, meanings from the
-"Attributes" sections of their docstrings. `docs/configuration.md` is this module's `reference`, and
-`--help_config` its `help_text`.
+Everything in it comes from the dataclasses: types and defaults from their fields, meanings from the
+"Attributes" sections of their docstrings. `docs/configuration.md` holds what `reference` returns,
+and `--help_config` prints what `help_text` returns.
 """
 
 import dataclasses
@@ -20,18 +20,19 @@ from train.config import RunConfig
 from train.config_io import classes, field_types, to_dict, type_text, walk
 
 _HEAD = """\
-Every setting of every experiment, generated from the dataclasses by `make docs`. A setting is given
-as `--set section.field=value`; `python -m experiments.run --experiment=NAME --help_config` prints
-those of one experiment with their values at a scale. Values are written as they are read: `3e-4`,
-`true`, `none`, `cosine`, `a,b` for a tuple, and `Class(field=value, ...)` for a dataclass.
+Every setting of every experiment, generated from the dataclasses by `make results`. A setting is
+given as `--set section.field=value`; `python -m experiments.run --experiment=NAME --help_config`
+prints the settings of one experiment with their values at a scale. Values are written as `--set`
+reads them: `3e-4`, `true`, `none`, `cosine`, `a,b` for a tuple, and `Class(field=value, ...)` for a
+dataclass.
 
-`RunConfig` is a training run on text, `RLConfig` an RL run. Programs, studies and benchmarks have
-these as sections of configurations of their own.
+`RunConfig` describes a training run on text, and `RLConfig` an RL run. Programs, studies and
+benchmarks contain them as sections of their own configurations.
 """
 
 
 def descriptions(cls: type) -> dict[str, str]:
-  """The meaning of every documented field of a dataclass, those of its base classes included."""
+  """Returns the meaning of each documented field of a dataclass, base classes included."""
   found: dict[str, str] = {}
   for base in reversed(cls.__mro__):
     doc = inspect.cleandoc(base.__dict__.get("__doc__") or "")
@@ -50,7 +51,10 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def value_text(value: Any) -> str:
-  """A value as `--set` reads it; of a dataclass the fields that differ from their defaults."""
+  """Returns a value as `--set` reads it.
+
+  A dataclass lists only the fields that differ from their defaults.
+  """
   if value is None:
     return "none"
   if isinstance(value, bool):
@@ -72,10 +76,10 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def help_text(experiment: str | None, scale: str | None) -> str:
-  """The settings of an experiment at a scale, or of everything without an experiment.
+  """Returns the settings of an experiment at a scale, or the reference if no experiment is named.
 
   Raises:
-    ValueError: for an experiment or a scale that does not exist.
+    ValueError: if the experiment or the scale does not exist.
   """
   if experiment is None:
     return reference()
@@ -93,7 +97,7 @@ def help_text(experiment: str | None, scale: str | None) -> str:
 
 
 def _settings(config: Any) -> Iterator[tuple[str, str, str, str]]:
-  """Dotted name, type, value and meaning of everything that can be set."""
+  """Yields the dotted name, type, value and meaning of everything that can be set."""
   for dotted, hint in walk(type(config), to_dict(config)):
     value, (parent, _, name) = operator.attrgetter(dotted)(config), dotted.rpartition(".")
     owner = operator.attrgetter(parent)(config) if parent else config
@@ -102,7 +106,7 @@ def _settings(config: Any) -> Iterator[tuple[str, str, str, str]]:
 
 
 def reference() -> str:
-  """`docs/configuration.md`: a table for every dataclass, those used by most first."""
+  """Returns `docs/configuration.md`: a table for each dataclass, beginning with the main ones."""
   parts, found = ["# Configuration reference", _HEAD.rstrip()], all_classes()
   names = [cls.__name__ for cls in found]
   for cls in found:
@@ -112,7 +116,7 @@ def reference() -> str:
 
 
 def all_classes() -> list[type]:
-  """The dataclasses of all configurations, outer ones before those that they hold."""
+  """Returns the dataclasses of all configurations, outer ones before those nested in them."""
   found: dict[type, None] = {}
 
   def visit(cls: type) -> None:
@@ -131,14 +135,14 @@ def all_classes() -> list[type]:
 
 
 def _inner_classes(hint: Any) -> list[type]:
-  """Dataclasses that a field may hold, those in tuples among them."""
+  """Returns the dataclasses that a field may hold, including those inside tuples."""
   items = [arg for kind in (hint, *getattr(hint, "__args__", ()))
            for arg in (kind, *getattr(kind, "__args__", ()))]
   return [kind for item in dict.fromkeys(items) for kind in classes(item).values()]
 
 
 def _summary(cls: type) -> str:
-  """What stands before a class's attributes; where it is defined."""
+  """Returns a class's docstring up to its attributes, and where the class is defined."""
   doc = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:")[0].strip()
   return f"{doc}\n\nDefined in `{cls.__module__}`."
 

@@ -1,4 +1,4 @@
-"""How reports name metrics; files keep the shorter names."""
+"""Labels of metrics in reports; result files use the shorter names."""
 
 LABELS = {
     "validation_loss": "validation loss (nats per token)",
@@ -27,7 +27,7 @@ LABELS = {
 
 
 def metric_label(name: str) -> str:
-  """The label of a metric, such as "gain in pass@1, harder problems" for "harder_pass@1_gain"."""
+  """A metric's label, such as "gain in pass@1, harder problems" for "harder_pass@1_gain"."""
   if name in LABELS:
     return LABELS[name]
   if name.startswith("base_"):

@@ -1,6 +1,6 @@
-"""Reports as Markdown: numbers, tables, figures, and where a result came from.
+"""Reports as Markdown: numbers, tables, figures, and the origin of a result.
 
-A number that could not be measured is null in results, and a dash here.
+A number that could not be measured is null in results and a dash in reports.
 """
 
 import itertools
@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 from train.run_folder import leaves
 
-# A cell of a column that aligns right: a number, with its unit or interval.
+# A cell of a right-aligned column: a number, possibly with its unit or interval.
 _NUMBER = re.compile(r"[0-9−–∞+][0-9.,e+−]*( ?(%|s|min|h))?( [(\[±][^;]*)?")
 
 
 def number(value, digits: int = 4) -> str:
-  """A cell: floats to significant digits, integers with separators, a dash for none."""
+  """Formats a cell: floats to significant digits, integers with separators, a dash for none."""
   if value is None or (isinstance(value, float) and math.isnan(value)):
     return "–"
   if isinstance(value, bool) or not isinstance(value, int | float):
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-  """A Markdown table; columns of nothing but numbers align right."""
+  """Returns a Markdown table; columns that hold only numbers are aligned right."""
   cell = lambda value: number(value).replace("|", "\\|").replace("\n", " ")
   header, rows = list(map(cell, header)), [list(map(cell, row)) for row in rows]
   rule = ["---:" if all(map(_NUMBER.fullmatch, column)) else "---"
@@ -46,7 +46,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
 
 
 def flat(value) -> Iterable[tuple[str, str]]:
-  """Leaves of nested dicts and lists by dotted path, as they are: no rounding."""
+  """Yields the leaves of nested dicts and lists as dotted path and text, without rounding."""
   return ((path, "none" if leaf is None else str(leaf)) for path, leaf in leaves(value))
 
 
@@ -55,14 +55,14 @@ def collapsed(summary: str, body: str) -> str:
 
 
 def fenced(text: str) -> str:
-  """A code block that no run of backticks in the text can end."""
+  """Returns a code block whose fence is longer than any run of backticks in the text."""
   longest = max((len(list(run)) for char, run in itertools.groupby(text) if char == "`"), default=0)
   fence = "`" * max(3, longest + 1)
   return f"{fence}text\n{text}\n{fence}"
 
 
 def document(path: pathlib.Path, title: str, sections: Iterable[tuple[str, str]]) -> pathlib.Path:
-  """Writes the sections that have a body; those without a heading follow the one before."""
+  """Writes the sections that have a body; one without a heading continues that before it."""
   parts = [f"# {title}"]
   for heading, body in sections:
     if body:
@@ -72,7 +72,7 @@ def document(path: pathlib.Path, title: str, sections: Iterable[tuple[str, str]]
 
 
 def figure(folder: pathlib.Path, name: str, caption: str, draw, *data) -> str:
-  """Draws `name`.png beside the report, if there is data, and refers to it."""
+  """Draws `name`.png next to the report, if there is data, and returns a reference to it."""
   if not all(data):
     return ""
   draw(*data, folder / f"{name}.png")
@@ -80,7 +80,7 @@ def figure(folder: pathlib.Path, name: str, caption: str, draw, *data) -> str:
 
 
 def origin(provenance: dict) -> str:
-  """The command, and what it ran on."""
+  """Returns the command, and the code, versions and hardware that it ran with."""
   if not provenance:
     return ""
   commit = _values(provenance.get("commit") or "unknown")
@@ -100,5 +100,5 @@ def origin(provenance: dict) -> str:
 
 
 def _values(value) -> str:
-  """A fact, or all values that parts of a result have of it."""
+  """Returns a fact as text, or its several values if the parts of a result differ."""
   return ", ".join(map(str, value["several"])) if isinstance(value, dict) else str(value)

@@ -1,9 +1,9 @@
-"""Figures of runs and studies: each function draws its data into a PNG of 800 pixels' width.
+"""Figures of runs and studies: each function draws its data into a PNG that is 800 pixels wide.
 
-Every figure has axes with units, a legend if there is more than one curve, and below it one line
-that reads it, computed from the same data. Figures are drawn without pyplot, so that no display is
-needed and nothing is global. Colours are those of Okabe and Ito, which colour-blind readers can
-tell apart; line style or marker changes with them.
+Every figure has axes with units, a legend if there is more than one curve, and below it a caption
+that states its main values, computed from the same data. Figures are drawn without pyplot, so that
+no display is needed and no state is global. Colours are those of Okabe and Ito, which colour-blind
+readers can tell apart; line style or marker changes with the colour.
 
 All functions also return the figure.
 """
@@ -41,10 +41,10 @@ _UNITS = {
     "tokens_per_second": "tokens per second",
     "utilisation": "fraction of peak FLOP/s",
 }
-_SMOOTHED_FRACTION = 0.03  # of a curve's points: the time constant of the moving average
-_READING_LINE = 0.17  # inches
-_READING_WIDTH = 88  # characters
-_LABEL_WIDTH = 26  # characters of a label beside a small panel
+_SMOOTHED_FRACTION = 0.03  # time constant of the moving average over a curve's number of points
+_CAPTION_LINE = 0.17  # inches
+_CAPTION_WIDTH = 88  # characters
+_LABEL_WIDTH = 26  # characters per line in the axis label of a small panel
 
 
 class Comparison(NamedTuple):
@@ -52,12 +52,12 @@ class Comparison(NamedTuple):
 
   Attributes:
     name: what is compared.
-    paired: the estimate with its interval; if that is infinite, only the estimate is drawn.
-    axis: label with unit; lines with the same label share an axis.
-    paper: the paper's value, on the same axis.
-    margin: half-width of the band around `reference` within which differences do not count.
-    verdict: of `stats.judge`.
-    reference: no effect, or the threshold.
+    paired: the estimate with its interval; if the interval is infinite, only the estimate is drawn.
+    axis: label of the horizontal axis, with its unit; lines with the same label share an axis.
+    paper: the paper's value, on the same axis; None if there is none.
+    margin: half-width of the band around `reference` within which a difference counts as none.
+    verdict: what `stats.judge` returns.
+    reference: the value of no effect, or the threshold that is claimed.
   """
 
   name: str
@@ -70,16 +70,16 @@ class Comparison(NamedTuple):
 
 
 def _figure(height: float = _HEIGHT, rows: int = 1, columns: int = 1, **ratios):
-  """A figure and its axes as [rows, columns]."""
+  """Returns a figure and the array of its axes, [rows, columns]."""
   figure = Figure((_WIDTH, height), layout="constrained")
   return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
 
 
-def _save(figure: Figure, path: str | pathlib.Path, reading: str) -> Figure:
-  """Writes the PNG with a line below the figure that reads it, and returns the figure."""
-  lines = textwrap.wrap(reading, _READING_WIDTH)
+def _save(figure: Figure, path: str | pathlib.Path, caption: str) -> Figure:
+  """Writes the PNG with the caption below the figure, and returns the figure."""
+  lines = textwrap.wrap(caption, _CAPTION_WIDTH)
   width, height = figure.get_size_inches()
-  below = _READING_LINE * len(lines) + 0.06
+  below = _CAPTION_LINE * len(lines) + 0.06
   figure.set_size_inches(width, height + below)
   figure.get_layout_engine().set(rect=(0, below / (height + below), 1, height / (height + below)))
   figure.text(0.01, 0.05 / (height + below), "\n".join(lines), fontsize=8, style="italic",
@@ -89,19 +89,19 @@ def _save(figure: Figure, path: str | pathlib.Path, reading: str) -> Figure:
 
 
 def _last(values: np.ndarray) -> float:
-  """The last value that is finite; NaN if none is."""
+  """Returns the last finite value; NaN if there is none."""
   finite = values[np.isfinite(values)]
   return float(finite[-1]) if finite.size else math.nan
 
 
 def _ends(values: np.ndarray) -> str:
-  """The first and last finite values, in words."""
+  """Returns the first and last finite values, in words that follow "goes"."""
   finite = values[np.isfinite(values)]
-  return f"from {finite[0]:.3g} to {finite[-1]:.3g}" if finite.size else "was never finite"
+  return f"from {finite[0]:.3g} to {finite[-1]:.3g}" if finite.size else "through no finite value"
 
 
 def _extremes(last: dict[str, float]) -> str:
-  """The curves that end lowest and highest, in words."""
+  """Returns which curves end lowest and highest, in words."""
   known = {name: value for name, value in last.items() if math.isfinite(value)}
   if not known:
     return "no curve has finite values"
@@ -129,16 +129,16 @@ def _legend(axes: Axes) -> None:
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values of the rows that have the key, NaN where the value is not finite."""
+  """Returns steps and values of the rows that have the key; NaN for values that are not finite."""
   rows = [row for row in rows if row.get(key) is not None]
   values = np.array([row[key] for row in rows], float)
   return np.array([row["step"] for row in rows]), np.where(np.isfinite(values), values, np.nan)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-  """Exponential moving average, over fewer points at the start, where the loss falls.
+  """Exponential moving average, with a shorter time constant at the start, where the loss falls.
 
-  Gaps stay gaps.
+  Values that are NaN remain NaN.
   """
   longest = max(1.0, _SMOOTHED_FRACTION * len(values))
   average, averages = 0.0, np.full(len(values), np.nan)
@@ -151,18 +151,18 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 @_styled
 def loss_curves(
     rows_by_name: dict[str, list[dict]], path: str | pathlib.Path, key: str = "loss") -> Figure:
-  """Draws moving averages over the faint values of every seed.
+  """Draws each curve's moving average, on top of the faint values of every seed.
 
-  The vertical axis of several curves leaves out the fall at the start, where all are alike.
+  With several curves, the vertical axis leaves out the fall at the start, where all are alike.
 
   Args:
-    rows_by_name: a curve's name (empty for no legend) to its rows with "step", `key` and, for
-      several seeds, "per_seed": {key: one value a seed}.
-    path: of the PNG.
+    rows_by_name: rows by the curve's name (empty for no legend), with "step", `key` and, for
+      several seeds, "per_seed": {key: one value per seed}.
+    path: path of the PNG.
     key: the metric to draw.
   """
   figure, ((axes,),) = _figure()
-  settled, last = [], {}
+  tails, last = [], {}
   for (name, rows), (colour, dash) in zip(rows_by_name.items(), _styles(), strict=False):
     steps, values = _series(rows, key)
     with_seeds = [row for row in rows if key in row.get("per_seed", {})]
@@ -173,19 +173,19 @@ def loss_curves(
       axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.6)
     smoothed = _smoothed(values)
     axes.plot(steps, smoothed, color=colour, linestyle=dash, label=name)
-    settled.append(smoothed[len(smoothed) // 10:])
+    tails.append(smoothed[len(smoothed) // 10:])
     last[name] = _last(smoothed)
-  # Several curves are there to be told apart, which the fall at the start would not let them be.
-  late = np.concatenate(settled) if len(settled) > 1 else np.empty(0)
+  # Several curves are there to be compared, and the fall at the start would hide their differences.
+  late = np.concatenate(tails) if len(tails) > 1 else np.empty(0)
   if np.isfinite(late).any():
     low, high = np.nanmin(late), np.nanmax(late)
     axes.set_ylim(low - 0.15 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
   _step_axis(axes)
   axes.set_ylabel(_UNITS.get(key, key))
   _legend(axes)
-  alone = f"the moving average goes {_ends(smoothed)}" if last else ""
+  single = f"the moving average goes {_ends(smoothed)}" if last else ""
   return _save(figure, path, f"{_UNITS.get(key, key).partition(' (')[0].capitalize()}: "
-                             f"{_extremes(last) if len(last) > 1 else alone}.")
+                             f"{_extremes(last) if len(last) > 1 else single}.")
 
 
 def _plain_curve(rows: list[dict], path: str | pathlib.Path, key: str) -> Figure:
@@ -209,7 +209,7 @@ def max_violation(rows: list[dict], path: str | pathlib.Path) -> Figure:
 
 @_styled
 def learning_rate(rows: list[dict], path: str | pathlib.Path) -> Figure:
-  """Draws the schedule as it ran, from rows with "step" and "learning_rate"."""
+  """Draws the learning rate that every step used, from rows with "step" and "learning_rate"."""
   return _plain_curve(rows, path, "learning_rate")
 
 
@@ -218,8 +218,8 @@ def validation(evaluations: list[dict], path: str | pathlib.Path) -> Figure:
   """Draws held-out bits per byte over training, one curve per domain.
 
   Args:
-    evaluations: {"step": int, "bits_per_byte": {domain: value}}, by step.
-    path: of the PNG.
+    evaluations: {"step": int, "bits_per_byte": {domain: value}}, in order of steps.
+    path: path of the PNG.
   """
   figure, ((axes,),) = _figure()
   domains = dict.fromkeys(name for e in evaluations for name in e["bits_per_byte"])
@@ -241,22 +241,22 @@ def validation(evaluations: list[dict], path: str | pathlib.Path) -> Figure:
 def panels(
     drawn: dict[str, dict[str, tuple[list, list]]], path: str | pathlib.Path,
     doublings: str | None = None, logarithmic: bool = False) -> Figure:
-  """Draws small panels of curves over steps, two in a row.
+  """Draws small panels of curves over steps, two per row.
 
   Args:
-    drawn: by the panel's label, by the curve's name, steps and values; None is a gap. A name has
-      the same colour in every panel.
-    path: of the PNG.
-    doublings: the label of the horizontal axis if that shows powers of two, evenly spaced, instead
-      of steps.
+    drawn: (steps, values) by the panel's label and the curve's name; a value of None is a gap. A
+      name has the same colour in every panel.
+    path: path of the PNG.
+    doublings: label of the horizontal axis if it shows powers of two, evenly spaced, instead of
+      steps; None for steps.
     logarithmic: whether the vertical axes are logarithmic.
   """
   names = list(dict.fromkeys(name for curves in drawn.values() for name in curves))
   styles = dict(zip(names, _styles(), strict=False))
   rows = -(-len(drawn) // 2)
-  columns = 3 if max(map(len, names), default=0) < 20 else 2  # as many as fit beside each other
-  below_two = max(0, -(-len(names) // columns) - 2)  # lines of the legend
-  figure, axes_RC = _figure(_HEIGHT * 0.72 * rows + _LEGEND_LINE * below_two, rows, 2)
+  columns = 3 if max(map(len, names), default=0) < 20 else 2  # the largest number that fits
+  extra_lines = max(0, -(-len(names) // columns) - 2)  # of the legend, beyond two
+  figure, axes_RC = _figure(_HEIGHT * 0.72 * rows + _LEGEND_LINE * extra_lines, rows, 2)
   for axes, (label, curves) in itertools.zip_longest(axes_RC.flat, drawn.items(),
                                                      fillvalue=("", {})):
     if not curves:
@@ -285,12 +285,12 @@ def panels(
 
 @_styled
 def learning(runs: dict[str, dict], path: str | pathlib.Path) -> Figure:
-  """Draws reward and held-out pass@1 of several trainers, each over its own clock.
+  """Draws reward and held-out pass@1 of several trainers, each over its own training time.
 
   Args:
-    runs: by trainer "steps", [{"time", "mean_reward"}], and "evaluations", [{"time", "pass@1":
+    runs: by trainer, "steps": [{"time", "mean_reward"}] and "evaluations": [{"time", "pass@1":
       [estimate, low, high]}], with times in seconds.
-    path: of the PNG.
+    path: path of the PNG.
   """
   figure, axes_RC = _figure(_HEIGHT * 0.8, 1, 2, sharex=True)
   left, right = axes_RC[0]
@@ -313,16 +313,16 @@ def learning(runs: dict[str, dict], path: str | pathlib.Path) -> Figure:
 @_styled
 def load_heat_map(
     loads_by_domain: dict[str, np.ndarray | list], path: str | pathlib.Path) -> Figure:
-  """Draws the load of every expert over its layer's mean, on one colour scale for all domains.
+  """Draws each expert's load relative to its layer's mean, on one colour scale for all domains.
 
   Args:
-    loads_by_domain: by domain, tokens received, [layers, experts].
-    path: of the PNG.
+    loads_by_domain: tokens that each expert received, [layers, experts], by domain.
+    path: path of the PNG.
   """
   relative = {}
   for domain, load_LE in loads_by_domain.items():
     load_LE = np.asarray(load_LE, float)
-    # A layer that received nothing has no mean to compare with, and shows as a gap.
+    # A layer that received no tokens has no mean to compare with, and is shown as a gap.
     mean_L1 = load_LE.mean(1, keepdims=True)
     relative[domain] = np.divide(load_LE, mean_L1, where=mean_L1 > 0,
                                  out=np.full_like(load_LE, np.nan))
@@ -373,7 +373,7 @@ def _forest_line(axes: Axes, y: float, line: Comparison) -> None:
 
 @_styled
 def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> Figure:
-  """Draws the interval of every comparison with its margin, the paper's value and the verdict."""
+  """Draws every comparison's interval, with its margin, the paper's value and the verdict."""
   groups: dict[str, list[Comparison]] = {}
   for comparison in comparisons:
     groups.setdefault(comparison.axis, []).append(comparison)
@@ -386,7 +386,7 @@ def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> Figure:
     axes.set_yticks(range(len(group)), [textwrap.fill(line.name, 26) for line in group])
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(5))  # long numbers would run into each other
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # with more, long numbers would overlap
     axes.grid(False, axis="y")
     axes.set_xlabel(label)
   keys = [axes.plot([], [], "o-", color="black", markersize=5, label="mean, 95 % interval")[0]]
@@ -399,4 +399,4 @@ def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> Figure:
   verdicts = [line.verdict for line in comparisons]
   return _save(figure, path, f"Of {len(verdicts)} claims " + ", ".join(
       f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts))
-      + ". The black line is no effect, or the threshold that is claimed.")
+      + ". The black line marks no effect, or the claimed threshold.")

@@ -1,7 +1,7 @@
 """Where a result comes from: command, code, versions and hardware.
 
-Code is identified by a hash over the product's own sources, which a copy without git can compute
-too, and by the commit where there is one.
+The code is identified by a hash of the product's own sources, which can also be computed in a copy
+without git, and by the commit if there is one.
 """
 
 import functools
@@ -21,15 +21,15 @@ from train.run_folder import write_json_atomic
 
 PRODUCT = ("pallas_kernels", "model", "train", "rl", "experiments")
 _ROOT = pathlib.Path(__file__).parents[2]
-_SOURCES = (".py", ".json")  # Python, and tables that it reads
+_SOURCES = (".py", ".json")  # Python files, and tables that they read
 _MERGED = ("commit", "dirty", "sources", "versions", "xla_flags", "device", "cpu", "cores")
 
 
 @functools.cache
 def sources_hash(root: pathlib.Path = _ROOT) -> str:
-  """SHA-256 over the paths and contents of the product's source files: 16 hexadecimal digits.
+  """Returns 16 hexadecimal digits of a SHA-256 of the product's source files, paths included.
 
-  Committed results are data, and do not count.
+  Committed results are data and are left out.
   """
   digest = hashlib.sha256()
   for package in PRODUCT:
@@ -42,7 +42,7 @@ def sources_hash(root: pathlib.Path = _ROOT) -> str:
 
 
 def describe() -> dict:
-  """Provenance of a result that this process makes, as a JSON object."""
+  """Returns the provenance of a result that this process makes, as a JSON object."""
   packages = ("jax", "jaxlib", "flax", "numpy")
   status = _git("status", "--porcelain", "--untracked-files=no")
   peer = sys.modules.get("torch")
@@ -61,10 +61,10 @@ def describe() -> dict:
 
 
 def merged(parts: Sequence[dict]) -> dict:
-  """Provenance of a result made of several parts: theirs where they agree.
+  """Returns the provenance of a result made of several parts: their values where they agree.
 
-  The command is this process', which merged them. Where parts differ, all of their values are
-  listed.
+  Where the parts differ, all of their values are listed. The command is that of this process, which
+  merges the parts.
   """
   found = describe()
   for key in _MERGED:
@@ -76,7 +76,7 @@ def merged(parts: Sequence[dict]) -> dict:
 
 
 def record(folder: pathlib.Path, result: dict) -> pathlib.Path:
-  """Writes a benchmark's results.json, headed by `describe`; returns its path."""
+  """Writes a benchmark's results.json, with its provenance first; returns the path."""
   folder.mkdir(parents=True, exist_ok=True)
   write_json_atomic(folder / "results.json", describe() | result)
   return folder / "results.json"

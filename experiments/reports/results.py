@@ -1,11 +1,12 @@
 """Committed results: `results/<paper, bench or programs>/<experiment>/<scale>/`.
 
-Each folder has `report.md` with its figures, `summary.json`, which is small and which the index and
-the tables of README and docs are generated from, and `raw.tar.xz` with everything else that the
-experiment wrote and a reader may want: its own results, parts and metrics.
+Each folder has `report.md` with its figures; `summary.json`, a small file from which the index and
+the tables of README and docs are generated; and `raw.tar.xz` with everything else that the
+experiment wrote and a reader may want: its results.json, parts and metrics.
 """
 
 import contextlib
+import io
 import json
 import pathlib
 import re
@@ -22,7 +23,8 @@ from train.run_folder import write_json_atomic
 
 ROOT = pathlib.Path(__file__).parents[1] / "results"
 SUMMARY, RAW = "summary.json", "raw.tar.xz"
-# What a run folder holds that no one needs to see again.
+_OUT = re.compile(r"""(--out[= ])[^\s"'\\]+""")  # a path of the machine that ran the command
+# Contents of a run folder that are not worth keeping.
 _LEFT_OUT = {"checkpoints", "events", "runs", "lock", "cost", "profile", "making", SUMMARY,
              "tokenizer.json", "documents.jsonl"}
 
@@ -35,9 +37,9 @@ def record(folder: pathlib.Path, result: Result, summarise: Callable[[Result], d
   """Writes a benchmark's results.json, with its provenance, summary.json and report.md.
 
   Args:
-    folder: where to; what it held under these names is replaced.
-    result: what was measured, as JSON.
-    summarise: makes the summary from what results.json holds.
+    folder: the output folder; existing files with these names are replaced.
+    result: the measurements, as a JSON object.
+    summarise: makes the summary from the content of results.json.
     sections: makes further sections of the report, (heading, body), and draws their figures in the
       folder.
 
@@ -51,7 +53,7 @@ def record(folder: pathlib.Path, result: Result, summarise: Callable[[Result], d
 def write_report(folder: pathlib.Path, result: Result, summarise: Callable[[Result], dict],
                  sections: Callable[[pathlib.Path, Result], list[tuple[str, str]]] | None = None
                  ) -> pathlib.Path:
-  """As `record`, of a results.json that is there already."""
+  """Writes summary.json and report.md, as `record` does, for an existing results.json."""
   summary = summarise(result)
   write_json_atomic(folder / SUMMARY, summary)
   return document(folder / "report.md", f"{summary['experiment']}, {summary['scale']}", [
@@ -63,11 +65,14 @@ def write_report(folder: pathlib.Path, result: Result, summarise: Callable[[Resu
 
 
 def keep(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
-  """Copies a finished experiment's report to the committed results, and packs what is large.
+  """Copies a finished experiment's report to the committed results, and archives the rest.
 
   Args:
-    folder: what the experiment wrote, with report.md and summary.json.
-    destination: a folder of `ROOT`; what it held before is replaced.
+    folder: the output folder of the experiment, with report.md and summary.json.
+    destination: a folder below `ROOT`; its previous content is replaced.
+
+  Returns:
+    `destination`.
 
   Raises:
     ValueError: if the experiment has not written a report and a summary.
@@ -79,26 +84,26 @@ def keep(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
   shown = {folder / name for name in re.findall(r"\]\(([\w.-]+)\)", report)}
   shutil.rmtree(destination, ignore_errors=True)
   destination.mkdir(parents=True)
-  for path in (folder / "report.md", folder / SUMMARY, *sorted(shown)):
+  (destination / "report.md").write_text(_OUT.sub(r"\1DIR", report), encoding="utf-8")
+  for path in (folder / SUMMARY, *sorted(shown)):
     shutil.copy(path, destination)
   kept = {folder / "report.md", *shown}
   with tarfile.open(destination / RAW, "w:xz", preset=9) as archive:
     for path in sorted(folder.rglob("*")):
       relative = path.relative_to(folder)
       if path.is_file() and path not in kept and not _LEFT_OUT & set(relative.parts):
-        archive.add(path, str(relative), filter=_anonymous)
+        content = path.read_bytes()
+        if path.suffix == ".json":
+          content = _OUT.sub(r"\1DIR", content.decode()).encode()
+        info = tarfile.TarInfo(str(relative))  # without owner and time: equal contents, equal bytes
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
   return destination
-
-
-def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
-  """An entry that says nothing of who packed it, or when: equal contents make equal archives."""
-  info.mtime, info.uid, info.gid, info.uname, info.gname, info.mode = 0, 0, 0, "", "", 0o644
-  return info
 
 
 @contextlib.contextmanager
 def raw(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A temporary folder with what a committed result has packed."""
+  """Yields a temporary folder with the content of a committed result's archive."""
   with tempfile.TemporaryDirectory() as place:
     with tarfile.open(folder / RAW) as archive:
       archive.extractall(place, filter="data")
@@ -106,10 +111,10 @@ def raw(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-  """The summary in a folder.
+  """Returns the summary in a folder.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if the folder has none.
   """
   path = folder / SUMMARY
   if not path.exists():
@@ -118,6 +123,6 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def summaries(root: pathlib.Path = ROOT) -> dict[str, dict[str, Any]]:
-  """All committed summaries by their folder, such as "v3/load_balancing/cpu"."""
+  """Returns all committed summaries by folder, such as "v3/load_balancing/cpu"."""
   return {path.parent.relative_to(root).as_posix(): json.loads(path.read_text(encoding="utf-8"))
           for path in sorted(root.rglob(SUMMARY))}

@@ -1,13 +1,12 @@
 """The index of committed results, and the generated blocks of README and docs.
 
-A block stands between `<!-- results: KIND ARGUMENTS -->` and `<!-- end of results -->`. Its kinds:
+A block stands between `<!-- results: KIND ARGUMENTS -->` and `<!-- end of results -->`. The kinds:
 
     claims FOLDER [FOLDER ...]          every claim of these results
-    rows FOLDER: CLAIM; FOLDER: CLAIM   single claims, each named by how it begins
+    rows FOLDER: CLAIM; FOLDER: CLAIM   single claims, each identified by the beginning of its text
     table FOLDER NAME                   a table of a benchmark's summary
-    overview                            the table of all results
 
-Everything comes from the `summary.json` files.
+Everything is generated from the `summary.json` files.
 """
 
 import collections
@@ -15,47 +14,50 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from experiments.reports.labels import metric_label
 from experiments.reports.markdown import table
 from experiments.reports.summary import claims_table, estimate, table_text
 
 Summaries = Mapping[str, Mapping[str, Any]]
 _BLOCK = re.compile(r"(<!-- results: (\w+)\s*(.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_RESULTS = "](RESULTS/"  # the beginning of a link, until `fill` knows where the results are
 
 
-def fill(text: str, summaries: Summaries, stale: Callable[[str], str]) -> str:
-  """A document with all of its blocks made anew.
+def fill(text: str, summaries: Summaries, results: str = "experiments/results") -> str:
+  """Returns a document with all of its blocks generated again.
 
   Args:
     text: the document, in Markdown.
-    summaries: of `results.summaries`.
-    stale: what is to be said of a result's age, by its folder; see `overview`.
+    summaries: summaries by folder, as `results.summaries` returns them.
+    results: path of the folder of results, relative to the document.
 
   Raises:
-    ValueError: for a block that names what does not exist.
+    ValueError: if a block names a kind, result, claim or table that does not exist.
   """
-  makers = {"claims": _claims, "rows": _rows, "table": _table,
-            "overview": lambda _, found: overview(found, stale)}
+  makers = {"claims": _claims, "rows": _rows, "table": _table}
 
   def replace(match: re.Match) -> str:
     head, kind, arguments, end = match.groups()
     if kind not in makers:
       raise ValueError(f"there is no block {kind!r}; there are: {', '.join(makers)}")
-    return f"{head}{makers[kind](' '.join(arguments.split()), summaries)}\n{end}"
+    body = makers[kind](" ".join(arguments.split()), summaries)
+    return f"{head}{body.replace(_RESULTS, f']({results}/')}\n{end}"
 
   return _BLOCK.sub(replace, text)
 
 
 def blocks(text: str) -> list[str]:
-  """The bodies of a document's blocks."""
+  """Returns the blocks of a document, with the comments that enclose them."""
   return [match[0] for match in _BLOCK.finditer(text)]
 
 
 def overview(summaries: Summaries, stale: Callable[[str], str]) -> str:
-  """Every result in a line: verdicts, command, hardware, code, and whether it is stale.
+  """Returns a table with a row for every result: verdicts, command, hardware, code, staleness.
 
   Args:
-    summaries: of `results.summaries`.
-    stale: "no", or how the present code differs from what made a result, by its folder.
+    summaries: summaries by folder, as `results.summaries` returns them.
+    stale: returns, for a result's folder, "no" or how the study has changed since the result was
+      made.
   """
   lines = []
   for folder, summary in summaries.items():
@@ -66,18 +68,18 @@ def overview(summaries: Summaries, stale: Callable[[str], str]) -> str:
 
 
 def _anchor(heading: str) -> str:
-  """What a Markdown heading is linked by."""
+  """Returns the link target of a Markdown heading."""
   return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
 
 
 def _counts(summaries: Iterable[Mapping[str, Any]]) -> str:
-  """How many claims have which verdict, in words."""
+  """Returns the number of claims with each verdict, in words."""
   counts = collections.Counter(c["verdict"] for summary in summaries for c in summary["claims"])
   return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "none"
 
 
 def hardware(origin: Mapping[str, Any]) -> str:
-  """Device and versions, in a few words."""
+  """Returns device and versions in a few words."""
   device = origin["device"]
   if isinstance(device, Mapping):
     device = ", ".join(device["several"])
@@ -90,7 +92,7 @@ def hardware(origin: Mapping[str, Any]) -> str:
 
 
 def code(origin: Mapping[str, Any]) -> str:
-  """The hash of the sources that ran, or the commit where none was recorded."""
+  """Returns the hash of the sources that ran, or the commit if no hash was recorded."""
   sources, commit = origin.get("sources"), origin.get("commit")
   if isinstance(sources, str):
     return f"sources {sources}"
@@ -101,16 +103,16 @@ def code(origin: Mapping[str, Any]) -> str:
 
 
 def difference(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
-  """How the definition of a study has changed since a result, for the column "stale?".
+  """Returns how a study's definition has changed since a result, for the column "stale?".
 
   Args:
     then: the definition in the result's summary; None if it is not known.
-    now: that of the study, at the same scale.
+    now: the present definition of the study, at the same scale.
   """
   if then is None:
     return "unknown"
   changed = [name.replace("_", " ") for name in now if then.get(name) != now[name]]
-  return f"yes: other {', '.join(changed)}" if changed else "no"
+  return f"yes: changed {', '.join(changed)}" if changed else "no"
 
 
 def _summary(folder: str, summaries: Summaries) -> Mapping[str, Any]:
@@ -129,14 +131,15 @@ def _rows(arguments: str, summaries: Summaries) -> str:
   lines, folders = [], []
   for item in arguments.split(";"):
     folder, _, beginning = item.strip().partition(": ")
-    found = [c for c in _summary(folder, summaries)["claims"]
-             if c["claim"].startswith(beginning)]
+    claims = _summary(folder, summaries)["claims"]
+    found = ([c for c in claims if c["claim"] == beginning]
+             or [c for c in claims if c["claim"].startswith(beginning)])
     if len(found) != 1:
       raise ValueError(f"{len(found)} claims of {folder} begin with {beginning!r}; its claims: "
                        + "; ".join(c["claim"] for c in summaries[folder]["claims"]))
     c = found[0]
-    lines.append([c["claim"], c["metric"], c["reference"] or None, estimate(c),
-                  f"**{c['verdict']}**", f"[{folder}](/experiments/results/{folder}/report.md)"])
+    lines.append([c["claim"], metric_label(c["metric"]), c["reference"] or None, estimate(c),
+                  f"**{c['verdict']}**", f"[{folder}{_RESULTS}{folder}/report.md)"])
     folders.append(folder)
   return table(("result", "metric", "paper or target", "measured", "verdict", "evidence"), lines)
 
@@ -150,32 +153,32 @@ def _table(arguments: str, summaries: Summaries) -> str:
 
 
 def _sources(folders: list[str], summaries: Summaries) -> str:
-  """Where the figures come from: report, hardware and command."""
+  """Returns the origin of the values: report, hardware and command of each result."""
   return "\n".join(
-      f"- [{folder}](/experiments/results/{folder}/report.md): "
+      f"- [{folder}{_RESULTS}{folder}/report.md): "
       f"{hardware(summaries[folder]['provenance'])}; "
       f"`{summaries[folder]['provenance']['command']}`" for folder in dict.fromkeys(folders))
 
 
 def index_page(summaries: Summaries, stale: Callable[[str], str]) -> str:
-  """`results/README.md`: every claim with the paper's figure, ours, its verdict and its origin."""
-  # Papers first.
+  """Returns `results/README.md`: each claim with the paper's value, ours, verdict and origin."""
+  # Studies of papers come first, then benchmarks.
   ordered = dict(sorted(summaries.items(), key=lambda item: (item[0].startswith("bench"), item[0])))
   sections = [_section(folder, summary, stale(folder)) for folder, summary in ordered.items()]
   return "\n\n".join([
       "# Committed results",
       "Generated by `make results` from every `summary.json` below this folder. Each result has a "
-      "`report.md` with its figures, and `raw.tar.xz` with what else the experiment wrote. A study "
-      "is stale if its arms, its claims or the learning rates that it sweeps have changed since "
-      "the result was made; a benchmark has no such definition.",
+      "`report.md` with its figures, and `raw.tar.xz` with the other files of the experiment. A "
+      "study is stale if its arms, its claims or the learning rates that it sweeps have changed "
+      "since the result was made; a benchmark has no such definition.",
       "To add a result: `python -m experiments.run --experiment=results --set keep=FOLDER`, where "
-      "FOLDER is what the experiment wrote.",
-      f"{len(summaries)} results. Of their claims: {_counts(summaries.values())}.",
+      "FOLDER is the output folder of the experiment.",
+      f"There are {len(summaries)} results. Verdicts of all claims: {_counts(summaries.values())}.",
       overview(ordered, stale), *sections]) + "\n"
 
 
 def _section(folder: str, summary: Mapping[str, Any], stale: str) -> str:
-  """One result: what it is, its claims, and where they come from."""
+  """Returns the section of one result: what it is, its claims, and its origin."""
   origin = summary["provenance"]
   source = f" ({summary['source']})" if "source" in summary else ""
   found = [f"## {folder}", f"{summary['title']}{source}",

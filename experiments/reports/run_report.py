@@ -1,6 +1,6 @@
-"""The report of one training run: `report.md` and its figures, from what `results.json` holds.
+"""The report of one training run: `report.md` and its figures, from the content of `results.json`.
 
-Whatever is absent is left out. A number that could not be measured is null in the results and a
+Parts that are absent are left out. A number that could not be measured is null in the results and a
 dash in the report.
 """
 
@@ -34,11 +34,11 @@ def _median(rows: Iterable[dict], key: str) -> float | None:
 
 
 def cost_table(cost: dict, rows: list[dict] = ()) -> str:
-  """Total cost of a run or of several, and the rates that follow from it; "" if there is none.
+  """Returns a table of the cost of one or more runs, and of their rates; "" without a cost.
 
   Args:
-    cost: "device_seconds", "tokens", "flops" and "joules", each possibly absent or None.
-    rows: metrics of the steps of one run, for median rates.
+    cost: total "device_seconds", "tokens", "flops" and "joules", each possibly absent or None.
+    rows: metrics of every step of a single run, for the median rates.
   """
   if not cost:
     return ""
@@ -63,7 +63,7 @@ def _mean_bits(evaluation: dict) -> float | None:
 
 
 def _mean_over(domains: list[str], by_domain: dict) -> float | None:
-  """None if a domain is missing: a mean over fewer would not compare."""
+  """Returns the mean, or None if a domain is missing: a mean over fewer is not comparable."""
   values = [by_domain.get(domain) for domain in domains]
   return None if None in values else _mean(values)
 
@@ -79,7 +79,8 @@ def _run_summary(run: dict, rows: list[dict], evaluations: list[dict]) -> str:
   long = f" in {duration(cost['device_seconds'])}" if cost.get("device_seconds") else ""
   sentences = [f"{what} ran on {where}{long}; status: **{run.get('status', 'unknown')}**."]
   if run.get("skipped_steps"):
-    sentences.append(f"{run['skipped_steps']:,} steps were skipped: loss or gradient not finite.")
+    sentences.append(f"{run['skipped_steps']:,} steps were skipped, because their loss or gradient "
+                     "was not finite.")
   if domains:
     over = f"the mean over {' and '.join(domains)}" if len(domains) > 1 else domains[0]
     means = [_mean_bits(evaluation) for evaluation in evaluations]
@@ -98,7 +99,7 @@ def _domains(evaluations: list[dict]) -> list[str]:
 
 
 def _bits_table(evaluations: list[dict], baselines: dict) -> str:
-  """Held-out bits per byte by domain, before and after, beside the baselines."""
+  """Returns a table of held-out bits per byte by domain, before, after, and of the baselines."""
   domains = _domains(evaluations)
   if not domains:
     return ""
@@ -108,7 +109,8 @@ def _bits_table(evaluations: list[dict], baselines: dict) -> str:
   lines = [[domain, *(bits(by.get(domain)) for by in columns.values())] for domain in domains]
   if len(domains) > 1:
     lines.append(["mean", *(bits(_mean_over(domains, by)) for by in columns.values())])
-  return f"{table(['domain', *columns], lines)}\n\nLower is better; a byte as it is takes 8 bits."
+  return (f"{table(['domain', *columns], lines)}\n\n"
+          "Lower is better; an uncompressed byte takes 8 bits.")
 
 
 def _evaluation_table(evaluations: list[dict]) -> str:
@@ -128,7 +130,7 @@ def _evaluation_table(evaluations: list[dict]) -> str:
 
 
 def _data_tables(data: dict) -> str:
-  """The domains as one table, all else by dotted path as another."""
+  """Returns a table of the domains, and another of all other data by dotted path."""
   domains = data.get("domains", {})
   columns = list(dict.fromkeys(key for entry in domains.values() for key in entry))
   rest = {key: value for key, value in data.items() if key != "domains"}
@@ -145,15 +147,21 @@ def write_run_report(folder: pathlib.Path, run: dict, rows: list[dict]) -> pathl
   """Writes report.md and its figures for one training run.
 
   Args:
-    folder: where to; it exists.
-    run: the content of results.json. "provenance" of `provenance.describe`; "config" nested;
-      "data": {"domains": {domain: {"documents", "bytes", "tokens"}}, ...}; "evaluations": [{"step",
-      "bits_per_byte": {domain: x}, "loss": {domain: nats per token}, "mtp_acceptance",
-      "loads": {domain: [layers, experts]}, "max_violation"}] by step; "baselines": {name: {domain:
-      bits per byte}}; "cost": {"device_seconds", "flops", "tokens", "joules"}; "samples":
-      [{"prompt", "text"}]; "skipped_steps"; "status". Each may be absent.
-    rows: a step's metrics each: "step", "loss", "learning_rate", "max_violation",
-      "tokens_per_second", "utilisation" (a share), and "per_seed" if several seeds ran at once.
+    folder: the folder of the run, which exists.
+    run: the content of results.json. Each of its fields may be absent:
+      "provenance": as `provenance.describe` returns it.
+      "config": the configuration as nested dicts.
+      "data": {"domains": {domain: {"documents", "bytes", "tokens"}}, ...}.
+      "evaluations": [{"step", "bits_per_byte": {domain: x}, "loss": {domain: nats per token},
+        "mtp_acceptance", "loads": {domain: [layers, experts]}, "max_violation"}] in order of steps.
+      "baselines": {name: {domain: bits per byte}}.
+      "cost": {"device_seconds", "flops", "tokens", "joules"}.
+      "samples": [{"prompt", "text"}].
+      "skipped_steps": the number of skipped steps.
+      "status": "finished", "stopped" or "failed".
+    rows: metrics of every step: "step", "loss", "learning_rate", "max_violation",
+      "tokens_per_second", "utilisation" (a fraction), and "per_seed" if several seeds ran as one
+      batch.
 
   Returns:
     The path of report.md.
@@ -161,15 +169,15 @@ def write_run_report(folder: pathlib.Path, run: dict, rows: list[dict]) -> pathl
   folder = pathlib.Path(folder)
   evaluations, config = run.get("evaluations", []), run.get("config", {})
   having = lambda key: [row for row in rows if row.get(key) is not None]
-  judged = [e for e in evaluations if e.get("bits_per_byte")]
-  # A model without experts has loads of no layers.
+  with_bits = [e for e in evaluations if e.get("bits_per_byte")]
+  # The loads of a model without experts have no layers.
   loads = next((e["loads"] for e in reversed(evaluations) if any(e.get("loads", {}).values())), {})
   drawn = lambda *args: figure(folder, *args)
   samples = [fenced(f"{sample['prompt']}▸{sample['text']}") for sample in run.get("samples", [])]
   return document(folder / "report.md", f"Training run {folder.resolve().name}", [
-      ("", _run_summary(run, rows, judged)),
-      ("Bits per byte", _bits_table(judged, run.get("baselines", {}))),
-      ("", drawn("validation", "Validation by domain", plots.validation, judged)),
+      ("", _run_summary(run, rows, with_bits)),
+      ("Bits per byte", _bits_table(with_bits, run.get("baselines", {}))),
+      ("", drawn("validation", "Validation by domain", plots.validation, with_bits)),
       ("Training", drawn("loss", "Training loss", plots.loss_curves,
                           {"": having("loss")} if having("loss") else {})),
       ("", drawn("learning_rate", "Learning rate", plots.learning_rate, having("learning_rate"))),
@@ -181,6 +189,6 @@ def write_run_report(folder: pathlib.Path, run: dict, rows: list[dict]) -> pathl
       ("Cost", cost_table(run.get("cost", {}), rows)),
       ("Data", _data_tables(run.get("data", {}))),
       ("Command", origin(run.get("provenance", {}))),
-      ("Configuration", config and collapsed("every field", table(("field", "value"),
+      ("Configuration", config and collapsed("Every field", table(("field", "value"),
                                                                      flat(config)))),
   ])

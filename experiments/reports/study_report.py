@@ -1,6 +1,6 @@
-"""The report of a study: verdicts, intervals, arms and cost, from what `results.json` holds.
+"""The report of a study: verdicts, intervals, arms and cost, from the content of `results.json`.
 
-Whatever is absent is left out. A number that could not be measured is null in the results and a
+Parts that are absent are left out. A number that could not be measured is null in the results and a
 dash in the report.
 """
 
@@ -24,11 +24,11 @@ from experiments.reports.markdown import (
 from experiments.reports.run_report import cost_table
 from experiments.stats import Paired
 
-FINISHED = "finished"  # the status of a run that counts
+FINISHED = "finished"  # status of the runs that are evaluated
 
 
 def _paired(fields: dict) -> Paired:
-  """What JSON made null was not finite."""
+  """Returns the estimate; fields that are null in JSON were not finite."""
   unbounded = {"std": math.nan, "stderr": math.nan, "low": -math.inf, "high": math.inf,
                "detectable": math.inf}
   known = {key: value for key, value in fields.items() if value is not None}
@@ -74,13 +74,13 @@ def _forest_lines(comparisons: list[dict]) -> list[plots.Comparison]:
 
 
 def _axis(metric: str, baseline: str | None) -> str:
-  """The label of a comparison's axis: of a difference between arms, or of one arm's value."""
+  """Returns the axis label of a comparison: a difference between arms, or one arm's value."""
   label = metric_label(metric)
   return f"difference in {label}" if baseline else label
 
 
 def _spread(values: list[float]) -> str | None:
-  """Mean ± standard deviation over seeds, to the deviation's second digit."""
+  """Returns mean ± standard deviation over seeds, to the second digit of the deviation."""
   values = [value for value in values if value is not None and math.isfinite(value)]
   if len(values) < 2:
     return number(values[0]) if values else None
@@ -90,7 +90,7 @@ def _spread(values: list[float]) -> str | None:
 
 
 def _arms(arms: list, runs: list[dict]) -> str:
-  """Every arm's metrics at every learning rate, over the seeds that finished."""
+  """Returns every arm's metrics at every learning rate, over the seeds that finished."""
   groups: dict[tuple, list[dict]] = {}
   names = [arm["name"] if isinstance(arm, dict) else arm for arm in arms]
   for run in sorted(runs, key=lambda run: names.index(run["arm"]) if run["arm"] in names else 1e9):
@@ -120,7 +120,7 @@ def _failures(runs: list[dict]) -> str:
     return ""
   if not failed:
     return f"None: all {len(runs)} finished."
-  return f"{len(failed)} of {len(runs)}, left out of every number above.\n\n" + table(
+  return f"{len(failed)} of {len(runs)}, left out of all values above.\n\n" + table(
       ("arm", "learning rate", "seed", "status"),
       [(run["arm"], run.get("learning_rate"), str(run["seed"]), run["status"]) for run in failed])
 
@@ -129,24 +129,24 @@ def _study_summary(study: dict) -> str:
   verdicts = [c["verdict"] for c in study.get("comparisons", [])]
   counts = [f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts)]
   source = f" ({study['source']})" if study.get("source") else ""
-  of = f"Of {len(verdicts)} comparisons: {', '.join(counts)}." if verdicts else ""
-  return f"> {study.get('claim', 'No claim stated')}{source}\n\n{of}".strip()
+  counted = f"Of {len(verdicts)} comparisons: {', '.join(counts)}." if verdicts else ""
+  return f"> {study.get('claim', 'No claim stated')}{source}\n\n{counted}".strip()
 
 
 def _panels(folder: pathlib.Path, drawn: dict) -> str:
-  """A figure of `plots.panels`."""
+  """Draws a figure with `plots.panels` and returns a reference to it."""
   draw = functools.partial(plots.panels, doublings=drawn.get("doublings"))
   return figure(folder, drawn["name"], drawn["caption"], draw, drawn["curves"])
 
 
 def _table(shown: dict) -> str:
-  """A table of the study's own, with its note."""
+  """Returns a table that the study itself defines, with its note."""
   note = f"\n\n{shown['note']}" if shown.get("note") else ""
   return table(shown["header"], shown["rows"]) + note
 
 
 def _bases(bases: list[dict]) -> str:
-  """The models that RL started from; the metrics are theirs, before it."""
+  """Returns a table of the models that RL started from, with their metrics before RL."""
   metrics = list(dict.fromkeys(name for base in bases for name in base["metrics"]))
   time = lambda base: base["cost"] and duration(base["cost"]["device_seconds"])
   return table(("base", "arms", "device time", *metrics), [
@@ -155,28 +155,35 @@ def _bases(bases: list[dict]) -> str:
 
 
 def _samples(samples: list[dict]) -> str:
-  """Completions of the same problems before and after, by run."""
-  return "\n\n".join(f"**{of_run['title']}**\n\n" + "\n\n".join(
+  """Returns completions of the same problems before and after training, by run."""
+  return "\n\n".join(f"**{run['title']}**\n\n" + "\n\n".join(
       f"step {row['step']}, reference answer {row['answer']}:\n"
-      f"{fenced(row['prompt'] + row['completion'])}" for row in of_run["rows"])
-      for of_run in samples)
+      f"{fenced(row['prompt'] + row['completion'])}" for row in run["rows"])
+      for run in samples)
 
 
 def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
   """Writes report.md and its figures for a study.
 
   Args:
-    folder: where to; it exists.
-    study: "name", "claim", "source"; "arms": names, or dicts with "name" and what it changes;
-      "runs": [{"arm", "learning_rate", "seed", "metrics": {name: x}, "status", "cost"}], of which
-      those whose status is `FINISHED` count; "comparisons": [{"name", "metric", "arm", "baseline",
-      "paired": fields of `stats.Paired`, "claim": fields of `stats.Claim`, "verdict", "paper":
-      what the paper reports, in words, "not_judged": why, where it was not}]; "noise" and
-      "detectable": {metric: x}; "curves": {name: rows for `plots.loss_curves`}; "panels": [{"name",
-      "caption", "curves": of `plots.panels`, "doublings": likewise}]; "tables": [{"caption",
-      "header", "rows", "note"}]; "samples": [{"title", "rows": [{"step", "prompt",
-      "completion", "answer"}]}]; "bases": [{"name", "arms", "metrics", "cost"}]; "total_cost";
-      "provenance". All but the name may be absent.
+    folder: the folder of the study, which exists.
+    study: the content of results.json. Each of its fields except "name" may be absent:
+      "name", "claim", "source": as in `experiments.studies.study.Study`.
+      "arms": names, or dicts with "name" and the settings that the arm changes.
+      "runs": [{"arm", "learning_rate", "seed", "metrics": {name: x}, "status", "cost"}]; only those
+        whose status is `FINISHED` are evaluated.
+      "comparisons": [{"name", "metric", "arm", "baseline", "paired": fields of `stats.Paired`,
+        "claim": fields of `stats.Claim`, "verdict", "paper": what the paper reports, in words,
+        "not_judged": the reason, if there is no verdict}].
+      "noise": {metric: seed standard deviation}.
+      "detectable": {metric: minimum detectable effect}.
+      "curves": {name: rows for `plots.loss_curves`}.
+      "panels": [{"name", "caption", and "curves" and "doublings" for `plots.panels`}].
+      "tables": [{"caption", "header", "rows", "note"}].
+      "samples": [{"title", "rows": [{"step", "prompt", "completion", "answer"}]}].
+      "bases": [{"name", "arms", "metrics", "cost"}], the models that RL started from.
+      "total_cost": the cost of all runs, as `run_report.cost_table` takes it.
+      "provenance": as `provenance.describe` returns it.
 
   Returns:
     The path of report.md.

@@ -1,15 +1,15 @@
-"""Summaries: the few figures of a result that the index, README and docs quote.
+"""Summaries: the values of a result that the index, README and docs quote.
 
 A summary is an object with "experiment", "scale", "title", "claims", "tables" and "provenance";
 that of a study also has its "definition". A claim has
 
     "claim"        what is claimed, or what was measured
-    "metric"       in which
-    "reference"    the paper's figure, or the target, in words
+    "metric"       the metric of the estimate
+    "reference"    the paper's value, or the target, in words
     "value", "low", "high"    the estimate and its 95 % interval; None if unknown
-    "n"            what the estimate is over
-    "verdict"      a study's; "met" or "missed" where there is a target; otherwise "measured"
-    "reason"       why no verdict could be given; absent otherwise
+    "n"            the basis of the estimate, in words, such as "7 rounds"
+    "verdict"      that of a study; "met" or "missed" if there is a target; otherwise "measured"
+    "reason"       why no verdict could be given; otherwise absent
 """
 
 import math
@@ -17,16 +17,17 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.reports.labels import metric_label
 from experiments.reports.markdown import table
 
 _FLAGS_LEFT_OUT = ("--out", "--max_minutes", "--alsologtostderr")
-_HEADER = ("claim", "metric", "paper or target", "measured", "over", "verdict")
+_HEADER = ("claim", "metric", "paper or target", "measured", "basis", "verdict")
 
 
 def claim(text: str, metric: str, value: float | None, low: float | None = None,
           high: float | None = None, *, reference: str = "", n: str = "",
           verdict: str = "measured", reason: str | None = None) -> dict[str, Any]:
-  """One claim, as the head of this file says; bounds that are not finite become None."""
+  """Returns a claim, see the top of this file; values that are not finite become None."""
   bound = lambda x: None if x is None or not math.isfinite(x) else x
   found = {"claim": text, "metric": metric, "reference": reference, "value": bound(value),
            "low": bound(low), "high": bound(high), "n": n, "verdict": verdict}
@@ -35,15 +36,15 @@ def claim(text: str, metric: str, value: float | None, low: float | None = None,
 
 def target(text: str, metric: str, estimate: Sequence[float], *, at_least: float | None = None,
            at_most: float | None = None, n: str = "") -> dict[str, Any]:
-  """The claim that an estimate, with all of its interval, is beyond a bound.
+  """Returns the claim that an estimate, with its whole interval, meets a target.
 
   Args:
     text: what is claimed.
-    metric: in which.
-    estimate: the value with its interval, or the value alone.
-    at_least: the bound below.
-    at_most: or the bound above.
-    n: what the estimate is over.
+    metric: the metric of the estimate.
+    estimate: the value with its interval, (value, low, high), or the value alone, (value,).
+    at_least: the target, if it is a lower bound.
+    at_most: the target, if it is an upper bound.
+    n: the basis of the estimate, in words.
   """
   if at_least is not None:
     met, goal = min(estimate) >= at_least, f"target: at least {at_least:g}"
@@ -56,14 +57,14 @@ def bench_summary(
     experiment: str, scale: str, title: str, provenance: Mapping[str, Any], *,
     claims: Sequence[Mapping[str, Any]] = (),
     tables: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-  """The summary of a benchmark.
+  """Returns the summary of a benchmark.
 
   Args:
-    experiment: its name.
-    scale: its scale, or what else tells its results apart.
-    title: what it measures, in a sentence.
-    provenance: what `provenance.describe` returns, or more.
-    claims: see `claim`.
+    experiment: name of the benchmark.
+    scale: scale of the benchmark, or another name that distinguishes its results.
+    title: what the benchmark measures, in a sentence.
+    provenance: an object with at least what `provenance.describe` returns.
+    claims: claims, as `claim` returns them.
     tables: [{"name", "caption", "header", "rows", "note"}]; the note may be absent.
   """
   return {"experiment": experiment, "scale": scale, "title": title, "claims": list(claims),
@@ -71,7 +72,7 @@ def bench_summary(
 
 
 def study_summary(result: Mapping[str, Any]) -> dict[str, Any]:
-  """The summary of a study, from what its results.json holds."""
+  """Returns the summary of a study, from the content of its results.json."""
   claims = [
       claim(c["name"], c["metric"], c["paired"]["mean"], c["paired"]["low"], c["paired"]["high"],
             reference=c["paper"], n=_seeds(c["paired"]["n"]), verdict=c["verdict"],
@@ -91,14 +92,14 @@ def _seeds(count: int) -> str:
 
 
 def short_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
-  """What names a result's origin; of the command, what concerns one machine alone is left out."""
+  """Returns what identifies a result's origin; its command without machine-specific flags."""
   kept = ("commit", "dirty", "sources", "versions", "xla_flags", "device", "cpu", "cores")
   return {"command": plain_command(provenance["command"])} | {
       name: provenance[name] for name in kept if provenance.get(name) is not None}
 
 
 def plain_command(command: str) -> str:
-  """A command without its output folder and time limit."""
+  """Returns a command without its output folder and time limit."""
   kept, skip = [], False
   for word in shlex.split(command):
     flag, equals, _ = word.partition("=")
@@ -112,29 +113,29 @@ def plain_command(command: str) -> str:
 
 
 def backend(provenance: Mapping[str, Any]) -> str:
-  """"cpu", "gpu" or "tpu", by the name of the device; the scale of benchmarks that have none."""
+  """Returns "cpu", "gpu" or "tpu" by the device's name: the scale of benchmarks without scales."""
   device = str(provenance["device"]).lower()
   return next((name for name in ("cpu", "tpu") if name in device), "gpu")
 
 
 def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
-  """Claims with the figures that decide them, and why some were not judged."""
+  """Returns a table of claims with their estimates, and the reasons why some were not judged."""
   if not claims:
     return ""
-  lines = [(c["claim"], c["metric"], c["reference"] or None, estimate(c), c["n"] or None,
-            f"**{c['verdict']}**") for c in claims]
+  lines = [(c["claim"], metric_label(c["metric"]), c["reference"] or None, estimate(c),
+            c["n"] or None, f"**{c['verdict']}**") for c in claims]
   reasons = [f"- not judged, **{c['claim']}**: {c['reason']}." for c in claims if c.get("reason")]
   return "\n\n".join(filter(None, [table(_HEADER, lines), "\n".join(reasons)]))
 
 
 def table_text(shown: Mapping[str, Any]) -> str:
-  """A table of a summary with its note."""
+  """Returns a table of a summary, with its note."""
   note = f"\n\n{shown['note']}" if shown.get("note") else ""
   return table(shown["header"], shown["rows"]) + note
 
 
 def estimate(c: Mapping[str, Any]) -> str:
-  """A claim's value and interval, to the two digits of the interval's width that it warrants."""
+  """Returns a claim's value and interval as text, to two digits of the interval's width."""
   if c["value"] is None:
     return "–"
   bounds = [c["low"], c["high"]]

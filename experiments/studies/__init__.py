@@ -1,1 +1,1 @@
-"""Ablations of papers: the framework, and one file per study under the paper's folder."""
+"""Ablations of papers: the framework, and one module per study in the folder of its paper."""

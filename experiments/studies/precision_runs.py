@@ -1,4 +1,4 @@
-"""Runs of a study that compares precisions: their losses are compared as ratios."""
+"""Runs of studies that compare numerical precisions by the ratios of their losses."""
 
 import itertools
 import math
@@ -12,11 +12,11 @@ from train.run_folder import RunFolder
 
 _BASELINE = "bf16"
 _SEEDS = "two seeds of bf16"
-_SMOOTHING = 0.9  # as in V3's figure 10
+_SMOOTHING = 0.9  # decay rate of the moving average in V3's figure 10
 
 
 class PrecisionRuns(TextRuns):
-  """Training on text, with logarithms of the losses among the metrics."""
+  """Runs that train on text, with logarithms of their losses as further metrics."""
 
   def train(self, tasks: Sequence[Task], folder: RunFolder,
             max_seconds: float | None) -> list[dict[str, Any]] | None:
@@ -28,10 +28,13 @@ class PrecisionRuns(TextRuns):
 
 
 def log_losses(run: Mapping[str, Any]) -> dict[str, float]:
-  """Logarithms of a run's held-out loss, and of its training loss in the last half of the steps.
+  """Returns the logarithms of a run's held-out loss and of its training loss.
 
   Args:
-    run: as `TextRuns.train` gives it.
+    run: an entry of what `TextRuns.train` returns.
+
+  Returns:
+    "log_validation_loss", and "log_training_loss", the mean over the second half of the steps.
   """
   late = [math.log(loss) for _, loss in run["curve"][len(run["curve"]) // 2:]]
   return {"log_validation_loss": math.log(run["metrics"]["validation_loss"]),
@@ -39,13 +42,13 @@ def log_losses(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def relative_errors(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-  """Every arm's loss against bfloat16's, and beside them two bfloat16 seeds against each other.
+  """Returns every arm's loss relative to bfloat16's, and that of one bfloat16 seed to another.
 
   Args:
-    runs: by arm, as `TextRuns.train` gives them, with their seeds.
+    runs: by arm, entries of what `TextRuns.train` returns, with their seeds.
 
   Returns:
-    "tables" and "panels" of `write_study_report`; nothing without bfloat16.
+    "tables" and "panels" for `write_study_report`; nothing without runs of bfloat16.
   """
   baseline = {run["seed"]: run for run in runs.get(_BASELINE, ())}
   pairs = {arm: [(run, baseline[run["seed"]]) for run in by_seed if run["seed"] in baseline]
@@ -60,32 +63,33 @@ def relative_errors(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
           for name, by_seed in pairs.items()]
   return {
       "tables": [{
-          "caption": "Relative loss error against bfloat16; the paper's bound is 0.25 %",
-          "header": ["", "training, last half: mean (each pair)", "held out: mean (each pair)",
-                     "pairs"],
+          "caption": "Relative error of the loss against bfloat16; the paper's bound is 0.25 %",
+          "header": ["arm", "training loss, second half of the steps: mean (each pair)",
+                     "held-out loss: mean (each pair)", "pairs"],
           "rows": rows}],
       "panels": [{
           "name": "relative", "caption": "Relative error of the training loss over steps, "
-                                         f"smoothed with {_SMOOTHING}, means over pairs",
+                                         f"smoothed with decay {_SMOOTHING}, mean over pairs",
           "curves": _curves(pairs)}]}
 
 
 def _cells(pairs: Sequence[tuple], metric: str) -> str:
-  """The mean relative error, and every pair's."""
+  """Returns the mean relative error and that of every pair, as the text of a cell."""
   errors = [math.expm1(a["metrics"][metric] - b["metrics"][metric]) for a, b in pairs]
   percent = lambda error: f"{100 * error:+.3f}"
   return f"{percent(statistics.fmean(errors))} % ({', '.join(map(percent, errors))})"
 
 
 def _curves(pairs: Mapping[str, Sequence[tuple]]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Panels of the arms with the difference between two seeds, and of the arms alone."""
+  """Returns the curves of two panels: arms and pairs of seeds, and arms alone."""
   curves = {name: _mean_curve(by_seed) for name, by_seed in pairs.items()}
   return {"relative error of the loss (%), arms and seeds": curves,
-          "relative error of the loss (%), arms alone": {
+          "relative error of the loss (%), arms only": {
               name: curve for name, curve in curves.items() if name != _SEEDS}}
 
 
 def _mean_curve(pairs: Sequence[tuple]) -> tuple[list, list]:
+  """Returns the steps, and the mean over pairs of the relative error of the smoothed loss."""
   curves = [zip(smoothed(a["curve"]), smoothed(b["curve"]), strict=True) for a, b in pairs]
   errors = [[100 * (ours / theirs - 1) for ours, theirs in curve] for curve in curves]
   return ([step for step, _ in pairs[0][0]["curve"]],
@@ -93,7 +97,7 @@ def _mean_curve(pairs: Sequence[tuple]) -> tuple[list, list]:
 
 
 def smoothed(curve: Iterable[Sequence[float]]) -> list[float]:
-  """The exponential moving average of [step, loss], without a bias to its first value."""
+  """Returns the bias-corrected exponential moving average of a curve of [step, loss]."""
   average, weight, averages = 0.0, 0.0, []
   for _, loss in curve:
     average = _SMOOTHING * average + (1 - _SMOOTHING) * loss

@@ -1,4 +1,4 @@
-"""How a study evaluates a model on its task, before and after RL."""
+"""Evaluation of a model on a study's task, before and after RL."""
 
 import dataclasses
 from typing import Any
@@ -15,16 +15,18 @@ _METRICS = ("pass@1", "lenient_pass@1", "format", "length", "clipped", "reflecti
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """Evaluations before and after RL.
+  """The evaluations of a model before and after RL.
 
   Attributes:
-    problems: held-out ones.
-    samples: of each, a power of two: pass@k and cons@k are of all of them.
-    temperature: None for the training's.
-    harder: also evaluate on the task's harder problems, if it has some; their metrics are
-      "harder_*".
-    base_temperatures: at which the base is sampled besides; 0 is greedy.
-    reflection: also measure what cutting reflections out does to accuracy; see `rl.reflection`.
+    problems: number of held-out problems.
+    samples: number of completions of each problem, a power of two; pass@k and cons@k have this k.
+    temperature: sampling temperature; None for that of training.
+    harder: whether to evaluate also on the task's harder problems, if it has any; the metrics are
+      then named "harder_*".
+    base_temperatures: further sampling temperatures at which the base is evaluated; 0 for greedy
+      decoding.
+    reflection: whether to measure also how cutting out reflections changes the accuracy; see
+      `rl.reflection`.
   """
 
   problems: int = 200
@@ -39,31 +41,32 @@ class EvaluationConfig:
     require(self.samples.bit_count() == 1,
             f"evaluation.samples={self.samples} must be a power of two: 1, 2, 4 ...")
     require(self.temperature is None or self.temperature > 0,
-            f"evaluation.temperature={self.temperature} must be positive, or none for the "
-            "training's")
+            f"evaluation.temperature={self.temperature} must be positive, or none for that "
+            "of training")
     require(min(self.base_temperatures, default=0) >= 0,
             f"evaluation.base_temperatures={self.base_temperatures} must not be negative")
 
 
 class Evaluator:
-  """Evaluates variables as the config says.
+  """Evaluates a model on the task of a sampler.
 
   Args:
-    cfg: what to evaluate.
-    sampler: of the task and the model.
+    cfg: the evaluations.
+    sampler: the sampler, which has the task and the network.
   """
 
   def __init__(self, cfg: EvaluationConfig, sampler: Sampler):
     self._cfg, self._sampler = cfg, sampler
 
   def __call__(self, variables: dict) -> dict[str, Any]:
-    """A model's figures.
+    """Evaluates the variables of a model.
 
     Returns:
-      "metrics": numbers by name, of held-out problems, "pass@k" and "cons@k" of all samples and
-      "length_pays" among them, and "harder_*"; "pass@K" and "cons@K": [K, rate] for the powers of
-      two up to all samples; "heldout" and "harder": the estimates of `rl.evaluate.evaluate` with
-      intervals; "reflection": of `rl.reflection.effect`, where that is asked for.
+      "metrics": metrics of the held-out problems by name, including "pass@k" and "cons@k" with k =
+      `samples` and "length_pays", and metrics "harder_*" of the harder problems; "pass@K" and
+      "cons@K": [K, rate] for the powers of two up to `samples`; "heldout" and "harder": what
+      `rl.evaluate.evaluate` returns, with intervals; "reflection": what `rl.reflection.effect`
+      returns, if the config requests it.
     """
     found, drawn = self._split(variables, "heldout", self._cfg.temperature)
     if self._cfg.harder and "harder" in self._sampler.task.splits:
@@ -75,7 +78,7 @@ class Evaluator:
     return found
 
   def base(self, variables: dict) -> dict[str, Any]:
-    """The figures of a base, and "temperatures": estimates at other sampling temperatures."""
+    """Evaluates a base, also at the further sampling temperatures, as "temperatures"."""
     at = {str(temperature): self._split(variables, "heldout", temperature)[0]["heldout"]
           for temperature in self._cfg.base_temperatures}
     return self(variables) | ({"temperatures": at} if at else {})

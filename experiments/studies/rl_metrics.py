@@ -1,6 +1,6 @@
-"""Metrics of an RL run that a study compares: of its steps, and of lengths and gains.
+"""Metrics of RL runs that studies compare: of training steps, of lengths, and gains.
 
-Shape letters:  P problems  N samples of each
+Shape letters:  P problems  N samples of each problem
 """
 
 import statistics
@@ -9,22 +9,29 @@ from typing import Any
 
 import numpy as np
 
-# The column of a run's rows whose mean over steps the metric is.
+# Metrics that are means over steps, and the columns of `metrics.jsonl` that they average.
 _MEANS = {"kl": "kl", "clip_ratio": "clip_ratio/region", "gap": "sampling_gap",
           "routing_agreement": "routing_agreement", "entropy": "entropy"}
 _GAINED = ("pass@1", "cons@k", "pass@k", "lenient_pass@1", "format", "length", "reflection")
 
 
 def powers_of_two(most: int) -> tuple[int, ...]:
-  """1, 2, 4 ... up to `most`, a power of two."""
+  """Returns 1, 2, 4, ... up to `most`, which is a power of two."""
   return tuple(2**i for i in range(most.bit_length()))
 
 
 def length_pays(correct_PN: np.ndarray, length_PN: np.ndarray) -> float | None:
-  """Tokens by which correct completions are longer than incorrect ones of the same problem.
+  """Returns by how many tokens correct completions are longer than incorrect ones on average.
 
-  Within a problem, as advantages are: that hard problems have long solutions which are often wrong
-  says nothing about whether writing more helps. None if no problem has both kinds.
+  Completions are compared within a problem, as in advantages: that hard problems have long
+  solutions, which are often incorrect, says nothing about whether writing more helps.
+
+  Args:
+    correct_PN: bool, whether the completion is correct.
+    length_PN: length of the completion in tokens.
+
+  Returns:
+    The mean over problems that have both correct and incorrect completions; None if none has.
   """
   differences = [length_N[correct_N].mean() - length_N[~correct_N].mean()
                  for correct_N, length_N in zip(correct_PN, length_PN, strict=True)
@@ -33,13 +40,17 @@ def length_pays(correct_PN: np.ndarray, length_PN: np.ndarray) -> float | None:
 
 
 def metrics_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """Metrics of a run's steps.
+  """Returns the metrics of a run's training steps.
 
-  "length_slope", tokens per step, by least squares over all steps; the means over steps of "kl"
-  (nats per token, to the reference), "clip_ratio" (the fraction of ratios whose gradient was
-  clipped), "gap" (nats between the sampler's and the trainer's log-probabilities), "entropy" and
-  "routing_agreement", where rows have them; "max_clip_ratio", the largest; "seconds_per_step", the
-  median.
+  Args:
+    rows: the rows of the run's `metrics.jsonl`.
+
+  Returns:
+    "length_slope", the growth of the mean completion length in tokens per step, by least squares
+    over all steps; "max_clip_ratio", the largest "clip_ratio"; "seconds_per_step", the median; and
+    means over those steps that have them: "kl", to the reference in nats per token; "clip_ratio",
+    the fraction of ratios whose gradient was clipped; "gap", between the log-probabilities of
+    sampler and trainer, in nats; "entropy"; and "routing_agreement".
   """
   column = lambda name: np.array([row[name] for row in rows if row.get(name) is not None], float)
   found = {metric: float(column(name).mean()) for metric, name in _MEANS.items()
@@ -53,6 +64,6 @@ def metrics_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-  """After minus before, under "NAME_gain"; "harder_*" too."""
+  """Returns the differences after - before as "NAME_gain", also of the metrics "harder_*"."""
   return {f"{name}_gain": after[name] - before[name] for name in before
           if name.removeprefix("harder_") in _GAINED}

@@ -1,9 +1,10 @@
-"""Runs of a study that do RL from a base.
+"""Runs of studies that train a base model by RL.
 
-A base is pretrained when the first run needs it. Unless the study keeps its own, it is in the
-user's cache, where all arms, studies and later commands that start from the same base find it:
-after changing how bases are made, delete `bases` there. A command waits for what another one is
-making. Runs go one at a time, each in its folder.
+A base is pretrained when the first run needs it. Unless the study keeps its own bases, it is stored
+in the user's cache folder, where all arms, studies and later commands that start from the same base
+find it: after a change to the code that makes bases, delete `bases` there. While another process
+makes a base or evaluates it, a command waits for the result. Runs train one at a time, each in a
+folder of its own.
 """
 
 import contextlib
@@ -36,24 +37,24 @@ from train.loading import LoadedModel
 from train.run_folder import MetricsFile, RunFolder, write_json_atomic
 
 _POLL_SECONDS = 1.0
-_SAMPLES_SHOWN = 4  # of a run's completions, before and after
+_SAMPLES_SHOWN = 4  # completions of a run in the report, at its first and at its last evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class RLStudyConfig:
-  """A base, RL on it, and how both are evaluated.
+  """A base model, RL on it, and how both are evaluated.
 
   Attributes:
-    base: how the base is pretrained; its sources are the generated documents.
-    documents: what the base reads.
+    base: how the base is pretrained; the generated documents replace its `data.sources`.
+    documents: the documents on which the base is pretrained.
     rl: the RL run.
-    evaluation: before and after RL.
-    init: a model to start RL from instead: a run folder or a Hugging Face folder; then nothing is
-      pretrained.
-    bases: a run of seed n starts from base n modulo this, so that fewer bases than seeds cost less,
-      and say less about other bases; None for a base for every seed.
-    bases_in: "cache", the user's, shared with other studies; or "out", the study's own folder.
-    value_rate_ratio: PPO's value model learns at this times the policy's learning rate.
+    evaluation: the evaluations before and after RL.
+    init: run folder or Hugging Face folder of a model to start RL from; None to pretrain a base.
+    bases: number of bases: the run with seed n starts from base n modulo this number. Fewer bases
+      than seeds cost less, but the results say less about other bases. None for one base per seed.
+    bases_in: where bases are stored: "cache", the user's cache folder, where other studies find
+      them, or "out", the study's own folder.
+    value_rate_ratio: learning rate of PPO's value model relative to the policy's.
   """
 
   base: RunConfig
@@ -68,11 +69,15 @@ class RLStudyConfig:
   def __post_init__(self):
     require_positive(self, "value_rate_ratio")
     require(self.bases is None or self.bases > 0,
-            f"RLStudyConfig.bases={self.bases} must be positive, or none")
+            f"RLStudyConfig.bases={self.bases} must be positive, or none for one base per "
+            "seed")
 
 
 class RLRuns:
-  """`experiments.studies.runs.Runs` of `rl.loop.train`; learning rates are chosen by pass@1."""
+  """Implements `experiments.studies.runs.Runs` by `rl.loop.train`.
+
+  Learning rates are chosen by pass@1.
+  """
 
   score: ClassVar = Score("pass@1", 1)
   named: ClassVar = {"base.model": model.get_config}
@@ -86,7 +91,7 @@ class RLRuns:
       _require_effect(base, configs, overridden)
 
   def identity(self) -> dict[str, Any]:
-    """The scale's config, most of which other files than the study's declare."""
+    """Returns the scale's config, most of which is declared outside the study's module."""
     return {"config": to_dict(_without_cache(self._scale))}
 
   def prepare(self) -> None:
@@ -121,7 +126,7 @@ class RLRuns:
         "base": {"name": base.name, "cost": spent}}]
 
   def config(self, task: Task) -> RLStudyConfig:
-    """Of one run."""
+    """Returns the config of one run."""
     cfg = self._configs[task.arm]
     objective, optimizer = cfg.rl.objective, cfg.rl.optimizer
     if task.learning_rate is not None:
@@ -134,35 +139,44 @@ class RLRuns:
         loop=dataclasses.replace(cfg.rl.loop, seed=task.seed)))
 
   def base(self, task: Task) -> BaseConfig:
-    """The base that a run starts from."""
+    """Returns the config of the base that a run starts from."""
     cfg = self._configs[task.arm]
-    return BaseConfig(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template,
-                      task.seed % cfg.bases if cfg.bases else task.seed, self._keep_vocabulary)
+    return self._base_of(cfg, task.seed % cfg.bases if cfg.bases else task.seed)
+
+  def _base_of(self, cfg: RLStudyConfig, seed: int) -> BaseConfig:
+    return BaseConfig(cfg.base, cfg.documents, cfg.rl.task, cfg.rl.template, seed,
+                      self._keep_vocabulary)
 
   def base_folder(self, task: Task) -> pathlib.Path:
-    """Where that base is: in the cache under a digest of what decides it, or in the study's folder.
+    """Returns the folder of the base that a run starts from.
+
+    It is in the cache, under a digest of everything that determines the base, or in the study's
+    folder.
     """
     cfg, base = self._configs[task.arm], self.base(task)
     if cfg.init:
       return self._folder / f"init-seed{base.seed}"
     if cfg.bases_in == "out":
-      name = "base" if cfg.documents == self._scale.documents else f"base-{task.arm}"
-      return self._folder / f"{name}-seed{base.seed}"
-    decides = to_dict(dataclasses.replace(base, run=_without_cache(cfg).base, seed=0))
-    return cfg.base.data.cache_folder / "bases" / f"{_digest(decides)}-seed{base.seed}"
+      shared = self._base_of(self._scale, base.seed) == base
+      return self._folder / f"base{'' if shared else f'-{task.arm}'}-seed{base.seed}"
+    identity = to_dict(dataclasses.replace(base, run=_without_cache(cfg).base, seed=0))
+    return cfg.base.data.cache_folder / "bases" / f"{_digest(identity)}-seed{base.seed}"
 
   def _start(self, task: Task, max_seconds: float | None) -> LoadedModel | None:
-    """The model to start from, kept for the runs to come; None if time ran out while making it."""
+    """Returns the model that a run starts from, and keeps it in memory for the runs that follow.
+
+    None if the time limit was reached while the model was being made.
+    """
     cfg, path, began = self._configs[task.arm], self.base_folder(task), time.monotonic()
     if path in self._starts:
       return self._starts[path]
     if cfg.init:
       folder = cfg.init
     else:
-      held = _hold(path / "making", max_seconds)
-      if held is None:
+      locked = _lock(path / "making", max_seconds)
+      if locked is None:
         return None
-      with contextlib.closing(held):
+      with contextlib.closing(locked):
         folder = pretrain_base(self.base(task), out=path,
                                max_seconds=remaining_seconds(max_seconds, began))
       if folder is None:
@@ -172,19 +186,26 @@ class RLRuns:
 
   def _evaluate_base(self, evaluator: Evaluator, variables: dict, folder: pathlib.Path,
                      cfg: RLStudyConfig) -> dict:
-    """The base's figures, kept beside it for the runs that ask for the same."""
+    """Returns the evaluation of a base, and stores it in the base's folder for other runs.
+
+    Args:
+      evaluator: the evaluator of `cfg`.
+      variables: the base's variables.
+      folder: the base's folder.
+      cfg: the config of the run. The stored evaluation is used if it has the same settings.
+    """
     key = {"init": cfg.init, "task": cfg.rl.task, "template": cfg.rl.template,
            "evaluation": to_dict(cfg.evaluation), "sampling": to_dict(cfg.rl.sampling),
            "seed": cfg.rl.loop.seed}
     path = folder / f"evaluation-{_digest(key)}.json"
     if not path.exists():
-      with contextlib.closing(_hold(path.with_suffix(""))):
+      with contextlib.closing(_lock(path.with_suffix(""))):
         if not path.exists():
           write_json_atomic(path, {"of": key, "found": evaluator.base(variables)})
     return json.loads(path.read_text())["found"]
 
   def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Curves over steps and over K, tables of every run, completions, and the bases."""
+    """Returns curves over steps and over K, tables of all runs, completions, and the bases."""
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     return {"panels": rl_tables.panels(runs), "tables": rl_tables.tables(runs),
             "samples": rl_tables.samples(runs), "bases": rl_tables.bases(runs)}
@@ -192,13 +213,14 @@ class RLRuns:
 
 def _require_effect(base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
                     overridden: Collection[str]) -> None:
-  """Raises ValueError for settings and arms of a base where a given model takes its place."""
-  without = [name for name in sorted(overridden) if name.split(".")[0] in ("base", "documents")
-             and name != "base.data.cache_dir"]
-  without += [f"--arms={arm}" for arm, cfg in configs.items() if cfg.documents != base.documents]
-  if without:
-    raise ValueError(f"{', '.join(without)} would change a base, but init={base.init} is the model "
-                     "to start from: leave one of them out")
+  """Raises ValueError for settings and arms that would change a base, if `init` replaces it."""
+  ineffective = [name for name in sorted(overridden) if name.split(".")[0] in ("base", "documents")
+                 and name != "base.data.cache_dir"]
+  ineffective += [
+      f"--arms={arm}" for arm, cfg in configs.items() if cfg.documents != base.documents]
+  if ineffective:
+    raise ValueError(f"{', '.join(ineffective)} would change a base, but init={base.init} replaces "
+                     "the base: leave out one or the other")
 
 
 def _print_outcome(task: Task, before: dict, after: dict) -> None:
@@ -219,16 +241,20 @@ def _curves(result: loop.RLResult) -> dict[str, list[list[float]]]:
 
 
 def _samples(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Completions of the same problems at the first and at the last evaluation."""
+  """Returns completions of the same problems at the run's first and last evaluation."""
   rows = MetricsFile(folder / "completions.jsonl").read()
   steps = sorted({row["step"] for row in rows})
   return [row for step in dict.fromkeys((*steps[:1], *steps[-1:]))
           for row in [row for row in rows if row["step"] == step][:_SAMPLES_SHOWN]]
 
 
-def _hold(folder: pathlib.Path, max_seconds: float | None = None) -> RunFolder | None:
-  """Holds a folder as soon as no other process does; None if time runs out before."""
-  began, said = time.monotonic(), False
+def _lock(folder: pathlib.Path, max_seconds: float | None = None) -> RunFolder | None:
+  """Locks a folder, waiting while another process has locked it.
+
+  Returns:
+    The locked folder; None if the time limit was reached first.
+  """
+  began, announced = time.monotonic(), False
   while True:
     try:
       return RunFolder(folder)
@@ -237,9 +263,9 @@ def _hold(folder: pathlib.Path, max_seconds: float | None = None) -> RunFolder |
         raise
     if max_seconds and time.monotonic() - began > max_seconds:
       return None
-    if not said:
-      print(f"waiting for what another process makes in {folder}", file=sys.stderr, flush=True)
-    said = True
+    if not announced:
+      print(f"waiting for another process that uses {folder}", file=sys.stderr, flush=True)
+    announced = True
     time.sleep(_POLL_SECONDS)
 
 
@@ -248,6 +274,6 @@ def _digest(plain: Any) -> str:
 
 
 def _without_cache(cfg: RLStudyConfig) -> RLStudyConfig:
-  """Without the place of the cache, which decides nothing."""
+  """Returns a config without the path of the cache folder, which does not affect results."""
   data = dataclasses.replace(cfg.base.data, cache_dir=None)
   return dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, data=data))

@@ -1,9 +1,9 @@
-"""Budgets of the RL studies: R1-Zero's base and rollouts, for as many steps as a study can afford.
+"""Scales of the RL studies: the base and rollouts of R1-Zero, with each study's number of steps.
 
-On two CPU cores R1-Zero took 2.4 s for a step (16 problems x 16 completions, and what evaluations
-cost meanwhile), 1 s for 256 completions of an evaluation and 6.5 minutes for a base. For an H200
-0.2 s, 0.15 s and 80 s are assumed, and 4 s for every run to start. What a study costs is estimated
-from these.
+The cost of a study is estimated from the following. On two CPU cores, R1-Zero took 2.4 s per step
+(16 problems x 16 completions, evaluations during training included), 1 s for 256 completions of an
+evaluation, and 6.5 minutes to pretrain a base. For an H200, 0.2 s, 0.15 s and 80 s are assumed, and
+4 s for the start of every run.
 """
 
 import dataclasses
@@ -18,13 +18,16 @@ from rl.documents import DocumentsConfig
 from rl.tasks import Noise
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
-_RATES = (2.5e-4, 5e-4, 1e-3)  # around what is best with one update per rollout
+_RATES = (2.5e-4, 5e-4, 1e-3)  # around the best learning rate with one update per rollout
 _SEEDS = 3
 _EVALUATION = EvaluationConfig()
 
 
 def _few_experts(name: str, expert_dim: int, **changes) -> model.ModelConfig:
-  """An architecture with fewer, wider experts: twice as fast where no kernel computes them."""
+  """Returns an architecture with fewer and wider experts, and without MTP.
+
+  Where no kernel computes the experts, this is twice as fast.
+  """
   network = model.get_config(name)
   return dataclasses.replace(network, mtp=None, **changes, moe=dataclasses.replace(
       network.moe, num_experts=8, experts_per_token=2, expert_dim=expert_dim, num_groups=1,
@@ -59,8 +62,9 @@ def _r1_zero(base: RunConfig, documents: DocumentsConfig, rl: RLConfig,
                        evaluation=EvaluationConfig(**evaluation))
 
 
-# With fewer wrong steps a base of so few documents knows its sums for certain; with fewer worked
-# solutions and more faults of form it is wrong as often.
+# With fewer incorrect steps than by default, a base that is pretrained on so few documents learns
+# its sums reliably. With fewer worked solutions and more malformed documents, it is nevertheless
+# incorrect as often.
 _CLEANER = Noise(direct=0.65, step_error=0.15, malformed=0.35)
 R1_ZERO = {
     "smoke": _r1_zero(
@@ -70,7 +74,7 @@ R1_ZERO = {
             LoopConfig(steps=4, eval_problems=4, eval_samples=4),
             num_prompts=4, num_generations=4),
         problems=8, samples=4),
-    # Sums alone: the last part of `make demo`, a few minutes on two cores.
+    # Sums only: the last part of `make demo`, a few minutes on two cores.
     "demo": _r1_zero(
         _base(_NANO, TrainConfig(steps=1200, batch_size=8, unroll=3)),
         DocumentsConfig(20_000, Noise(
@@ -101,7 +105,15 @@ R1_ZERO = {
 
 
 class _Hardware(NamedTuple):
-  """Seconds that the parts of a study take."""
+  """Hardware, and the seconds that the parts of a study take on it.
+
+  Attributes:
+    name: value of `Scale.hardware`.
+    start: seconds that a run takes to start.
+    step: seconds per RL step.
+    rollout: seconds to sample as many completions as a rollout has, in an evaluation.
+    base: seconds to pretrain a base.
+  """
 
   name: str
   start: float
@@ -117,17 +129,20 @@ _GPU = _Hardware("one H200, estimated", 4, 0.2, 0.15, 80)
 def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: int = 1,
            evaluation: EvaluationConfig = _EVALUATION, work: float = 1.0,
            rates: tuple[float, ...] = _RATES) -> dict[str, Scale]:
-  """`smoke`, whose figures mean nothing, `cpu` and `gpu`, by name.
+  """Returns the scales `smoke`, `cpu` and `gpu` of an RL study, by name.
 
-  The latter two sweep the learning rates on one seed, and have three paired seeds.
+  `smoke` only checks that everything runs: its metrics mean nothing. `cpu` and `gpu` sweep the
+  learning rates on one seed, and compare the arms on three paired seeds.
 
   Args:
-    cpu_steps, gpu_steps: rollouts of a run.
-    gpu_bases: see `RLStudyConfig.bases`; on CPUs there is one per seed.
-    kinds: of bases that the arms start from.
-    evaluation: before and after RL.
-    work: the cost of a step, relative to a plain one.
-    rates: learning rates.
+    cpu_steps: RL steps of a run at scale `cpu`, each of which has one rollout.
+    gpu_steps: RL steps of a run at scale `gpu`.
+    gpu_bases: `RLStudyConfig.bases` at scale `gpu`; at `cpu` there is one base per seed.
+    kinds: number of different bases that the arms of one seed start from, for the estimate of the
+      cost.
+    evaluation: the evaluations before and after RL.
+    work: duration of an RL step relative to that of R1-Zero, for the estimate of the cost.
+    rates: learning rates of the sweep.
   """
   tiny = R1_ZERO["smoke"]
   loop = dataclasses.replace(tiny.rl.loop, steps=3)
@@ -143,12 +158,13 @@ def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int = _SEEDS, kinds: in
 
 
 def _full(steps, bases, evaluation, hardware, kinds, work, rates) -> Scale:
-  whole = R1_ZERO["cpu"]
+  """Returns a scale with the base and the rollouts of R1-Zero's scale `cpu`."""
+  r1_zero = R1_ZERO["cpu"]
   config = RLStudyConfig(
-      base=whole.base, documents=whole.documents, bases=bases, evaluation=evaluation,
-      rl=dataclasses.replace(whole.rl, loop=dataclasses.replace(whole.rl.loop, steps=steps)))
+      base=r1_zero.base, documents=r1_zero.documents, bases=bases, evaluation=evaluation,
+      rl=dataclasses.replace(r1_zero.rl, loop=dataclasses.replace(r1_zero.rl.loop, steps=steps)))
   completions = evaluation.problems * evaluation.samples * (1 + evaluation.harder)
-  rollouts = completions / whole.rl.sampling.num_sequences
+  rollouts = completions / r1_zero.rl.sampling.num_sequences
   run = hardware.start + steps * hardware.step * work + rollouts * hardware.rollout
   return Scale(config, rates, seeds=_SEEDS, minutes=run / 60, hardware=hardware.name,
                shared_minutes=kinds * bases * hardware.base / 60)

@@ -1,7 +1,7 @@
-"""What the report of an RL study shows, as plain data: panels of curves, tables, completions.
+"""The contents of an RL study's report, as plain data: panels of curves, tables, completions.
 
-Everything is computed from runs as `RLRuns.train` gives them, by arm and in the order of seeds.
-Runs of earlier versions lack some entries, and are then left out of what needs them.
+Everything is computed from what `RLRuns.train` returns, by arm and in the order of seeds. Runs of
+earlier versions lack some entries, and are left out of the parts that need these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,13 @@ _CURVES = {"reward": "reward (mean of a rollout)", "pass@1": "held-out pass@1",
            "entropy": "entropy (nats per token)", "grad_norm": "gradient norm"}
 _BASE_METRICS = ("pass@1", "cons@k", "pass@k", "format", "length", "length_pays")
 _OUTCOME = ("pass@1", "pass@k", "maj@k", "lenient_pass@1", "format", "length", "clipped")
-_REFLECTION = {"kept": "accuracy, kept", "cut": "accuracy, cut out", "difference": "difference",
-               "again": "reflects again", "without": "accuracy of those that do not"}
+_REFLECTION = {"kept": "accuracy, reflection kept", "cut": "accuracy, reflection cut out",
+               "difference": "difference", "again": "fraction that reflects after the cut",
+               "without": "accuracy of those that do not reflect after the cut"}
 
 
 def panels(runs: ByArm) -> list[dict[str, Any]]:
-  """Curves over steps and over K, means over seeds."""
+  """Returns panels of curves over training steps and over K, which are means over seeds."""
   curves = {label: {arm: _mean([run["curves"][key] for run in by_seed])
                     for arm, by_seed in runs.items()
                     if all(run["curves"].get(key) for run in by_seed)}
@@ -33,26 +34,26 @@ def panels(runs: ByArm) -> list[dict[str, Any]]:
   return [
       {"name": "curves", "caption": "Training curves, means over seeds",
        "curves": {label: by_arm for label, by_arm in curves.items() if by_arm}},
-      {"name": "by_k", "caption": "Best and majority of K samples, before and after RL",
-       "doublings": "K (samples of a problem)", "curves": _by_k(runs)}]
+      {"name": "by_k", "caption": "pass@K and majority vote of K samples, before and after RL",
+       "doublings": "K (samples per problem)", "curves": _by_k(runs)}]
 
 
 def tables(runs: ByArm) -> list[dict[str, Any]]:
-  """Every run before and after RL with intervals, the base at other temperatures, reflections."""
-  found = [_outcomes(runs, "heldout", "Before and after RL"),
+  """Returns tables of every run before and after RL, of the base's sampling, and of reflections."""
+  found = [_outcomes(runs, "heldout", "Held-out problems, before and after RL"),
            _outcomes(runs, "harder", "Harder problems, before and after RL"),
            _base_sampling(runs), _reflection_rates(runs), _reflection_effects(runs)]
   return [table for table in found if table["rows"]]
 
 
 def samples(runs: ByArm) -> list[dict[str, Any]]:
-  """Completions of the first seed of every arm: [{"title", "rows"}]."""
+  """Returns completions of the first seed of every arm, as [{"title", "rows"}]."""
   return [{"title": _name(arm, by_seed[0]), "rows": by_seed[0]["samples"]}
           for arm, by_seed in runs.items() if by_seed[0].get("samples")]
 
 
 def bases(runs: ByArm) -> list[dict[str, Any]]:
-  """The models that RL started from, with the arms that did."""
+  """Returns the models that RL started from, each with the arms that started from it."""
   found: dict[str, dict] = {}
   for arm, by_seed in runs.items():
     for run in by_seed:
@@ -70,13 +71,13 @@ def _name(arm: str, run: Mapping[str, Any]) -> str:
 
 
 def _mean(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:
-  """Curves of runs that differ in their seed alone as one: its abscissae, and its values."""
+  """Returns the abscissae and the mean values of curves, cut to the length of the shortest."""
   points = np.array([curve[:min(map(len, curves))] for curve in curves], float)
   return points[0, :, 0].tolist(), points[..., 1].mean(0).tolist()
 
 
 def _by_k(runs: ByArm) -> dict[str, dict]:
-  """Panels of pass@K and maj@K; arms that started from the same bases share their base's curve."""
+  """Returns panels of pass@K and maj@K, with one curve for the bases that several arms share."""
   arm_of_bases: dict[tuple, str] = {}
   for arm, by_seed in runs.items():
     arm_of_bases.setdefault(tuple(run["base"]["name"] for run in by_seed), arm)
@@ -90,27 +91,28 @@ def _by_k(runs: ByArm) -> dict[str, dict]:
 
 
 def _cell(estimate: Sequence[float] | None) -> str:
-  """An estimate with its interval."""
+  """Returns an estimate with its interval, as the text of a cell."""
   if estimate is None or estimate[0] is None:
     return "–"
   return f"{number(estimate[0], 3)} [{estimate[1]:.3g}, {estimate[2]:.3g}]"
 
 
 def _models(runs: ByArm) -> dict[str, Mapping[str, Any]]:
-  """Figures of every base, once, and of every run after RL, by name."""
+  """Returns the evaluations of every base, once, and of every run after RL, by name."""
   before = {run["base"]["name"]: run["before"] for by_seed in runs.values() for run in by_seed}
   return before | {_name(arm, run): run["after"] for arm, by_seed in runs.items()
                    for run in by_seed}
 
 
 def _estimates(found: Mapping[str, Any]) -> dict[str, Any]:
-  """Estimates by name, with "pass@k" and "maj@k" for those of all samples."""
+  """Returns estimates by name, where "pass@k" and "maj@k" are those of all samples."""
   samples = found["samples"]
   return dict(found) | {"pass@k": found.get(f"pass@{samples}"),
                         "maj@k": found.get(f"cons@{samples}")}
 
 
 def _outcomes(runs: ByArm, split: str, caption: str) -> dict[str, Any]:
+  """Returns a table of the evaluations on one split, of every base and of every run after RL."""
   found = {name: of_model[split] for name, of_model in _models(runs).items() if split in of_model}
   if not found:
     return {"caption": caption, "header": [], "rows": []}
@@ -121,15 +123,16 @@ def _outcomes(runs: ByArm, split: str, caption: str) -> dict[str, Any]:
       "caption": caption, "header": ["model", *(labels.get(name, name) for name in _OUTCOME)],
       "rows": [[name, *(_cell(_estimates(estimates).get(column)) for column in _OUTCOME)]
                for name, estimates in found.items()],
-      "note": f"{_interval_note(first)} Lenient match finds answers outside their block, too."}
+      "note": f"{_interval_note(first)} The lenient match also finds answers outside the answer "
+              "block."}
 
 
 def _interval_note(found: Mapping[str, Any]) -> str:
-  """What the intervals are over; earlier versions did not count the different questions."""
+  """Returns a sentence on the intervals; earlier versions did not count distinct questions."""
   if "questions" not in found:
     return (f"{found['problems']} problems; 95 % bootstrap intervals over problems, which are too "
-            "narrow where several ask the same question.")
-  return (f"{found['problems']} problems, of which {found['questions']} ask different questions; "
+            "narrow if several problems have the same question.")
+  return (f"{found['problems']} problems with {found['questions']} distinct questions; "
           "95 % bootstrap intervals over questions.")
 
 
@@ -140,7 +143,7 @@ def _base_sampling(runs: ByArm) -> dict[str, Any]:
   name = lambda temperature: ("greedy" if float(temperature) == 0
                               else f"temperature {temperature}")
   return {
-      "caption": "Baseline under other sampling settings",
+      "caption": "The base at other sampling temperatures",
       "header": ["base", "sampling", *(LABELS.get(column, column) for column in columns)],
       "rows": [[base, name(temperature), *(_cell(estimates.get(column)) for column in columns)]
                for base, at in found.items() for temperature, estimates in at.items()]}
@@ -149,8 +152,8 @@ def _base_sampling(runs: ByArm) -> dict[str, Any]:
 def _reflection_rates(runs: ByArm) -> dict[str, Any]:
   rate = lambda run, when: run[when]["heldout"]["reflection"]
   return {
-      "caption": "Completions that take a step back",
-      "header": ["run", "fraction in the base", "fraction after RL"],
+      "caption": "Fraction of completions that take a step back",
+      "header": ["run", "base", "after RL"],
       "rows": [[_name(arm, run), _cell(rate(run, "before")), _cell(rate(run, "after"))]
                for arm, by_seed in runs.items() for run in by_seed
                if "heldout" in run["before"] and "heldout" in run["after"]
@@ -161,10 +164,10 @@ def _reflection_effects(runs: ByArm) -> dict[str, Any]:
   effects = {name: found["reflection"] for name, found in _models(runs).items()
              if found.get("reflection")}
   return {
-      "caption": "What cutting reflections out does to accuracy",
+      "caption": "Effect of reflections on accuracy",
       "header": ["model", "completions", "questions", *_REFLECTION.values()],
       "rows": [[name, effect["completions"], effect.get("questions"),
                 *(_cell(effect[part]) for part in _REFLECTION)]
                for name, effect in effects.items()],
-      "note": "Completions that take a step back, continued from after that place and from before "
-              "it; 95 % bootstrap intervals over questions."}
+      "note": "Completions that take a step back (reflect) are continued from the end of the "
+              "reflection, and from before it; 95 % bootstrap intervals over questions."}

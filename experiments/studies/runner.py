@@ -1,9 +1,9 @@
 """Executes a study: sweeps learning rates, trains its arms on paired seeds, judges its claims.
 
-There are two phases. First learning rates are swept on seeds of their own, every arm's or only the
-baseline's; then each arm trains at the best one on the seeds that are compared. Runs that one
-program can train go together as a vmapped batch. What is finished is in `parts/`, one small file an
-invocation: to merge the folders of several machines, copy these files together.
+There are two phases. First, learning rates are swept on separate seeds, for every arm or only for
+the baseline. Then each arm trains at its best learning rate on the seeds that are compared. Runs
+that share a program may train as a vmapped batch. Every invocation writes its finished runs to one
+small file in `parts/`: to merge the results of several machines, copy these files into one folder.
 """
 
 import dataclasses
@@ -34,13 +34,19 @@ from train.run_folder import RunFolder, write_json_atomic
 
 
 def main(study: Study, options: Options) -> None:
-  """Runs what is missing of a study, and judges what is there."""
+  """Trains the missing runs of a study, and judges its comparisons on all finished runs."""
   options.require_supported("a", "b", "profile")
   execute(study, options.scale_of(study.scales), options)
 
 
 def execute(study: Study, scale_name: str, options: Options) -> dict:
-  """`main` for a study made on the spot; returns what results.json holds."""
+  """Does what `main` does, and returns the content of results.json.
+
+  Args:
+    study: the study, which need not be in the catalogue.
+    scale_name: name of one of its scales.
+    options: the flags of the command line.
+  """
   runner = Runner(study, scale_name, options)
   try:
     finished = runner.run()
@@ -53,7 +59,17 @@ def execute(study: Study, scale_name: str, options: Options) -> dict:
 
 
 class Runner:
-  """A study at one scale in one folder."""
+  """Runs a study at one scale in one folder.
+
+  Args:
+    study: the study.
+    scale_name: name of one of its scales.
+    options: the flags of the command line.
+
+  Raises:
+    ValueError: if an arm does not exist, a setting is invalid, a seed is reserved for sweeps, or
+      the folder is in use or belongs to another study, scale or definition.
+  """
 
   def __init__(self, study: Study, scale_name: str, options: Options):
     self.study, self.scale, self.scale_name = study, study.scales[scale_name], scale_name
@@ -63,14 +79,15 @@ class Runner:
       raise ValueError(f"--arms={','.join(sorted(unknown))} does not exist; {study.name} has "
                        + ", ".join(known))
     base = settings.apply(self.scale.config, options.settings, named=study.kind.named)
-    # Every arm's settings are tried before anything runs.
+    # The settings of all arms are applied before anything runs, so that errors are found early.
     configs = {arm.name: settings.apply(
         self.scale.config, (*options.settings, *arm.settings), named=study.kind.named)
         for arm in study.arms}
     self.arms = list(options.arms or study.arms_to_run())
     self.seeds = options.seed_range(self.scale.seeds)
     if self.seeds.stop > SWEEP_SEED:
-      raise ValueError(f"--seeds={options.seeds}: seeds from {SWEEP_SEED} on sweep learning rates")
+      raise ValueError(f"--seeds={options.seeds}: seeds from {SWEEP_SEED} on are reserved for "
+                       "learning-rate sweeps")
     folder = options.folder(f"{study.name}-{scale_name}")
     needed = {*self.arms, *(study.swept_arms(self.scale) if study.one_rate else ())}
     self.runs = study.kind(base, {arm: cfg for arm, cfg in configs.items() if arm in needed},
@@ -90,7 +107,10 @@ class Runner:
     self.own_runs: list[dict] = []
 
   def _upgrade(self, stored: dict) -> dict:
-    """What an earlier version wrote, who recorded arms and a hash of sources, not a definition."""
+    """Converts an earlier version's `config.json` to the current version.
+
+    Instead of a definition, it recorded the settings of the arms and a hash of the sources.
+    """
     config = type(self.scale.config)
 
     def rename(setting: str) -> str:
@@ -100,18 +120,18 @@ class Runner:
     upgraded = upgrade(stored, {"config": config})
     if "source_hash" in upgraded:
       del upgraded["source_hash"]
-      arms = {arm: list(map(rename, of_arm)) for arm, of_arm in upgraded.pop("arms").items()}
+      arms = {arm: list(map(rename, assigned)) for arm, assigned in upgraded.pop("arms").items()}
       upgraded["definition"] = self.study.definition(self.scale_name) | {"arms": arms}
     return upgraded | {"settings": sorted(map(rename, upgraded["settings"]))}
 
   def finished(self) -> dict[Task, dict]:
-    """All runs of all parts, the failed ones too."""
+    """Returns all runs that are recorded in `parts/`, including those that failed."""
     runs = [run for path in sorted(self.parts.glob("*.json"))
             for run in json.loads(path.read_text())["runs"]]
     return {Task(run["arm"], run["learning_rate"], run["seed"]): run for run in runs}
 
   def run(self) -> bool:
-    """Runs what no part has; False if time ran out."""
+    """Trains all runs that are missing; returns False if the time limit was reached."""
     self.runs.prepare()
     if not self.scale.learning_rates:
       return self._run_all([Task(arm, None, seed) for seed in self.seeds for arm in self.arms])
@@ -125,11 +145,17 @@ class Runner:
                           if arm in best])
 
   def best_learning_rates(self, runs: dict[Task, dict]) -> dict[str, float]:
-    """Of the arms whose sweep is complete, and in which a run finished."""
+    """Returns the best learning rates of the arms whose sweep is complete.
+
+    Arms of whose sweep all runs failed are left out.
+    """
     return {arm: rate for arm, (rate, _) in self._swept(runs).items()}
 
   def _swept(self, runs: dict[Task, dict]) -> dict[str, tuple[float, float]]:
-    """By arm the rate that scored best, and its score, larger for better; failed runs lose."""
+    """Returns by arm the learning rate with the best mean score, and that score.
+
+    Scores have a sign such that larger is better; that of a failed run is minus infinity.
+    """
     score, best = self.runs.score, {}
     value = lambda run: finite(run["metrics"], score.metric, -np.inf * score.sign) * score.sign
     for arm in self.study.swept_arms(self.scale):
@@ -148,7 +174,7 @@ class Runner:
     return best
 
   def _run_all(self, tasks: Sequence[Task]) -> bool:
-    """Runs the tasks that no part has; False if time ran out."""
+    """Trains the runs that no part has; returns False if the time limit was reached."""
     done = self.finished()
     for group in self._groups([task for task in tasks if task not in done]):
       if self.deadline and time.monotonic() > self.deadline:
@@ -158,15 +184,16 @@ class Runner:
     return True
 
   def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
-    """Tasks that one program can train together, as many as the scale allows."""
+    """Yields groups of runs that train as one vmapped batch, at most `vmapped_runs` in each."""
     by_program: dict[Hashable, list[Task]] = {}
     for task in tasks:
       by_program.setdefault(self.runs.program(task), []).append(task)
-    for together in by_program.values():
-      for start in range(0, len(together), self.scale.vmapped_runs):
-        yield together[start:start + self.scale.vmapped_runs]
+    for batch in by_program.values():
+      for start in range(0, len(batch), self.scale.vmapped_runs):
+        yield batch[start:start + self.scale.vmapped_runs]
 
   def _run_group(self, tasks: list[Task]) -> bool:
+    """Trains one group of runs and records it; returns False if the time limit was reached."""
     label = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name}-and-{len(tasks) - 1}-more"
     print(f"{self.study.name}: {label}", file=sys.stderr, flush=True)
     folder = RunFolder(self._folder(tasks))
@@ -180,8 +207,8 @@ class Runner:
     if found is None:
       return False
     spent = cost.total(folder.path)
-    share = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
-    self.own_runs += [{**dataclasses.asdict(task), "status": status, "cost": share, **result}
+    per_run = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
+    self.own_runs += [{**dataclasses.asdict(task), "status": status, "cost": per_run, **result}
                       for task, result in zip(tasks, found, strict=True)]
     write_json_atomic(self.part, {"provenance": provenance.describe(), "runs": self.own_runs})
     if not self.study.keep_runs:
@@ -197,12 +224,12 @@ class Runner:
     return self.out.path / "runs" / f"vmapped-{digest}"
 
   def where_it_ran(self) -> dict:
-    """The parts' provenance where they agree; the command is this one, which merged them."""
+    """Returns the merged provenance of all parts, with the command of this process."""
     return provenance.merged([json.loads(path.read_text())["provenance"]
                               for path in sorted(self.parts.glob("*.json"))])
 
   def judge(self) -> dict:
-    """Writes `outcome` as results.json, with its summary and report; returns it."""
+    """Writes `outcome` as results.json, its summary and the report, prints it, and returns it."""
     result = self.outcome()
     write_json_atomic(self.out.path / "results.json", result)
     write_json_atomic(self.out.path / results.SUMMARY, study_summary(result))
@@ -211,7 +238,8 @@ class Runner:
     return result
 
   def outcome(self) -> dict:
-    """Merges the parts and compares what can be compared: what results.json holds."""
+    """Returns the content of results.json: all runs, and the comparisons that can be made of them.
+    """
     runs = self.finished()
     swept = self._swept(runs)
     best = {arm: rate for arm, (rate, _) in swept.items()}
@@ -246,7 +274,7 @@ class Runner:
       return "not swept"
     if rate is None:
       return "sweep not finished"
-    return f"{rate:g}" + (" (an end of the sweep)" if rate in (rates[0], rates[-1]) else "")
+    return f"{rate:g}" + (" (at the edge of the sweep)" if rate in (rates[0], rates[-1]) else "")
 
   def _print(self, result: dict) -> None:
     metrics = dict.fromkeys(c.metric for c in self.study.comparisons)
@@ -257,7 +285,7 @@ class Runner:
       pair = c["paired"]
       print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} [{pair['low']:.4g}, "
             f"{pair['high']:.4g}] on {pair['n']} seeds, minimum detectable effect "
-            f"{pair['detectable']:.2g}; the paper: {c['paper'] or 'no figure'}"
+            f"{pair['detectable']:.2g}; paper: {c['paper'] or 'no value'}"
             + (f"; not judged: {c['not_judged']}" if "not_judged" in c else ""))
     if result["runs"]:
       spent = result["total_cost"]

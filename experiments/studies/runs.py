@@ -1,4 +1,4 @@
-"""What a run of a study is: the interface between comparing arms and training them."""
+"""The interface between the runner of a study and the code that trains its runs."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,12 @@ from train.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One run.
+  """One run of a study.
 
   Attributes:
-    arm: the treatment.
-    learning_rate: of this run; None for that of the arm's own settings.
-    seed: of everything random.
+    arm: name of the arm.
+    learning_rate: learning rate of the run; None for that of the arm's own settings.
+    seed: seed of everything that is random.
   """
 
   arm: str
@@ -27,17 +27,18 @@ class Task:
 
   @property
   def name(self) -> str:
+    """The run's name, which is also that of its folder."""
     rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
     return f"{self.arm}{rate}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """What a learning rate is chosen by.
+  """The metric by which a sweep chooses the learning rate.
 
   Attributes:
-    metric: its name.
-    sign: +1 if larger is better, -1 if smaller is.
+    metric: name of the metric.
+    sign: +1 if larger values are better, -1 if smaller ones are.
   """
 
   metric: str
@@ -45,11 +46,11 @@ class Score:
 
 
 class Runs(Protocol):
-  """The runs of a study at one scale.
+  """Trains and measures the runs of a study at one scale.
 
   Attributes:
-    score: what learning rates are chosen by.
-    named: what `settings.apply` is given to read plain words.
+    score: the metric by which learning rates are chosen.
+    named: argument `named` of `settings.apply`, for values that are plain words.
   """
 
   score: ClassVar[Score]
@@ -57,45 +58,54 @@ class Runs(Protocol):
 
   def __init__(self, base: Any, configs: Mapping[str, Any], overridden: Collection[str],
                folder: pathlib.Path):
-    """Makes the runs.
+    """Prepares for runs, without loading or training anything.
 
     Args:
       base: the scale's config with the user's settings.
-      configs: of every arm.
+      configs: config of every arm that may run, by name.
       overridden: dotted names that the user has set.
-      folder: the study's, for what its runs share.
+      folder: the study's folder, for what its runs share.
     """
 
   def identity(self) -> dict[str, Any]:
-    """What `config.json` is to hold besides the study, its arms and the user's settings."""
+    """Returns further entries of `config.json`, besides the study, its arms and user settings."""
 
   def prepare(self) -> None:
-    """Reads what all runs share, before the first of them."""
+    """Loads what all runs share; called once before the first run."""
 
   def program(self, task: Task) -> Hashable:
-    """Equal for tasks that can train together."""
+    """Returns a key that is equal for runs that can train as one vmapped batch."""
 
   def train(self, tasks: Sequence[Task], folder: RunFolder,
             max_seconds: float | None) -> list[dict[str, Any]] | None:
-    """Runs tasks of one program, or resumes what the folder holds of them.
+    """Trains runs that share one program, or resumes them from their folder.
+
+    Args:
+      tasks: the runs; more than one train as a vmapped batch.
+      folder: the folder of these runs.
+      max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
 
     Returns:
-      By task, plain data that JSON can hold: "metrics" by name, and what `report_parts` needs. None
-      if it was stopped, saved, before the end.
+      For each run, JSON data: "metrics" by name, and what `report_parts` needs. None if the runs
+      were stopped, and saved, before their end.
 
     Raises:
-      TrainingError: if training fails in a way that the arm's settings cause.
+      TrainingError: if training fails because of the arm's settings.
     """
 
   def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Parts of `results.json` that the report shows, from every arm's compared runs, by seed."""
+    """Returns entries of `results.json` that the report shows.
+
+    Args:
+      runs: by arm, what `train` returned for its compared runs, in the order of their seeds.
+    """
 
 
 def remaining_seconds(max_seconds: float | None, began: float) -> float | None:
-  """What remains of a time limit, if there is one; never 0, as callees want a limit above it.
+  """Returns what remains of a time limit, at least a millisecond, as callees take 0 for no limit.
 
   Args:
-    max_seconds: the limit, or None.
+    max_seconds: the limit in seconds; None for no limit.
     began: when it started, by `time.monotonic`.
   """
   return max_seconds and max(1e-3, max_seconds - (time.monotonic() - began))
@@ -103,12 +113,12 @@ def remaining_seconds(max_seconds: float | None, began: float) -> float | None:
 
 def binned_curve(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any],
                  most: int = 60) -> list[list[float]]:
-  """A curve [step, value] of at most `most` points: means over as many bins of successive steps.
+  """Returns a curve of [step, value], averaged over bins of consecutive rows.
 
   Args:
-    rows: each with its "step".
-    value: of a row; rows where it is None are left out.
-    most: points.
+    rows: rows of a run, each with its "step".
+    value: returns the value of a row; rows for which it returns None are left out.
+    most: largest number of points.
   """
   known = [(row["step"], value(row)) for row in rows if value(row) is not None]
   parts = np.array_split(np.array(known, float), min(len(known), most)) if known else []

@@ -1,4 +1,4 @@
-"""How far experts specialise in domains: mutual information, corrected for chance.
+"""Specialisation of experts in domains, as mutual information that is corrected for chance.
 
 Shape letters:  R sequences  D domains  E experts
 """
@@ -11,7 +11,13 @@ from scipy import special
 
 
 class DomainInformation(NamedTuple):
-  """Nats of mutual information between expert and domain: measured, and by chance alone."""
+  """Mutual information of expert and domain, in nats.
+
+  Attributes:
+    raw: the measured value.
+    shuffled_mean: mean of the values that shuffled domains give, which is the value by chance.
+    shuffled_std: sample standard deviation of these values.
+  """
 
   raw: float
   shuffled_mean: float
@@ -19,18 +25,19 @@ class DomainInformation(NamedTuple):
 
   @property
   def corrected(self) -> float:
-    """Less the bias that finitely many sequences cause."""
+    """The measured value minus its bias, which is due to the finite number of sequences."""
     return self.raw - self.shuffled_mean
 
 
 def mutual_information(loads_DE: ArrayLike) -> float:
-  """Nats that the domain tells about the expert, if every domain is as likely as the others.
+  """Returns the mutual information of expert and domain in nats, for equally likely domains.
 
   Args:
-    loads_DE: [D, E], tokens of each domain that each expert received.
+    loads_DE: tokens of each domain that each expert received.
 
   Returns:
-    0 if all domains use the experts alike; ln D if no two share an expert.
+    0 if the experts' relative loads are the same in all domains; ln D if no two domains use the
+    same expert.
   """
   loads_DE = np.asarray(loads_DE, float)
   if loads_DE.ndim != 2 or (loads_DE < 0).any() or not (loads_DE.sum(1) > 0).all():
@@ -42,13 +49,17 @@ def mutual_information(loads_DE: ArrayLike) -> float:
 
 def expert_domain_information(
     loads_RE: ArrayLike, domain_R: ArrayLike, num_shuffles: int, seed: int) -> DomainInformation:
-  """How far experts specialise in domains, beside what the same sequences give by chance.
+  """Returns the mutual information of expert and domain, and its value by chance.
 
   Args:
-    loads_RE: [R, E], tokens of each sequence that each expert received.
-    domain_R: [R], each sequence's domain: names or numbers.
-    num_shuffles: how often domains are dealt anew among the sequences; at least 2.
-    seed: of the shuffles.
+    loads_RE: tokens of each sequence that each expert received.
+    domain_R: domain of each sequence, as a name or a number.
+    num_shuffles: number of times that the domains are shuffled between the sequences, at least 2.
+    seed: seed of the shuffles.
+
+  Raises:
+    ValueError: if the shapes do not match, a load is negative, a domain has no load, or
+      `num_shuffles` is below 2.
   """
   loads_RE = np.asarray(loads_RE, float)
   domains, index_R = np.unique(np.asarray(domain_R), return_inverse=True)
@@ -56,7 +67,8 @@ def expert_domain_information(
     raise ValueError(f"loads of shape {loads_RE.shape} and {index_R.size} domains: expected "
                      "[sequences, experts] and a domain for each sequence")
   if num_shuffles < 2:
-    raise ValueError(f"num_shuffles={num_shuffles} must be at least 2, to have a spread")
+    raise ValueError(f"num_shuffles={num_shuffles} must be at least 2, to give a standard "
+                     "deviation")
   member_RD = np.eye(len(domains))[index_R]
   rng = np.random.default_rng(seed)
   shuffled = [mutual_information(rng.permutation(member_RD).T @ loads_RE)

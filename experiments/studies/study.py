@@ -1,4 +1,4 @@
-"""What a study declares: arms that differ in a setting, claims about them, budgets by scale.
+"""Declarations of studies: arms that differ in their settings, claims, and budgets by scale.
 
 A study is a module below `experiments/studies/<paper>/` that defines `STUDY`;
 `experiments.studies.runner` executes it.
@@ -14,7 +14,12 @@ from experiments.studies.text_runs import TextRuns
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One treatment: its name, and the settings that make it."""
+  """One of the configurations that a study compares.
+
+  Attributes:
+    name: name of the arm.
+    settings: assignments `section.field=value` that are applied to the scale's config.
+  """
 
   name: str
   settings: tuple[str, ...] = ()
@@ -22,23 +27,25 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """A question, and how its answer is judged.
+  """A comparison of two arms on the same seeds, or of one arm with a threshold.
 
   Attributes:
     name: the claim in a few words.
-    metric: of the runs' metrics.
-    arm: the treatment. "group_*" stands for the arm of that group whose mean `matched` metric is
-      closest to the baseline's; or, where `matched` is "sweep", for the one that swept best.
-    baseline: what it is compared with on the same seeds; None judges the arm's own value. With
-      `matched` "sweep" it may be a group too.
-    claim: see `stats.Claim`; its margin is fixed here, before any run.
+    metric: name of the metric that is compared.
+    arm: the treatment. "group_*" stands for one arm whose name begins with "group_": the one whose
+      mean of the metric `matched` is closest to the baseline's or, if `matched` is "sweep", the one
+      with the best score in its learning-rate sweep.
+    baseline: the arm that the treatment is compared with; None judges the treatment's own value. If
+      `matched` is "sweep", it may be a group too.
+    claim: the criterion, see `stats.Claim`; it is fixed here, before any run.
     paper: what the paper reports, in words.
-    matched: see `arm`.
-    at_one_rate: the comparison is judged only if both arms swept the same best learning rate: for
-      metrics that the learning rate itself moves, such as the distance from the base.
-    room: a metric and a bound that the arm's mean of it must stay below for the comparison to be
-      judged: for claims that something does not rise, which a base that is already at the top could
-      not contradict.
+    matched: metric by which the arm of a group is chosen, or "sweep", see `arm`.
+    at_one_rate: whether the comparison is judged only if the sweeps of both arms chose the same
+      learning rate: for metrics that depend on the learning rate itself, such as the KL from the
+      base.
+    room: (metric, bound): the comparison is judged only if the treatment's mean of that metric is
+      below the bound. This is for claims that something does not rise, which could not be
+      contradicted if the base were already at the maximum.
   """
 
   name: str
@@ -54,18 +61,19 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """A budget.
+  """The size of a study's runs, how many there are, and how long they take.
 
   Attributes:
-    config: what the arms' settings apply to.
-    learning_rates: those swept, ascending, at least three; empty if nothing is swept and every arm
-      trains at the rate of its own settings.
-    seeds: paired seeds that are compared.
-    minutes: of one run, on `hardware`.
-    hardware: where that was measured.
-    vmapped_runs: runs that train together as one vmapped batch, where they can.
-    sweep_seeds: for each learning rate.
-    shared_minutes: of what is made once for all runs, such as bases.
+    config: the configuration that the arms' settings are applied to.
+    learning_rates: learning rates of the sweep, at least three in ascending order; empty for no
+      sweep, in which case every arm trains at the learning rate of its own settings.
+    seeds: number of paired seeds on which arms are compared.
+    minutes: duration of one run on `hardware`.
+    hardware: the hardware on which `minutes` was measured or for which it was estimated.
+    vmapped_runs: largest number of runs that train as one vmapped batch, if one program can train
+      them.
+    sweep_seeds: number of seeds for each learning rate of the sweep.
+    shared_minutes: duration of what is done once for all runs, such as pretraining bases.
   """
 
   config: Any
@@ -79,27 +87,27 @@ class Scale:
 
   def __post_init__(self):
     if 0 < len(self.learning_rates) < 3:
-      raise ValueError("compare arms at their best of at least three learning rates, or it is the "
-                       "tuning that is compared; leave learning_rates empty to sweep nothing")
+      raise ValueError("Scale.learning_rates: sweep at least three learning rates, as otherwise "
+                       "differences in tuning are compared; leave it empty for no sweep")
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A paper's claim, made testable.
+  """A test of a paper's claim.
 
   Attributes:
-    name: as `--experiment` takes it, and the module's.
-    claim: the paper's, in a sentence or two.
+    name: name of the study for `--experiment`, which must be the module's.
+    claim: the paper's claim in a sentence or two.
     source: where the paper makes it.
-    arms: the treatments.
+    arms: the configurations that are compared.
     baseline: the arm whose seed standard deviation is reported.
-    comparisons: the questions.
+    comparisons: the comparisons of the arms, each with its criterion.
     scales: budgets by name.
-    kind: what a run is.
-    one_rate: all arms train at the learning rate that the baseline swept best, for claims that
-      everything else is left alone.
-    default_arms: those that run unless `--arms` says otherwise; None for all.
-    keep_runs: run folders stay directly below `--out`, with their checkpoints.
+    kind: the class that trains and measures the runs.
+    one_rate: whether all arms train at the learning rate that is best for the baseline, the only
+      arm that is then swept: for claims about a change that leaves everything else the same.
+    default_arms: arms that run unless `--arms` names others; None for all.
+    keep_runs: whether run folders are kept directly below `--out`, with their checkpoints.
   """
 
   name: str
@@ -115,24 +123,24 @@ class Study:
   keep_runs: bool = False
 
   def swept_arms(self, scale: Scale) -> tuple[str, ...]:
-    """The arms whose learning rates are swept."""
+    """Returns the arms whose learning rates are swept."""
     if not scale.learning_rates:
       return ()
     return (self.baseline,) if self.one_rate else tuple(arm.name for arm in self.arms)
 
   def arms_to_run(self) -> tuple[str, ...]:
-    """The arms that run unless the user names others."""
+    """Returns the arms that run unless `--arms` names others."""
     return self.default_arms or tuple(arm.name for arm in self.arms)
 
   def cost(self, scale_name: str) -> str:
-    """The price of the whole study, in words."""
+    """Returns the number of runs and the duration of the whole study, in words."""
     scale, arms = self.scales[scale_name], len(self.arms_to_run())
     swept = len(self.swept_arms(scale)) * len(scale.learning_rates) * scale.sweep_seeds
     runs = swept + arms * scale.seeds
     minutes = runs / scale.vmapped_runs * scale.minutes + scale.shared_minutes
-    total = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    together = f", {scale.vmapped_runs} at a time" if scale.vmapped_runs > 1 else ""
     count = lambda number, what: f"{number} {what}{'s' * (number != 1)}"
+    total = count(round(minutes), "minute") if minutes < 120 else f"{minutes / 60:.1f} hours"
+    vmapped = f", {scale.vmapped_runs} at a time" if scale.vmapped_runs > 1 else ""
     rates, seeds = count(len(scale.learning_rates), "learning rate"), count(scale.seeds, "seed")
     arms = count(arms, "arm")
     if not swept:
@@ -141,25 +149,37 @@ class Study:
       parts = f"{rates} + {arms} x {seeds}"
     else:
       parts = f"{arms} x ({rates} + {seeds})"
-    return f"{count(runs, 'run')} ({parts}){together}, {total} on {scale.hardware}"
+    return f"{count(runs, 'run')} ({parts}){vmapped}, {total} on {scale.hardware}"
 
   def definition(self, scale_name: str) -> dict[str, Any]:
-    """What decides the outcome, as JSON: a result with another definition is stale.
+    """Returns what decides the outcome, as JSON: a result with another definition is stale.
 
-    "arms": settings by arm; "learning_rates": those swept; "claims": of each comparison all that
-    its verdict depends on.
+    Args:
+      scale_name: name of the scale.
+
+    Returns:
+      "arms", the settings by arm; "learning_rates", those of the sweep; and "claims", the
+      `claim_identity` of every comparison.
     """
     return {
         "arms": {arm.name: list(arm.settings) for arm in self.arms},
         "learning_rates": list(self.scales[scale_name].learning_rates),
-        "claims": [claim_identity(question.metric, question.arm, question.baseline,
-                                  dataclasses.asdict(question.claim))
-                   for question in self.comparisons]}
+        "claims": list(map(claim_identity, self.comparisons))}
 
 
-def claim_identity(metric: str, arm: str, baseline: str | None, claim: dict[str, Any]) -> str:
-  """What is asked and what answers it, as one line; the paper's figure and the wording left out."""
-  against = f" - {baseline}" if baseline else ""
-  bound = claim["threshold"] if claim["kind"] == "threshold" else claim["margin"]
-  sign = "" if claim["kind"] == "equivalent" else {1: "+", -1: "-"}[claim["sign"]]
-  return f"{metric} of {arm}{against}: {claim['kind']} {sign}{bound:g}"
+def claim_identity(comparison: Comparison) -> str:
+  """Returns all that a comparison's verdict depends on as one line, without wording and paper."""
+  claim, conditions = comparison.claim, []
+  against = f" - {comparison.baseline}" if comparison.baseline else ""
+  bound = claim.threshold if claim.kind == "threshold" else claim.margin
+  sign = "" if claim.kind == "equivalent" else {1: "+", -1: "-"}[claim.sign]
+  if comparison.arm.endswith("*"):
+    conditions.append(f"matched by {comparison.matched}")
+  if comparison.at_one_rate:
+    conditions.append("at one rate")
+  if comparison.room:
+    conditions.append("if {} < {:g}".format(*comparison.room))
+  if claim.single_run:
+    conditions.append("single run")
+  text = f"{comparison.metric} of {comparison.arm}{against}: {claim.kind} {sign}{bound:g}"
+  return ", ".join([text, *conditions])

@@ -1,4 +1,4 @@
-"""Runs of a study that train on text."""
+"""Runs of studies that train on text."""
 
 import dataclasses
 import pathlib
@@ -20,14 +20,17 @@ _SHUFFLES = 20
 
 
 class TextRuns:
-  """`experiments.studies.runs.Runs` of `train.loop.train`, vmapped where one program can."""
+  """Implements `experiments.studies.runs.Runs` by `train.loop.train`.
+
+  Runs that differ only in values that enter the training step as data can train as a vmapped batch.
+  """
 
   score: ClassVar = Score("validation_loss", -1)
   named: ClassVar = {}
 
   def __init__(self, base: RunConfig, configs: Mapping[str, RunConfig],
                overridden: Collection[str], folder: pathlib.Path):
-    del folder  # nothing is shared but the data
+    del folder  # the runs share only the data, which has its own cache
     self.base, self.configs = base, configs
     self.keep_vocabulary = "model.vocab_size" in overridden
 
@@ -64,15 +67,17 @@ class TextRuns:
 
 
 def measure(result: Result, run: int | None) -> dict[str, float]:
-  """A finished run's metrics, on held-out text.
-
-  "validation_loss" in nats per token and "bits_per_byte", means over domains; "max_violation" over
-  all held-out tokens, the mean over layers; "specialisation", the mutual information of expert and
-  domain in nats, the mean over layers, less what shuffled domains give.
+  """Returns the metrics of a finished run on held-out text.
 
   Args:
-    result: of the run, or of several that trained as a vmapped batch.
-    run: which of them; None if there is only one.
+    result: the result of the run, or of several that trained as a vmapped batch.
+    run: index of the run in the batch; None if there is only one.
+
+  Returns:
+    "validation_loss", in nats per token, and "bits_per_byte", means over domains; with experts also
+    "max_violation", MaxVio over all held-out tokens, averaged over layers; and, with several
+    domains, "specialisation", the mutual information of expert and domain in nats, corrected for
+    chance and averaged over layers.
   """
   evaluation = result.evaluation
   pick = lambda x: np.asarray(x) if run is None else np.asarray(x)[run]
@@ -92,13 +97,13 @@ def measure(result: Result, run: int | None) -> dict[str, float]:
 
 
 def _flops(cfg: RunConfig) -> float:
-  """Of the training itself, without what interruptions repeated."""
+  """Returns the FLOPs of training, without those of steps that were repeated after a kill."""
   return cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len * cfg.flops_per_token
 
 
 def _curves(result: Result, run: int | None) -> dict:
-  """Training loss, averaged over bins of steps, and the mean loss of every evaluation."""
+  """Returns the training loss, averaged over bins of steps, and the loss of every evaluation."""
   loss = lambda row: row["loss"] if run is None else row["per_seed"]["loss"][run]
-  held = [[e["step"], float(np.mean(list(e["loss"].values()))) if run is None
-           else e["per_seed"]["mean_loss"][run]] for e in result.evaluations]
-  return {"curve": binned_curve(result.rows, loss), "validation_curve": held}
+  evaluations = [[e["step"], float(np.mean(list(e["loss"].values()))) if run is None
+                  else e["per_seed"]["mean_loss"][run]] for e in result.evaluations]
+  return {"curve": binned_curve(result.rows, loss), "validation_curve": evaluations}

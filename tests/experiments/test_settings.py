@@ -1,4 +1,4 @@
-"""Settings: every type is read, all are applied at once, and errors say what would be right."""
+"""Settings: parsing of every type, joint application, and error messages with what is allowed."""
 
 import dataclasses
 import itertools
@@ -61,19 +61,19 @@ def errors(*assignments, config=NANO) -> list[str]:
     ("words", "none", None), ("words", "", ()), ("words", "'a,b',c", ("a,b", "c")),
     ("words", "f[0,1].txt,(x,y)", ("f[0,1].txt", "(x,y)")), ("words", "it's,b", ("it's", "b")),
 ])
-def test_every_type_is_read(field, text, value):
-  read = getattr(apply(f"{field}={text}", config=Scalars()), field)
-  assert read == value and type(read) is type(value)
+def test_values_of_every_type_are_parsed(field, text, value):
+  parsed = getattr(apply(f"{field}={text}", config=Scalars()), field)
+  assert parsed == value and type(parsed) is type(value)
 
 
 @hypothesis.settings(deadline=None)
 @given(st.builds(Scalars, flag=st.booleans(), count=st.integers(), limit=st.none() | st.integers(),
                  rate=st.floats(allow_nan=False, allow_infinity=False),
                  counts=st.lists(st.integers()).map(tuple)))
-def test_what_python_prints_is_read_back(config):
-  read = apply(*(f"{name}={value}" for name, _, value in settings.fields(config)),
-               config=Scalars())
-  assert read == config
+def test_values_survive_a_round_trip_through_text_and_through_json(config):
+  parsed = apply(*(f"{name}={value}" for name, _, value in settings.fields(config)),
+                 config=Scalars())
+  assert parsed == config
   assert from_dict(Scalars, json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -92,22 +92,22 @@ def test_what_python_prints_is_read_back(config):
     ("counts=1,x", "counts[1]='x' must be int: a whole number such as 12, 1_000 or 1e6"),
     ("counts=1,,2", "counts[1]='' must be int: a whole number such as 12, 1_000 or 1e6"),
 ])
-def test_a_wrong_value_is_told_what_would_be_right(assignment, message):
+def test_an_invalid_value_is_reported_with_what_is_expected(assignment, message):
   assert errors(assignment, config=Scalars()) == [message]
 
 
-def test_settings_that_are_only_valid_together_are_accepted_in_any_order():
-  together = ("model=micro", "model.moe.num_experts=6", "model.moe.num_groups=3",
-              "model.moe.experts_per_token=3")
-  assert errors(*together[:2]) == [
+def test_settings_that_are_valid_only_jointly_are_accepted_in_any_order():
+  joint = ("model=micro", "model.moe.num_experts=6", "model.moe.num_groups=3",
+           "model.moe.experts_per_token=3")
+  assert errors(*joint[:2]) == [
       "model.moe: MoEConfig.num_experts=6 does not divide into num_groups=4"]
-  outcomes = {apply(*order) for order in itertools.permutations(together)}
+  outcomes = {apply(*order) for order in itertools.permutations(joint)}
   micro = model.get_config("micro")
   moe = dataclasses.replace(micro.moe, num_experts=6, num_groups=3, experts_per_token=3)
   assert outcomes == {dataclasses.replace(NANO, model=dataclasses.replace(micro, moe=moe))}
 
 
-def test_a_union_switches_class_and_fields_apply_on_top():
+def test_a_union_field_switches_its_class_and_further_fields_apply_to_the_new_class():
   switch = "model.attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=32)"
   assert apply(switch).model.attention == GQAConfig(4, 2, 32)
   assert apply("model.attention.qkv_bias=yes", switch).model.attention == GQAConfig(4, 2, 32, True)
@@ -117,7 +117,7 @@ def test_a_union_switches_class_and_fields_apply_on_top():
   assert apply(nested).model.rope.scaling == YarnScaling(10.0)
 
 
-def test_required_fields_may_be_given_apart_and_defaults_reached_into():
+def test_required_fields_can_be_set_separately_and_fields_of_defaults_can_be_set():
   assert apply("model.attention=GQAConfig(head_dim=32)", "model.attention.num_heads=4",
                "model.attention.num_kv_heads=2").model.attention == GQAConfig(4, 2, 32)
   small = "ModelConfig(vocab_size=512, d_model=64, num_layers=1, ffn_dim=64," \
@@ -128,7 +128,7 @@ def test_required_fields_may_be_given_apart_and_defaults_reached_into():
       "num_layers=int, attention=MLAConfig | GQAConfig, ffn_dim=int)"]
 
 
-def test_none_removes_a_section_and_a_call_brings_it_back():
+def test_none_removes_a_section_and_a_call_restores_it():
   assert apply("model.mtp=none").model.mtp is None
   base = apply("model=base")
   assert base.model.mtp is None
@@ -136,12 +136,12 @@ def test_none_removes_a_section_and_a_call_brings_it_back():
                ).model.mtp == MTPConfig(concat="embedding_first")
   assert errors("model.mtp.depth=2", config=base) == [
       "model.mtp.depth cannot be set while model.mtp is none; "
-      "add --set 'model.mtp=MTPConfig()': both apply together"]
+      "add --set 'model.mtp=MTPConfig()', which is applied first"]
   assert "add --set 'model.rope.scaling=YarnScaling()' or --set 'model.rope.scaling=Llama3Scaling" \
          in errors("model.rope.scaling.factor=2")[0]
 
 
-def test_sources_are_paths_or_calls():
+def test_sources_are_parsed_from_paths_and_from_calls():
   text = "data.sources=/a/*.txt,Source(path='b,(c', weight=2),'d,e',f(1).txt"
   assert apply(text).data.sources == (
       Source("/a/*.txt"), Source("b,(c", weight=2.0), Source("d,e"), Source("f(1).txt"))
@@ -164,7 +164,8 @@ def test_sources_are_paths_or_calls():
     ("model.attention=GQAConfig(num_hads=4, num_heads=4, num_kv_heads=2, head_dim=32)",
      "model.attention.num_heads", "model.attention (GQAConfig) has num_heads (int)"),
 ])
-def test_an_unknown_name_is_told_the_nearest_and_what_is_allowed(assignment, nearest, allowed):
+def test_an_unknown_name_is_reported_with_the_nearest_and_the_allowed_names(
+    assignment, nearest, allowed):
   message, = errors(assignment)
   assert re.match(rf"[\w.]+ does not exist; did you mean {nearest}", message)
   assert allowed in message
@@ -190,16 +191,16 @@ def test_an_unknown_name_is_told_the_nearest_and_what_is_allowed(assignment, nea
     ("optimizer.max_grad_norm=0",
      "optimizer: OptimizerConfig.max_grad_norm=0.0 must be positive"),
 ])
-def test_a_wrong_assignment_is_told_what_would_be_right(assignment, message):
+def test_an_invalid_assignment_is_reported_with_what_is_expected(assignment, message):
   assert errors(assignment) == [message]
 
 
-def test_an_unknown_model_is_told_the_known_ones():
+def test_an_unknown_model_is_reported_with_the_nearest_name():
   message, = errors("model=mikro")
   assert message.startswith("model: no architecture is called 'mikro'; did you mean 'micro'?")
 
 
-def test_all_errors_are_listed_and_a_section_with_one_is_not_asked_about_the_others():
+def test_all_errors_are_listed_and_sections_with_an_invalid_value_are_not_validated():
   found = errors("train.steps=5", "train.steps=6", "train.seed=x", "train.batch_size=0",
                  "optimizer.max_grad_norm=0", "data.sq_len=3", "nonsense",
                  "model.mtp=MTPConfig(depth=0)")
@@ -213,24 +214,24 @@ _WORDS = st.sampled_from([*(name for name, _, _ in settings.fields(NANO)), "mode
 
 @hypothesis.settings(deadline=None)
 @given(st.lists(st.lists(_WORDS, max_size=8).map("".join), max_size=3))
-def test_nonsense_is_a_value_error(assignments):
+def test_arbitrary_assignments_give_a_configuration_or_a_value_error_with_a_message(assignments):
   try:
     assert isinstance(apply(*assignments), RunConfig)
   except ValueError as error:
     assert str(error)
 
 
-def test_validation_sees_the_whole():
+def test_constraints_between_sections_are_validated():
   assert errors("balance.batch_weight=0.1", "train.micro_batch_size=4")[0].startswith(
       "balance.batch_weight and balance.expert_weight take frequencies from the whole batch")
 
 
-def test_assigned_names_are_those_written():
+def test_assigned_returns_the_dotted_names_of_all_assignments():
   assert settings.assigned(["model=micro", " model.vocab_size =3", "data.cache_dir=a=b"]) == {
       "model", "model.vocab_size", "data.cache_dir"}
 
 
-def test_fields_list_whatever_can_be_set_with_its_type_and_value():
+def test_fields_lists_what_can_be_set_with_its_type_and_value():
   rows = {name: (kind, value) for name, kind, value in settings.fields(NANO)}
   assert rows["train.micro_batch_size"] == ("int | none", None)
   assert rows["optimizer.schedule"] == ("cosine | v3 | constant", "cosine")
@@ -247,7 +248,7 @@ def test_every_architecture_survives_json_and_the_command_line(name):
   assert apply(*(f"{key}={value}" for key, _, value in settings.fields(config))) == config
 
 
-def test_dicts_of_another_version_are_refused_with_reasons():
+def test_dicts_that_do_not_fit_the_configuration_are_refused_with_all_reasons():
   plain = to_dict(NANO)
   plain["train"]["stepz"] = 1
   plain["data"]["seq_len"] = "long"
@@ -267,7 +268,7 @@ def test_absent_fields_take_their_defaults():
   assert from_dict(RunConfig, plain) == NANO
 
 
-def test_numerics_and_recipes_are_named_and_their_fields_set_on_top():
+def test_numerics_and_recipes_can_be_named_and_their_fields_set_on_top():
   fp8 = model.NUMERICS["fp8"]
   config = apply("model.numerics.recipe.input_gradient=none", "model.numerics=fp8",
                  "model.numerics.recipe.weight_gradient.gradient.format=e5m2",

@@ -1,4 +1,4 @@
-"""Statistics against closed forms and against scipy's own tests."""
+"""Statistics, compared with closed forms and with scipy's tests."""
 
 import math
 
@@ -11,11 +11,11 @@ from experiments.stats import Claim
 
 
 def result(low: float, high: float, n: int = 4) -> stats.Paired:
-  """Pairs whose interval is low..high."""
+  """Returns a paired difference whose interval is [low, high]."""
   return stats.Paired(n, (low + high) / 2, 1.0, 0.5, low, high, 1, n, 1.0)
 
 
-def test_interval_is_that_of_the_paired_t_test():
+def test_the_interval_equals_that_of_scipys_paired_t_test():
   rng = np.random.default_rng(0)
   treatment, baseline = rng.normal(1.0, 1.0, 6), rng.normal(0.5, 1.0, 6)
   expected = reference.ttest_rel(treatment, baseline)
@@ -26,7 +26,7 @@ def test_interval_is_that_of_the_paired_t_test():
   np.testing.assert_allclose(ours.mean / ours.stderr, expected.statistic, rtol=1e-12)
 
 
-def test_three_pairs_by_hand():
+def test_statistics_of_three_pairs_equal_hand_computed_values():
   ours = stats.paired([2.0, 3.0, 7.0], [1.0, 1.0, 4.0])
   assert (ours.n, ours.mean, ours.std, ours.same_sign) == (3, 2.0, 1.0, 3)
   np.testing.assert_allclose(ours.stderr, 3**-0.5)
@@ -34,7 +34,7 @@ def test_three_pairs_by_hand():
   np.testing.assert_allclose(ours.detectable, (4.302653 + 1.060660) / 3**0.5, rtol=1e-6)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says():
+def test_a_90_percent_interval_covers_the_true_mean_in_90_percent_of_samples():
   rng = np.random.default_rng(1)
   samples = rng.normal(0.3, 2.0, (2000, 4))
   covered = [r.low < 0.3 < r.high for r in (stats.paired(s, 0, 0.9) for s in samples)]
@@ -42,16 +42,17 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 
 @pytest.mark.parametrize("n", [3, 8])
-def test_a_detectable_effect_is_detected_about_four_times_of_five(n):
+def test_the_detectable_effect_is_detected_with_a_power_of_about_80_percent(n):
   rng = np.random.default_rng(2)
   noise = rng.normal(0.0, 1.0, (4000, n))
   needed = reference.t.ppf(0.975, n - 1) + reference.t.ppf(0.8, n - 1)
-  effect = needed / n**0.5  # what `detectable` is for a spread of 1
+  effect = needed / n**0.5  # what `detectable` is for a standard deviation of 1
+  assert stats.paired(noise[0], 0).detectable == pytest.approx(effect * noise[0].std(ddof=1))
   found = np.mean([stats.paired(row + effect, 0).low > 0 for row in noise])
   assert 0.72 < found < 0.9
 
 
-def test_same_sign_counts_seeds_with_the_expected_sign():
+def test_same_sign_counts_pairs_with_the_expected_sign_or_else_that_of_the_mean():
   assert stats.paired([1.0, 2.0, -9.0, 0.0], 0, sign=1).same_sign == 2
   assert stats.paired([1.0, 2.0, -9.0, 0.0], 0, sign=-1).same_sign == 1
   unnamed = stats.paired([1.0, 2.0, -9.0, 0.0], 0)
@@ -67,14 +68,14 @@ def test_one_pair_has_an_infinite_interval():
 @pytest.mark.parametrize(("low", "high", "verdict"), [
     (0.11, 0.2, "reproduced"), (0.05, 0.2, "unresolved"), (-0.2, 0.2, "unresolved"),
     (-0.05, -0.01, "unresolved"), (-0.2, -0.11, "contradicted")])
-def test_a_sign_needs_the_whole_interval_beyond_the_margin(low, high, verdict):
+def test_a_sign_claim_needs_the_whole_interval_beyond_the_margin(low, high, verdict):
   opposite = {"reproduced": "contradicted", "contradicted": "reproduced"}.get(verdict, verdict)
   assert stats.judge(result(low, high), Claim("sign", 1, margin=0.1)) == verdict
   assert stats.judge(result(low, high), Claim("sign", -1, margin=0.1)) == opposite
   assert stats.judge(result(-high, -low), Claim("sign", -1, margin=0.1)) == verdict
 
 
-def test_without_margin_a_sign_turns_at_zero():
+def test_a_sign_claim_without_a_margin_is_decided_at_zero():
   assert stats.judge(result(-0.2, -1e-9), Claim("sign", -1)) == "reproduced"
   assert stats.judge(result(-0.2, 1e-9), Claim("sign", -1)) == "unresolved"
   assert stats.judge(result(1e-9, 0.2), Claim("sign", -1)) == "contradicted"
@@ -83,30 +84,30 @@ def test_without_margin_a_sign_turns_at_zero():
 @pytest.mark.parametrize(("low", "high", "verdict"), [
     (-0.1, 0.1, "reproduced"), (0.02, 0.05, "reproduced"), (-0.1, 0.11, "unresolved"),
     (0.05, 0.2, "unresolved"), (0.11, 0.2, "contradicted"), (-0.2, -0.11, "contradicted")])
-def test_equivalence_needs_the_whole_interval_within_the_margin(low, high, verdict):
+def test_an_equivalence_claim_needs_the_whole_interval_within_the_margin(low, high, verdict):
   assert stats.judge(result(low, high), Claim("equivalent", margin=0.1)) == verdict
 
 
 @pytest.mark.parametrize(("low", "high", "verdict"), [
     (0.5, 0.9, "reproduced"), (0.9, 1.1, "unresolved"), (1.1, 1.2, "contradicted")])
-def test_a_threshold_is_judged_by_the_interval_of_one_arm(low, high, verdict):
+def test_a_threshold_claim_needs_the_whole_interval_beyond_the_threshold(low, high, verdict):
   assert stats.judge(result(low, high), Claim("threshold", -1, threshold=1.0)) == verdict
 
 
 @pytest.mark.parametrize("claim", [
     Claim("sign"), Claim("equivalent", margin=5.0), Claim("threshold", threshold=0.0)])
-def test_one_seed_decides_nothing(claim):
+def test_a_single_seed_leaves_every_claim_unresolved(claim):
   assert stats.judge(stats.paired([1.0], 0), claim) == "unresolved"
 
 
 @pytest.mark.parametrize(("value", "verdict"), [
     (1.5, "reproduced"), (1.0, "unresolved"), (0.5, "contradicted")])
-def test_one_run_decides_a_threshold_declared_so(value, verdict):
+def test_a_threshold_claim_with_single_run_is_decided_by_one_run(value, verdict):
   claim = Claim("threshold", 1, threshold=1.0, single_run=True)
   assert stats.judge(stats.paired([value], 0), claim) == verdict
 
 
-def test_declaring_a_single_run_does_not_shrink_the_interval_of_several():
+def test_several_runs_are_judged_by_their_interval_even_with_single_run():
   claim = Claim("threshold", 1, threshold=1.0, single_run=True)
   assert stats.judge(result(0.9, 1.5), claim) == "unresolved"
 

@@ -1,9 +1,10 @@
 """Time the low-precision operations against torch's and XLA's, alternating in one process.
 
---scale=smoke runs small shapes by XLA, to check that everything works; --scale=gpu is for a Hopper
-GPU, with torch's products as peers where torch is installed. A target is met if the 95 % interval
-of the median speed-up, over pairs of rounds in counterbalanced order, lies above it. The ceilings
-are measured in the same process: the rate of a copy, and XLA's own products of 8192^3.
+`--scale=smoke` runs small shapes on any device, to check that everything works; `--scale=gpu` is
+for a Hopper GPU. Where torch is installed, its products are timed as peers. A target is met if the
+whole 95 % interval of the median speed-up, over pairs of rounds in counterbalanced order, is at
+least the target. The ceilings are measured in the same process: the rate of a copy, and the rates
+of XLA's own products of 8192 x 8192 matrices.
 """
 
 import dataclasses
@@ -31,13 +32,14 @@ _CEILING = {"smoke": 256, "gpu": 8192}
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-  """How to measure.
+  """How the operations are timed.
 
   Attributes:
-    rounds: in which every contender is timed once; fewer than 12 give no interval.
-    seconds: that a contender runs for in a round, about.
-    only: part of the name of the operations to time; empty for all.
-    peers: whether to time torch's.
+    rounds: number of rounds, in each of which every contender is timed once; an even number. Fewer
+      than 12 rounds give no interval.
+    seconds: approximate time for which a contender runs in a round.
+    only: time only the operations whose name contains this text; empty for all.
+    peers: whether to time torch's products as well.
   """
 
   rounds: int = 20
@@ -47,7 +49,7 @@ class BenchConfig:
 
   def __post_init__(self):
     require(self.rounds > 0 and self.rounds % 2 == 0,
-            f"rounds={self.rounds} must be even: rounds are paired in counterbalanced order")
+            f"rounds={self.rounds} must be positive and even: rounds are paired, one in each order")
     require(self.seconds >= 0, f"seconds={self.seconds} must not be negative")
 
 
@@ -60,14 +62,15 @@ def main(options: Options) -> None:
   scale = options.scale_of(SHAPES)
   kernels = implementations.local_backend()
   require(scale == "smoke" or kernels is not None,
-          f"--scale={scale} times kernels, and {jax.devices()[0].device_kind} has none")
+          f"--scale={scale} times kernels, and {jax.devices()[0].device_kind} has none; "
+          "use --scale=smoke")
   ceilings = _ceilings(_CEILING[scale], cfg)
   print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items()))
   rows = []
   for case in cases(scale, kernels):
     if cfg.only in case.operation:
       rows += _measure(case, cfg, ceilings)
-      if options.out:  # after each, as there are many
+      if options.out:  # after each of the many cases, so that an interrupted run keeps them
         results.record(options.out, {"config": to_dict(cfg), "scale": scale, "ceilings": ceilings,
                                      "rows": rows}, summary)
   require(rows, f"only={cfg.only} is in no operation's name")
@@ -75,7 +78,7 @@ def main(options: Options) -> None:
 
 
 def _ceilings(width: int, cfg: BenchConfig) -> dict[str, float]:
-  """GB/s of a copy, TFLOP/s of XLA's products: medians."""
+  """Median rates: GB/s of a copy, and TFLOP/s of XLA's products of square matrices."""
   x = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
   small = x.astype(jnp.float8_e4m3fn)
   product = lambda a: jnp.einsum("mk,nk->mn", a, a, preferred_element_type=jnp.bfloat16)
@@ -90,7 +93,7 @@ def _ceilings(width: int, cfg: BenchConfig) -> dict[str, float]:
 
 
 def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[dict]:
-  operands, timed, absent = case.operands(), {}, {}
+  operands, timed, excluded = case.operands(), {}, {}
   for name, run in case.contenders.items():
     try:
       timed[name] = CallTimer(functools.partial(jax.jit(run), *operands), jax.block_until_ready,
@@ -98,20 +101,20 @@ def _measure(case: Case, cfg: BenchConfig, ceilings: dict[str, float]) -> list[d
     except jax.errors.JaxRuntimeError as why:
       if name == "ours":
         raise
-      absent[name] = _does_not_fit(why)
-  off = _error(case, operands, timed["ours"].result)
+      excluded[name] = _does_not_fit(why)
+  errors = _error(case, operands, timed["ours"].result)
   if cfg.peers and case.peers:
-    peers, without = _peers(case, operands, cfg)
-    timed, absent = timed | peers, absent | without
+    peers, unavailable = _peers(case, operands, cfg)
+    timed, excluded = timed | peers, excluded | unavailable
   seconds = alternate(timed, cfg.rounds)
-  return [_row(case, name, seconds, ceilings, off if name == "ours" else {"error": None})
+  return [_row(case, name, seconds, ceilings, errors if name == "ours" else {"error": None})
           for name in timed] + [
       {"operation": case.operation, "shape": case.shape, "contender": name, "absent": why}
-      for name, why in absent.items()]
+      for name, why in excluded.items()]
 
 
 def _does_not_fit(why: jax.errors.JaxRuntimeError) -> str:
-  """The reason, in a line, if memory is too small; any other error is raised again."""
+  """Returns the first line of an out-of-memory error; raises any other error again."""
   reason = str(why).partition("\n")[0]
   if "RESOURCE_EXHAUSTED" not in reason:
     raise why
@@ -120,8 +123,8 @@ def _does_not_fit(why: jax.errors.JaxRuntimeError) -> str:
 
 def _peers(case: Case, operands: tuple,
            cfg: BenchConfig) -> tuple[dict[str, CallTimer], dict[str, str]]:
-  """Peers that run here, and why the others do not."""
-  found, absent = {}, {}
+  """Returns timers of the peers that run here, and the reasons why the others do not."""
+  found, excluded = {}, {}
   try:
     torch = importlib.import_module("experiments.benchmarks.peers.torch_kernels")
     tensors = torch.tensors(operands)
@@ -132,12 +135,12 @@ def _peers(case: Case, operands: tuple,
       run = functools.partial(getattr(torch, function), *tensors)
       found[name] = CallTimer(run, torch.wait, cfg.seconds)
     except (RuntimeError, AttributeError, ValueError) as why:
-      absent[name] = str(why).partition("\n")[0]
-  return found, absent
+      excluded[name] = str(why).partition("\n")[0]
+  return found, excluded
 
 
 def _error(case: Case, operands: tuple, ours) -> dict:
-  """The largest relative Frobenius error of the results, or why there is none."""
+  """Returns the largest relative Frobenius error of our results, or why it is unknown."""
   if case.reference is None:
     return {"error": None}
   try:
@@ -150,39 +153,39 @@ def _error(case: Case, operands: tuple, ours) -> dict:
 
 
 def _row(case: Case, name: str, seconds: dict[str, list[float]], ceilings: dict[str, float],
-         off: dict) -> dict:
+         errors: dict) -> dict:
   median = float(np.median(seconds[name]))
   rate = case.work / median / (1e12 if case.unit == "TFLOP/s" else 1e9)
   ceiling = ceilings["copy GB/s" if case.unit == "GB/s" else
                      "FP8 TFLOP/s" if case.operation.startswith("fp8") else "bf16 TFLOP/s"]
   row = {"operation": case.operation, "shape": case.shape, "contender": name, "seconds": median,
          "by_round": seconds[name], "rate": rate, "unit": case.unit,
-         "fraction_of_ceiling": rate / ceiling, **off}
+         "fraction_of_ceiling": rate / ceiling, **errors}
   if name == "ours":
     return row
   row["speedup"] = speedup(paired_rounds(seconds["ours"]), paired_rounds(seconds[name]))
-  targets = case.targets if implementations.local_backend() else ()  # kernels' targets
+  targets = case.targets if implementations.local_backend() else ()  # targets are for kernels
   goals = [target.ratio for target in targets if target.contender == name]
   return row | ({"target": goals[0], "met": row["speedup"][1] >= goals[0]} if goals else {})
 
 
-_HEADER = ("operation", "shape", "contender", "ms", "rate", "unit", "fraction of ceiling", "error",
-           "speed-up of ours", "target")
+_HEADER = ("operation", "shape", "contender", "ms", "rate", "unit", "fraction of ceiling",
+           "relative error", "speed-up of ours", "target")
 
 
 def _line(row: dict) -> tuple:
   if "absent" in row:
     return (row["operation"], row["shape"], row["contender"], None, None, row["absent"],
             *[None] * 4)
-  of = row.get("speedup")
+  estimate = row.get("speedup")
   goal = f"{row['target']} {'met' if row['met'] else 'missed'}" if "target" in row else None
   return (row["operation"], row["shape"], row["contender"], 1e3 * row["seconds"], row["rate"],
           row["unit"], row["fraction_of_ceiling"], row["error"],
-          of and describe(*of), goal)
+          estimate and describe(*estimate), goal)
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   ceilings, rounds = result["ceilings"], result["config"]["rounds"]
   claims = []
   for row in result["rows"]:

@@ -1,4 +1,4 @@
-"""What `bench_kernels` times: operations on shapes of real models, by ours and by the peers.
+"""The operations that `bench_kernels` times, on shapes of real models, with their contenders.
 
 Shape letters:  M, R rows  N, K widths  G groups  F hidden units
 """
@@ -17,7 +17,7 @@ from pallas_kernels.ops.fp8_grouped import aligned_rows
 
 
 class Target(NamedTuple):
-  """A speed-up of ours over a contender that is aimed at."""
+  """A speed-up over a contender that our implementation should reach."""
 
   contender: str
   ratio: float
@@ -28,15 +28,15 @@ class Case:
   """An operation on one shape.
 
   Attributes:
-    operation: its name.
-    shape: in words.
-    work: FLOPs, or bytes read and written, of the operation, however it is done.
-    unit: "TFLOP/s" or "GB/s".
-    operands: makes the operands of every contender.
-    contenders: functions of the operands by name; the first is ours.
-    peers: by name, functions of `experiments.benchmarks.peers.torch_kernels`.
-    reference: what the result is compared with: a function of the operands; None for no error.
-    targets: of ours.
+    operation: name of the operation.
+    shape: description of the shape, for tables.
+    work: FLOPs, or bytes read and written, that define the operation, whatever a contender does.
+    unit: unit of the rate that follows from `work`, "TFLOP/s" or "GB/s".
+    operands: makes the operands, which all contenders share.
+    contenders: implementations by name, as functions of the operands; the first is ours.
+    peers: names of functions in `experiments.benchmarks.peers.torch_kernels`, by the peer's name.
+    reference: function of the operands whose result ours is compared with; None to report no error.
+    targets: speed-ups that our implementation should reach.
   """
 
   operation: str
@@ -51,13 +51,13 @@ class Case:
 
 
 class Shapes(NamedTuple):
-  """Of a scale.
+  """The shapes of one scale.
 
   Attributes:
-    products: M, N, K of dense products.
-    grouped: rows, groups, K and N of grouped products.
-    quantised: rows and columns of activations.
-    experts: tokens, experts that each is sent to, width and hidden units.
+    products: M, N and K of each dense product.
+    grouped: rows, groups, K and N of each grouped product.
+    quantised: rows and columns of each matrix of activations.
+    experts: tokens, experts per token, width and hidden units of each MoE layer.
   """
 
   products: tuple[tuple[int, int, int], ...]
@@ -77,7 +77,7 @@ SHAPES = {
 
 
 def cases(scale: str, implementation: str | None) -> Iterator[Case]:
-  """Every case of a scale."""
+  """Yields every case of a scale; `implementation` is that of ours, None for the default."""
   shapes = SHAPES[scale]
   for shape in shapes.products:
     yield _fp8_matmul(*shape, implementation)
@@ -91,9 +91,9 @@ def cases(scale: str, implementation: str | None) -> Iterator[Case]:
 
 
 def group_sizes(rows: int, groups: int, skew: str) -> jax.Array:
-  """Rows a group, as even as they go, or falling off as one over the group's rank."""
-  shares = jnp.ones(groups) if skew == "even" else 1 / jnp.arange(1, groups + 1)
-  ends = jnp.round(jnp.cumsum(shares) / shares.sum() * rows).astype(jnp.int32)
+  """Returns the rows of each group: as even as possible, or inversely proportional to its rank."""
+  weights = jnp.ones(groups) if skew == "even" else 1 / jnp.arange(1, groups + 1)
+  ends = jnp.round(jnp.cumsum(weights) / weights.sum() * rows).astype(jnp.int32)
   return jnp.diff(ends, prepend=0)
 
 
@@ -122,7 +122,7 @@ def _grouped(rows, groups, k, n, skew, implementation) -> Iterator[Case]:
   backward = lambda: (normal(rows, k), normal(rows, n, seed=2), sizes())
   ours = functools.partial(ops.grouped_matmul, implementation=implementation)
 
-  def both_ways(product):
+  def forward_and_backward(product):
     def run(x_RK, w_GKN, sizes_G, dy_RN):
       y_RN, vjp = jax.vjp(lambda x, w: product(x, w, sizes_G), x_RK, w_GKN)
       return y_RN, *vjp(dy_RN)
@@ -135,8 +135,8 @@ def _grouped(rows, groups, k, n, skew, implementation) -> Iterator[Case]:
   yield Case(
       "grouped_matmul, forward and backward", shape, 3 * flops, "TFLOP/s",
       lambda: (*forward(), backward()[1]),
-      {"ours": both_ways(ours), "lax.ragged_dot": both_ways(lax.ragged_dot)},
-      {"torch grouped_mm": "grouped_mm_both_ways"}, both_ways(lax.ragged_dot),
+      {"ours": forward_and_backward(ours), "lax.ragged_dot": forward_and_backward(lax.ragged_dot)},
+      {"torch grouped_mm": "grouped_mm_forward_backward"}, forward_and_backward(lax.ragged_dot),
       (Target("torch grouped_mm", 1.0), Target("lax.ragged_dot", 50.0)))
   yield _fp8_grouped(shape, flops, forward, ours, implementation)
   yield _fp8_weight_gradient(
@@ -181,20 +181,22 @@ def _quantised(rows: int, columns: int, implementation: str | None) -> Iterator[
   named = {"quantize": (ops.quantize, (rows, columns), columns, scales),
            "swiglu_quantize": (ops.swiglu_quantize, gate_up, columns // 2, scales / 2),
            "quantize_both": (ops.quantize_both, (rows, columns), 2 * columns, 2 * scales)}
-  for name, (run, of, written, bytes_of_scales) in named.items():
-    moved = int(rows * (2 * columns + written) + bytes_of_scales)
-    operands = lambda of=of, moved=moved: (normal(*of), jnp.zeros(moved // 4, jnp.bfloat16))
+  for name, (run, shape, written, scale_bytes) in named.items():
+    moved = int(rows * (2 * columns + written) + scale_bytes)
+    # Copying the second array moves the same number of bytes as the operation.
+    operands = lambda shape=shape, moved=moved: (
+        normal(*shape), jnp.zeros(moved // 4, jnp.bfloat16))
     yield Case(
         name, f"{rows} x {columns}", moved, "GB/s", operands,
         {"ours": lambda x, _, run=run: run(x, implementation=implementation),
          "XLA": lambda x, _, run=run: run(x, implementation="xla"),
-         "copy of as many bytes": lambda _, x: -x},
-        targets=(Target("copy of as many bytes", 0.8),))
+         "copy of equal size": lambda _, x: -x},
+        targets=(Target("copy of equal size", 0.8),))
 
 
 def _experts(tokens: int, chosen: int, width: int, hidden: int,
              implementation: str | None) -> Iterator[Case]:
-  """What experts do besides products."""
+  """Operations of the experts other than matrix products."""
   rows = tokens * chosen
   sent = lambda: jax.random.permutation(jax.random.key(1), rows).astype(jnp.int32) // chosen
   named = {

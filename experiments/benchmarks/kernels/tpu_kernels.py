@@ -1,11 +1,11 @@
-"""Compile our kernels and XLA's products ahead of time for TPUs, and ask which format pays.
+"""Compile our kernels and XLA's products ahead of time for TPUs, and compare their formats.
 
-libtpu, from the extra `tpu`, compiles for every TPU on any host. It says how many cycles it thinks
-its own product takes, by format: that answers which format pays on which chip. It does not look
-into Pallas kernels: what it says of their time follows from the FLOPs and bytes that we declare.
+libtpu, from the extra `tpu`, compiles for every TPU on any host. It estimates the cycles of XLA's
+own products, so that formats can be compared on every chip. It does not look into Pallas kernels:
+its estimates of their time follow from the FLOPs and bytes that we declare.
 
 Shape letters:  M, N rows of the operands  K contracted width  R rows in groups  G groups
-                S rows with every group at a multiple of 128
+                S rows when every group starts at a multiple of 128
 """
 
 import dataclasses
@@ -47,21 +47,21 @@ from pallas_kernels.ops.quantize import SMALLEST_AMAX
 from pallas_kernels.quantized import BLOCK, num_tiles
 from train.config_io import to_dict
 
-_MACHINES = 8  # that share V3's 256 experts
+_MACHINES = 8  # over which V3's 256 experts are divided
 _DOTS = {"bf16": (jnp.bfloat16, jnp.float32), "int8": (jnp.int8, jnp.int32),
          "fp8": (jnp.float8_e4m3fn, jnp.float32)}
-_UNKNOWN = 2**63 - 1  # cycles
+_UNKNOWN = 2**63 - 1  # the compiler's entry where it has no estimate of the cycles
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuConfig:
-  """What is compiled, and for what.
+  """What is compiled, and for which chips.
 
   Attributes:
-    models: names of architectures.
-    chips: names of topologies.
-    tokens: of a step on a chip.
-    only: part of the name of the layers to compile; empty for all.
+    models: names of the architectures whose layers give the shapes.
+    chips: libtpu's names of the TPU topologies to compile for.
+    tokens: tokens per step on one chip.
+    only: compile only the layers whose name contains this text; empty for all.
   """
 
   models: tuple[str, ...] = ("base", "deepseek_v2_lite", "deepseek_v3")
@@ -71,11 +71,11 @@ class TpuConfig:
 
   def __post_init__(self):
     require_positive(self, "tokens")
-    require(self.models and self.chips, "models and chips must name one or more each")
+    require(self.models and self.chips, "models and chips must each name at least one")
 
 
 class Layer(NamedTuple):
-  """A product of x [rows, K] with weights [groups, N, K]; dense if there are no groups."""
+  """A product of x [rows, K] with weights [groups, N, K], or [N, K] if groups is 0."""
 
   rows: int
   n: int
@@ -84,7 +84,7 @@ class Layer(NamedTuple):
 
 
 class Case(NamedTuple):
-  """Something to compile: `run` of operands that are shapes."""
+  """A program to compile: the function `run` and the shapes of its operands."""
 
   name: str
   run: Callable
@@ -92,10 +92,10 @@ class Case(NamedTuple):
 
 
 def layers(cfg: ModelConfig, tokens: int) -> dict[str, Layer]:
-  """All kinds of products of a model with latent attention and experts, by name."""
+  """Returns the products of a model with latent attention and experts, by the layer's name."""
   d, att, moe = cfg.d_model, cfg.attention, cfg.moe
   if not isinstance(att, MLAConfig) or moe is None:
-    raise ValueError("tpu_kernels takes models with latent attention and experts, as base is")
+    raise ValueError("tpu_kernels needs models with latent attention and experts, such as base")
   queries = att.num_heads * (att.qk_nope_head_dim + att.qk_rope_head_dim)
   values = att.num_heads * att.v_head_dim
   dense = {
@@ -114,7 +114,7 @@ def layers(cfg: ModelConfig, tokens: int) -> dict[str, Layer]:
 
 
 def kernels(layer: Layer, native: bool) -> Iterator[Case]:
-  """Our kernels of a layer: its inputs quantised, its products forward and for the weights."""
+  """Yields a layer's kernels: quantisation of the inputs, forward product and weight gradient."""
   rows, n, k, groups = layer
   to_fp8 = functools.partial(
       quantize.run, format="e4m3", power_of_two=False, smallest_amax=SMALLEST_AMAX)
@@ -145,7 +145,7 @@ def kernels(layer: Layer, native: bool) -> Iterator[Case]:
 
 
 def dots(layer: Layer) -> Iterator[Case]:
-  """XLA's own product of the same shape, as if all rows were of one group, by format."""
+  """Yields XLA's own product of that shape in every format, as if all rows were one group."""
   for name, (dtype, sums) in _DOTS.items():
     dot = lambda x_MK, w_NK, sums=sums: jnp.einsum(
         "mk,nk->mn", x_MK, w_NK, preferred_element_type=sums).astype(jnp.bfloat16)
@@ -154,13 +154,13 @@ def dots(layer: Layer) -> Iterator[Case]:
 
 
 def compiled(case: Case, device: Any) -> dict:
-  """What the compiler says; times are None where it cannot tell, and `error` where it refuses."""
+  """Returns the compiler's report: None for unknown times, or its `error` if it refuses."""
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=SingleDeviceSharding(device)), case.operands)
   started = time.perf_counter()
   try:
     program = jax.jit(case.run).lower(*placed).compile()
-  except Exception as error:  # of any kind: the compiler's are many
+  except Exception as error:  # the compiler raises errors of many types
     return {"error": str(error).splitlines()[0]}
   costs, memory = program.cost_analysis(), program.memory_analysis()
   seconds = costs.get("optimal_seconds", -1)
@@ -172,7 +172,7 @@ def compiled(case: Case, device: Any) -> dict:
 
 
 def cycles(program: str) -> int | None:
-  """Estimates of the program's operations added up; None if one is missing, or is of Pallas."""
+  """Sum of the operations' estimates; None if one is missing or the program has Pallas kernels."""
   if "tpu_custom_call" in program:
     return None
   found = [int(text) for text in re.findall(r'estimated_cycles":"(\d+)"', program)]
@@ -191,23 +191,23 @@ def main(options: Options) -> None:
     if key in found:
       continue
     found[key] = row | compiled(case, device)
-    said = found[key].get("error") or f"compiles in {found[key]['compile_seconds']:.1f} s"
-    print(f"{row['chip']}, {row['contender']} {row['name']}, {_shape(row)}: {said}", flush=True)
+    outcome = found[key].get("error") or f"compiles in {found[key]['compile_seconds']:.1f} s"
+    print(f"{row['chip']}, {row['contender']} {row['name']}, {_shape(row)}: {outcome}", flush=True)
     if options.out:
       _record(options.out, cfg, found)
   rows = list(found.values())
-  print(table(_PAYS, verdicts(rows)))
+  print(table(_FORMATS, verdicts(rows)))
   if options.out:
     print(f"report: {_record(options.out, cfg, found)}")
 
 
 def _record(folder: pathlib.Path, cfg: TpuConfig, found: dict[tuple, dict]) -> pathlib.Path:
   result = {"config": to_dict(cfg), "libtpu": _libtpu(), "rows": list(found.values())}
-  return results.record(folder, result, summary, lambda _, of: _sections(of))
+  return results.record(folder, result, summary, lambda _, saved: _sections(saved))
 
 
 def _kept(folder: pathlib.Path | None) -> dict[tuple, dict]:
-  """Rows of an earlier run of the same code, of other models or one that was stopped."""
+  """Returns the rows of an earlier run of the same code in this folder, whatever its settings."""
   path = folder and folder / "results.json"
   if not path or not path.exists():
     return {}
@@ -221,7 +221,7 @@ def _key(row: dict) -> tuple:
 
 
 def _rows(cfg: TpuConfig) -> Iterator[tuple[dict, Case, Any]]:
-  """What is compiled, and for which device; layers of one shape share it, if only of its inputs."""
+  """Yields rows to fill, cases and devices; a program that several layers share occurs once."""
   shapes = {}
   for model in cfg.models:
     for name, layer in layers(get_config(model), cfg.tokens).items():
@@ -246,15 +246,16 @@ def _rows(cfg: TpuConfig) -> Iterator[tuple[dict, Case, Any]]:
 def _device(chip: str) -> Any:
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("tpu_kernels needs libtpu: pip install -e '.[tpu]'")
-  # No TPU to ask about itself, and none to have to itself.
+  # There is no TPU here to query for metadata, and none that one process has to itself.
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_enable_compilation_cache", False)  # for it would be timed
+  # Reading a program from the cache would be timed as its compilation.
+  jax.config.update("jax_enable_compilation_cache", False)
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(f"chips: libtpu knows no {chip!r}; v5e:2x2 is one that it does. It says: "
-                     + str(error).partition("\n")[0]) from None
+    raise ValueError(f"chips: libtpu does not know {chip!r}; a name that it knows is v5e:2x2. Its "
+                     "message: " + str(error).partition("\n")[0]) from None
 
 
 def _libtpu() -> str:
@@ -271,7 +272,7 @@ def _quantized(*shape: int, tile: tuple[int, int] = (1, BLOCK)) -> Quantized:
 
 
 def speedups(rows: list[dict]) -> dict[str, dict[str, float]]:
-  """By chip and format: bfloat16's cycles over the format's, the geometric mean over shapes."""
+  """Cycles of bfloat16 over those of each format, by chip: geometric means over the shapes."""
   found = {}
   for chip in dict.fromkeys(row["chip"] for row in rows):
     cycles_of = {(row["rows"], row["n"], row["k"], row["name"]): row.get("cycles")
@@ -285,34 +286,35 @@ def speedups(rows: list[dict]) -> dict[str, dict[str, float]]:
   return found
 
 
-_PAYS = ("chip", *(f"bf16 ÷ {name}" for name in _DOTS), "fastest format")
+_FORMATS = ("chip", *(f"cycles, bf16 ÷ {name}" for name in _DOTS), "fastest format")
 
 
 def verdicts(rows: list[dict]) -> list[list[str]]:
-  """Lines of `_PAYS`, chip by chip; a format that gains less than a tenth does not pay."""
-  pays = lambda gains: max(gains, key=gains.get) if max(gains.values()) > 1.1 else "bf16"
-  return [[chip, *(f"{gain:.2f}" for gain in gains.values()), pays(gains)]
+  """Returns the rows of the table of formats; bf16 is fastest unless another gains over 10 %."""
+  fastest = lambda gains: max(gains, key=gains.get) if max(gains.values()) > 1.1 else "bf16"
+  return [[chip, *(f"{gain:.2f}" for gain in gains.values()), fastest(gains)]
           for chip, gains in speedups(rows).items()]
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   rows = result["rows"]
   ours = [row for row in rows if row["contender"] == "ours"]
-  compile_here = sum("error" not in row for row in ours)
+  num_compiled = sum("error" not in row for row in ours)
   claims = [claim(f"{chip}: {name} against bfloat16", "ratio of estimated cycles", gains[name],
                   n="the compiler's estimate")
             for chip, gains in speedups(rows).items() for name in gains if name != "bf16"]
   claims.append(claim("programs of our kernels that compile", "fraction",
-                      compile_here / len(ours), n=f"{len(ours)} programs"))
+                      num_compiled / len(ours), n=f"{len(ours)} programs"))
   return bench_summary(
       "tpu_kernels", "ahead_of_time",
-      f"Kernels for TPUs, compiled ahead of time by libtpu {result['libtpu']}. None of it was "
+      f"Kernels for TPUs, compiled ahead of time by libtpu {result['libtpu']}. Nothing was "
       "measured on a TPU.", result, claims=claims, tables=[{
-          "name": "formats", "caption": "Which format pays", "header": list(_PAYS),
+          "name": "formats", "caption": "Estimated cycles by format", "header": list(_FORMATS),
           "rows": verdicts(rows),
-          "note": "Cycles of bfloat16 over those of the format: the compiler's own estimate of its "
-                  "product of two matrices, the geometric mean over all shapes."}])
+          "note": "Cycles of bfloat16 over those of the format, as the compiler estimates them for "
+                  "its own matrix products: geometric means over all shapes. A format counts as "
+                  "fastest only if it gains more than 10 %."}])
 
 
 def _sections(result: dict) -> list[tuple[str, str]]:
@@ -323,15 +325,15 @@ def _sections(result: dict) -> list[tuple[str, str]]:
               f"programs of our kernels compile, with libtpu {result['libtpu']}.")
   return [
       ("XLA's products", _dots_table(rows)),
-      ("", "`optimal_seconds`, the compiler's other estimate, is of FLOPs and bytes: it does not "
-           "know that a chip multiplies one format faster than another of as many bits."),
+      ("", "`optimal_seconds`, the compiler's other estimate, follows from FLOPs and bytes: it "
+           "does not know that a chip multiplies one format faster than another of equal width."),
       ("Our kernels", compiles),
-      ("", collapsed("All of them", _kernels_table(ours))),
+      ("", collapsed("All programs", _kernels_table(ours))),
       ("", "The compiler does not look into Pallas kernels, and gives no cycles for them. "
            "Microseconds are its `optimal_seconds`, which follow from the FLOPs and bytes that we "
-           "declare: they count FP8 at the rate of bfloat16, and leave out what promotion and "
-           "conversion cost. They are no prediction. A dash is where it gave none."),
-      ("Refused", table(("chip", "kernel", "shape", "error"), (
+           "declare. They count FP8 at the rate of bfloat16, and leave out the cost of promotion "
+           "and conversion, so they do not predict run times. A dash means that it gave none."),
+      ("Not compiled", table(("chip", "kernel", "shape", "error"), (
           (row["chip"], row["name"], _shape(row), row["error"]) for row in refused))
        if refused else "")]
 
@@ -350,8 +352,8 @@ def _dots_table(rows: list[dict]) -> str:
 
 def _kernels_table(ours: list[dict]) -> str:
   mega = lambda row, name: row[name] / 1e6
-  return table(("chip", "kernel", "M x N x K", "declared, µs", "temporaries, MB", "program, MB",
-                "compiled in, s"), (
+  return table(("chip", "kernel", "M x N x K", "optimal µs", "temporaries, MB", "program, MB",
+                "compile time, s"), (
       (row["chip"], row["name"], _shape(row), _micro(row["optimal_seconds"]),
        mega(row, "temporaries"), mega(row, "program"), row["compile_seconds"])
       for row in ours if "error" not in row))

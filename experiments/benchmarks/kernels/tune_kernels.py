@@ -1,8 +1,9 @@
-"""Measure candidate tilings of Hopper's kernels, and write the table that they choose from.
+"""Measure candidate tilings of the Hopper kernels, and write the table of the fastest ones.
 
-For every operation and shape the candidates alternate. The table, `tilings.json`, is written
-where --out says, beside the measurements, with what was not measured as it is in
-`pallas_kernels/mosaic_gpu`; commit it there.
+The candidates for an operation and shape are timed alternately. The table, `tilings.json`, is
+written to the folder that --out names, next to the measurements; entries that were not measured are
+copied from the present table in `pallas_kernels/mosaic_gpu`. To use the new table, move it there
+and commit it.
 
 Shape letters:  M, R rows  N, K widths  G groups
 """
@@ -34,12 +35,12 @@ from train.run_folder import write_json_atomic
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-  """How to measure.
+  """How the candidates are timed.
 
   Attributes:
-    rounds: in which every candidate is timed once.
-    seconds: that a candidate runs for in a round, about.
-    only: how the names of the operations to tune begin; empty for all.
+    rounds: number of rounds, in each of which every candidate is timed once.
+    seconds: approximate time for which a candidate runs in a round.
+    only: tune only the operations whose name begins with this text; empty for all.
   """
 
   rounds: int = 10
@@ -56,11 +57,11 @@ class Job:
   """An operation on one shape.
 
   Attributes:
-    key: of the table.
-    flops: of one call.
-    run: takes the operands, and `tiling`.
-    operands: makes them.
-    candidates: the first is the kernel's default.
+    key: key of the entry in the table of tilings.
+    flops: FLOPs of one call.
+    run: the kernel, a function of the operands and the keyword argument `tiling`.
+    operands: makes the operands.
+    candidates: tilings to time, the kernel's default first.
   """
 
   key: str
@@ -70,10 +71,10 @@ class Job:
   candidates: tuple
 
 
-# Dense products of M, N, K with a scale for each block of the weight: DeepGEMM's.
+# M, N and K of dense products with one scale for each block of the weight: DeepGEMM's shapes.
 _BLOCKS = ((8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384))
-# Rows, groups, K and N of experts: V2-Lite's (gate, both gate and up, down, and the gradient of
-# both), V3's gate on one of eight nodes, and `base`'s.
+# Rows, groups, K and N of grouped products: V2-Lite's (the gate, gate and up as one product, down,
+# and the gradient of gate and up), V3's gate on one of eight nodes, and those of `base`.
 _EXPERTS = ((65536, 64, 2048, 1408), (98304, 64, 2048, 2816), (98304, 64, 1408, 2048),
             (98304, 64, 2816, 2048), (65536, 32, 7168, 2048),
             (98304, 64, 1024, 1024), (98304, 64, 512, 1024), (98304, 64, 1024, 512))
@@ -86,14 +87,14 @@ def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
   require(implementations.local_backend() == "mosaic_gpu",
-          f"tune_kernels times kernels for {implementations.BACKENDS['mosaic_gpu']}, and this is "
-          f"{jax.devices()[0].device_kind}")
+          f"tune_kernels times kernels for {implementations.BACKENDS['mosaic_gpu']}, and this "
+          f"device is {jax.devices()[0].device_kind}")
   chosen = [job for job in jobs() if job.key.startswith(cfg.only)]
   require(chosen, f"no operation's name begins with only={cfg.only}")
   rows = []
   for job in chosen:
     rows += _measure(job, cfg)
-    if options.out:  # after each, as there are many
+    if options.out:  # after each of the many jobs, so that an interrupted run keeps them
       results.record(options.out, {"config": to_dict(cfg), "rows": rows}, summary, _sections)
       write_json_atomic(options.out / "tilings.json",
                         dict(sorted((tilings.table() | best(rows)).items())))
@@ -101,7 +102,7 @@ def main(options: Options) -> None:
 
 
 def jobs() -> Iterator[Job]:
-  """Everything that is tuned; kernels are imported here, as only a GPU needs them."""
+  """Yields everything that is tuned; kernels are imported here because only a GPU needs them."""
   from pallas_kernels.mosaic_gpu import (
       fp8_grouped,
       fp8_matmul,
@@ -112,20 +113,20 @@ def jobs() -> Iterator[Job]:
   )
 
   dense, bf16, f32 = fp8_tiling.Tiling, jnp.bfloat16, jnp.float32
-  of_blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4),
-               dense(block_m=256, depth=1, stages=3))
-  of_vectors = (
+  blocks = (dense(), dense(cluster=2), dense(depth=1), dense(block_n=192, depth=1, stages=4),
+            dense(block_m=256, depth=1, stages=3))
+  vectors = (
       dense(block_m=256, depth=1, stages=3), dense(depth=1, stages=4), dense(depth=1, stages=3),
       dense(depth=1, stages=4, cluster=2), dense(block_m=256, block_n=96, stages=3))
   for m, n, k in _BLOCKS:
     yield Job(key("fp8_matmul 128x128", bf16, m, n, k), 2 * m * n * k,
               functools.partial(fp8_matmul.run, dtype=bf16),
-              lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k, tile="128x128")), of_blocks)
+              lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k, tile="128x128")), blocks)
   for rows, groups, k, n in _EXPERTS:
     make, flops = functools.partial(_grouped, rows, groups, k, n), 2 * rows * k * n
     for name, dtype, run, kind, candidates in (
-        ("fp8_grouped_matmul", bf16, fp8_grouped.run, "fp8", of_blocks),
-        ("fp8_grouped_weight_gradient", f32, fp8_weight_gradient.run, "fp8 gradient", of_vectors),
+        ("fp8_grouped_matmul", bf16, fp8_grouped.run, "fp8", blocks),
+        ("fp8_grouped_weight_gradient", f32, fp8_weight_gradient.run, "fp8 gradient", vectors),
         ("grouped_matmul", bf16, grouped_matmul.run, "plain", _fitting(grouped_matmul, n)),
         ("grouped_matmul transposed", bf16,
          functools.partial(grouped_matmul.run, transpose_rhs=True), "transposed",
@@ -137,11 +138,12 @@ def jobs() -> Iterator[Job]:
 
 
 def _fitting(kernel, columns: int, rows: int = 256) -> tuple:
+  """Returns the candidates of which `columns` and `rows` are multiples, the default first."""
   default = kernel.default_tiling(columns)
   tiling = type(default)
-  every = (default, tiling(128, 128, 6), tiling(256, 128), tiling(128, 256))
+  known = (default, tiling(128, 128, 6), tiling(256, 128), tiling(128, 256))
   return tuple(dict.fromkeys(
-      each for each in every if columns % each.columns == 0 and rows % each.rows == 0))
+      each for each in known if columns % each.columns == 0 and rows % each.rows == 0))
 
 
 def _quantised(rows: int, columns: int, tile: str = "1x128"):
@@ -181,14 +183,14 @@ def _measure(job: Job, cfg: TuneConfig) -> list[dict]:
 
 
 def best(rows: list[dict]) -> dict[str, dict[str, int]]:
-  """Of each key the tiling with the smallest median of its time over the default's."""
+  """Returns each key's tiling with the smallest median ratio of its time to the default's."""
   found = {}
   for row in sorted(rows, key=lambda row: row["of_default"], reverse=True):
     found[row["key"]] = row["tiling"]
   return found
 
 
-_HEADER = ("operation", "tiling", "µs", "TFLOP/s", "time over the default's")
+_HEADER = ("operation", "tiling", "µs", "TFLOP/s", "time ÷ default time")
 
 
 def _line(row: dict) -> tuple:
@@ -197,12 +199,12 @@ def _line(row: dict) -> tuple:
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   chosen = best(result["rows"])
-  of = result["config"]["only"] or "all operations"
+  tuned = result["config"]["only"] or "all operations"
   return bench_summary(
-      "tune_kernels", f"{backend(result)}-{of.replace(' ', '-')}",
-      f"Candidate tilings of Hopper's kernels, alternating ({of}).", result, tables=[
+      "tune_kernels", f"{backend(result)}-{tuned.replace(' ', '-')}",
+      f"Candidate tilings of the Hopper kernels, timed alternately ({tuned}).", result, tables=[
           {"name": "best", "caption": "The fastest tiling of every operation and shape",
            "header": list(_HEADER),
            "rows": [_line(row) for row in result["rows"] if chosen[row["key"]] == row["tiling"]],

@@ -1,11 +1,11 @@
-"""Measure how much a tensor core loses of a sum of FP8 products, and what promotion gives back.
+"""Measure the precision that a tensor core loses in FP8 sums, and what promotion restores.
 
-DeepSeek-V3 found that Hopper keeps 14 bits of such sums: of two random matrices with K = 4096 the
-largest relative error is nearly 2 % (arXiv:2412.19437, section 3.3.2). Here random matrices of
-E4M3, without scales, are multiplied by an emulation of that everywhere, and on a Hopper GPU by its
-tensor cores: by a kernel that leaves the whole sum to them, by ours with promotion, and by
-libraries, with what they call fast accumulation and without. Everything is compared with the exact
-product of the same FP8 numbers in float64.
+DeepSeek-V3 found that Hopper keeps 14 bits of such sums: for two random matrices with K = 4096, the
+largest relative error is nearly 2 % (arXiv:2412.19437, section 3.3.2). Here random matrices in
+E4M3, without scales, are multiplied by an emulation of that arithmetic, which runs on any device,
+and on a Hopper GPU by its tensor cores: by a kernel that leaves the whole sum to them, by our
+kernel with promotion, and by libraries with and without what they call fast accumulation. All
+results are compared with the exact product of the same FP8 values, in float64.
 
 Shape letters:  M, N rows of the operands  K contracted width
 """
@@ -40,9 +40,9 @@ class AccumulationConfig:
   """What is multiplied.
 
   Attributes:
-    widths: K; multiples of 128.
-    rows: M and N.
-    seed: of the numbers.
+    widths: values of K, the number of products in a sum; multiples of 128.
+    rows: M and N, the number of rows of each operand.
+    seed: seed of the random operands.
   """
 
   widths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
@@ -52,10 +52,10 @@ class AccumulationConfig:
   def __post_init__(self):
     require_positive(self, "rows")
     require(self.widths and min(self.widths) > 0 and not any(k % BLOCK for k in self.widths),
-            f"widths={self.widths} must be multiples of {BLOCK}, one at least")
+            f"widths={self.widths} must be one or more positive multiples of {BLOCK}")
 
 
-_CUBLASLT = "__cublas$lt$matmul$f8"  # what a compiled program calls
+_CUBLASLT = "__cublas$lt$matmul$f8"  # name of the custom call in a compiled program
 _NUMBERS = {"normal": lambda x: x, "positive": np.abs}
 _ERRORS = {
     "of_deviation": "largest error ÷ standard deviation",
@@ -63,11 +63,15 @@ _ERRORS = {
     "frobenius": "relative Frobenius norm of the error"}
 
 
-def ways(lhs_MK: jax.Array, rhs_NK: jax.Array) -> dict:
-  """Functions of these two FP8 matrices, [M, K] and [N, K], to [M, N], by name.
+def implementations(lhs_MK: jax.Array, rhs_NK: jax.Array) -> dict:
+  """Returns implementations of the product by name: functions of [M, K] and [N, K] to [M, N].
 
-  A Hopper GPU has more: the tensor core with and without promotion, XLA's dot, and torch's where
-  it is installed.
+  On a Hopper GPU these include the tensor core with and without promotion, XLA's dot and, where it
+  is installed, torch's product.
+
+  Args:
+    lhs_MK: FP8; gives the shape for which XLA's dot is compiled.
+    rhs_NK: FP8; gives the shape for which XLA's dot is compiled.
   """
   found = {"emulated": _emulated,
            "emulated, promoted": functools.partial(_emulated, promote_every=BLOCK)}
@@ -86,10 +90,10 @@ def ways(lhs_MK: jax.Array, rhs_NK: jax.Array) -> dict:
 
 
 def errors(ours: np.ndarray, exact: np.ndarray, numbers: str) -> dict[str, float]:
-  """Relative errors are of positive numbers only: sums of others may be next to nothing."""
-  off = np.abs(ours - exact)
-  found = {"of_deviation": float(off.max() / exact.std()), "frobenius": error(ours, exact)}
-  return found | ({"relative": float((off / exact).max())} if numbers == "positive" else {})
+  """Returns the errors; "relative" only for positive operands, as other sums may be close to 0."""
+  difference = np.abs(ours - exact)
+  found = {"of_deviation": float(difference.max() / exact.std()), "frobenius": error(ours, exact)}
+  return found | ({"relative": float((difference / exact).max())} if numbers == "positive" else {})
 
 
 CONFIG = AccumulationConfig()
@@ -102,7 +106,7 @@ def main(options: Options) -> None:
   for numbers, width in itertools.product(_NUMBERS, cfg.widths):
     rows += [{"numbers": numbers, "width": width, "way": name, **found}
              for name, found in _measure(cfg, numbers, width).items()]
-    if options.out:  # after each, as the next may be too wide
+    if options.out:  # after each width, as the next may run out of memory
       provenance.record(options.out, {"config": to_dict(cfg), "rows": rows})
   print(table(_HEADER, _lines(rows)))
   if options.out:
@@ -116,8 +120,8 @@ def _measure(cfg: AccumulationConfig, numbers: str, width: int) -> dict[str, dic
               .astype(jnp.float8_e4m3fn) for _ in range(2)]
   lhs_MK, rhs_NK = (np.asarray(x, np.float64) for x in operands)
   exact = lhs_MK @ rhs_NK.T
-  return {name: errors(np.asarray(way(*operands), np.float64), exact, numbers)
-          for name, way in ways(*operands).items()}
+  return {name: errors(np.asarray(product(*operands), np.float64), exact, numbers)
+          for name, product in implementations(*operands).items()}
 
 
 def _promote(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
@@ -137,15 +141,15 @@ _promoted, _raw = jax.jit(_promote), jax.jit(_raw_matmul)
 
 @functools.cache
 def _compiled_dot(lhs_shape: tuple, rhs_shape: tuple, precision: lax.Precision):
-  """XLA's product; at DEFAULT it lets cuBLASLt add up in the tensor core."""
+  """XLA's product, compiled; at DEFAULT precision cuBLASLt may add up in the tensor core."""
   dot = jax.jit(functools.partial(
       jnp.einsum, "mk,nk->mn", precision=precision, preferred_element_type=jnp.float32))
   operands = (jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in (lhs_shape, rhs_shape))
-  # Or it may choose a kernel of its own that happened to be faster.
+  # Otherwise XLA may choose its own Triton kernel if that happens to be faster.
   return dot.lower(*operands).compile({"xla_gpu_enable_triton_gemm": False})
 
 
-_HEADER = ("numbers", "K", "way", *_ERRORS.values())
+_HEADER = ("operands", "K", "implementation", *_ERRORS.values())
 
 
 def _lines(rows: list[dict]) -> list[list]:
@@ -158,31 +162,31 @@ def _percent(value: float | None) -> str | None:
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   errors = {(row["numbers"], row["width"], row["way"]): row for row in result["rows"]}
-  ways = dict.fromkeys(way for *_, way in errors)
-  raw, promoted = (("raw_matmul", "fp8_matmul, promoted") if "raw_matmul" in ways
+  names = dict.fromkeys(name for *_, name in errors)
+  raw, promoted = (("raw_matmul", "fp8_matmul, promoted") if "raw_matmul" in names
                    else ("emulated", "emulated, promoted"))
   size, widths = result["config"]["rows"], result["config"]["widths"]
   claims = [
       claim(f"sums of {width} positive products: {words}", "largest relative error",
-            errors["positive", width, way]["relative"], n=f"{size} x {size} sums",
-            reference="nearly 2 % of random matrices with K = 4096"
-            if width == 4096 and way == raw else "")
+            errors["positive", width, name]["relative"], n=f"{size} x {size} sums",
+            reference="nearly 2 % for random matrices with K = 4096"
+            if width == 4096 and name == raw else "")
       for width in widths
-      for words, way in (("all of it in the tensor core", raw), ("promoted every 128", promoted))]
-  percent = lambda numbers, name, width, way: _percent(errors[numbers, width, way][name])
+      for words, name in (("added up in the tensor core", raw), ("promoted every 128", promoted))]
+  percent = lambda numbers, metric, width, name: _percent(errors[numbers, width, name][metric])
   return bench_summary(
       "fp8_accumulation", backend(result),
-      f"Errors of {size} x {size} sums of K products of E4M3 numbers against float64.", result,
+      f"Errors of {size} x {size} sums of K products in E4M3, compared with float64.", result,
       claims=claims, tables=[{
-          "name": "promotion", "caption": "The largest error, with and without promotion",
-          "header": ["K", "normal, ÷ σ", "promoted every 128", "positive, relative",
-                     "promoted every 128"],
-          "rows": [[width, *(percent(numbers, name, width, way)
-                             for numbers, name in (("normal", "of_deviation"),
-                                                   ("positive", "relative"))
-                             for way in (raw, promoted))]
+          "name": "promotion", "caption": "Largest error without and with promotion",
+          "header": ["K", "normal: error ÷ σ", "normal, promoted every 128",
+                     "positive: relative error", "positive, promoted every 128"],
+          "rows": [[width, *(percent(numbers, metric, width, name)
+                             for numbers, metric in (("normal", "of_deviation"),
+                                                     ("positive", "relative"))
+                             for name in (raw, promoted))]
                    for width in widths]}])
 
 
@@ -195,6 +199,6 @@ def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
           for name in dict.fromkeys(row["way"] for row in rows)}
       for numbers, metric, label in (("normal", "of_deviation", "normal: error ÷ σ"),
                                      ("positive", "relative", "positive: relative error"))}
-  draw = functools.partial(plots.panels, doublings="K (products in a sum)", logarithmic=True)
+  draw = functools.partial(plots.panels, doublings="K (products per sum)", logarithmic=True)
   return [("Errors over K", figure(folder, "errors", "Errors over K", draw, panels)),
           ("All errors", table(_HEADER, _lines(rows)))]

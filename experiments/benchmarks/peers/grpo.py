@@ -1,21 +1,23 @@
-"""GRPO by others, on torch: TRL's trainer, or the plainest step on transformers' `generate`.
+"""GRPO by other libraries, on torch: TRL's trainer, or a minimal loop on transformers' `generate`.
 
-Run it by an interpreter that has torch, transformers and, for --kind=trl, trl (written for 1.16),
-from the repository's root; jax is not needed.
+Run it from the root of the repository, with an interpreter that has torch, transformers and, for
+--kind=trl, trl (written for version 1.16); jax is not needed.
 
     python -m experiments.benchmarks.peers.grpo CONFIG [--kind=...] [--generation=...]
 
 CONFIG is the path of a JSON file that `experiments.benchmarks.rl.bench_rl` writes. Commands are
-lines on stdin, so that a caller can alternate it with others; all answers are JSON:
+lines on stdin, so that the caller can alternate this program with others; answers are lines of
+JSON:
 
     {"ready": true, "params": 10000000, "versions": {...}}    after the warm-up
     go 5       ->  {"rows": [{"rollout": 1.2, "reward": 0.0, "update": 0.3, "seconds": 1.5,
                     "tokens": 4096, "mean_reward": 0.25}, ...], "masters": "float32"}
-    evaluate   ->  {"rates": [0.5, ...]}     right samples of each held-out problem, as a share
-    reset      ->  {"reset": true}           weights and optimizer as at the start; problems go on
+    evaluate   ->  {"rates": [0.5, ...]}     fraction of correct samples of each held-out problem
+    reset      ->  {"reset": true}           weights and optimizer as at the start; the sequence of
+                                             problems continues
 
-Times are seconds; tokens are those sampled, up to and with the one that ends a turn. Whatever
-others print goes to stderr.
+Times are in seconds; tokens are the sampled ones, up to and including the one that ends a turn.
+Whatever the libraries print goes to stderr.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from experiments.benchmarks.rl import sums
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("config", type=_config, help="JSON file; see the head of this file")
+  parser.add_argument("config", type=_config, help="path of a JSON file that bench_rl writes")
   parser.add_argument("--kind", choices=("trl", "transformers"), default="trl")
   parser.add_argument("--generation", choices=sums.GENERATION, default="generate", help="; ".join(
       f"{name}: {what}" for name, what in sums.GENERATION.items()))
@@ -45,11 +47,11 @@ def _config(path: str) -> dict[str, Any]:
   try:
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except (OSError, json.JSONDecodeError) as error:
-    raise argparse.ArgumentTypeError(f"no JSON file: {error}") from None
+    raise argparse.ArgumentTypeError(f"not a readable JSON file: {error}") from None
 
 
 class Conversation:
-  """Commands in, answers out."""
+  """Executes commands from stdin and writes answers."""
 
   def __init__(self, answers: TextIO, policy: "Policy", reset: Callable[[], None]):
     self._answers, self._policy, self._reset = answers, policy, reset
@@ -59,7 +61,7 @@ class Conversation:
     print(json.dumps(answer), file=self._answers, flush=True)
 
   def done(self, row: dict[str, float]) -> None:
-    """Notes a step; after the last that was asked for, answers and waits for more to do."""
+    """Records a step; after the last one requested, answers and waits for the next command."""
     self._rows.append(row)
     self._left -= 1
     if self._left:
@@ -73,7 +75,7 @@ class Conversation:
     self._wait()
 
   def _wait(self) -> None:
-    """Does what is asked until that is steps; at the end of the input the program ends."""
+    """Executes commands until one requests steps; exits the program at the end of the input."""
     for line in sys.stdin:
       command, _, count = line.strip().partition(" ")
       if command == "go":
@@ -85,12 +87,12 @@ class Conversation:
         self._reset()
         self._say(reset=True)
       else:
-        sys.exit(f"error: no command {line.strip()!r}: go N, evaluate or reset")
+        sys.exit(f"error: unknown command {line.strip()!r}; expected go N, evaluate or reset")
     sys.exit(0)
 
 
 class Clock:
-  """Seconds of a step's phases, each with the device's work in it; the rest is the update."""
+  """Seconds of a step's phases, the device's work included; the update is what remains."""
 
   def __init__(self):
     self.start()
@@ -120,7 +122,7 @@ def _synchronize() -> None:
 
 
 class Policy:
-  """The model, as it was loaded and as it is, with its tokenizer."""
+  """The model, its tokenizer, and a copy of the initial weights."""
 
   def __init__(self, config: dict[str, Any], dtype: Any):
     self.config = config
@@ -135,7 +137,8 @@ class Policy:
     self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
     for row in (*config["train"], *config["heldout"]):
       if (ids := self.tokenizer(text=row["prompt"])["input_ids"]) != row["ids"]:
-        raise ValueError(f"{row['prompt']!r} is {ids} here, and {row['ids']} there")
+        raise ValueError(f"the prompt {row['prompt']!r} has the tokens {ids} in transformers, and "
+                         f"{row['ids']} in this project")
 
   def restore(self, optimizer: Any) -> None:
     self.model.load_state_dict(self._initial)
@@ -148,7 +151,7 @@ class Policy:
     return torch.autocast(self.device, torch.bfloat16, self.config["compute"] == "bfloat16")
 
   def sample(self, rows: list[dict[str, Any]]) -> tuple[Any, Any, Any, list[str]]:
-    """Prompts and completions [S, T], their mask, the completions' mask [S, N], and texts."""
+    """Returns prompts and completions [S, T], their mask, completions' mask [S, N], and texts."""
     prompt_ST = self.tokenizer.pad(
         {"input_ids": [row["ids"] for row in rows]}, return_tensors="pt").to(self.device)
     width = prompt_ST["input_ids"].shape[1]
@@ -166,16 +169,16 @@ class Policy:
   def evaluate(self) -> list[float]:
     samples, size = self.config["eval_samples"], self.config["num_sequences"]
     rows = [row for row in self.config["heldout"] for _ in range(samples)]
-    right = []
+    correct = []
     for start in range(0, len(rows), size):
       part = rows[start:start + size]
-      right += sums.rewards(self.sample(part)[-1], [row["answer"] for row in part])
+      correct += sums.rewards(self.sample(part)[-1], [row["answer"] for row in part])
     self.model.train()
-    return [sum(right[i:i + samples]) / samples for i in range(0, len(right), samples)]
+    return [sum(correct[i:i + samples]) / samples for i in range(0, len(correct), samples)]
 
 
 def run_trl(policy: Policy, answers: TextIO, generation: str) -> None:
-  """TRL's GRPOTrainer, which asks after every step whether to go on."""
+  """Trains with TRL's GRPOTrainer, whose callback waits for commands between steps."""
   clock, config = Clock(), policy.config
   seen: dict[str, float] = {}
 
@@ -191,13 +194,13 @@ def run_trl(policy: Policy, answers: TextIO, generation: str) -> None:
       seen.update(tokens=sum(map(len, completion_ids_list)), mean_reward=rewards.mean().item())
       return rewards
 
-  class Obedient(transformers.TrainerCallback):
+  class StepCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, *args, **kwargs):
       clock.start()
 
     def on_step_end(self, *args, **kwargs):
-      talk.done(clock.row() | seen)
+      conversation.done(clock.row() | seen)
       clock.start()
 
   def reward(completions, answer, **columns):
@@ -208,15 +211,16 @@ def run_trl(policy: Policy, answers: TextIO, generation: str) -> None:
         policy.model, reward, args=_trl_config(config, folder, generation),
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": row["prompt"], "answer": row["answer"]} for row in config["train"]]),
-        processing_class=policy.tokenizer, callbacks=[Obedient()])
+        processing_class=policy.tokenizer, callbacks=[StepCallback()])
     if generation == "compiled":
       trainer.generation_config.disable_compile = False
-    talk = Conversation(answers, policy, lambda: policy.restore(trainer.optimizer.optimizer))
+    conversation = Conversation(
+        answers, policy, lambda: policy.restore(trainer.optimizer.optimizer))
     trainer.train()
 
 
 def _trl_config(config: dict[str, Any], folder: str, generation: str) -> Any:
-  """The settings of `bench_rl`'s own run; nothing is logged, saved or recomputed."""
+  """Returns the settings of `bench_rl`'s own run, without logs, checkpoints or recomputation."""
   micro, bfloat16 = config["micro_batch_size"], config["compute"] == "bfloat16"
   return trl.GRPOConfig(
       output_dir=folder, per_device_train_batch_size=micro,
@@ -229,23 +233,23 @@ def _trl_config(config: dict[str, Any], folder: str, generation: str) -> Any:
       gradient_checkpointing=False, bf16=bfloat16, use_cpu=not torch.cuda.is_available(),
       cache_implementation="static" if generation == "compiled" else None,
       use_transformers_continuous_batching=generation == "continuous",
-      # Of the memory that is free; several programs share the device.
+      # A fraction of the free memory: several programs share the device.
       transformers_continuous_batching_config={"max_memory_percent": 0.1},
       logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
 
 
 def run_transformers(policy: Policy, answers: TextIO) -> None:
-  """One step after the other: generate, compare within groups, learn."""
+  """Trains with a minimal loop: generate, compute advantages within groups, update."""
   config, position = policy.config, 0
   optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config["learning_rate"],
                                 betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-  talk = Conversation(answers, policy, lambda: policy.restore(optimizer))
+  conversation = Conversation(answers, policy, lambda: policy.restore(optimizer))
   groups = config["num_sequences"] // config["num_generations"]
   while True:
     clock = Clock()
-    asked = [config["train"][(position + i) % len(config["train"])] for i in range(groups)]
+    problems = [config["train"][(position + i) % len(config["train"])] for i in range(groups)]
     position += groups
-    rows = [row for row in asked for _ in range(config["num_generations"])]
+    rows = [row for row in problems for _ in range(config["num_generations"])]
     with clock.phase("rollout"):
       tokens_ST, real_ST, mask_SN, texts = policy.sample(rows)
     with clock.phase("reward"):
@@ -254,7 +258,8 @@ def run_transformers(policy: Policy, answers: TextIO) -> None:
     centred = by_group - by_group.mean(1, keepdim=True)
     advantage_S = (centred / (by_group.std(1, keepdim=True) + 1e-4)).flatten().to(policy.device)
     _learn(policy, optimizer, tokens_ST, real_ST, mask_SN, advantage_S)
-    talk.done(clock.row() | {"tokens": int(mask_SN.sum()), "mean_reward": reward.mean().item()})
+    conversation.done(clock.row() | {"tokens": int(mask_SN.sum()),
+                                     "mean_reward": reward.mean().item()})
 
 
 def _learn(policy, optimizer, tokens_ST, real_ST, mask_SN, advantage_S) -> None:
@@ -279,6 +284,7 @@ def _versions() -> dict[str, str]:
 
 
 def main(flags: argparse.Namespace) -> None:
+  # Answers go to the original stdout, and what libraries print to stderr.
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)
   torch.manual_seed(flags.config["seed"])
@@ -300,7 +306,7 @@ if __name__ == "__main__":
       import datasets
       import trl
   except ImportError as missing:
-    sys.exit(f"error: {sys.executable} lacks {missing.name}: run this by an interpreter that has "
+    sys.exit(f"error: {sys.executable} lacks {missing.name}: run this with an interpreter that has "
              "torch, transformers and, for --kind=trl, trl and datasets")
   try:
     main(parsed)

@@ -1,4 +1,4 @@
-"""torch's products on a GPU, of tensors that share our arrays' memory."""
+"""torch's matrix products on a GPU, on tensors that share the memory of our arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -6,26 +6,26 @@ import torch
 
 
 def wait(_) -> None:
-  """Until the GPU has done what it was given."""
+  """Waits until the GPU has finished all work that it was given."""
   if torch.cuda.is_available():
     torch.cuda.synchronize()
 
 
 def tensors(operands: tuple) -> tuple:
-  """torch's view of arrays, FP8 too; of quantised ones as (values, scales)."""
+  """Returns torch views of arrays, FP8 included; a quantised array becomes (values, scales)."""
   return jax.tree.map(_tensor, tuple(
       (x.values_MK, x.scales_mk) if hasattr(x, "values_MK") else x for x in operands))
 
 
 def _tensor(x: jax.Array):
-  if x.dtype == jnp.float8_e4m3fn:  # DLPack has no FP8 that both sides know
+  if x.dtype == jnp.float8_e4m3fn:  # DLPack has no FP8 type that jax and torch both support
     bits = torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8))
     return bits.view(torch.float8_e4m3fn)
   return torch.from_dlpack(x)
 
 
 def scaled_mm(x, w, *_):
-  """cuBLASLt's, with scales of 1x128 and 128x128, which it wants in columns."""
+  """cuBLASLt's product with 1x128 and 128x128 scales, which it requires in column-major order."""
   (x_MK, scales_Mk), (w_NK, scales_nk) = x, w
   return torch._scaled_mm(x_MK, w_NK.t(), scale_a=_columns(scales_Mk), scale_b=scales_nk.t(),
                           out_dtype=torch.bfloat16)
@@ -42,7 +42,7 @@ def unscaled_mm(lhs_MK: jax.Array, rhs_NK: jax.Array, *, fast: bool) -> jax.Arra
 
 
 def plain_mm(x, w, x_MK, w_NK):
-  """The same product of what was quantised."""
+  """The same product in bfloat16, of the operands before quantisation."""
   return x_MK @ w_NK.t()
 
 
@@ -51,12 +51,12 @@ def _columns(x):
 
 
 def grouped_mm(x_RK, w_GKN, sizes_G):
-  """Rows of each group by its matrix."""
+  """Product of each group's rows with the group's matrix."""
   return torch._grouped_mm(x_RK, w_GKN, offs=sizes_G.cumsum(0, dtype=torch.int32))
 
 
-def grouped_mm_both_ways(x_RK, w_GKN, sizes_G, dy_RN):
-  """The product and both gradients."""
+def grouped_mm_forward_backward(x_RK, w_GKN, sizes_G, dy_RN):
+  """The grouped product and the gradients of both operands."""
   x_RK, w_GKN = x_RK.detach().requires_grad_(), w_GKN.detach().requires_grad_()
   y_RN = grouped_mm(x_RK, w_GKN, sizes_G)
   return y_RN, *torch.autograd.grad(y_RN, (x_RK, w_GKN), dy_RN)

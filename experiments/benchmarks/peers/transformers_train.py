@@ -1,26 +1,28 @@
-"""Trains transformers' DeepSeek-V3 a few steps at a time, to be timed against this project's.
+"""Trains transformers' DeepSeek-V3 a few steps at a time, to be timed against this project.
 
-Stands alone: run it by an interpreter that has torch and transformers >= 5; jax is not needed.
+This file imports nothing of the project: run it with an interpreter that has torch and
+transformers >= 5; jax is not needed.
 
     python transformers_train.py CONFIG [--device=...] [--dtype=...] [--experts=...]
         [--attention=...] [--adamw=...] [--compile]
 
-CONFIG is JSON: {"shape": {fields of transformers' DeepseekV3Config}, "batch": sequences a step,
-"seq": tokens that each predicts, "steps": warm-up steps}. It is spoken to by lines, so that a
-caller can alternate it with others; all answers are JSON:
+CONFIG is JSON: {"shape": {fields of transformers' DeepseekV3Config}, "batch": sequences per step,
+"seq": tokens that each sequence predicts, "steps": warm-up steps}. Commands are lines on stdin, so
+that the caller can alternate this program with others; answers are lines of JSON:
 
     {"ready": true, "params": 10000000, "variant": {...}}    after the warm-up
     train 5             ->  {"seconds": 1.23, "loss": 8.31, "peak_mb": 900.0}
     forward_backward 5  ->  the same, without the optimizer
     quit
 
-The peak is of the device's memory, since the first of a run of like commands; a CPU's is since the
-start. The optimizer's memory is taken by the first `train`.
+On a GPU, the peak is that of the device's memory since the last change of command; on a CPU, that
+of the process since its start. The first `train` allocates the optimizer's memory.
 
-Tokens are random and new for every step, so the loss stays near the logarithm of the vocabulary's
-size. Its training is next-token cross entropy alone: transformers trains neither MTP modules nor
-the routing bias. Fastest in float32, measured on two cores, is grouped_mm, fused and --compile; in
-bfloat16, weights in it beside float32 masters: autocast would leave grouped_mm in float32.
+Tokens are random and new in every step, so the loss stays near the logarithm of the vocabulary's
+size. The loss is next-token cross entropy alone: transformers trains neither MTP modules nor the
+routing bias. The fastest options in float32, measured on two CPU cores, are grouped_mm, fused and
+--compile. In bfloat16, the fastest are bfloat16 weights with float32 master weights: autocast would
+leave grouped_mm in float32.
 """
 
 import argparse
@@ -35,17 +37,17 @@ KEYS = {"shape", "batch", "seq", "steps"}
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("config", type=_config, help="JSON; see the head of this file")
+  parser.add_argument("config", type=_config, help="JSON; see the docstring of this file")
   parser.add_argument("--experts", choices=("eager", "grouped_mm"),
                       default="grouped_mm", help="transformers' experts_implementation")
   parser.add_argument("--attention", choices=("sdpa", "cudnn", "eager"), default="sdpa",
-                      help="cudnn is sdpa that prefers cuDNN")
+                      help="cudnn is sdpa with cuDNN preferred")
   parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
   parser.add_argument("--adamw", choices=("fused", "foreach", "plain"), default="fused")
   parser.add_argument("--dtype", choices=("float32", "autocast", "bfloat16"), default="float32",
-                      help="of weights and products; autocast multiplies float32 weights in "
-                      "bfloat16; masters and moments are float32 always")
-  parser.add_argument("--threads", type=int, help="of torch; its own choice without")
+                      help="format of weights and products; autocast multiplies float32 weights "
+                      "in bfloat16; master weights and moments are always float32")
+  parser.add_argument("--threads", type=int, help="torch's threads; torch chooses by default")
   parser.add_argument("--compile", action="store_true", help="torch.compile model and loss")
   return parser.parse_args(argv)
 
@@ -79,7 +81,7 @@ class Trainer:
         logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
 
   def forward_backward(self):
-    """Gradients on new tokens, in `grad` of the weights; the loss, as a tensor."""
+    """Computes gradients on new tokens, in the weights' `grad`; returns the loss as a tensor."""
     for weight in self.weights:
       weight.grad = None
     config = self.flags.config
@@ -91,7 +93,7 @@ class Trainer:
     return loss.detach()
 
   def train(self):
-    """One step on new tokens; its loss before the update, as a tensor."""
+    """Takes a step on new tokens; returns the loss before the update, as a tensor."""
     if self.optimizer is None:
       self._make_optimizer()
     loss = self.forward_backward()
@@ -171,7 +173,7 @@ def _peak_mb(trainer: Trainer) -> float:
 
 
 def _peak_rss_mb() -> float:
-  """Of this program: getrusage would count the process that started it, too."""
+  """Peak of this process alone: getrusage would include the process that started it."""
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -187,10 +189,10 @@ def main(flags: argparse.Namespace) -> None:
   phase = None
   for line in sys.stdin:
     match line.split():
-      case ["train" | "forward_backward" as asked, steps] if steps.isdigit() and int(steps):
-        if asked != phase and flags.device == "cuda":
+      case ["train" | "forward_backward" as requested, steps] if steps.isdigit() and int(steps):
+        if requested != phase and flags.device == "cuda":
           torch.cuda.reset_peak_memory_stats()
-        phase = asked
+        phase = requested
         _go(trainer, phase, int(steps))
       case ["quit"]:
         return
@@ -205,7 +207,7 @@ if __name__ == "__main__":
     import torch
     import transformers
   except ImportError as missing:
-    sys.exit(f"error: {sys.executable} lacks {missing.name}: run this by an interpreter that has "
+    sys.exit(f"error: {sys.executable} lacks {missing.name}: run this with an interpreter that has "
              "torch and transformers")
   try:
     main(parsed)

@@ -1,10 +1,11 @@
-"""Time GRPO against TRL: the same model, problems, lengths, reward and learning rate.
+"""Time GRPO against TRL, with the same model, problems, lengths, reward and learning rate.
 
-The contenders alternate on the device. First each takes a few steps from the initial weights, again
-and again until all run at a steady pace, and then as often as is timed: tokens/s of every phase.
-Then each trains to the goal, or for as long as it may, with evaluations on held-out problems that
-its clock does not count. Results are written after every part, so that a run that is cut off leaves
-what it has.
+The contenders alternate on the device. In every round, each takes a few steps from the initial
+weights. Untimed rounds come first, until all contenders run at a steady pace; the timed rounds then
+give the tokens/s of every phase. After that, ours and the fastest peer that can learn at this
+learning rate train until they reach the goal or the time limit, with evaluations on held-out
+problems that their clocks do not count. Results are written after every part, so that an
+interrupted run keeps what it has measured.
 
 Shape letters:  P held-out problems  Q their distinct questions
 """
@@ -30,7 +31,8 @@ from experiments.reports import results
 from rl.pass_rates import interval
 from train.config_io import to_dict
 
-_STEADY = 0.1  # by which a contender's last two rounds may differ, relative to the faster
+# Largest difference between a contender's last two rounds at a steady pace, relative to the faster.
+_STEADY = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +53,16 @@ def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   bench = settings.apply(CONFIG, options.settings).bench
   if not bench.model:
-    raise ValueError("say which model to train: --set bench.model=DIR, a Hugging Face folder")
+    raise ValueError("there is no model to train: --set bench.model=DIR, a Hugging Face folder")
   if bench.peer:
-    # Read when the device is first used: the contenders share its memory.
+    # JAX reads this when it first uses the device, whose memory the contenders share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   folder = options.folder("bench_rl")
   folder.mkdir(parents=True, exist_ok=True)
   result: dict[str, Any] = {"bench": to_dict(bench), "failed": {}}
 
   def save() -> None:
-    # Overwrites what was there: this folder's results are of one run.
+    # Overwrites earlier results: the folder holds those of a single run.
     results.record(folder, result, summary, sections)
 
   ours = OwnTrainer(bench)
@@ -71,8 +73,9 @@ def main(options: Options) -> None:
     config = pathlib.Path(work) / "peer.json"
     config.write_text(json.dumps(ours.for_peers()), encoding="utf-8")
     try:
-      ways = bench.peer_generation if bench.peer == "trl" else ("generate",)
-      peers += [PeerTrainer(bench, way, config) for way in ways if bench.peer]
+      generations = bench.peer_generation if bench.peer == "trl" else ("generate",)
+      peers += [PeerTrainer(bench, generation, config)
+                for generation in generations if bench.peer]
       contenders = [ours, *_warm(ours, peers, result)]
       warm_up(bench, contenders, result)
       _time(bench, contenders, result)
@@ -87,7 +90,7 @@ def main(options: Options) -> None:
 
 def _warm(ours: OwnTrainer, peers: Sequence[PeerTrainer],
           result: dict[str, Any]) -> list[PeerTrainer]:
-  """Compiles ours while the peers warm up; returns those that can run."""
+  """Compiles ours while the peers warm up; returns the peers that can run."""
   ours.warm_up()
   alive = list(peers)
   attempt(alive, lambda peer: peer.ready(ours.cfg.param_count()), result["failed"])
@@ -97,12 +100,13 @@ def _warm(ours: OwnTrainer, peers: Sequence[PeerTrainer],
 
 
 def warm_up(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> None:
-  """Runs rounds that are not timed until every contender's pace is steady.
+  """Runs untimed rounds until every contender's pace is steady.
 
   Args:
-    bench: says how many rounds at most.
-    contenders: a peer that fails is removed.
-    result: gets "warm_up": by contender "by_round", tokens/s of whole steps, and "steady".
+    bench: the settings, which limit the number of rounds.
+    contenders: the contenders in order; those that fail are removed from the list.
+    result: receives "warm_up": by contender, "by_round", the tokens/s of whole steps in every
+      round, and whether the pace is "steady".
   """
   rounds = collections.defaultdict(list)
   for _ in range(bench.warm_up_rounds):
@@ -116,14 +120,14 @@ def warm_up(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> 
 
 
 def steady(rates: Sequence[float]) -> bool:
-  """Whether the last two rounds' tokens/s agree within a tenth of the faster."""
+  """Whether the tokens/s of the last two rounds agree to within a tenth of the faster."""
   last = rates[-2:]
   return len(last) == 2 and max(last) - min(last) <= _STEADY * max(last)
 
 
 def _round(bench: Bench, contenders: list[Trainer], rounds: dict[str, list],
            result: dict[str, Any]) -> None:
-  """A turn for each; those that fail are removed from `contenders`."""
+  """Lets every contender take its steps; those that fail are removed from `contenders`."""
   def turn(contender: Trainer) -> None:
     contender.reset()
     rounds[contender.name].append(contender.steps(bench.steps_timed))
@@ -136,7 +140,7 @@ def _rate(steps: Sequence[dict[str, float]]) -> float:
 
 
 def _time(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> None:
-  """Alternates, and compares medians."""
+  """Times alternating rounds, and compares the contenders by their medians."""
   rounds = collections.defaultdict(list)
   for _ in range(bench.repeats):
     _round(bench, contenders, rounds, result)
@@ -144,21 +148,21 @@ def _time(bench: Bench, contenders: list[Trainer], result: dict[str, Any]) -> No
       contender.name: medians(rounds[contender.name]) | {"masters": contender.masters}
       for contender in contenders}
   rates = {name: found["tokens_per_second"] for name, found in result["contenders"].items()}
-  # The strongest first.
+  # The fastest first.
   rivals = sorted(set(rates) - {"ours"}, key=lambda name: rates[name]["step"], reverse=True)
   result["ratios"] = {name: {phase: rates["ours"][phase] / rate
                              for phase, rate in rates[name].items()} for name in rivals}
 
 
 def medians(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
-  """A contender's medians over rounds.
+  """Returns a contender's medians over rounds.
 
   Args:
-    rounds: of each its steps, as `Trainer.steps` gives them.
+    rounds: the steps of every round, as `Trainer.steps` returns them.
 
   Returns:
-    By phase and for the whole step "seconds" (a step's) and "tokens_per_second"; "tokens" of a
-    step, "mean_reward", and "by_round", tokens/s of whole steps.
+    "seconds" per step and "tokens_per_second", each by phase and for the whole "step"; "tokens" per
+    step; "mean_reward"; and "by_round", the tokens/s of whole steps in every round.
   """
   total = lambda steps, name: sum(step[name] for step in steps)
   median = lambda values: float(np.median(list(values)))
@@ -175,10 +179,10 @@ def medians(rounds: list[list[dict[str, float]]]) -> dict[str, Any]:
 
 def _train_all(bench: Bench, contenders: list[Trainer], questions: Sequence[str],
                result: dict[str, Any], save: Callable[[], None]) -> None:
-  """Trains ours, and then the fastest peer of those that can learn at this rate."""
+  """Trains ours, then the fastest of those peers that can learn at this learning rate."""
   speed = lambda contender: result["contenders"][contender.name]["tokens_per_second"]["step"]
   ours, *rivals = contenders
-  # Small steps vanish in weights of bfloat16.
+  # Updates as small as these are rounded away in bfloat16 weights.
   able = [peer for peer in rivals if peer.masters == "float32"]
   chosen = max(able, key=speed, default=None)
   for peer in rivals:
@@ -193,9 +197,9 @@ def _train_all(bench: Bench, contenders: list[Trainer], questions: Sequence[str]
 
 
 def by_question(rates_P: Sequence[float], questions_P: Sequence[str]) -> np.ndarray:
-  """The mean rate of each distinct question, float [Q]: equal ones are not independent."""
-  _, of_P = np.unique(questions_P, return_inverse=True)
-  return np.bincount(of_P, weights=rates_P) / np.bincount(of_P)
+  """Mean rate of each distinct question, float [Q]: equal ones are not independent."""
+  _, index_P = np.unique(questions_P, return_inverse=True)
+  return np.bincount(index_P, weights=rates_P) / np.bincount(index_P)
 
 
 def train(bench: Bench, contender: Trainer, questions: Sequence[str], run: dict[str, Any],
@@ -203,11 +207,12 @@ def train(bench: Bench, contender: Trainer, questions: Sequence[str], run: dict[
   """Trains from the initial weights to the goal, or for `bench.minutes` of the contender's clock.
 
   Args:
-    bench: says how long.
-    contender: who.
-    questions: of the held-out problems; pass@1 and its interval are over the distinct ones.
-    run: "steps" and "evaluations" are appended to its lists, each with the clock's "time" in
-      seconds; "seconds_to_goal" is set if the goal is reached.
+    bench: the settings, with the goal and the time limit.
+    contender: the contender to train.
+    questions: questions of the held-out problems; pass@1 and its interval are computed over the
+      distinct ones.
+    run: receives the "steps" and "evaluations", appended to its lists, each with the clock's "time"
+      in seconds; and "seconds_to_goal" if the goal is reached.
     save: called after every evaluation.
   """
   contender.reset()

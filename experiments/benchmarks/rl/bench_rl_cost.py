@@ -1,10 +1,10 @@
-"""Compare the cost of RL objectives: seconds per step by phase, and peak bytes.
+"""Compare the cost of RL objectives: seconds per step by phase, and peak memory.
 
-All learn from the same rollouts of the same random model, every completion as long as allowed,
-alternating in one process. A rollout is the same work for all, so it is timed once a round; a step
-is rollout and update. Rewards are left out: their cost is the task's, whatever the objective. Bytes
-are the compiled update's own account. A GPU's high-water mark is not quoted: it is the process',
-not an objective's.
+The objectives alternate in one process, and learn from the same rollouts of the same random model,
+whose completions all have the maximum length. A rollout is the same work for all objectives, so it
+is timed once per round; a step is a rollout and an update. Rewards are left out, because their cost
+depends on the task alone. Bytes are those that the compiler reports for the update. A GPU's peak
+memory in use is not reported: it is that of the process, not of one objective.
 
 Shape letters:  S sequences
 """
@@ -30,11 +30,11 @@ from train.config_io import to_dict
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-  """How to measure.
+  """How the objectives are compared.
 
   Attributes:
-    objectives: names as in `rl.config.ObjectiveConfig`; the others are compared with the first.
-    rounds: alternations; medians over them are quoted.
+    objectives: names of objectives, as in `rl.config.ObjectiveConfig`; the first is the baseline.
+    rounds: number of rounds in which the objectives alternate; medians over them are reported.
   """
 
   objectives: tuple[str, ...] = ("grpo_r1", "ppo", "rft")
@@ -43,10 +43,10 @@ class Bench:
   def __post_init__(self):
     require(self.rounds > 0, f"Bench.rounds={self.rounds} must be positive")
     require(0 < len(self.objectives) == len(set(self.objectives)),
-            f"Bench.objectives={','.join(self.objectives)!r} must name some, each once")
+            f"Bench.objectives={','.join(self.objectives)!r} must name one or more, each once")
 
 
-# Without MTP, which RL does not train; the shape of R1-Zero's rollouts at cpu scale.
+# Without MTP, which RL does not train. The rollouts' shape is that of r1_zero at scale cpu.
 _NANO = dataclasses.replace(get_config("nano"), mtp=None)
 _RL = RLConfig(sampling=SamplingConfig(
     num_prompts=16, num_generations=16, max_prompt_length=16, max_completion_length=32))
@@ -57,9 +57,9 @@ class BenchConfig:
   """What is measured, and how.
 
   Attributes:
-    bench: how to measure.
+    bench: how the objectives are compared.
     model: the architecture.
-    rl: the run, whose objective's name is replaced by each of `bench.objectives`.
+    rl: the RL run; each of `bench.objectives` replaces its objective's name.
   """
 
   bench: Bench = Bench()
@@ -71,12 +71,12 @@ class BenchConfig:
             "bench_rl_cost measures one device: leave rl.mesh at 1 device")
     routing = self.rl.objective.routing
     require(routing == "free",
-            f"bench_rl_cost keeps no routing: leave rl.objective.routing={routing!r} at 'free'")
+            f"bench_rl_cost keeps no routing: rl.objective.routing={routing!r} must be 'free'")
     for name in self.bench.objectives:
-      self.of(name)
+      self.run(name)
 
-  def of(self, name: str) -> RLConfig:
-    """The run with one of the objectives."""
+  def run(self, name: str) -> RLConfig:
+    """Returns the RL run with one of the objectives."""
     return dataclasses.replace(
         self.rl, objective=dataclasses.replace(self.rl.objective, name=name))
 
@@ -98,12 +98,12 @@ def main(options: Options) -> None:
     seen = _roll_out(cfg, variables, index)
     rollout_seconds.append(time.perf_counter() - started)
     for update in updates.values():
-      update.seconds.append(update.go(seen))
+      update.seconds.append(update.take(seen))
   rollout_median = float(np.median(rollout_seconds))
   costs = {name: update.cost(rollout_median) for name, update in updates.items()}
   first = costs[cfg.bench.objectives[0]]
   compared = ("step_seconds", "update_seconds", "peak_bytes")
-  ratios = {name: {of: cost[of] / first[of] for of in compared} for name, cost in costs.items()}
+  ratios = {name: {key: cost[key] / first[key] for key in compared} for name, cost in costs.items()}
   _report(cfg, costs, ratios, rollout_median)
   if options.out:
     results.record(options.out, {
@@ -113,7 +113,7 @@ def main(options: Options) -> None:
 
 
 def _roll_out(cfg: BenchConfig, variables: dict, step: int) -> Experience:
-  """Completions of random prompts, laid out to be learned from; half of them were right."""
+  """Returns completions of random prompts as data of an update; half count as correct."""
   sampling = cfg.rl.sampling
   prompt_S, sample_S = np.divmod(np.arange(sampling.num_sequences), sampling.num_generations)
   prompts = np.random.default_rng(step).integers(
@@ -124,16 +124,16 @@ def _roll_out(cfg: BenchConfig, variables: dict, step: int) -> Experience:
       pad_prompts(list(prompts), sampling.max_prompt_length, keys_S),
       max_new_tokens=sampling.max_completion_length, stop_token=None,
       temperature=sampling.temperature, slots=sampling.slots))
-  right_S = sample_S % 2 == 0
+  correct_S = sample_S % 2 == 0
   return experience(list(prompts), out.tokens_SN, out.lengths_S, out.logprobs_SN,
-                    np.where(right_S, 1.0, -1.0), np.ones_like(right_S))
+                    np.where(correct_S, 1.0, -1.0), np.ones_like(correct_S))
 
 
 class _Update:
-  """One objective's update, compiled, warmed up and timed."""
+  """The update of one objective, compiled and warm, with the seconds that it took."""
 
   def __init__(self, cfg: BenchConfig, name: str, variables: dict, seen: Experience):
-    run = cfg.of(name)
+    run = cfg.run(name)
     rates = np.full(run.objective.updates, run.optimizer.learning_rate, np.float32)
     self._hyper = {
         "learning_rate": rates, "value_learning_rate": rates,
@@ -145,17 +145,17 @@ class _Update:
     self._state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
     self._update = make_update(cfg.model, run).lower(
         self._state, seen, self._hyper, self._key).compile()
-    self.go(seen)
+    self.take(seen)
 
-  def go(self, seen: Experience) -> float:
-    """Seconds of one update."""
+  def take(self, seen: Experience) -> float:
+    """Takes one update; returns its seconds."""
     started = time.perf_counter()
     self._state, metrics = self._update(self._state, seen, self._hyper, self._key)
     jax.block_until_ready((self._state, metrics))
     return time.perf_counter() - started
 
   def cost(self, rollout_seconds: float) -> dict:
-    """Medians, and bytes while it runs; outputs that take an argument's place count once."""
+    """Returns median seconds, and bytes; outputs that reuse an argument's memory count once."""
     used, median = self._update.memory_analysis(), float(np.median(self.seconds))
     return {
         "step_seconds": rollout_seconds + median, "update_seconds": median,
@@ -169,12 +169,13 @@ def _report(cfg: BenchConfig, costs: dict, ratios: dict, rollout_seconds: float)
   first, *others = costs
   for name in others:
     ratio = ratios[name]
-    print(f"{name} over {first}: {ratio['step_seconds']:.2f} times a step's seconds, "
-          f"{ratio['update_seconds']:.2f} an update's, {ratio['peak_bytes']:.2f} its peak bytes")
+    print(f"{name} relative to {first}: {ratio['step_seconds']:.2f} x seconds per step, "
+          f"{ratio['update_seconds']:.2f} x seconds per update, {ratio['peak_bytes']:.2f} x peak "
+          "bytes")
   sampling = cfg.rl.sampling
   print(f"{cfg.model.param_count():,} parameters; {sampling.num_sequences} completions of "
         f"{sampling.max_completion_length} tokens, prompts of {sampling.max_prompt_length}; "
-        f"{cfg.rl.objective.updates} optimizer step(s) a rollout")
+        f"{cfg.rl.objective.updates} optimizer step(s) per rollout")
   print(f"{'':16}{'step s':>9}{'rollout s':>11}{'update s':>10}{'peak MB':>9}{'state MB':>10}"
         f"{'temporary MB':>14}")
   for name, cost in costs.items():
@@ -184,20 +185,20 @@ def _report(cfg: BenchConfig, costs: dict, ratios: dict, rollout_seconds: float)
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   costs, sampling = result["objectives"], result["shape"]["rl"]["sampling"]
   first, *others = costs
   rounds = f"medians of {result['shape']['bench']['rounds']} rounds"
-  measured = {"step_seconds": "seconds of a step", "update_seconds": "seconds of an update",
+  measured = {"step_seconds": "seconds per step", "update_seconds": "seconds per update",
               "peak_bytes": "peak bytes of an update"}
   completions = sampling["num_prompts"] * sampling["num_generations"]
   return bench_summary(
       "bench_rl_cost", backend(result),
-      f"The cost of RL objectives on the same rollouts: {result['params']:,} parameters, "
+      f"Cost of RL objectives on the same rollouts: {result['params']:,} parameters, "
       f"{completions} completions of {sampling['max_completion_length']} tokens.", result,
-      claims=[claim(f"{name} against {first}: {words}", "ratio", result["ratios"][name][of],
-                    n="the compiled program" if of == "peak_bytes" else rounds)
-              for name in others for of, words in measured.items()],
+      claims=[claim(f"{name} against {first}: {words}", "ratio", result["ratios"][name][key],
+                    n="the compiled program" if key == "peak_bytes" else rounds)
+              for name in others for key, words in measured.items()],
       tables=[{"name": "costs", "caption": "Seconds and memory",
                "header": ["objective", "step s", "rollout s", "update s", "peak MB", "state MB",
                           "temporary MB"],

@@ -1,6 +1,6 @@
-"""The contenders of `bench_rl`: this project's GRPO, and a peer's in a process of its own.
+"""The contenders of `bench_rl`: this project's GRPO, and that of a peer in its own process.
 
-Each takes steps, evaluates and resets on command, and they count alike: sampled tokens, up to and
+Each takes steps, evaluates and resets on command, and all measure alike: sampled tokens, up to and
 including the one that ends a turn, and the seconds of a step's phases.
 """
 
@@ -28,9 +28,9 @@ from train import chat
 from train.config import OptimizerConfig
 
 _ROOT = pathlib.Path(__file__).parents[3]
-_PROBLEMS = 4096  # of "train", at most, before they begin again
-_WARM_UP = 2  # steps of a contender before its first round: most is compiled by then
-_EVALUATION = 2**31 - 1  # the step whose random keys evaluations draw with
+_PROBLEMS = 4096  # most problems of "train" before their sequence repeats
+_WARM_UP = 2  # steps of a contender before its first round, which compile most programs
+_EVALUATION = 2**31 - 1  # the step from which evaluations derive their random keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,29 +38,34 @@ class Bench:
   """What is trained, and how it is timed.
 
   Attributes:
-    model: a Hugging Face folder, tuned on ChatML.
-    task: see `rl.tasks.get_task`; answers must be integers.
-    num_prompts, num_generations, max_prompt_length, max_completion_length: of a rollout.
-    micro_batch_size: sequences that go forward and backward at once.
-    learning_rate: constant.
-    compute: format of products, over float32 masters.
-    unroll: layers of our sampler compiled one after another, as in `model.Transformer`.
-    seed: of everything.
-    peer: what to compare with; None for ours alone. "transformers" is generate and one training
-      step, for where TRL is missing.
+    model: Hugging Face folder of a model that was tuned on ChatML.
+    task: spec of the task, as `rl.tasks.get_task` reads it; its answers must be integers.
+    num_prompts: prompts per rollout.
+    num_generations: completions of each prompt.
+    max_prompt_length: longest prompt, in tokens.
+    max_completion_length: tokens after which a completion is truncated.
+    micro_batch_size: sequences per forward and backward pass.
+    learning_rate: the learning rate, which is constant.
+    compute: format of matrix products, "bfloat16" or "float32"; our master weights are float32.
+    unroll: layers in one iteration of our sampler's loop over layers, as in `model.Transformer`.
+    seed: seed of everything random.
+    peer: the peer to compare with, "trl" or "transformers"; None for ours alone. "transformers" is
+      a minimal loop of `generate` and one training step, for machines without TRL.
     peer_python: an interpreter that has torch, transformers and, for "trl", trl and datasets; None
-      for this one.
-    peer_generation: ways in which TRL samples, of `sums.GENERATION`; the fastest is quoted, and the
-      fastest over float32 weights trains.
-    peer_timeout: seconds that a peer may take for an answer.
-    steps_timed: of a round.
-    warm_up_rounds: before any is timed, at most: they end when every contender's pace is steady.
-    repeats: rounds, in which the contenders alternate, each from the initial weights; medians are
-      quoted.
-    minutes: of training, for each contender; 0 for none.
+      for the present one.
+    peer_generation: methods by which TRL samples, keys of `sums.GENERATION`. All are timed and the
+      fastest is reported first; the fastest with float32 weights is trained.
+    peer_timeout: longest time to wait for a peer's answer, in seconds.
+    steps_timed: steps per round.
+    warm_up_rounds: largest number of untimed rounds before the timed ones; they end when every
+      contender's pace is steady.
+    repeats: number of timed rounds, over which medians are reported; the contenders alternate, each
+      from the initial weights.
+    minutes: longest training time of a contender; 0 for no training.
     goal: held-out pass@1 at which a contender's training ends.
-    eval_problems, eval_samples: of an evaluation.
-    eval_every: steps between evaluations.
+    eval_problems: number of held-out problems in an evaluation.
+    eval_samples: completions of each problem in an evaluation.
+    eval_every: training steps between evaluations.
   """
 
   model: str = ""
@@ -90,16 +95,17 @@ class Bench:
   def __post_init__(self):
     require(self.peer in (None, "trl", "transformers"),
             f"bench.peer={self.peer} must be none, trl or transformers")
-    ways = sums.GENERATION
-    require(bool(self.peer_generation) and set(self.peer_generation) <= set(ways),
-            f"bench.peer_generation={self.peer_generation} must be some of {', '.join(ways)}")
+    known = sums.GENERATION
+    require(bool(self.peer_generation) and set(self.peer_generation) <= set(known),
+            f"bench.peer_generation={self.peer_generation} must be some of {', '.join(known)}")
     require(self.compute in ("bfloat16", "float32"),
             f"bench.compute={self.compute!r} must be bfloat16 or float32")
     require_positive(self, "unroll", "steps_timed", "repeats", "eval_samples", "eval_every")
-    require(self.warm_up_rounds > 1, "bench.warm_up_rounds must be at least 2, to be compared")
+    require(self.warm_up_rounds > 1,
+            "bench.warm_up_rounds must be at least 2, as the last two are compared")
     require_range(self, 0, 60, "minutes")
     require_range(self, 0, 1, "goal")
-    require(self.eval_problems > 1, "bench.eval_problems must be at least 2, for an interval")
+    require(self.eval_problems > 1, "bench.eval_problems must be at least 2 for an interval")
     self.run()
 
   @property
@@ -108,11 +114,11 @@ class Bench:
 
   @property
   def num_problems(self) -> int:
-    """Of "train", before they begin again: whole rollouts, as TRL leaves out a part of one."""
+    """Problems of "train" before they repeat: whole rollouts, as TRL leaves out partial ones."""
     return max(1, _PROBLEMS // self.num_prompts) * self.num_prompts
 
   def run(self) -> RLConfig:
-    """Our run: DAPO's loss, which is TRL's default, without a KL and with one step per rollout."""
+    """Returns our run: DAPO's loss, TRL's default, without KL and with one step per rollout."""
     sampling = SamplingConfig(
         num_prompts=self.num_prompts, num_generations=self.num_generations,
         max_prompt_length=self.max_prompt_length,
@@ -129,16 +135,16 @@ class Trainer(Contender, Protocol):
   """A contender that trains by RL.
 
   Attributes:
-    masters: the weights' format, once it is known.
+    masters: format of the weights that are trained; None until it is known.
   """
 
   masters: str | None
 
   def steps(self, count: int) -> list[dict[str, float]]:
-    """Takes steps. Of each: seconds of `sums.PHASES` and in all, "tokens" and "mean_reward"."""
+    """Takes steps; returns each one's seconds, in all and by phase, "tokens" and "mean_reward"."""
 
   def evaluate(self) -> list[float]:
-    """The fraction of correct samples of each held-out problem."""
+    """Returns the fraction of correct samples of each held-out problem."""
 
   def reset(self) -> None:
     """Restores the initial weights and optimizer; the sequence of problems continues."""
@@ -154,7 +160,8 @@ class OwnTrainer:
                       "heldout": _problems(bench, "heldout", bench.eval_problems)}
     self.questions = [problem.question for problem in self._problems["heldout"]]
     require(len(set(self.questions)) > 1, f"all {bench.eval_problems} held-out problems of "
-            f"{bench.task} ask the same: set bench.eval_problems higher, for an interval")
+            f"{bench.task} ask the same question, and an interval needs two: raise "
+            "bench.eval_problems")
     start = load_model(bench.model)
     self.bench, self.cfg, run = bench, start.cfg, bench.run()
     require(start.tokenizer_path is not None, f"{bench.model} has no tokenizer.json")
@@ -168,7 +175,7 @@ class OwnTrainer:
     self.reset()
 
   def warm_up(self) -> None:
-    """Compiles."""
+    """Compiles the programs."""
     self.steps(_WARM_UP)
     self.evaluate()
 
@@ -191,12 +198,12 @@ class OwnTrainer:
     sampled = time.perf_counter()
     rewards = sums.rewards(drawn.completions, [problem.answer for problem in drawn.problems])
     judged = time.perf_counter()
-    # By place: with few problems, one may be asked twice in a rollout.
+    # Groups by position: if there are few problems, a rollout may pose the same one twice.
     groups = np.repeat(np.arange(bench.num_prompts), bench.num_generations)
     seen = experience(
         drawn.prompt_tokens, drawn.tokens_SN, drawn.lengths_S, drawn.logprobs_SN,
         group_advantages(rewards, groups).values, np.ones(len(drawn), bool),
-        # One shape for all rollouts: nothing is compiled while the clock runs.
+        # One shape for all rollouts, so that nothing is compiled while the clock runs.
         multiple=bench.max_prompt_length + bench.max_completion_length)
     rate = np.full(1, bench.learning_rate, np.float32)
     self._state, _ = self._update(self._state, seen, {
@@ -218,7 +225,7 @@ class OwnTrainer:
     return np.reshape(correct, (-1, bench.eval_samples)).mean(1).tolist()
 
   def for_peers(self) -> dict[str, Any]:
-    """The config of `experiments.benchmarks.peers.grpo`: the same prompts, token by token."""
+    """Returns the config of `experiments.benchmarks.peers.grpo`, with the prompts' tokens."""
     bench, tokenizer = self.bench, self.sampler.tokenizer
 
     def rows(problems):
@@ -236,18 +243,18 @@ class OwnTrainer:
 
 
 def _problems(bench: Bench, split: str, count: int) -> list[Problem]:
-  """The first of a split, each with an answer that `sums.rewards` can judge by."""
+  """Returns the first problems of a split, whose answers `sums.rewards` must be able to read."""
   task = get_task(bench.task)
   problems = [task.problem(split, index) for index in range(count)]
   for problem in problems:
     require(sums.is_number(problem.answer), f"bench.task={bench.task}: the answer to "
-            f"{problem.question!r} is {problem.answer!r}, and must be an integer: name a task of "
-            "sums, such as arithmetic")
+            f"{problem.question!r} is {problem.answer!r}, and must be an integer: choose a task "
+            "with such answers, as arithmetic is")
   return problems
 
 
 class PeerTrainer:
-  """A process that trains on command; see `experiments.benchmarks.peers.grpo`."""
+  """A peer that trains in its own process; see `experiments.benchmarks.peers.grpo`."""
 
   def __init__(self, bench: Bench, generation: str, config: pathlib.Path):
     self.name = f"{bench.peer} ({generation})" if bench.peer == "trl" else bench.peer
@@ -259,10 +266,10 @@ class PeerTrainer:
         bench.peer_timeout, cwd=_ROOT)
 
   def ready(self, params: int) -> None:
-    """Waits until it is warm.
+    """Waits until the peer is warm.
 
     Raises:
-      Unavailable: if it stopped, or has another number of parameters.
+      Unavailable: if the peer has stopped, or its model does not have `params` parameters.
     """
     answer = self._process.answer()
     self.versions = answer["versions"]

@@ -1,13 +1,13 @@
-"""What this project and its peers share: what a completion of a sum is worth, and names.
+"""What this project and its peers share in `bench_rl`: the reward of sums, and names.
 
-Peers run it in an interpreter of their own, so it needs the standard library alone.
+Peers import it in their own interpreters, so it needs nothing but the standard library.
 """
 
 import re
 from collections.abc import Sequence
 
-PHASES = ("rollout", "reward", "update")  # of a step
-# The ways in which TRL samples; see `experiments.benchmarks.peers.grpo`.
+PHASES = ("rollout", "reward", "update")  # of a training step
+# Methods by which TRL can sample; see `experiments.benchmarks.peers.grpo`.
 GENERATION = {
     "generate": "transformers' generate under autocast, over float32 weights",
     "generate_bf16": "transformers' generate over bfloat16 weights",
@@ -18,12 +18,12 @@ _NUMBER = re.compile(r"-?[0-9]+")
 
 
 def is_number(answer: str) -> bool:
-  """Whether completions can be compared with it."""
+  """Whether the answer is an integer, as `rewards` requires."""
   return _NUMBER.fullmatch(answer) is not None
 
 
 def rewards(completions: Sequence[str], answers: Sequence[str]) -> list[float]:
-  """1 where the last number of a completion is the right answer; else 0, as without a number."""
+  """Returns 1 for each completion whose last integer is the correct answer, and 0 for others."""
   return [float(_last_number(completion) == int(answer))
           for completion, answer in zip(completions, answers, strict=True)]
 

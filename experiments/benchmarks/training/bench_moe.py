@@ -1,9 +1,9 @@
-"""Time the ways of computing routed experts against each other, alternating.
+"""Time implementations of routed experts against each other.
 
-Forward and backward of one MoE layer's experts, at the CPU comparison shape (`micro`: 2048 tokens,
-16 experts of 128, top 4). Balanced routing, a skewed one, and every token on the same experts.
-Takes two minutes on two CPU cores. The fastest way is what `model.experts` keeps; what lost lives
-here.
+Timed are the forward and backward pass of one MoE layer's experts, alternating, at the shape of the
+comparison on a CPU (`micro`: 2048 tokens, 16 experts of 128 hidden units, top 4), with balanced
+routing, skewed routing, and every token on the same experts. This takes two minutes on two CPU
+cores. `model.experts` keeps the fastest implementation; slower ones are defined here.
 """
 
 import functools
@@ -30,7 +30,7 @@ _ROUNDS = 15
 def padded_blocks(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics, *, block: int) -> jax.Array:
-  """Each expert's rows padded to whole blocks; every block gathers its expert's weights."""
+  """Pads each expert's rows to whole blocks; every block gathers the weights of its expert."""
   num_experts, num_chosen = weights.num_experts, experts_NK.shape[1]
   experts_R = experts_NK.reshape(-1)
   sizes_E = jnp.zeros(num_experts, jnp.int32).at[experts_R].add(1)
@@ -54,16 +54,16 @@ def padded_blocks(
 def sorted_segments(
     weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
     numerics: Numerics, *, block: int) -> jax.Array:
-  """A loop over blocks of the sorted rows, one expert's weights at a time; nothing is padded.
+  """Loops over blocks of the sorted rows, with one expert's weights at a time and no padding.
 
-  It is `slot_experts` with no slots: the whole batch is overflow.
+  This is `slot_experts` without slots: the whole batch is overflow.
   """
   return slot_experts(weights, x_ND, gates_NK, experts_NK, numerics, capacity_factor=0.0,
                       block=block)
 
 
 _DEFAULT = "slots, 1.125 x mean (the default)"
-WAYS = {
+IMPLEMENTATIONS = {
     "slots, 1.0 x mean": functools.partial(slot_experts, capacity_factor=1.0),
     _DEFAULT: EXPERTS["slots"],
     "slots, 1.25 x mean": functools.partial(slot_experts, capacity_factor=1.25),
@@ -89,10 +89,13 @@ def _inputs(skew: float):
           experts_NK.astype(jnp.int32), normal(_TOKENS, _WIDTH))
 
 
-def _step(way):
-  """Output and gradients, the incoming gradient an input so that nothing folds."""
+def _step(experts):
+  """Returns the jitted output and gradients of an implementation.
+
+  The incoming gradient is an argument, so that the compiler cannot fold it as a constant.
+  """
   def step(weights, x_ND, gates_NK, experts_NK, dy_ND):
-    forward = lambda *args: way(*args, experts_NK, NUMERICS["fp32"])
+    forward = lambda *args: experts(*args, experts_NK, NUMERICS["fp32"])
     y_ND, vjp = jax.vjp(forward, weights, x_ND, gates_NK)
     return y_ND, vjp(dy_ND)
 
@@ -109,10 +112,10 @@ def main(options: Options) -> None:
                             "max_minutes")
   useful = 18 * _TOKENS * _CHOSEN * _WIDTH * _EXPERT_WIDTH
   rows = []
-  print(f"{'routing':10} {'way':38} {'ms':>7} {'GFLOP/s':>8} {'error':>8}")
+  print(f"{'routing':10} {'implementation':38} {'ms':>7} {'GFLOP/s':>8} {'error':>8}")
   for routing, skew in _SKEWS.items():
     args = _inputs(skew)
-    steps = {name: _step(way) for name, way in WAYS.items()}
+    steps = {name: _step(experts) for name, experts in IMPLEMENTATIONS.items()}
     reference = steps["every expert for every token"](*args)
     errors = {name: _error(step(*args), reference) for name, step in steps.items()}
     seconds = alternate({name: lambda step=step, args=args: _seconds(step, args)
@@ -137,24 +140,26 @@ def _seconds(step, args) -> float:
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   ms, rounds = {}, result["shape"]["rounds"]
   for row in result["rows"]:
     ms.setdefault(row["routing"], {})[row["way"]] = row["ms"]
   shape = result["shape"]
   claims = [
-      claim(f"{routing} routing: the default against the fastest other way, {rival}", "speed-up",
-            of[rival] / of[_DEFAULT], n=f"medians of {rounds} rounds")
-      for routing, of in ms.items()
-      for rival in [min((way for way in of if not way.startswith("slots")), key=of.get)]]
+      claim(f"{routing} routing: the default against the fastest alternative, {rival}", "speed-up",
+            by_name[rival] / by_name[_DEFAULT], n=f"medians of {rounds} rounds")
+      for routing, by_name in ms.items()
+      for rival in [min((name for name in by_name if not name.startswith("slots")),
+                        key=by_name.get)]]
   errors = max(row["error"] for row in result["rows"])
   return bench_summary(
       "bench_moe", backend(result),
-      f"Ways of computing routed experts, forward and backward: {shape['tokens']} tokens of width "
-      f"{shape['width']}, {shape['experts']} experts of {shape['expert_width']}, "
-      f"{shape['chosen']} a token, {shape['format']}.", result, claims=claims, tables=[{
+      f"Implementations of routed experts, forward and backward: {shape['tokens']} tokens of width "
+      f"{shape['width']}, {shape['experts']} experts of {shape['expert_width']} hidden units, "
+      f"{shape['chosen']} experts per token, {shape['format']}.", result, claims=claims, tables=[{
           "name": "ms", "caption": "Milliseconds, forward and backward",
-          "header": ["way", *ms],
-          "rows": [[way, *(of[way] for of in ms.values())] for way in next(iter(ms.values()))],
-          "note": f"Medians of {rounds} alternating rounds. Outputs and gradients of all ways "
-                  f"agree to {errors:.1e}, relative to the largest element."}])
+          "header": ["implementation", *ms],
+          "rows": [[name, *(by_name[name] for by_name in ms.values())]
+                   for name in next(iter(ms.values()))],
+          "note": f"Medians of {rounds} alternating rounds. Outputs and gradients of all "
+                  f"implementations agree to {errors:.1e}, relative to the largest element."}])

@@ -1,4 +1,4 @@
-"""Time a training step of several seeds, trained as a vmapped batch, against that of one."""
+"""Time a training step of several seeds, trained as a vmapped batch, against a step of one seed."""
 
 import dataclasses
 import time
@@ -17,17 +17,17 @@ from train.program import Program
 from train.stages import with_seeds
 
 _ROUNDS, _STEPS = 7, 10
-_TARGET = 2.0  # times the seconds of one seed
+_TARGET = 2.0  # largest ratio to the seconds of one seed
 _NANO, _DATA = get_config("nano"), DataConfig(seq_len=256)
 _TRAIN = TrainConfig(steps=1000, batch_size=16)
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedsConfig(RunConfig):
-  """A run, and how many seeds are compared with one.
+  """A training run, and the number of seeds that are compared with one.
 
   Attributes:
-    seeds: that train as a vmapped batch.
+    seeds: number of seeds that train as a vmapped batch.
   """
 
   model: ModelConfig = _NANO
@@ -48,9 +48,10 @@ def main(options: Options) -> None:
   median = {count: float(np.median(seconds)) for count, seconds in by_round.items()}
   tokens = run.train.batch_size * run.data.seq_len
   ratio = median[cfg.seeds] / median[1]
-  print(f"a step of {cfg.seeds} seeds takes {ratio:.2f} times as long as one of a single seed")
+  print(f"a step of {cfg.seeds} seeds takes {ratio:.2f} times as long as a step of one seed")
   for count, seconds in median.items():
-    print(f"{count} seeds: {1e3 * seconds:.2f} ms a step, {count * tokens / seconds:,.0f} tokens/s")
+    print(f"{count} seeds: {1e3 * seconds:.2f} ms per step, "
+          f"{count * tokens / seconds:,.0f} tokens/s")
   if options.out:
     results.record(options.out, {
         "ratio": ratio, "batch": run.train.batch_size, "seq_len": run.data.seq_len,
@@ -58,7 +59,7 @@ def main(options: Options) -> None:
 
 
 class _Stepper:
-  """Runs of one program on random tokens."""
+  """Takes training steps of a number of seeds on random tokens."""
 
   def __init__(self, cfg: RunConfig, count: int):
     self._program = Program(with_seeds(cfg, list(range(count))), {})
@@ -72,7 +73,7 @@ class _Stepper:
     self.seconds()  # compiles
 
   def seconds(self) -> float:
-    """Of a step, the mean over a few."""
+    """Returns the seconds per step, averaged over a few steps."""
     started = time.perf_counter()
     for _ in range(_STEPS):
       self._state, metrics = self._program.step(self._state, self._index, self._batch)
@@ -82,7 +83,7 @@ class _Stepper:
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   (one, single), (many, vmapped) = result["seconds_per_step"].items()
   ratio = median_interval(np.asarray(vmapped) / np.asarray(single))
   tokens, rounds = result["batch"] * result["seq_len"], f"{len(single)} rounds"
@@ -91,13 +92,14 @@ def summary(result: dict) -> dict:
     numerics, scale = f"{numerics}, deterministic operations", f"{scale}-deterministic"
   return bench_summary(
       "bench_seeds", scale,
-      f"A training step of several seeds in a vmapped batch against that of one: "
-      f"{result['batch']} x {result['seq_len']} tokens a seed, {numerics}.", result,
-      claims=[target(f"a step of {many} seeds against one of a single seed, {numerics}",
+      f"A training step of several seeds as a vmapped batch, against a step of one seed: "
+      f"{result['batch']} x {result['seq_len']} tokens per seed, {numerics}.", result,
+      claims=[target(f"a step of {many} seeds against a step of one seed, {numerics}",
                      "ratio of seconds", ratio, at_most=_TARGET, n=rounds),
-              claim(f"throughput of {many} seeds against a single one, {numerics}",
+              claim(f"throughput of {many} seeds against that of one, {numerics}",
                     "ratio of tokens/s", int(many) / ratio[0], n=rounds)],
-      tables=[{"name": "steps", "caption": "Steps", "header": ["seeds", "ms a step", "tokens/s"],
+      tables=[{"name": "steps", "caption": "Training steps",
+               "header": ["seeds", "ms per step", "tokens/s"],
                "rows": [[count, 1e3 * float(np.median(seconds)),
                          int(count) * tokens / float(np.median(seconds))]
                         for count, seconds in ((one, single), (many, vmapped))]}])

@@ -1,11 +1,11 @@
-"""Time training against transformers: same shape, formats, device and batch, alternating.
+"""Time training against transformers, with the same shape, formats, device and batch.
 
-The peer is transformers' DeepSeek-V3 on torch, run by an interpreter that has them
-(`bench.python`), in its fastest known variants; ours is quoted against the fastest of those. At
-scale `gpu` both contenders share the GPU, with and without the optimizer; at `v2_lite`, ours in FP8
-is timed against ours in bfloat16 on layers of V2-Lite's widths; at `cpu`, the throughput of the
-input pipeline alone and the cost of a checkpoint are measured, too. `--profile` shows where the
-time of a step goes.
+The peer is transformers' DeepSeek-V3 on torch, run with an interpreter that has both
+(`bench.python`), in its fastest known variants; the target of ours is relative to the fastest of
+them. The contenders alternate. At scale `gpu` they share the GPU, and are timed with and without
+the optimizer. At `v2_lite`, ours in FP8 is timed against ours in bfloat16, on layers of V2-Lite's
+widths. At `cpu`, the throughput of the input pipeline alone and the cost of a checkpoint are
+measured as well. `--profile` shows where the time of a step goes.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from train.hardware import peak_flops
 
 _STEPS_TO_CHECKPOINT, _CHECKPOINT_EVERY = 6, 100
 _KERNELS_LISTED = 40
-_MOST_ON_A_CPU = 200_000_000  # parameters
+_MOST_ON_A_CPU = 200_000_000  # parameters; larger models take hours
 _GPU_FLAGS = "--device=cuda --dtype=bfloat16 --experts=grouped_mm --adamw=fused"
 
 
@@ -48,7 +48,7 @@ def _scales() -> dict[str, BenchConfig]:
   # Without MTP, which the peer does not train. Its optimizer keeps moments in float32.
   return {
       "cpu": BenchConfig(
-          bench=Bench(variants=(  # the fastest of a dozen, without and with a compiler
+          bench=Bench(variants=(  # the fastest of a dozen, without and with --compile
               "--experts=eager --adamw=fused", "--experts=grouped_mm --adamw=fused",
               "--experts=grouped_mm --adamw=plain",
               "--experts=grouped_mm --adamw=fused --compile")),
@@ -70,8 +70,8 @@ def _scales() -> dict[str, BenchConfig]:
 
 
 SCALES = _scales()
-# The least speed-up over the fastest rival, by scale and phase, and the least fraction of the peak
-# in bfloat16.
+# Targets: the least speed-up over the fastest rival, by scale and phase, and the least fraction of
+# the bfloat16 peak.
 _TARGETS = {"cpu": {"train": 1.0}, "gpu": {"forward_backward": 2.5, "train": 2.5},
             "v2_lite": {"forward_backward": 1.2, "train": 1.2}}
 _PEAK_TARGETS = {("v2_lite", "ours bf16"): 0.4}
@@ -82,12 +82,12 @@ def main(options: Options) -> None:
   scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": get_config})
   if cfg.bench.peer:
-    # Read when the device is first used: the contenders share its memory.
+    # JAX reads this when it first uses the device, whose memory the contenders share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   params = cfg.model.param_count()
   require(jax.default_backend() != "cpu" or params < _MOST_ON_A_CPU,
           f"--scale={scale} trains {params:,} parameters, which takes hours on a CPU: use "
-          "--scale=cpu, or a smaller model by --set model=micro")
+          "--scale=cpu, or a smaller model with --set model=micro")
   result: dict[str, Any] = {"shape": to_dict(cfg), "params": params,
                             "scale": scale, "absent": {}, "phases": {}}
   peers = [PeerTrainer(cfg, flags) for flags in cfg.bench.variants if cfg.bench.peer]
@@ -98,13 +98,13 @@ def main(options: Options) -> None:
       timed = result["phases"][phase] = _measure(
           cfg, phase, contenders, result["absent"], options)
       _report(cfg, phase, timed)
-      if options.out:  # after each, as the next may not fit
+      if options.out:  # after each phase, as the next may run out of memory
         results.record(options.out, result, summary, _sections)
   finally:
     for peer in peers:
       peer.quit()
   if scale == "cpu":
-    result |= _surroundings(cfg, ours[0])
+    result |= _pipeline_and_checkpoint(cfg, ours[0])
     if options.out:
       results.record(options.out, result, summary, _sections)
 
@@ -131,9 +131,10 @@ def _rates(cfg: BenchConfig, seconds: list[float]) -> dict:
   rate = cfg.tokens / float(np.median(seconds))
   flops = rate * cfg.model.flops_per_token(cfg.seq_len)
   compute = NUMERICS[cfg.bench.numerics[0]].compute
+  # The peak is that of one device: `peak_flops` returns that of all.
   return {"tokens_per_second": rate, "by_round": [cfg.tokens / took for took in seconds],
           "flops_per_second": flops,
-          "fraction_of_peak": flops * jax.device_count() / peak_flops(compute)}  # of one device
+          "fraction_of_peak": flops * jax.device_count() / peak_flops(compute)}
 
 
 def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
@@ -141,7 +142,7 @@ def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
   first, *others = found
   print(f"\n{phase.replace('_', ' + ')}, {cfg.batch_size} x {cfg.seq_len} tokens")
   for name in sorted(others, key=lambda name: -found[name]["tokens_per_second"]):
-    print(f"{first} over {name}: {describe(*timed['speedup'][name])}")
+    print(f"speed-up of {first} over {name}: {describe(*timed['speedup'][name])}")
   width = max(map(len, found))
   print(f"{'':{width}}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'peak MB':>9}{'start s':>9}")
   for name, row in found.items():
@@ -150,16 +151,16 @@ def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
 
 
 def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> None:
-  """Where a step's time goes, printed, and written beside the results."""
+  """Prints where the time of a step goes, and writes it next to the results."""
   for own in ours:
     parts = own.trace()
-    total = sum(share.seconds for share in parts["kinds"])
+    total = sum(part.seconds for part in parts["kinds"])
     text = f"# Where the time goes: {own.name}, {phase}\n"
-    for title, shares in (("kind of work", parts["kinds"]),
-                          ("kernel", parts["kernels"][:_KERNELS_LISTED])):
-      rows = [(share.name, 1e3 * share.seconds, share.seconds / total, share.count)
-              for share in shares]
-      text += "\n" + markdown.table((title, "ms a step", "share", "times"), rows) + "\n"
+    for title, timings in (("kind of work", parts["kinds"]),
+                           ("kernel", parts["kernels"][:_KERNELS_LISTED])):
+      rows = [(timing.name, 1e3 * timing.seconds, timing.seconds / total, timing.count)
+              for timing in timings]
+      text += "\n" + markdown.table((title, "ms per step", "fraction", "runs"), rows) + "\n"
     print(text)
     if options.out:
       options.out.mkdir(parents=True, exist_ok=True)
@@ -167,8 +168,8 @@ def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> Non
       (options.out / f"profile-{name}.md").write_text(text, encoding="utf-8")
 
 
-def _surroundings(cfg: BenchConfig, ours: OwnTrainer) -> dict:
-  """What the input pipeline gives, and what a checkpoint costs."""
+def _pipeline_and_checkpoint(cfg: BenchConfig, ours: OwnTrainer) -> dict:
+  """Measures the throughput of the input pipeline, and the cost of a checkpoint."""
   run = cfg.run(cfg.bench.numerics[0])
   pipeline = _pipeline(run)
   print(f"input pipeline alone: {pipeline:,.0f} tokens/s")
@@ -176,12 +177,16 @@ def _surroundings(cfg: BenchConfig, ours: OwnTrainer) -> dict:
   save = _checkpoint_cost(ours)
   ours.finish()
   print(f"a checkpoint costs {save['seconds']:.2f} s, {save['fraction']:.1%} of the "
-        f"{save['interval']} steps between two")
+        f"time of the {save['interval']} steps between two checkpoints")
   return {"input_pipeline_tokens_per_second": pipeline, "checkpoint": save}
 
 
 def _checkpoint_cost(ours: OwnTrainer) -> dict:
-  """Seconds that a save adds to the steps around it, and their fraction of all between two."""
+  """Returns the cost of a checkpoint.
+
+  "seconds" are those that a save adds to the steps around it, and "fraction" relates them to the
+  time of the steps between two checkpoints.
+  """
   with tempfile.TemporaryDirectory() as folder:
     checkpoints, extra = Checkpoints(folder, keep=1), []
     for index in range(3):
@@ -198,7 +203,7 @@ def _checkpoint_cost(ours: OwnTrainer) -> dict:
 
 
 def _pipeline(cfg: RunConfig) -> float:
-  """Tokens/s of documents to batches, nothing trained."""
+  """Tokens/s from documents to batches, without any training."""
   data, count = load(cfg.data), 300
   batches = data.batches([0], 0, [cfg.train.batch_size] * count)
   next(batches)
@@ -208,7 +213,7 @@ def _pipeline(cfg: RunConfig) -> float:
 
 
 def summary(result: dict) -> dict:
-  """The summary of what results.json holds."""
+  """Returns the summary of a result, as read from results.json."""
   scale, shape = result["scale"], result["shape"]
   claims = [one for phase, timed in result["phases"].items()
             for one in _claims(scale, phase, timed, shape["bench"]["rounds"])]
@@ -216,7 +221,7 @@ def summary(result: dict) -> dict:
     save = result["checkpoint"]
     claims += [
         claim("input pipeline alone", "tokens/s", result["input_pipeline_tokens_per_second"]),
-        claim(f"a checkpoint, of the {save['interval']} steps between two", "fraction of the time",
+        claim(f"a checkpoint every {save['interval']} steps", "fraction of the time",
               save["fraction"])]
   return bench_summary(
       "bench_train", scale,
@@ -226,7 +231,10 @@ def summary(result: dict) -> dict:
 
 
 def _claims(scale: str, phase: str, timed: dict, rounds: int) -> list[dict]:
-  """Speed-ups over every rival, with a target for the fastest; fractions of the peak with one."""
+  """Returns the speed-ups over all rivals, and the fractions of the peak that have a target.
+
+  Of the speed-ups, that over the fastest rival has the target.
+  """
   found = timed["contenders"]
   first = next(iter(found))
   rivals = sorted(timed["speedup"], key=lambda name: -found[name]["tokens_per_second"])
@@ -246,7 +254,7 @@ def _claims(scale: str, phase: str, timed: dict, rounds: int) -> list[dict]:
 def _table(phase: str, timed: dict) -> dict:
   return {
       "name": phase, "caption": _words(phase),
-      "header": ["contender", "tokens/s", "TFLOP/s", "of the peak", "peak MB", "start s"],
+      "header": ["contender", "tokens/s", "TFLOP/s", "fraction of peak", "peak MB", "start s"],
       "rows": [[name, row["tokens_per_second"], row["flops_per_second"] / 1e12,
                 f"{row['fraction_of_peak']:.1%}", row["peak_mb"], row["start_seconds"]]
                for name, row in timed["contenders"].items()]}
@@ -257,11 +265,11 @@ def _words(phase: str) -> str:
 
 
 def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
-  """Links to profiles, what could not run, and the settings."""
+  """Returns links to the profiles, the excluded contenders, and the settings."""
   profiles = "\n".join(f"- [{path.stem.removeprefix('profile-')}]({path.name})"
                        for path in sorted(folder.glob("profile-*.md")))
-  absent = markdown.table(("contender", "reason"), result["absent"].items())
+  excluded = markdown.table(("contender", "reason"), result["absent"].items())
   return [("Where the time of a step goes", profiles),
-          ("Not measured", absent if result["absent"] else ""),
-          ("Settings", markdown.collapsed("All of them", markdown.table(
+          ("Not measured", excluded if result["absent"] else ""),
+          ("Settings", markdown.collapsed("All settings", markdown.table(
               ("setting", "value"), markdown.flat(result["shape"]))))]

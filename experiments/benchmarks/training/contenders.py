@@ -1,6 +1,6 @@
-"""The contenders of `bench_train`: this project's training, and a peer's in a process of its own.
+"""The contenders of `bench_train`: this project's training, and that of a peer in its own process.
 
-Each does one phase at a time: "forward_backward", the gradients of the loss with the parameters in
+Each runs one phase at a time: "forward_backward", the gradients of the loss with the parameters in
 the compute format, or "train", whole steps with float32 master weights.
 """
 
@@ -34,19 +34,21 @@ _STEPS_TRACED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-  """How to measure.
+  """How the contenders are timed.
 
   Attributes:
-    peer: what to compare with; None for ours alone.
-    python: an interpreter that has torch and transformers; None for this one.
-    variants: of the peer, each a combination of its flags.
-    peer_timeout: seconds, from the start, that a peer may take to get ready; it is excluded if it
-      takes longer.
-    numerics: ours, names of policies; the others and the peer are compared with the first.
-    phases: what is timed: forward_backward, train.
-    rounds: alternations; medians over them are quoted.
-    steps: of a round.
-    warm_up: steps of every contender before any is timed: by then memory has stopped growing.
+    peer: the peer to compare with; None for ours alone.
+    python: an interpreter that has torch and transformers; None for the present one.
+    variants: variants of the peer, each a combination of its flags.
+    peer_timeout: longest time, in seconds, for a peer to get ready after its start, or to answer a
+      command; a peer that takes longer is excluded.
+    numerics: names of our numerics policies; the first is the one that the other policies and the
+      peer are compared with.
+    phases: phases that are timed, of "forward_backward" and "train".
+    rounds: number of rounds in which the contenders alternate; medians over them are reported.
+    steps: steps per round.
+    warm_up: untimed steps of every contender before the first round; by then memory has stopped
+      growing.
   """
 
   peer: Literal["transformers"] | None = None
@@ -66,8 +68,8 @@ class Bench:
       require(bool(requested) and set(requested) <= set(known),
               f"Bench.{name}={','.join(requested)} must be some of {', '.join(known)}")
     require(not self.peer or not self.python or bool(shutil.which(self.python)),
-            f"bench.python={self.python} is no program: give an interpreter that has torch and "
-            "transformers")
+            f"bench.python={self.python} is not a program: name an interpreter that has torch "
+            "and transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +77,15 @@ class BenchConfig:
   """What is trained, and how it is timed.
 
   Attributes:
-    bench: how to measure.
-    model: the architecture; its numerics are the policies of `bench.numerics`.
-    seq_len: tokens of a sequence.
-    batch_size: sequences of a step.
-    optimizer: as in `train.config.RunConfig`.
-    remat: as in `train.config.TrainConfig`.
-    attend: likewise.
-    unroll: likewise; None for all layers.
+    bench: how the contenders are timed.
+    model: the architecture; `bench.numerics` replaces its numerics.
+    seq_len: tokens per sequence.
+    batch_size: sequences per step.
+    optimizer: settings of the optimizer.
+    remat: which activations the backward pass recomputes, as in `train.config.TrainConfig`.
+    attend: implementation of attention, as in `train.config.TrainConfig`.
+    unroll: layers per iteration of the loop over layers, as in `train.config.TrainConfig`; None for
+      all layers.
   """
 
   bench: Bench
@@ -96,11 +99,11 @@ class BenchConfig:
 
   @property
   def tokens(self) -> int:
-    """Tokens of a step."""
+    """Tokens per step."""
     return self.batch_size * self.seq_len
 
   def run(self, numerics: str) -> RunConfig:
-    """The training run with one of the numerics policies."""
+    """Returns the training run with one of the numerics policies."""
     return RunConfig(
         model=dataclasses.replace(self.model, numerics=NUMERICS[numerics]),
         data=DataConfig(seq_len=self.seq_len), optimizer=self.optimizer,
@@ -112,13 +115,13 @@ class Trainer(Contender, Protocol):
   """A contender that trains, phase by phase."""
 
   def start(self, phase: str) -> None:
-    """Gets ready for a phase, and warm."""
+    """Prepares a phase and warms up."""
 
   def seconds(self, steps: int) -> float:
-    """Seconds that so many steps take."""
+    """Takes a number of steps; returns the seconds that they took."""
 
   def finish(self) -> dict[str, Any]:
-    """What else to report about the phase; its memory is freed."""
+    """Frees the memory of the phase; returns what else is reported about it."""
 
 
 class OwnTrainer:
@@ -149,26 +152,27 @@ class OwnTrainer:
 
   def seconds(self, steps: int) -> float:
     started = time.perf_counter()
-    made = None
+    output = None
     for _ in range(steps):
-      del made  # so that gradients are in memory once, not twice
-      made = self._compiled(
+      del output  # so that gradients are in memory only once
+      output = self._compiled(
           self.state, *self._program.step_arguments(self._index, self._batch()))
       if self._trains:
-        self.state, made = made
+        self.state, output = output
       self._index += 1
-    jax.block_until_ready((self.state, made))
+    jax.block_until_ready((self.state, output))
     return time.perf_counter() - started
 
-  def trace(self) -> dict[str, list[profiles.Share]]:
-    """Seconds of a step by kind of work and by kernel, from a few more steps."""
+  def trace(self) -> dict[str, list[profiles.Timing]]:
+    """Takes a few more steps; returns the seconds of a step by kind of work and by kernel."""
     with tempfile.TemporaryDirectory() as folder:
       with jax.profiler.trace(folder):
         self.seconds(_STEPS_TRACED)
       found = profiles.kernels(pathlib.Path(folder))
     came_from = profiles.origins(self._compiled.as_text())
-    per_step = lambda shares: [profiles.Share(share.name, share.seconds / _STEPS_TRACED,
-                                              share.count // _STEPS_TRACED) for share in shares]
+    per_step = lambda timings: [profiles.Timing(timing.name, timing.seconds / _STEPS_TRACED,
+                                                timing.count // _STEPS_TRACED)
+                                for timing in timings]
     return {"kinds": per_step(profiles.by_kind(found, came_from)),
             "kernels": per_step(profiles.by_kernel(found, came_from))}
 
@@ -177,7 +181,8 @@ class OwnTrainer:
     del self.state
     program_mb = (used.argument_size_in_bytes + used.temp_size_in_bytes
                   + used.output_size_in_bytes - used.alias_size_in_bytes) / 2**20
-    alone = len(self._cfg.bench.numerics) == 1  # else the process' peak is also the others'
+    # With several policies, the peak of the process is not that of one contender.
+    alone = len(self._cfg.bench.numerics) == 1
     return {"start_seconds": self._start_seconds, "program_mb": program_mb,
             "peak_mb": _peak_mb() if alone else program_mb}
 
@@ -186,7 +191,7 @@ class OwnTrainer:
 
 
 def random_variables(cfg: ModelConfig) -> dict:
-  """What `model.init` gives, drawn on the device and without tracing the network."""
+  """Returns variables like those of `model.init`, without tracing the network; compiles fast."""
   shapes = model.abstract_variables(cfg)
 
   @jax.jit
@@ -202,11 +207,11 @@ def random_variables(cfg: ModelConfig) -> dict:
     keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
     return jax.tree_util.tree_map_with_path(one, shapes, keys)
 
-  return draw(jax.random.key(0, impl="rbg"))  # which compiles fast
+  return draw(jax.random.key(0, impl="rbg"))  # rbg compiles fastest
 
 
 def _peak_mb() -> float:
-  """The most that this process has used at a time: of the first device's memory, or of a CPU's."""
+  """Peak memory of this process so far: of the first device, or on a CPU of the host."""
   stats = jax.devices()[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
     return stats["peak_bytes_in_use"] / 2**20
@@ -214,7 +219,7 @@ def _peak_mb() -> float:
 
 
 class PeerTrainer:
-  """A peer's training in its own process; it gets ready while the others do."""
+  """A peer that trains in its own process, and starts while the other contenders do."""
 
   def __init__(self, cfg: BenchConfig, flags: str):
     self.name = f"{cfg.bench.peer} {flags}"
@@ -251,9 +256,9 @@ class PeerTrainer:
 
 
 def _transformers_shape(network: ModelConfig) -> dict[str, Any]:
-  """The fields of transformers' DeepseekV3Config."""
+  """Returns the fields of transformers' DeepseekV3Config for a model."""
   require(isinstance(network.attention, MLAConfig) and network.moe is not None,
-          "the peer has MLA and experts: give such a model, or leave bench.peer out")
+          "the peer needs a model with MLA and experts: choose one, or leave bench.peer at none")
   attention, moe = network.attention, network.moe
   return {
       "vocab_size": network.vocab_size, "hidden_size": network.d_model,

@@ -1,8 +1,8 @@
-"""Where a step's time goes: a profiler's trace, reduced to kernels and to kinds of work.
+"""Where the time of a step goes: a profiler's trace, reduced to kernels and kinds of work.
 
-A compiled program names every instruction, and says which part of the model it came from; a trace
-says how long each ran. On a GPU that is one stream's kernels; on a CPU instructions overlap, so
-that shares may add up to more than one.
+A compiled program names every instruction and the part of the model that it came from; a trace says
+how long each instruction ran. On a GPU these are the kernels of one stream; on a CPU instructions
+overlap, so that the fractions may add up to more than one.
 """
 
 import collections
@@ -13,35 +13,37 @@ from typing import NamedTuple
 
 import jax
 
-# The first that matches "where it came from; instruction; kernel" names the kind.
+# The first pattern that matches "origin; instruction; kernel" gives the kind of work.
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
     ("attention", r"fmha|flash|sdpa|dot_product_attention"),
     ("quantise", r"quantize|quantise|swiglu_backward_mosaic"),
     ("grouped products", r"ragged_dot|ragged-dot|grouped_matmul|fp8_experts|fp8_grouped"
                          r"|grouped_weight_gradient|gmm"),
     ("optimizer", r"optimizer"),
-    ("between devices", r"all-reduce|all-gather|reduce-scatter|nccl"),
+    ("collectives", r"all-reduce|all-gather|reduce-scatter|nccl"),
     ("dense products", r"gemm|cutlass|nvjet|xmma|cublas|matmul|fp8_linear|dot_general.*;"
                        r"|\bdot[._]|ynn_fusion"),
     ("sort, gather, scatter", r"gather_rows_mosaic"),
-    ("element by element", r"swiglu_gated_backward_mosaic"),
-    # In a CUDA graph nothing says which of them, unless its name did above.
+    ("elementwise", r"swiglu_gated_backward_mosaic"),
+    # In a CUDA graph nothing but the name, if it matches above, tells our kernels apart.
     ("our kernels", r"mosaic_gpu"),
     ("sort, gather, scatter", r"sort|scatter|gather|top_k|topk|cumsum|scan_kernel|argsort|radix"),
     ("copies", r"; (memcpy|memset|copy|transpose|wrapped_copy|wrapped_transpose|input_transpose)"),
-    ("sums", r"reduc"),
+    ("reductions", r"reduc"),
 ))
 
-_CONTAINER = re.compile(r"(while|call|conditional)\b")  # their parts are traced, too
+_CONTAINER = re.compile(r"(while|call|conditional)\b")  # their parts are traced as well
 
 
 class Kernel(NamedTuple):
-  """One run of an instruction.
+  """One execution of an instruction.
 
   Attributes:
-    name: of the kernel.
-    instruction: of the compiled program that asked for it, or the kernel's name.
-    start, seconds: when and for how long, in seconds.
+    name: name of the kernel.
+    instruction: name of the compiled program's instruction, or the kernel's name if the trace has
+      none.
+    start: when the execution began, in seconds.
+    seconds: how long it took.
   """
 
   name: str
@@ -50,8 +52,8 @@ class Kernel(NamedTuple):
   seconds: float
 
 
-class Share(NamedTuple):
-  """Of the time traced: a kind of work or a kernel, its seconds, and how often it ran."""
+class Timing(NamedTuple):
+  """Total seconds of a kind of work or of a kernel, and how often it ran."""
 
   name: str
   seconds: float
@@ -59,14 +61,14 @@ class Share(NamedTuple):
 
 
 def kernels(folder: pathlib.Path) -> list[Kernel]:
-  """All that ran on the first device, by the newest trace in a folder.
+  """Returns everything that ran on the first device, from the newest trace in a folder.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if the folder holds no trace.
   """
   traces = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
   if not traces:
-    raise ValueError(f"{folder} holds no trace: nothing named *.xplane.pb")
+    raise ValueError(f"{folder} holds no trace, which would be a file named *.xplane.pb")
   planes = list(jax.profiler.ProfileData.from_file(str(traces[-1])).planes)
   gpus = sorted((plane for plane in planes if plane.name.startswith("/device:GPU")),
                 key=lambda plane: plane.name)
@@ -74,7 +76,7 @@ def kernels(folder: pathlib.Path) -> list[Kernel]:
   for plane in gpus[:1] or planes:
     for line in plane.lines:
       if gpus and not line.name.startswith("Stream"):
-        continue  # the same again, by module and by operation
+        continue  # these lines repeat the kernels by module and by operation
       for event in line.events:
         instruction = dict(event.stats).get("hlo_op")
         if gpus or (instruction and not _CONTAINER.match(instruction)):
@@ -84,46 +86,45 @@ def kernels(folder: pathlib.Path) -> list[Kernel]:
 
 
 def origins(compiled_text: str) -> dict[str, str]:
-  """Which operation each instruction of a compiled program (`as_text`) came from."""
+  """Returns the operation that each instruction of a compiled program (`as_text`) came from."""
   return dict(re.findall(r'%?([\w.-]+) = .*metadata=\{[^}]*?op_name="([^"]*)"', compiled_text))
 
 
 def kind(kernel: Kernel, came_from: Mapping[str, str]) -> str:
-  """What kind of work a kernel does, by its names; "element by element" if they do not say."""
+  """Returns the kind of work of a kernel, by its names; "elementwise" if no pattern matches."""
   text = f"{_origin(kernel, came_from)}; {kernel.instruction}; {kernel.name}"
-  return next((name for name, pattern in _KINDS if pattern.search(text)), "element by element")
+  return next((name for name, pattern in _KINDS if pattern.search(text)), "elementwise")
 
 
-def by_kind(found: Iterable[Kernel], came_from: Mapping[str, str]) -> list[Share]:
-  """Seconds by kind of work, the longest first, and "idle": when nothing ran between two kernels.
-  """
+def by_kind(found: Iterable[Kernel], came_from: Mapping[str, str]) -> list[Timing]:
+  """Seconds by kind of work, longest first, then "idle": the time between kernels."""
   found = list(found)
-  return [*_shares((kind(kernel, came_from), kernel.seconds) for kernel in found),
-          Share("idle", _idle(found), 0)]
+  return [*_totals((kind(kernel, came_from), kernel.seconds) for kernel in found),
+          Timing("idle", _idle(found), 0)]
 
 
-def by_kernel(found: Iterable[Kernel], came_from: Mapping[str, str]) -> list[Share]:
-  """Seconds by kernel and by where it came from, the longest first."""
+def by_kernel(found: Iterable[Kernel], came_from: Mapping[str, str]) -> list[Timing]:
+  """Seconds by kernel and origin, longest first."""
   def label(kernel):
     name = kernel.instruction if kernel.name == kernel.instruction else (
         f"{kernel.instruction} ({kernel.name[:48]})")
     return f"{name} {'/'.join(_origin(kernel, came_from).split('/')[-4:])}".strip()
 
-  return _shares((label(kernel), kernel.seconds) for kernel in found)
+  return _totals((label(kernel), kernel.seconds) for kernel in found)
 
 
 def _origin(kernel: Kernel, came_from: Mapping[str, str]) -> str:
-  # A kernel's own name has underscores where its instruction has dots.
+  # The name of a kernel has an underscore where that of its instruction has a dot.
   dotted = re.sub(r"_(\d+)$", r".\1", kernel.instruction)
   return came_from.get(kernel.instruction) or came_from.get(dotted, "")
 
 
-def _shares(pairs: Iterable[tuple[str, float]]) -> list[Share]:
+def _totals(pairs: Iterable[tuple[str, float]]) -> list[Timing]:
   seconds, counts = collections.Counter(), collections.Counter()
   for name, took in pairs:
     seconds[name] += took
     counts[name] += 1
-  return [Share(name, took, counts[name]) for name, took in seconds.most_common()]
+  return [Timing(name, took, counts[name]) for name, took in seconds.most_common()]
 
 
 def _idle(found: list[Kernel]) -> float:

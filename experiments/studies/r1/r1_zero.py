@@ -1,14 +1,15 @@
-"""R1-Zero in miniature: a base that has read noisy solutions improves by RL from rules alone.
+"""R1-Zero in miniature: RL from rule-based rewards on a base trained on noisy solutions.
 
-The base is pretrained on worked solutions of every quality, so that it solves some problems some of
-the time. Then comes RL with rewards for accuracy and format, and nothing else: no SFT. By default
-only `grpo` runs; the other arms are controls and variants, for `--arms`. `format_only` and `random`
-start from the same base and show what is gained without a reward for correct answers. `rft` learns
-from the correct completions alone. The arms about reflection have bases of their own, whose
-documents take a step back never or in one of ten; of the others' documents one in a hundred does.
+The base is pretrained on noisy worked solutions, so that it solves some problems some of the time.
+RL with rewards for accuracy and format follows, without SFT. By default only the arm `grpo` runs;
+the other arms are controls and variants for `--arms`. `format_only` and `random` start from the
+same base, and show how much is gained without a reward for correct answers. `rft`, which is
+rejection-sampling fine-tuning, learns from correct completions only. `without_reflection` and
+`reflection` have bases of their own: of their documents, none and one in ten, respectively, takes a
+step back with "wait"; of those of the other arms' base, it is one in a hundred.
 
-Learning rates are fixed, not swept. Matched between arms on one base: problems, samples, rollouts,
-updates and evaluations.
+Learning rates are fixed, not swept. Matched between arms with the same base: problems, samples,
+rollouts, updates and evaluations.
 """
 
 from experiments.stats import Claim
@@ -26,14 +27,14 @@ _ARMS = (
     Arm("reflection", ("documents.noise.self_correction=0.1",)),
 )
 
-# Of 200 problems, 0.02 is four: rates of the same problems before and after move less by chance.
+# 0.02 is 4 of 200 problems. Rates of the same problems before and after RL differ less by chance.
 _MARGIN = 0.02
 _MINUTES = {"smoke": (1, "2 CPU cores"), "demo": (4, "2 CPU cores"), "cpu": (12, "2 CPU cores"),
             "code": (20, "2 CPU cores"), "gpu": (6, "one H200")}
 
 
 def _gain(name: str, metric: str, sign: int, paper: str = "", arm: str = "grpo") -> Comparison:
-  """That RL raises a rate by more than the margin, or that it does not."""
+  """Returns the claim that RL raises a rate by more than the margin or, for sign -1, does not."""
   return Comparison(name, f"{metric}_gain", arm, None,
                     Claim("threshold", sign=sign, threshold=_MARGIN), paper)
 
@@ -46,17 +47,20 @@ STUDY = Study(
     arms=_ARMS, baseline="grpo",
     comparisons=(
         _gain("RL raises pass@1", "pass@1", 1, "AIME 15.6 % to 71.0 %"),
-        _gain("RL raises the majority vote", "cons@k", 1, "AIME cons@64 86.7 % after RL"),
-        _gain("it does so by more than format: pass@1 by lenient match rises", "lenient_pass@1", 1),
-        _gain("the format reward alone does not", "pass@1", -1, arm="format_only"),
-        _gain("a random reward does not", "pass@1", -1, arm="random"),
-        Comparison("RL gains more than the format reward alone", "pass@1_gain", "grpo",
+        _gain("RL raises the accuracy of the majority vote", "cons@k", 1,
+              "AIME cons@64 86.7 % after RL"),
+        _gain("RL raises pass@1 by lenient match, so not by format alone", "lenient_pass@1", 1),
+        _gain("the format reward alone does not raise pass@1", "pass@1", -1, arm="format_only"),
+        _gain("a random reward does not raise pass@1", "pass@1", -1, arm="random"),
+        Comparison("RL raises pass@1 more than the format reward alone", "pass@1_gain", "grpo",
                    "format_only", Claim("sign", sign=1, margin=_MARGIN)),
-        Comparison("RL gains more than rejection-sampling fine-tuning", "pass@1", "grpo", "rft",
-                   Claim("sign", sign=1), "GRPO above online RFT (DeepSeekMath figure 5)"),
+        Comparison("RL reaches a higher pass@1 than rejection-sampling fine-tuning", "pass@1",
+                   "grpo", "rft", Claim("sign", sign=1),
+                   "GRPO is above online RFT (DeepSeekMath figure 5)"),
         _gain("completions take a step back more often after RL", "reflection", 1,
-              "reflection emerges (the aha moment)"),
-        _gain("also where the base has read more of that", "reflection", 1, arm="reflection")),
+              "reflection emerges (the \"aha moment\")"),
+        _gain("completions take a step back more often after RL, base with more reflections",
+              "reflection", 1, arm="reflection")),
     scales={name: Scale(config, (), seeds=1, minutes=_MINUTES[name][0], hardware=_MINUTES[name][1])
             for name, config in R1_ZERO.items()},
     kind=RLRuns, default_arms=("grpo",), keep_runs=True)

@@ -1,1 +1,1 @@
-"""Studies of DeepSeek-V3 (arXiv:2412.19437) and of what it builds on."""
+"""Studies of DeepSeek-V3 (arXiv:2412.19437) and of the papers that it builds on."""

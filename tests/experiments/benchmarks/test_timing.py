@@ -1,4 +1,4 @@
-"""Timing: the order of contenders, medians with intervals, and peers that fail."""
+"""Timing: counterbalanced order, medians with intervals, and contenders that fail."""
 
 import math
 import sys
@@ -17,14 +17,15 @@ def test_a_speedup_is_the_median_over_rounds_with_its_interval():
 
 
 @pytest.mark.parametrize(("n", "low", "high"), [(6, 1, 6), (10, 2, 9), (20, 6, 15), (25, 8, 18)])
-def test_a_medians_interval_is_that_of_the_sign_test(n, low, high):
+def test_the_interval_of_a_median_equals_that_of_the_sign_test(n, low, high):
   values = np.random.default_rng(0).permutation(np.arange(1.0, n + 1))
   assert timing.median_interval(values) == ((n + 1) / 2, low, high)
-  outside = lambda end: stats.binomtest(end, n, 0.5).pvalue  # of a median beyond that value
+  # The p-value of a median beyond the order statistic `end`.
+  outside = lambda end: stats.binomtest(end, n, 0.5).pvalue
   assert outside(low - 1) <= 0.05 < outside(low)
 
 
-def test_five_values_bound_their_median_not_at_all_at_95_percent():
+def test_five_values_do_not_bound_the_median_at_95_percent():
   assert timing.median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (3, -math.inf, math.inf)
 
 
@@ -36,7 +37,7 @@ def test_contenders_alternate_in_counterbalanced_order():
 
 
 class Peer:
-  """A contender that says it cannot run."""
+  """A contender that counts the calls of `quit`."""
 
   name, quits = "peer", 0
 
@@ -44,7 +45,7 @@ class Peer:
     self.quits += 1
 
 
-def test_an_unavailable_contender_is_excluded_with_the_reason_and_the_others_go_on():
+def test_an_unavailable_contender_is_excluded_with_the_reason_and_the_others_continue():
   first, second, excluded, ran = Peer(), Peer(), {}, []
   contenders = [first, second]
 
@@ -58,7 +59,7 @@ def test_an_unavailable_contender_is_excluded_with_the_reason_and_the_others_go_
   assert (first.quits, second.quits) == (1, 0)
 
 
-def test_an_error_of_another_kind_is_not_taken_for_absence():
+def test_other_errors_of_a_contender_are_raised():
   with pytest.raises(ValueError, match="a fault"):
     timing.attempt([Peer()], lambda _: (_ for _ in ()).throw(ValueError("a fault")), {})
 
@@ -71,7 +72,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_peer_process_answers_line_by_line_until_it_stops_or_is_too_slow():
+def test_a_peer_process_answers_line_by_line_and_is_unavailable_if_too_slow_or_stopped():
   peer = timing.PeerProcess([sys.executable, "-c", ECHO], timeout=20)
   assert [peer.ask(word) for word in ("a", "b")] == [{"got": "a"}, {"got": "b"}]
   with pytest.raises(timing.Unavailable, match="did not answer within"):

@@ -1,4 +1,4 @@
-"""The baselines are what they say: proper, Kneser-Ney's, and blind to what they must not see."""
+"""Compression baselines: the n-gram model is a proper Kneser-Ney model, and gzip is `gzip -9`."""
 
 import collections
 import gzip
@@ -13,8 +13,8 @@ RNG = np.random.default_rng(0)
 TEXT = bytes(RNG.choice(list(b"aabbcd "), 4000)) + b"to be, or not to be: that is to be " * 9
 
 
-def by_the_book(documents: list[bytes], order: int, context: bytes) -> np.ndarray:
-  """The same model from its definition, with dictionaries: probabilities of the next byte."""
+def reference_next_byte(documents: list[bytes], order: int, context: bytes) -> np.ndarray:
+  """Returns the next-byte probabilities of the model as defined, computed with dictionaries."""
   windows = lambda length: [document[i:i + length] for document in documents
                             for i in range(len(document) - length + 1)]
   probability = np.full(256, 1 / 256)
@@ -42,7 +42,7 @@ def by_the_book(documents: list[bytes], order: int, context: bytes) -> np.ndarra
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("context", [b"", b"t", b"to b", b"that is to be to be", b"\xff\0zzzz\0"])
-def test_after_any_context_probabilities_are_positive_and_sum_to_one(order, context):
+def test_probabilities_after_any_context_are_positive_and_sum_to_one(order, context):
   probability = NGram(order).fit(TEXT).next_byte(context)
   assert probability.shape == (256,) and (probability > 0).all()
   assert abs(probability.sum() - 1) < 1e-12
@@ -51,22 +51,22 @@ def test_after_any_context_probabilities_are_positive_and_sum_to_one(order, cont
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("documents", [[TEXT], [b"to be", b"", b"o", b"not to be", TEXT[:500]],
                                        [b"aaaa"]], ids=["one", "several", "repeated"])
-def test_it_is_kneser_ney_as_defined(order, documents):
+def test_probabilities_equal_the_definition_of_modified_kneser_ney(order, documents):
   model = NGram(order).fit(documents)
   longest = max(map(len, documents))
   for context in (b"", b"a", b"to", b"not to b", b"is to be ", b"zq a"):
-    expected = by_the_book(documents, min(order, longest), context)
+    expected = reference_next_byte(documents, min(order, longest), context)
     np.testing.assert_allclose(model.next_byte(context), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_bits_are_those_of_each_byte_after_all_that_precede_it(order):
+def test_bits_per_byte_is_the_mean_negative_log2_probability_given_all_preceding_bytes(order):
   model, heldout = NGram(order).fit(TEXT), b"that is not \xfe what a cab is to be"
   each = [-np.log2(model.next_byte(heldout[:i])[byte]) for i, byte in enumerate(heldout)]
   assert model.bits_per_byte(heldout) == pytest.approx(np.mean(each), rel=1e-12)
 
 
-def test_longer_contexts_predict_structure_better_and_noise_no_better():
+def test_longer_contexts_predict_words_better_and_random_bytes_cost_more_than_8_bits():
   words = RNG.choice([b"alpha ", b"beta ", b"gamma ", b"delta "], 4000).tolist()
   train, heldout = b"".join(words[:3000]), b"".join(words[3000:])
   bits = [NGram(order).fit(train).bits_per_byte(heldout) for order in (1, 2, 3)]
@@ -75,17 +75,17 @@ def test_longer_contexts_predict_structure_better_and_noise_no_better():
 
 
 def test_ngrams_do_not_cross_documents():
-  apart, joined = NGram(2).fit([b"xy", b"zw"] * 50), NGram(2).fit(b"xyzw" * 50)
-  assert apart.next_byte(b"y")[ord("z")] == apart.next_byte(b"")[ord("z")]
+  separate, joined = NGram(2).fit([b"xy", b"zw"] * 50), NGram(2).fit(b"xyzw" * 50)
+  assert separate.next_byte(b"y")[ord("z")] == separate.next_byte(b"")[ord("z")]
   assert joined.next_byte(b"y")[ord("z")] > joined.next_byte(b"")[ord("z")]
 
 
-def test_fitting_again_forgets():
-  again, once = NGram().fit(b"something else").fit(TEXT), NGram().fit(TEXT)
-  assert again.bits_per_byte(b"not to be") == once.bits_per_byte(b"not to be")
+def test_fitting_again_discards_the_previous_counts():
+  refitted, once = NGram().fit(b"something else").fit(TEXT), NGram().fit(TEXT)
+  assert refitted.bits_per_byte(b"not to be") == once.bits_per_byte(b"not to be")
 
 
-def test_gzip_is_the_whole_file_at_its_best():
+def test_gzip_compresses_all_bytes_at_once_at_the_highest_level():
   heldout = TEXT * 3
   assert gzip_bits_per_byte(heldout) == 8 * len(gzip.compress(heldout, 9)) / len(heldout)
   assert gzip_bits_per_byte(heldout) < gzip_bits_per_byte(TEXT)
@@ -102,6 +102,6 @@ def test_gzip_is_the_whole_file_at_its_best():
     (lambda: NGram().next_byte(b"a"), "call fit first"),
     (lambda: gzip_bits_per_byte(b""), "heldout is empty"),
 ])
-def test_misuse_is_said(misuse, message):
+def test_misuse_is_refused_with_the_reason(misuse, message):
   with pytest.raises(ValueError, match=message):
     misuse()

@@ -1,4 +1,6 @@
-"""evaluate refuses what it could only fail at the end."""
+"""The evaluate program: errors that are detected before the model is loaded."""
+
+import re
 
 import pytest
 
@@ -6,7 +8,8 @@ from experiments.options import Options
 from experiments.programs import evaluate
 
 
-def test_a_file_in_the_place_of_the_folder_is_noticed_before_anything_runs(tmp_path):
-  (tmp_path / "out").write_text("")
-  with pytest.raises(FileExistsError):
-    evaluate.main(Options("evaluate", out=tmp_path / "out", settings=("checkpoint=missing",)))
+def test_an_output_path_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path):
+  path = tmp_path / "out"
+  path.write_text("")
+  with pytest.raises(FileExistsError, match=re.escape(str(path))):
+    evaluate.main(Options("evaluate", out=path, settings=("checkpoint=missing",)))

@@ -1,4 +1,4 @@
-"""Figures show the data that they are given, with axes, legends and a line that reads them."""
+"""Figures show the given data, with labelled axes, legends and a caption computed from the data."""
 
 import math
 
@@ -30,12 +30,12 @@ def line(name: str, values, axis: str = "bits per byte: difference", **fields) -
 
 
 def curves(axes) -> dict[str, np.ndarray]:
-  """The labelled curves of a panel, [points, 2] each."""
+  """Returns the labelled curves of a panel, each [points, 2], by label."""
   return {curve.get_label(): np.asarray(curve.get_xydata(), float) for curve in axes.lines
           if not curve.get_label().startswith("_")}
 
 
-def reading(figure) -> str:
+def caption(figure) -> str:
   return " ".join(figure.texts[-1].get_text().split())
 
 
@@ -44,7 +44,7 @@ def path(tmp_path):
   return tmp_path / "x.png"
 
 
-# What all figures have.
+# Properties of all figures.
 
 EVALUATIONS = [{"step": 0, "bits_per_byte": {"bible": 8.0}},
                {"step": 9, "bits_per_byte": {"bible": 2.0, "python": 3.0}}]
@@ -65,21 +65,20 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_a_png_of_800_pixels_with_labelled_axes_and_a_reading(name, path):
+def test_every_figure_is_a_png_800_pixels_wide_with_labelled_axes_and_a_caption(name, path):
   draw, data = FIGURES[name]
   figure = draw(data, path)
   image = matplotlib.image.imread(path)[..., :3]
   assert image.shape[1] == 800 and image.shape[0] > 150
-  assert 0.005 < (image < 0.95).any(-1).mean() < 0.9  # neither blank nor nearly so
-  assert reading(figure).endswith(".") and len(reading(figure)) > 20
+  assert 0.005 < (image < 0.95).any(-1).mean() < 0.9  # neither nearly blank nor nearly full
+  assert caption(figure).endswith(".") and len(caption(figure)) > 20
   for axes in figure.axes:
     labels = (axes.get_xlabel() or figure.get_supxlabel(), axes.get_ylabel()
               or figure.get_supylabel())
     assert name == "forest" or not axes.get_visible() or all(labels), labels
 
 
-def test_nothing_is_cut_off_at_the_edges(path):
-  """The outermost pixels are white, whatever the lengths of labels and names."""
+def test_the_outermost_pixels_are_white_even_with_long_labels_and_names(path):
   long = {f"a rather long label of panel {i} with its unit (tokens per second)": {
       f"an arm with a long name {j}": ([0, 1], [0.0, 1e6]) for j in range(5)} for i in range(3)}
   plots.panels(long, path)
@@ -89,7 +88,7 @@ def test_nothing_is_cut_off_at_the_edges(path):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_drawing_leaves_matplotlibs_settings_alone(name, path):
+def test_drawing_does_not_change_matplotlibs_settings(name, path):
   before = dict(matplotlib.rcParams)
   draw, data = FIGURES[name]
   draw(data, path)
@@ -99,19 +98,19 @@ def test_drawing_leaves_matplotlibs_settings_alone(name, path):
 # Curves.
 
 
-def test_every_loss_curve_has_its_own_colour_and_a_name_in_the_legend(path):
+def test_every_loss_curve_has_its_own_colour_and_its_name_in_the_legend(path):
   figure = plots.loss_curves({"a": rows(), "b": rows(2.2, seeds=3)}, path)
   (axes,) = figure.axes
   named = [curve for curve in axes.lines if not curve.get_label().startswith("_")]
   assert len({to_hex(curve.get_color()) for curve in named}) == 2
   assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
   faint = [curve for curve in axes.lines if curve.get_alpha()]
-  assert len(faint) == 1 + 3  # one run of a, three seeds of b
+  assert len(faint) == 1 + 3  # one run of a and three seeds of b
   assert axes.get_ylabel() == "training loss (nats per token)"
-  assert "a ends lowest, at 2" in reading(figure) and "b highest, at 2.2" in reading(figure)
+  assert "a ends lowest, at 2" in caption(figure) and "b highest, at 2.2" in caption(figure)
 
 
-def test_several_loss_curves_leave_out_the_fall_at_the_start_and_one_does_not(path):
+def test_the_axis_of_several_loss_curves_excludes_the_initial_fall_and_that_of_one_does_not(path):
   (several,) = plots.loss_curves({"a": rows(), "b": rows(2.2)}, path).axes
   (one,) = plots.loss_curves({"": rows()}, path).axes
   assert several.get_ylim()[1] < 6 < 7 < one.get_ylim()[1]
@@ -123,38 +122,38 @@ def test_a_loss_that_is_not_finite_leaves_a_gap(path):
     broken[i]["loss"] = value
   figure = plots.loss_curves({"": broken}, path)
   faint, smoothed = (np.asarray(curve.get_xydata(), float) for curve in figure.axes[0].lines)
-  assert len(faint) == len(STEPS) - 1  # a row without the value is left out
+  assert len(faint) == len(STEPS) - 1  # the row without a value is left out
   for curve in (faint, smoothed):
     assert np.isnan(curve[[3, 4], 1]).all() and np.isfinite(np.delete(curve, [3, 4], 0)).all()
 
 
-def test_the_average_of_a_constant_is_that_constant():
+def test_the_moving_average_of_a_constant_is_that_constant():
   np.testing.assert_allclose(plots._smoothed(np.full(200, 3.0)), 3.0)
 
 
-def test_the_average_smooths_noise_and_keeps_up_with_a_fall():
+def test_the_moving_average_smooths_noise_and_follows_a_fall():
   noise = plots._smoothed(RNG.normal(0, 1, 1000))
   assert noise[500:].std() < 0.25
   fall = 8 * np.exp(-np.arange(1000) / 50)
   assert np.abs(plots._smoothed(fall) - fall).max() < 1.0
 
 
-@pytest.mark.parametrize(("draw", "key", "says"), [
+@pytest.mark.parametrize(("draw", "key", "stated"), [
     (plots.max_violation, "max_violation", "MaxVio goes from 1 to 0.0101; its largest value is 1"),
     (plots.learning_rate, "learning_rate", "Learning rate goes from 0.001 to 0.099")])
-def test_curves_by_step_are_the_rows_values(draw, key, says, path):
+def test_curves_over_steps_show_the_rows_values(draw, key, stated, path):
   figure = draw(rows(), path)
   (curve,) = figure.axes[0].lines
   np.testing.assert_allclose(curve.get_xydata(), [[row["step"], row[key]] for row in rows()])
-  assert says in reading(figure)
+  assert stated in caption(figure)
 
 
-def test_validation_takes_domains_that_come_late(path):
+def test_validation_draws_domains_that_only_later_evaluations_have(path):
   figure = plots.validation(EVALUATIONS, path)
   found = curves(figure.axes[0])
   np.testing.assert_array_equal(found["bible"], [[0, 8], [9, 2]])
   np.testing.assert_array_equal(found["python"], [[9, 3]])
-  assert "after step 9: bible 2.000, python 3.000" in reading(figure)
+  assert "after step 9: bible 2.000, python 3.000" in caption(figure)
 
 
 # Panels.
@@ -190,7 +189,7 @@ def test_an_odd_number_of_panels_leaves_the_last_place_empty(path):
   assert [axes.get_visible() for axes in figure.axes] == [True] * 3 + [False]
 
 
-def test_learning_is_drawn_over_each_trainers_own_clock_with_its_interval(path):
+def test_learning_curves_are_over_each_trainers_own_clock_with_an_interval(path):
   left, right = plots.learning(LEARNING, path).axes
   np.testing.assert_array_equal(curves(left)["ours"], [[1.0, 0.5]])
   np.testing.assert_array_equal(curves(right)["ours"], [[0.0, 0.1], [2.5, 0.8]])
@@ -215,7 +214,7 @@ def test_heat_map_is_relative_to_each_layers_own_mean(path):
   loads = np.array([[3.0, 1.0], [50.0, 150.0]])
   figure = plots.load_heat_map({"d": loads}, path)
   np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[1.5, 0.5], [0.5, 1.5]])
-  assert "1.50 times its layer's mean: expert 0 of MoE layer 0 on d" in reading(figure)
+  assert "1.50 times its layer's mean: expert 0 of MoE layer 0 on d" in caption(figure)
 
 
 def test_heat_map_shows_a_layer_without_load_as_a_gap(path):
@@ -243,7 +242,7 @@ def test_forest_colours_follow_the_verdicts_and_unbounded_intervals_are_points(p
   assert (above.get_xlabel(), below.get_xlabel()) == ("bits per byte: difference", "MaxVio")
   names = [text.get_text() for text in figure.legends[0].get_texts()]
   assert names == ["mean, 95 % interval", "paper", "margin"]
-  assert "Of 2 claims 1 reproduced, 1 unresolved" in reading(figure)
+  assert "Of 2 claims 1 reproduced, 1 unresolved" in caption(figure)
 
 
 def test_forest_grows_with_its_lines(path):

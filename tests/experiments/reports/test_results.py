@@ -20,13 +20,13 @@ STUDIES = [folder for folder, of in SUMMARIES.items() if "definition" in of]
 BENCHMARKS = [folder for folder, of in SUMMARIES.items() if "definition" not in of]
 
 
-def test_there_are_results_of_both_kinds():
+def test_there_are_results_of_studies_and_of_benchmarks():
   assert len(STUDIES) >= 10 and len(BENCHMARKS) >= 10
 
 
 @pytest.mark.parametrize("folder", STUDIES)
 def test_a_studys_verdicts_follow_from_its_parts(folder, tmp_path):
-  """Judged again at the learning rates that were swept then, whatever is swept now."""
+  """They are judged at the learning rates of the result, even if the study sweeps others now."""
   committed = SUMMARIES[folder]
   study = catalogue.find(committed["experiment"]).load().STUDY
   scale = dataclasses.replace(study.scales[committed["scale"]], learning_rates=tuple(
@@ -50,7 +50,7 @@ def test_a_benchmarks_summary_follows_from_its_results(folder):
 
 
 @pytest.mark.parametrize("folder", SUMMARIES)
-def test_a_result_is_where_it_belongs_and_its_report_has_its_figures(folder):
+def test_a_result_is_in_its_experiments_folder_with_exactly_the_files_that_its_report_links(folder):
   assert folder.startswith(f"{catalogue.find(SUMMARIES[folder]['experiment']).results_folder}/")
   text = (results.ROOT / folder / "report.md").read_text()
   linked = re.findall(r"\]\(([\w.-]+)\)", text)
@@ -66,7 +66,7 @@ def test_generated_files_are_current():
   assert not stale, "run `make results`"
 
 
-# A result of our own.
+# A synthetic result.
 
 PROVENANCE = {"command": "python -m experiments.run --experiment=bench_moe --out=/tmp/x --scale=a",
               "commit": "0123456789abcdef", "dirty": True, "sources": "feedbeef",
@@ -77,7 +77,7 @@ def made(**fields) -> dict:
   return summary.bench_summary("bench_moe", "cpu", "How fast.", PROVENANCE, **fields)
 
 
-def test_a_command_is_quoted_without_what_concerns_one_machine():
+def test_a_command_is_quoted_without_its_output_folder_and_time_limit():
   quoted = summary.plain_command("run --out=/tmp/x --max_minutes 3 --set 'a=b c' --out y --scale=z")
   assert quoted == "run --set 'a=b c' --scale=z"
 
@@ -85,7 +85,7 @@ def test_a_command_is_quoted_without_what_concerns_one_machine():
 @pytest.mark.parametrize(("estimate", "bounds", "met"), [
     ((1.2, 1.1, 1.3), {"at_least": 1.1}, True), ((1.2, 1.0, 1.3), {"at_least": 1.1}, False),
     ((2.0, 1.9, 2.1), {"at_most": 2.0}, False), ((1.9,), {"at_most": 2.0}, True)])
-def test_a_target_is_met_if_all_of_the_interval_is_beyond_it(estimate, bounds, met):
+def test_a_target_is_met_if_the_whole_interval_reaches_it(estimate, bounds, met):
   found = summary.target("faster", "speed-up", estimate, **bounds)
   assert found["verdict"] == ("met" if met else "missed")
   assert found["reference"] == f"target: {'at least 1.1' if 'at_least' in bounds else 'at most 2'}"
@@ -101,12 +101,12 @@ def test_an_estimate_has_the_digits_that_its_interval_warrants(values, text):
   assert summary.estimate(summary.claim("it", "metric", *values)) == text
 
 
-def test_bounds_that_are_not_finite_are_unknown():
+def test_bounds_that_are_not_finite_are_left_out():
   found = summary.claim("it", "metric", 1.0, float("-inf"), float("inf"))
   assert (found["low"], found["high"]) == (None, None) and summary.estimate(found) == "1.00"
 
 
-def test_an_origin_is_named_by_sources_or_else_by_the_commit():
+def test_code_is_identified_by_the_sources_hash_or_else_by_the_commit():
   assert results_index.code(PROVENANCE) == "sources feedbeef"
   del (older := dict(PROVENANCE))["sources"]
   assert results_index.code(older) == "commit 012345678 and uncommitted changes"
@@ -118,32 +118,31 @@ def test_an_origin_is_named_by_sources_or_else_by_the_commit():
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    ({}, "no"), ({"learning_rates": [1]}, "yes: other learning rates"),
-    ({"arms": {}, "claims": []}, "yes: other arms, claims")])
+    ({}, "no"), ({"learning_rates": [1]}, "yes: changed learning rates"),
+    ({"arms": {}, "claims": []}, "yes: changed arms, claims")])
 def test_a_study_is_stale_if_what_decides_its_outcome_changed(change, expected):
   now = {"arms": {"a": []}, "learning_rates": [], "claims": ["x"]}
   assert results_index.difference(now | change, now) == expected
   assert results_index.difference(None, now) == "unknown"
 
 
-def test_blocks_are_filled_and_the_rest_is_left_alone():
+def test_blocks_are_filled_and_the_rest_of_the_text_is_unchanged():
   found = {"bench/bench_moe/cpu": made(
       claims=[summary.claim("slots are fast", "speed-up", 1.5),
               summary.claim("blocks are slow", "speed-up", 0.5)],
-      tables=[{"name": "ms", "caption": "Times", "header": ["way", "ms"], "rows": [["slots", 3.5]],
-               "note": "Medians."}])}
+      tables=[{"name": "ms", "caption": "Times", "header": ["experts", "ms"],
+               "rows": [["slots", 3.5]], "note": "Medians."}])}
   text = ("before\n<!-- results: claims bench/bench_moe/cpu -->\nold\n<!-- end of results -->\n"
           "<!-- results: rows\n  bench/bench_moe/cpu: slots are -->\n\n<!-- end of results -->\n"
-          "<!-- results: table bench/bench_moe/cpu ms -->\n<!-- end of results -->\n"
-          "<!-- results: overview -->\n<!-- end of results -->\nafter\n")
-  filled = results_index.fill(text, found, lambda _: "no")
+          "<!-- results: table bench/bench_moe/cpu ms -->\n<!-- end of results -->\nafter\n")
+  filled = results_index.fill(text, found, "../results")
   assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
-  claims, rows, table, overview = results_index.blocks(filled)
+  claims, rows, table = results_index.blocks(filled)
   assert "| blocks are slow | speed-up | – | 0.500 | – | **measured** |" in claims
   assert "slots are fast" in rows and "blocks" not in rows
+  assert "[bench/bench_moe/cpu](../results/bench/bench_moe/cpu/report.md)" in rows
   assert "| slots | 3.5 |\n\nMedians." in table and "--scale=a" in table and "/tmp" not in table
-  assert "2 measured" in overview
-  assert results_index.fill(filled, found, lambda _: "no") == filled
+  assert results_index.fill(filled, found, "../results") == filled
 
 
 @pytest.mark.parametrize(("block", "message"), [
@@ -152,14 +151,14 @@ def test_blocks_are_filled_and_the_rest_is_left_alone():
     ("table bench/bench_moe/cpu ms", "no table 'ms'"),
     ("rows bench/bench_moe/cpu: slots", "2 claims of bench/bench_moe/cpu begin with 'slots'"),
     ("rows bench/bench_moe/cpu: tiles", "0 claims of bench/bench_moe/cpu begin with 'tiles'")])
-def test_a_block_that_names_what_does_not_exist_is_an_error(block, message):
-  claims = [summary.claim(f"slots are {way}", "speed-up", 1.0) for way in ("fast", "small")]
+def test_a_block_that_names_something_that_does_not_exist_is_refused(block, message):
+  claims = [summary.claim(f"slots are {what}", "speed-up", 1.0) for what in ("fast", "small")]
   with pytest.raises(ValueError, match=re.escape(message)):
     results_index.fill(f"<!-- results: {block} -->\n<!-- end of results -->",
-                       {"bench/bench_moe/cpu": made(claims=claims)}, lambda _: "no")
+                       {"bench/bench_moe/cpu": made(claims=claims)})
 
 
-def test_what_is_kept_is_the_report_with_its_figures_and_packs_the_rest(tmp_path):
+def test_keep_copies_the_report_with_its_figures_and_packs_the_rest_reproducibly(tmp_path):
   run = tmp_path / "run"
   (run / "parts").mkdir(parents=True)
   (run / "checkpoints").mkdir()
@@ -182,7 +181,7 @@ def test_what_is_kept_is_the_report_with_its_figures_and_packs_the_rest(tmp_path
     assert all(member.uname == "" and member.mtime == 0 for member in packed)
 
 
-def test_what_has_no_summary_cannot_be_kept(tmp_path):
+def test_a_folder_without_a_summary_cannot_be_kept(tmp_path):
   (tmp_path / "run").mkdir()
   with pytest.raises(ValueError, match="give the folder of a finished study"):
     program.main(Options("results", settings=(f"keep={tmp_path / 'run'}",)))

@@ -1,4 +1,4 @@
-"""Reports from small invented results: the numbers that they state, and what they leave out."""
+"""Reports of small synthetic results: the numbers that they state, and parts that are absent."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def a_study() -> dict:
 
 
 def figures(path) -> set[str]:
-  """Names of the figures that the report shows; each opens and is not blank."""
+  """Returns the names of the report's figures, after checking that they are files and not blank."""
   names = {part.split(")")[0] for part in path.read_text().split("](")[1:]}
   assert names == {png.name for png in path.parent.glob("*.png")}
   for name in names:
@@ -83,7 +83,7 @@ def without_figures(results: dict) -> dict:
   return results | {"evaluations": evaluations, "curves": {}, "comparisons": []}
 
 
-def test_a_run_report_states_the_runs_numbers(run_report):
+def test_a_run_report_states_the_numbers_of_the_run(run_report):
   text = run_report.read_text()
   for stated in (
       "20 steps on 40,000 tokens ran on 1 x cpu (Some CPU, 2 cores) in 1.7 min",
@@ -121,7 +121,7 @@ def test_every_part_of_a_run_may_be_absent(part, tmp_path):
   assert sections == 6 - heading
 
 
-def test_a_run_that_left_nothing_has_a_report_without_figures(tmp_path):
+def test_a_run_without_results_has_a_report_without_sections_and_figures(tmp_path):
   path = run_report.write_run_report(tmp_path, {"status": "interrupted"}, [])
   assert "No training step ran on an unknown device; status: **interrupted**." in path.read_text()
   assert "\n## " not in path.read_text() and not figures(path)
@@ -133,14 +133,14 @@ def test_a_model_without_experts_has_no_heat_map(tmp_path):
   assert "## Evaluations" in path.read_text() and not figures(path)
 
 
-def test_one_evaluation_is_not_called_progress(tmp_path):
+def test_a_single_evaluation_is_not_reported_as_a_change(tmp_path):
   run = a_run() | {"evaluations": a_run()["evaluations"][:1]}
   text = run_report.write_run_report(tmp_path, run, []).read_text()
   assert "was **8.000**" in text and "went from" not in text
   assert "| domain | step 0 | gzip -9 | n-gram |" in text
 
 
-def test_a_study_report_states_verdicts_first_and_the_studys_numbers(tmp_path):
+def test_a_study_report_states_the_verdicts_first_and_the_numbers_of_the_study(tmp_path):
   path = study_report.write_study_report(tmp_path, a_study())
   text = path.read_text()
   interval = "−0.325 to −0.275"  # 0.3 -+ 4.3027 * 0.01 / sqrt(3)
@@ -170,7 +170,7 @@ def test_every_part_of_a_study_may_be_absent(part, tmp_path):
   assert path.read_text().startswith("# Study balance\n")
 
 
-def test_bounds_that_json_made_null_are_unbounded(tmp_path):
+def test_null_bounds_are_shown_as_infinite(tmp_path):
   study = a_study() | {"curves": {}}
   for comparison in study["comparisons"]:
     comparison["paired"] = {key: value if math.isfinite(value) else None
@@ -178,11 +178,11 @@ def test_bounds_that_json_made_null_are_unbounded(tmp_path):
   assert "−∞ to ∞" in study_report.write_study_report(tmp_path, study).read_text()
 
 
-def test_a_study_whose_runs_all_finished_says_so(tmp_path):
+def test_a_study_report_says_if_all_runs_finished(tmp_path):
   study = without_figures(a_study()) | {"runs": a_study()["runs"][:3]}
   assert "None: all 3 finished." in study_report.write_study_report(tmp_path, study).read_text()
 
 
-def test_a_bar_in_a_name_does_not_split_its_cell(tmp_path):
+def test_a_vertical_bar_in_a_name_does_not_split_its_table_cell(tmp_path):
   run = {"data": {"domains": {"a|b": {"documents": 2}}}}
   assert "| a\\|b | 2 |" in run_report.write_run_report(tmp_path, run, []).read_text()

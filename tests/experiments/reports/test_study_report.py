@@ -1,4 +1,4 @@
-"""What the report of a study of RL shows besides that of any study: panels, and bases."""
+"""What only the report of an RL study shows: panels of curves, and bases."""
 
 import matplotlib.image
 
@@ -9,7 +9,7 @@ OVER_STEPS = {"held-out pass@1": {"new": [[0, 5], [0.25, 0.5]], "old": [[0, 5], 
 OVER_K = {"pass@K": {"base": [[1, 2, 4, 8, 16, 32, 64], [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]]}}
 
 
-def test_a_study_of_rl_shows_its_panels_and_bases(tmp_path):
+def test_the_report_of_an_rl_study_shows_its_panels_and_bases(tmp_path):
   path = study_report.write_study_report(tmp_path, {
       "name": "invented", "panels": [
           {"name": "curves", "caption": "Over steps", "curves": OVER_STEPS},
@@ -24,14 +24,14 @@ def test_a_study_of_rl_shows_its_panels_and_bases(tmp_path):
     assert (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] < 0.95).mean() > 0.005
 
 
-def test_axes_say_what_they_are_of(tmp_path):
+def test_axes_of_panels_are_labelled_and_spaced_by_what_they_show(tmp_path):
   steps = plots.panels(OVER_STEPS, tmp_path / "steps.png").axes[0]
   k = plots.panels(OVER_K, tmp_path / "k.png", doublings="K (samples)").axes[0]
   assert (steps.get_xlabel(), steps.get_ylabel()) == ("step", "held-out pass@1")
   assert (k.get_xlabel(), k.get_ylabel(), k.get_xscale()) == ("K (samples)", "pass@K", "log")
 
 
-def test_a_study_whose_runs_are_not_finished_has_neither(tmp_path):
+def test_the_report_of_a_study_without_finished_runs_shows_neither_panels_nor_bases(tmp_path):
   empty = {"name": "curves", "caption": "Over steps", "curves": {}}
   path = study_report.write_study_report(
       tmp_path, {"name": "invented", "panels": [empty], "bases": []})

@@ -1,4 +1,4 @@
-"""RL runs of a study, from a base that all share: trained, stopped, merged, judged."""
+"""RL runs of a study: shared bases, stopping and resuming, merging and judging."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ TINY = (
     "base.model.num_layers=1", "base.model.num_dense_layers=0", "base.model.d_model=32",
     "base.train.steps=2", "base.data.heldout_bytes=500", "documents.count=300", "rl.loop.steps=2",
     "rl.loop.eval_problems=2", "rl.loop.eval_samples=2", "evaluation.problems=4",
-    "rl.rewards.random=1")  # the only reward that so small a model earns
+    "rl.rewards.random=1")  # the only reward that so small a model receives
 RATES = (1e-4, 1e-3, 1e-2)
 
 
@@ -45,7 +45,7 @@ def run_study(cache, folder, **options):
 
 @pytest.fixture(scope="module")
 def folder(cache) -> pathlib.Path:
-  """A study of two arms that two commands ran an arm each of, after one that had no time to."""
+  """A study in which one command ran out of time and then two commands ran one arm each."""
   out = cache / "study"
   judged = run_study(cache, out, arms=("grpo",), max_minutes=1e-9)
   assert judged["comparisons"] == [] and judged["runs"] == []
@@ -63,7 +63,7 @@ def runs_of(results, arm) -> list[dict]:
   return [run for run in results["runs"] if run["arm"] == arm]
 
 
-def test_two_commands_merge_into_one_judged_study(folder, results):
+def test_the_runs_of_two_commands_are_merged_and_judged(folder, results):
   assert len(list((folder / "parts").iterdir())) == 2
   assert {arm: len(runs_of(results, arm)) for arm in ("grpo", "format_only")} == {
       "grpo": 4, "format_only": 4}
@@ -73,7 +73,7 @@ def test_two_commands_merge_into_one_judged_study(folder, results):
   assert all(c["paired"]["n"] == 1 for c in results["comparisons"])
 
 
-def test_all_arms_and_seeds_share_the_base_that_was_trained_once(cache, results):
+def test_all_arms_and_seeds_share_one_base_that_is_trained_once(cache, results):
   assert len(list((cache / "bases").iterdir())) == 1
   (base,) = (cache / "bases").iterdir()
   assert len(list((base / "cost").iterdir())) == 1
@@ -82,10 +82,10 @@ def test_all_arms_and_seeds_share_the_base_that_was_trained_once(cache, results)
   before = {seed: [run["before"] for run in results["runs"] if run["seed"] == seed]
             for seed in (0, 1000)}
   assert all(found == same[0] for same in before.values() for found in same)
-  assert len(list(base.glob("evaluation-*.json"))) == 2  # a seed's samples are its own
+  assert len(list(base.glob("evaluation-*.json"))) == 2  # one for each seed
 
 
-def test_gains_are_what_came_after_less_what_was_before(results):
+def test_gains_are_metrics_after_rl_minus_metrics_before(results):
   for run in results["runs"]:
     before, after = run["before"]["metrics"], run["after"]["metrics"]
     for name in ("pass@1", "format", "length", "pass@k", "cons@k"):
@@ -97,12 +97,12 @@ def test_gains_are_what_came_after_less_what_was_before(results):
 
 def test_with_one_update_per_rollout_no_token_is_clipped(results):
   assert all(run["metrics"]["max_clip_ratio"] == 0 for run in results["runs"])
-  # And they did learn: rounding alone would leave the square of 1e-7 nats.
+  # The policies did change: rounding alone would leave a KL of about (1e-7)^2 nats.
   assert all(run["metrics"]["kl"] > 1e-6 for run in results["runs"]
              if run["learning_rate"] == RATES[-1])
 
 
-def test_the_report_draws_rewards_and_never_calls_them_a_loss(folder, results):
+def test_the_report_has_panels_over_steps_and_over_k_and_no_loss_figure(folder, results):
   report = (folder / "report.md").read_text()
   assert "curves.png" in report and "by_k.png" in report and "loss.png" not in report
   steps, by_k = results["panels"]
@@ -115,22 +115,22 @@ def test_the_report_draws_rewards_and_never_calls_them_a_loss(folder, results):
   assert by_k["curves"]["pass@K"]["base"][0] == [1, 2, 4]
 
 
-def test_what_is_finished_is_not_run_again(cache, folder):
+def test_finished_runs_are_not_run_again(cache, folder):
   rows = {path: path.read_bytes() for path in folder.glob("runs/*/metrics.jsonl")}
   parts = set((folder / "parts").iterdir())
   run_study(cache, folder)
-  assert len(rows) == 8 and all(path.read_bytes() == was for path, was in rows.items())
+  assert len(rows) == 8 and all(path.read_bytes() == before for path, before in rows.items())
   assert set((folder / "parts").iterdir()) == parts
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(cache, folder, results, tmp_path):
+def test_a_stopped_run_resumes_and_ends_with_the_same_metrics(cache, folder, results, tmp_path):
   base = settings.apply(a_study().scales["tiny"].config, (f"base.data.cache_dir={cache}",))
   arm = settings.apply(base, ("rl.objective.name=grpo",))
   runs = RLRuns(base, {"grpo": arm}, (), tmp_path)
   whole = next(run for run in runs_of(results, "grpo") if run["seed"] == 1000)
   task = Task("grpo", whole["learning_rate"], 1000)
   out = RunFolder(tmp_path / "run")
-  # The limit is met by the first step, whatever its length.
+  # Any step takes longer than this limit, so the run stops after the first.
   assert runs.train([task], out, 1e-9) is None
   assert [row["step"] for row in MetricsFile(out.path / "metrics.jsonl").read()] == [1]
   (found,) = runs.train([task], out, None)
@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(cache, folder, results, 
   assert found["curves"] == whole["curves"] and found["after"] == whole["after"]
 
 
-def test_a_base_that_was_stopped_stops_the_run(cache, folder, tmp_path):
+def test_a_run_stops_if_time_runs_out_while_its_base_is_pretrained(cache, folder, tmp_path):
   base = settings.apply(a_study().scales["tiny"].config, (
       f"base.data.cache_dir={tmp_path}", "base.train.checkpoint_every=1"))
   runs = RLRuns(base, {"grpo": base}, (), tmp_path)
@@ -153,45 +153,46 @@ def test_a_base_that_was_stopped_stops_the_run(cache, folder, tmp_path):
 
 
 @contextlib.contextmanager
-def held_a_while(path, last=lambda: None):
-  """Another holder of a folder, who does something before leaving it."""
+def held_for_a_moment(path, before_release=lambda: None):
+  """Holds the folder as another process would, and releases it after 0.2 s."""
   holder = RunFolder(path)
 
-  def leave():
-    last()
+  def release():
+    before_release()
     holder.close()
 
-  timer = threading.Timer(0.2, leave)
+  timer = threading.Timer(0.2, release)
   timer.start()
   yield
   timer.join()
 
 
-def test_a_base_that_another_command_makes_is_waited_for(cache, folder, capsys):
+def test_a_run_waits_for_a_base_that_another_command_is_pretraining(cache, folder, capsys):
   base = settings.apply(a_study().scales["tiny"].config, (f"base.data.cache_dir={cache}",))
   runs, task = RLRuns(base, {"grpo": base}, (), folder), Task("grpo", 1e-3, 0)
   making = runs.base_folder(task) / "making"
   with contextlib.closing(RunFolder(making)):
     assert runs._start(task, 1e-9) is None
-  with held_a_while(making):
+  with held_for_a_moment(making):
     assert runs._start(task, None) is not None
-  assert f"waiting for what another process makes in {making}" in capsys.readouterr().err
+  assert f"waiting for another process that uses {making}" in capsys.readouterr().err
 
 
-def test_an_evaluation_that_another_command_makes_is_waited_for(cache, folder):
+def test_a_run_waits_for_an_evaluation_of_its_base_by_another_command(cache, folder):
   base = settings.apply(a_study().scales["tiny"].config, (f"base.data.cache_dir={cache}",))
   runs, task = RLRuns(base, {"grpo": base}, (), folder), Task("grpo", 1e-3, 1000)
-  there = {path: path.read_text() for path in runs.base_folder(task).glob("evaluation-*.json")}
-  (path,) = (path for path, text in there.items() if json.loads(text)["of"]["seed"] == 1000)
+  texts = {path: path.read_text() for path in runs.base_folder(task).glob("evaluation-*.json")}
+  (path,) = (path for path, text in texts.items() if json.loads(text)["of"]["seed"] == 1000)
   path.unlink()
   cfg = runs.config(task)
-  with held_a_while(path.with_suffix(""), last=lambda: path.write_text(there[path])):
-    # Without a model it could not be made here.
+  with held_for_a_moment(path.with_suffix(""),
+                         before_release=lambda: path.write_text(texts[path])):
+    # Without a sampler, this evaluator could not evaluate anything itself.
     found = runs._evaluate_base(Evaluator(cfg.evaluation, None), None, path.parent, cfg)
-  assert found == json.loads(there[path])["found"]
+  assert found == json.loads(texts[path])["found"]
 
 
-def test_a_study_that_ran_out_of_time_says_how_to_go_on(cache, folder, tmp_path, capsys):
+def test_a_study_that_ran_out_of_time_prints_how_to_resume(cache, folder, tmp_path, capsys):
   run_study(cache, tmp_path / "out", max_minutes=1e-9)
   out = capsys.readouterr().out
   assert "stopped and saved; rerun the same command to resume" in out and "runs cost" not in out
@@ -200,7 +201,7 @@ def test_a_study_that_ran_out_of_time_says_how_to_go_on(cache, folder, tmp_path,
   assert "stopped" not in out and "8 runs cost" in out
 
 
-def test_a_folder_belongs_to_one_base_and_loop(cache, folder):
+def test_a_folder_refuses_another_configuration_of_its_runs(cache, folder):
   changed = Options("rl_maj_pass", out=folder, settings=(f"base.data.cache_dir={cache}",))
   scale = a_study().scales["tiny"]
   other = dataclasses.replace(scale, config=settings.apply(scale.config, ("rl.loop.steps=3",)))
@@ -208,20 +209,20 @@ def test_a_folder_belongs_to_one_base_and_loop(cache, folder):
     execute(dataclasses.replace(a_study(), scales={"tiny": other}), "tiny", changed)
 
 
-# Without a model.
+# What needs no training.
 
 def a_run(arm, rate, seed, rate_of_success) -> dict:
   return {"arm": arm, "learning_rate": rate, "seed": seed, "status": "finished",
           "metrics": {"pass@1": rate_of_success}}
 
 
-def test_learning_rates_are_chosen_by_the_most_right_answers(tmp_path):
+def test_the_learning_rate_with_the_highest_pass_at_1_is_chosen(tmp_path):
   runner = Runner(a_study(), "tiny", Options("rl_maj_pass", out=tmp_path))
   runs = [a_run("grpo", rate, 1000, value) for rate, value in
           zip(RATES, (0.2, 0.6, 0.3), strict=True)]
   runs += [a_run("format_only", rate, 1000, value) for rate, value in
            zip(RATES, (0.1, None, 0.2), strict=True)]
-  runs.append(a_run("grpo", RATES[0], 0, 1.0))  # a seed that is compared chooses nothing
+  runs.append(a_run("grpo", RATES[0], 0, 1.0))  # seeds that are compared do not affect the choice
   known = {Task(run["arm"], run["learning_rate"], run["seed"]): run for run in runs}
   assert runner.best_learning_rates(known) == {"grpo": RATES[1], "format_only": RATES[2]}
   runner.out.close()
@@ -233,7 +234,7 @@ def runs_with(*arms, base=()) -> RLRuns:
                 pathlib.Path("study"))
 
 
-def test_only_what_decides_a_base_decides_where_it_is():
+def test_the_folder_of_a_base_depends_only_on_what_the_base_depends_on():
   runs = runs_with((), ("rl.objective.name=dapo", "rl.loop.steps=9", "evaluation.samples=8"),
                    ("documents.noise.direct=0.5",), ("rl.task=arithmetic:terms=3,digits=1",),
                    ("base.train.steps=3",), ("rl.template=r1",))
@@ -242,14 +243,15 @@ def test_only_what_decides_a_base_decides_where_it_is():
   assert runs.base_folder(Task("0", 9.0, 0)) == paths[0]
 
 
-def test_seeds_share_as_few_bases_as_they_are_told_to():
+def test_seeds_share_the_configured_number_of_bases():
   seeds = (0, 1, 2, 1000)
-  by = lambda bases: [runs_with((), base=(f"bases={bases}",)).base(Task("0", 1e-3, seed)).seed
-                      for seed in seeds]
-  assert by(1) == [0, 0, 0, 0] and by(3) == [0, 1, 2, 1]
+  chosen = lambda bases: [runs_with((), base=(f"bases={bases}",)).base(Task("0", 1e-3, seed)).seed
+                          for seed in seeds]
+  assert chosen(1) == [0, 0, 0, 0] and chosen(3) == [0, 1, 2, 1]
+  assert chosen("none") == [0, 1, 2, 1000]
 
 
-def test_a_value_model_learns_at_its_ratio_to_the_policys_rate():
+def test_the_value_models_learning_rate_is_a_multiple_of_the_policys():
   runs = runs_with(("rl.objective.name=ppo", "value_rate_ratio=4"), ())
   assert runs.config(Task("0", 2e-3, 0)).rl.objective.value_learning_rate == 8e-3
   other = runs.config(Task("1", 2e-3, 7)).rl
@@ -257,7 +259,7 @@ def test_a_value_model_learns_at_its_ratio_to_the_policys_rate():
   assert (other.optimizer.learning_rate, other.loop.seed) == (2e-3, 7)
 
 
-def test_wrong_settings_are_refused_before_anything_runs(tmp_path):
+def test_invalid_settings_are_refused_before_anything_runs(tmp_path):
   def run(**options):
     run_study(tmp_path, tmp_path / "out", **options)
 

@@ -1,4 +1,4 @@
-"""Studies from invented runs: which learning rate wins, what is paired, what verdict follows."""
+"""Studies of synthetic runs: choice of learning rates, pairing of seeds, and verdicts."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from train.config import DataConfig, RunConfig, Source
 RATES = (1e-3, 2e-3, 4e-3)
 CFG = RunConfig(model=model.get_config("nano"))
 LOWER = Claim("sign", sign=-1)
-WIDE = ("optimizer.beta1=0.8",)  # a setting for an arm; no run here is trained
+WIDE = ("optimizer.beta1=0.8",)  # a setting for every arm; nothing is trained with it
 
 
 def question(arm, baseline, metric="validation_loss", claim=LOWER, **fields) -> Comparison:
@@ -42,7 +42,7 @@ def runner(folder, invented=None, **options):
 
 
 def a_run(arm, rate, seed, loss, status="finished", **metrics) -> dict:
-  """What a part says of a run; one that failed has no metrics."""
+  """Returns a run as parts record it; a failed run has no metrics."""
   cost = {"device_seconds": 2.0, "flops": 1e9, "tokens": 10, "joules": None}
   run = {"arm": arm, "learning_rate": rate, "seed": seed, "status": status, "cost": cost}
   if status != "finished":
@@ -52,7 +52,7 @@ def a_run(arm, rate, seed, loss, status="finished", **metrics) -> dict:
 
 
 def a_sweep(arm, losses, first_seed=1000) -> list[dict]:
-  """One run at every rate; a loss of None is a run that failed."""
+  """Returns one run for each learning rate; a loss of None stands for a failed run."""
   return [a_run(arm, rate, first_seed, loss, "finished" if loss else "failed: not finite")
           for rate, loss in zip(RATES, losses, strict=True)]
 
@@ -65,21 +65,21 @@ def write_part(folder, name, runs, device="1 x cpu") -> None:
   (parts / f"{name}.json").write_text(json.dumps({"provenance": where, "runs": runs}))
 
 
-# One comparison.
+# Comparisons.
 
 def seeds(values, metric="validation_loss", **others) -> dict[int, dict]:
   return {seed: {metric: value, **others} for seed, value in values.items()}
 
 
-def test_arms_are_paired_by_the_seeds_that_both_have():
+def test_arms_are_paired_on_the_seeds_that_both_have():
   compared = {"new": seeds({3: 1.0, 1: 2.0, 7: 100.0}), "plain": seeds({1: 2.5, 2: 50.0, 3: 2.5})}
   outcome = compare(question("new", "plain"), compared)
   assert (outcome["paired"]["n"], outcome["paired"]["same_sign"]) == (2, 2)
   assert outcome["paired"]["mean"] == pytest.approx((1.0 - 2.5 + 2.0 - 2.5) / 2)
-  assert outcome["paired"]["std"] == pytest.approx(1 / math.sqrt(2))  # not of unpaired values
+  assert outcome["paired"]["std"] == pytest.approx(1 / math.sqrt(2))  # of the differences
 
 
-def test_a_group_is_judged_by_its_arm_that_matches_the_baseline_best():
+def test_a_group_is_represented_by_the_arm_whose_matched_metric_is_closest_to_the_baseline():
   balance = {"loss_1": 0.9, "loss_2": 0.34, "loss_3": 0.1, "other": 0.3}
   compared = {name: seeds({0: 2.0 + i, 1: 2.1 + i}, max_violation=violation)
               for i, (name, violation) in enumerate(balance.items())}
@@ -114,7 +114,7 @@ def test_without_a_baseline_the_arms_own_values_are_judged():
   assert own(sign=-1, threshold=0.3)["baseline"] is None
 
 
-def test_of_groups_the_arms_that_swept_best_are_compared():
+def test_groups_matched_by_sweep_are_represented_by_the_arms_that_swept_best():
   compared = {name: seeds({0: value, 1: value + 0.1}) for name, value in {
       "new_1": 1.0, "new_2": 2.0, "old_1": 3.0, "old_2": 4.0}.items()}
   swept = {"new_1": -0.5, "new_2": -0.4, "old_1": -9.0, "old_2": -9.5}
@@ -124,26 +124,26 @@ def test_of_groups_the_arms_that_swept_best_are_compared():
   assert compare(question("new_*", "old_*", matched="sweep"), compared, {"new_1": 0.0}) is None
 
 
-def test_a_comparison_at_one_rate_is_not_judged_where_the_best_rates_differ():
+def test_a_comparison_at_one_rate_is_not_judged_if_the_best_rates_differ():
   compared = {"new": seeds({0: 1.0, 1: 1.1}), "plain": seeds({0: 2.0, 1: 2.1})}
-  outcome = lambda asked, **rates: compare(
-      question("new", "plain", at_one_rate=asked), compared, None, rates)
+  outcome = lambda at_one_rate, **rates: compare(
+      question("new", "plain", at_one_rate=at_one_rate), compared, None, rates)
   assert outcome(True, new=1e-3, plain=1e-3)["verdict"] == "reproduced"
   differing = outcome(True, new=1e-3, plain=2e-3)
   assert differing["verdict"] == "unresolved"
-  assert "new swept best at 0.001 and plain at 0.002" in differing["not_judged"]
+  assert "learning rate of new is 0.001, that of plain 0.002" in differing["not_judged"]
   anyway = outcome(False, new=1e-3, plain=2e-3)
   assert anyway["verdict"] == "reproduced" and "not_judged" not in anyway
 
 
-def test_that_nothing_rises_is_not_judged_where_there_was_no_room():
-  none = Claim("threshold", sign=-1, threshold=0.02)
-  ask = lambda before: compare(
-      question("new", None, "gain", none, room=("before", 0.98)),
+def test_a_claim_that_a_metric_does_not_rise_is_not_judged_without_room_to_rise():
+  no_rise = Claim("threshold", sign=-1, threshold=0.02)
+  outcome = lambda before: compare(
+      question("new", None, "gain", no_rise, room=("before", 0.98)),
       {"new": {seed: {"gain": 0.0 + 0.001 * seed, "before": before} for seed in range(3)}})
-  assert ask(0.9)["verdict"] == "reproduced" and "not_judged" not in ask(0.9)
-  assert ask(0.99)["verdict"] == "unresolved"
-  assert ask(0.99)["not_judged"] == "no room: before is 0.99, not below 0.98"
+  assert outcome(0.9)["verdict"] == "reproduced" and "not_judged" not in outcome(0.9)
+  assert outcome(0.99)["verdict"] == "unresolved"
+  assert outcome(0.99)["not_judged"].endswith("before is 0.99, not below 0.98")
 
 
 # Learning rates.
@@ -159,16 +159,16 @@ def best(folder, runs, sweep_seeds=1) -> dict[str, float]:
   return runner(folder, invented).best_learning_rates(known)
 
 
-def test_every_arm_gets_the_rate_with_its_lowest_validation_loss(tmp_path):
+def test_every_arm_gets_the_learning_rate_with_its_lowest_validation_loss(tmp_path):
   runs = a_sweep("plain", (3.0, 2.0, 2.5)) + a_sweep("new", (1.0, 2.0, 3.0))
-  runs.append(a_run("plain", RATES[2], 0, 0.1))  # a seed that is compared chooses nothing
+  runs.append(a_run("plain", RATES[2], 0, 0.1))  # seeds that are compared do not affect the choice
   assert best(tmp_path, runs) == {"plain": RATES[1], "new": RATES[0]}
 
 
-def test_with_one_rate_all_arms_take_the_baselines_and_only_it_is_swept(tmp_path):
+def test_with_one_rate_only_the_baseline_is_swept_and_all_arms_use_its_best(tmp_path):
   invented = dataclasses.replace(a_study(), one_rate=True)
   assert "3 learning rates + 2 arms x 2 seeds" in invented.cost("tiny")
-  asked = []
+  trained = []
   losses = dict(zip(RATES, (3.0, 2.0, 2.5), strict=True))
 
   class Invented(TextRuns):
@@ -180,27 +180,27 @@ def test_with_one_rate_all_arms_take_the_baselines_and_only_it_is_swept(tmp_path
       return task
 
     def train(self, tasks, folder, max_seconds):
-      asked.extend(tasks)
+      trained.extend(tasks)
       return [{"metrics": {"validation_loss": losses[task.learning_rate]}} for task in tasks]
 
   assert runner(tmp_path, dataclasses.replace(invented, kind=Invented), arms=("new",)).run()
-  assert asked == [Task("plain", rate, 1000) for rate in RATES] + [
+  assert trained == [Task("plain", rate, 1000) for rate in RATES] + [
       Task("new", RATES[1], seed) for seed in range(2)]
 
 
-def test_an_unfinished_sweep_chooses_no_rate(tmp_path):
+def test_an_unfinished_sweep_chooses_no_learning_rate(tmp_path):
   assert best(tmp_path, a_sweep("plain", (3.0, 2.0, 2.5))[:2]) == {}
 
 
-def test_a_run_that_failed_loses(tmp_path):
+def test_the_learning_rate_of_a_failed_run_is_not_chosen(tmp_path):
   assert best(tmp_path, a_sweep("plain", (None, 2.0, 2.5))) == {"plain": RATES[1]}
 
 
-def test_a_run_whose_loss_is_not_finite_loses(tmp_path):
+def test_the_learning_rate_of_a_run_whose_loss_is_not_finite_is_not_chosen(tmp_path):
   assert best(tmp_path, a_sweep("plain", (math.nan, 2.0, 2.5))) == {"plain": RATES[1]}
 
 
-def test_sweeps_of_several_seeds_are_judged_by_their_mean(tmp_path):
+def test_a_sweep_of_several_seeds_chooses_by_their_mean_and_needs_all_of_them(tmp_path):
   runs = a_sweep("plain", (1.0, 2.0, 3.0)) + a_sweep("plain", (5.0, 2.0, 3.0), first_seed=1001)
   assert best(tmp_path / "whole", runs, sweep_seeds=2) == {"plain": RATES[1]}
   assert best(tmp_path / "half", runs[:3], sweep_seeds=2) == {}
@@ -209,7 +209,7 @@ def test_sweeps_of_several_seeds_are_judged_by_their_mean(tmp_path):
 # Several invocations.
 
 def fill(folder) -> None:
-  """What four invocations left: sweeps, and seeds of which some failed or had another rate."""
+  """Writes four parts: two sweeps, and compared seeds, one failed and one at another rate."""
   write_part(folder, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
   write_part(folder, "2", a_sweep("new", (2.9, None, 3.0)))
   write_part(folder, "3", [a_run("plain", RATES[1], seed, 2.0 + 0.1 * seed, max_violation=0.5)
@@ -229,7 +229,7 @@ COMPARISONS = (
     question("new", None, claim=Claim("threshold", sign=-1, threshold=3.0)))
 
 
-def test_the_parts_of_several_invocations_merge_into_one_verdict(tmp_path, capsys):
+def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys):
   fill(tmp_path)
   judged = runner(tmp_path, a_study(
       *COMPARISONS, question("absent", "plain"), arms=("plain", "new", "absent"))).judge()
@@ -239,7 +239,7 @@ def test_the_parts_of_several_invocations_merge_into_one_verdict(tmp_path, capsy
   assert pair["n"] == 3 and pair["mean"] == pytest.approx(-0.1)
   assert judged["noise"]["validation_loss"] == pytest.approx(math.sqrt(0.05 / 3))
   assert [arm["best learning rate"] for arm in judged["arms"]] == [
-      "0.002", "0.001 (an end of the sweep)", "sweep not finished"]
+      "0.002", "0.001 (at the edge of the sweep)", "sweep not finished"]
   assert judged["total_cost"] == {
       "device_seconds": 30.0, "flops": 15e9, "tokens": 150, "joules": None}
   where = judged["provenance"]
@@ -252,7 +252,7 @@ def test_the_parts_of_several_invocations_merge_into_one_verdict(tmp_path, capsy
   assert "on 3 seeds" in capsys.readouterr().out
 
 
-def test_where_nothing_is_missing_nothing_is_trained(tmp_path):
+def test_nothing_is_trained_if_no_run_is_missing(tmp_path):
   text = tmp_path / "text.jsonl"
   text.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
   data = DataConfig(sources=(Source(str(text)),), tokenizer="bytes", seq_len=16,
@@ -267,18 +267,18 @@ def test_where_nothing_is_missing_nothing_is_trained(tmp_path):
   assert len(list((folder / "parts").iterdir())) == 4
 
 
-def test_a_loss_that_is_not_finite_does_not_keep_other_seeds_from_being_judged(tmp_path):
+def test_a_seed_whose_loss_is_not_finite_is_left_out_and_the_others_are_judged(tmp_path):
   fill(tmp_path)
   write_part(tmp_path, "5", [a_run("new", RATES[0], 3, math.inf, max_violation=0.1)])
   judged = runner(tmp_path, a_study(*COMPARISONS)).judge()
   assert judged["comparisons"][0]["paired"]["n"] == 3
 
 
-def test_a_report_says_why_a_comparison_was_not_judged(tmp_path, capsys):
+def test_the_report_and_the_output_say_why_a_comparison_was_not_judged(tmp_path, capsys):
   fill(tmp_path)
   judged = runner(tmp_path, a_study(question("new", "plain", at_one_rate=True))).judge()
   assert judged["comparisons"][0]["verdict"] == "unresolved"
-  why = "new swept best at 0.001 and plain at 0.002"
+  why = "learning rate of new is 0.001, that of plain 0.002"
   assert why in (tmp_path / "report.md").read_text() and why in capsys.readouterr().out
 
 
@@ -287,13 +287,13 @@ def one_seed(folder) -> None:
   write_part(folder, "2", [a_run("plain", RATES[1], 0, 2.0), a_run("new", RATES[1], 0, 1.0)])
 
 
-def test_a_single_seed_decides_nothing(tmp_path):
+def test_a_single_seed_leaves_a_comparison_unresolved(tmp_path):
   one_seed(tmp_path)
   judged = runner(tmp_path).judge()
   assert [c["verdict"] for c in judged["comparisons"]] == ["unresolved"]
 
 
-def test_results_are_strict_json_even_where_an_interval_is_infinite(tmp_path):
+def test_results_are_strict_json_even_if_an_interval_is_infinite(tmp_path):
   one_seed(tmp_path)
   runner(tmp_path).judge()
 
@@ -303,22 +303,22 @@ def test_results_are_strict_json_even_where_an_interval_is_infinite(tmp_path):
   json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
 
 
-def test_before_anything_is_compared_the_report_says_so(tmp_path):
+def test_without_runs_nothing_is_compared_and_the_report_says_that_no_sweep_is_finished(tmp_path):
   judged = runner(tmp_path).judge()
   assert judged["comparisons"] == [] and judged["noise"] == {}
   assert "sweep not finished" in (tmp_path / "report.md").read_text()
 
 
-# What is fixed before.
+# Definitions.
 
-def test_a_folder_belongs_to_one_definition_of_the_study(tmp_path):
+def test_a_folder_refuses_another_definition_of_its_study(tmp_path):
   runner(tmp_path).out.close()
   other = a_study(question("new", "plain", claim=Claim("sign", sign=1)))
   with pytest.raises(ValueError, match=r"definition\.claims\.0"):
     runner(tmp_path, other)
 
 
-def test_a_definition_is_what_decides_the_outcome_and_not_the_wording():
+def test_a_definition_has_what_decides_the_outcome_but_not_the_wording():
   same = a_study(dataclasses.replace(question("new", "plain"), name="other words", paper="more"))
   assert same.definition("tiny") == a_study().definition("tiny")
   for changed in (a_study(question("new", "plain", "other_metric")),
@@ -328,7 +328,7 @@ def test_a_definition_is_what_decides_the_outcome_and_not_the_wording():
 
 
 def test_a_folder_of_an_earlier_version_is_resumed(tmp_path):
-  """It recorded arms, by names of settings of its time, and a hash of sources."""
+  """It recorded the arms, with its own setting names, and a source hash, but no definition."""
   arms = {"plain": ["optimizer.clip=2"], "new": ["balance.bias_share=1"]}
   (tmp_path / "config.json").write_text(json.dumps({
       "study": "invented", "scale": "tiny", "settings": ["data.heldout_share=0.1"], "arms": arms,
@@ -348,14 +348,14 @@ def test_unknown_arms_and_scales_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("scale", load_balancing.STUDY.scales)
-def test_load_balancings_arms_all_differ_and_can_be_built(scale):
+def test_the_arms_of_load_balancing_have_distinct_configurations_of_the_same_size(scale):
   base = load_balancing.STUDY.scales[scale].config
   configs = [settings.apply(base, arm.settings) for arm in load_balancing.STUDY.arms]
   assert len(set(configs)) == len(configs)
   assert len({cfg.model.active_param_count() for cfg in configs}) == 1
 
 
-def test_load_balancing_compares_arms_that_exist_in_metrics_that_exist():
+def test_the_comparisons_of_load_balancing_refer_to_existing_arms_and_metrics():
   names = [arm.name for arm in load_balancing.STUDY.arms]
   metrics = {"validation_loss", "bits_per_byte", "max_violation", "specialisation"}
   assert load_balancing.STUDY.baseline in names and len(set(names)) == len(names)
@@ -367,15 +367,15 @@ def test_load_balancing_compares_arms_that_exist_in_metrics_that_exist():
     assert len(matching) > 1 if c.arm.endswith("*") else c.arm in names
 
 
-# FLOPs to a loss.
+# FLOPs needed to reach a loss.
 
 @pytest.mark.parametrize(("target", "steps"), [
     (3.0, 10), (3.5, 5), (2.5, 20), (2.0, 30), (1.9, None), (1.0, None)])
-def test_flops_to_a_loss_are_linear_between_evaluations(target, steps):
+def test_flops_to_a_loss_are_interpolated_linearly_between_evaluations(target, steps):
   curve = [[0, 4.0], [10, 3.0], [30, 2.0], [40, 2.4]]
   flops = flops_to_loss(curve, 4e6, target)
   assert flops is None if steps is None else flops == pytest.approx(steps * 1e5)
 
 
-def test_the_first_time_that_a_loss_is_reached_counts():
+def test_flops_to_a_loss_count_until_it_is_first_reached():
   assert flops_to_loss([[0, 4.0], [10, 2.0], [20, 5.0], [30, 1.0]], 3e6, 3.0) == pytest.approx(5e5)

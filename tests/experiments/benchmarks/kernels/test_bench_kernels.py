@@ -1,4 +1,4 @@
-"""bench_kernels: its shapes, its rows, and a whole small run."""
+"""bench_kernels: group sizes, the rows of its result, and a small run."""
 
 import importlib
 import itertools
@@ -18,7 +18,7 @@ from pallas_kernels import dequantize, quantize
 
 @pytest.mark.parametrize("skew", ["even", "skewed"])
 @pytest.mark.parametrize(("rows", "groups"), [(300, 4), (65536, 64), (10, 32)])
-def test_groups_share_all_rows(rows, groups, skew):
+def test_group_sizes_are_even_or_skewed_and_add_up_to_all_rows(rows, groups, skew):
   sizes = np.asarray(kernel_cases.group_sizes(rows, groups, skew))
   assert sizes.sum() == rows and sizes.min() >= 0 and len(sizes) == groups
   if skew == "even":
@@ -27,7 +27,7 @@ def test_groups_share_all_rows(rows, groups, skew):
     assert sizes[0] > 1.5 * rows / groups
 
 
-def test_a_small_run_times_every_contender_and_notes_which_peers_are_absent(tmp_path, capsys):
+def test_a_small_run_times_every_contender_and_records_absent_peers(tmp_path, capsys):
   options = Options("bench_kernels", scale="smoke", out=tmp_path,
                     settings=("rounds=4", "seconds=0", "only=fp8_matmul"))
   bench_kernels.main(options)
@@ -44,9 +44,9 @@ def test_a_small_run_times_every_contender_and_notes_which_peers_are_absent(tmp_
       "fp8_matmul, 128 x 256 x 384: ours against XLA bf16", rows["XLA bf16"]["speedup"][0])
 
 
-def test_an_order_that_favours_what_runs_first_moves_no_ratio_and_widens_no_interval():
+def test_a_machine_that_slows_down_steadily_changes_no_speedup_and_widens_no_interval():
   calls = itertools.count()
-  slowing = lambda seconds: lambda: seconds * 1.1 ** next(calls)  # as a machine that gets hot
+  slowing = lambda seconds: lambda: seconds * 1.1 ** next(calls)  # as on a machine that heats up
   seconds = alternate(
       {"ours": slowing(1.0), "other": slowing(2.0), "last": slowing(3.0)}, 12)
   case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", tuple, {})
@@ -55,7 +55,7 @@ def test_an_order_that_favours_what_runs_first_moves_no_ratio_and_widens_no_inte
     assert row["speedup"] == pytest.approx((ratio, ratio, ratio))
 
 
-def test_a_contender_or_reference_that_does_not_fit_is_absent_and_other_errors_are_raised():
+def test_a_contender_or_reference_that_runs_out_of_memory_is_absent_other_errors_are_raised():
   def measure(message):
     def fail(x):
       raise jax.errors.JaxRuntimeError(message)
@@ -73,7 +73,8 @@ def test_a_contender_or_reference_that_does_not_fit_is_absent_and_other_errors_a
     measure("INTERNAL: illegal address")
 
 
-def test_kernels_are_not_timed_where_there_are_none():
+def test_the_gpu_scale_is_refused_on_a_device_without_kernels(monkeypatch):
+  monkeypatch.setattr(bench_kernels.implementations, "local_backend", lambda: None)
   with pytest.raises(ValueError, match="has none"):
     bench_kernels.main(Options("bench_kernels", scale="gpu"))
 
@@ -83,7 +84,7 @@ def test_an_operation_that_does_not_exist_is_refused():
     bench_kernels.main(Options("bench_kernels", settings=("rounds=4", "seconds=0", "only=int4")))
 
 
-def test_torch_sees_the_numbers_that_we_do():
+def test_torch_is_given_the_same_values():
   pytest.importorskip("torch", exc_type=ImportError)
   torch_kernels = importlib.import_module("experiments.benchmarks.peers.torch_kernels")
   x = quantize(jnp.asarray(np.random.default_rng(0).standard_normal((4, 256)), jnp.float32))

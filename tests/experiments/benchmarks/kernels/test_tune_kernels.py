@@ -1,4 +1,4 @@
-"""tune_kernels: what it would measure, the table it makes, and the one that is committed."""
+"""tune_kernels: its candidates, the table that it writes, and the committed table."""
 
 import json
 import types
@@ -11,11 +11,12 @@ from experiments.options import Options
 from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu import fp8_matmul, grouped_matmul, tilings
 
-HOPPER = types.SimpleNamespace(
-    local_backend=lambda: "mosaic_gpu", BACKENDS=implementations.BACKENDS)
+HOPPER, NO_GPU = (
+    types.SimpleNamespace(local_backend=lambda backend=backend: backend,
+                          BACKENDS=implementations.BACKENDS) for backend in ("mosaic_gpu", None))
 
 
-def test_no_job_is_there_twice_and_its_first_candidate_is_what_the_kernel_would_take():
+def test_jobs_are_distinct_and_their_first_candidate_is_the_kernels_default():
   jobs = list(tune_kernels.jobs())
   assert len({job.key for job in jobs}) == len(jobs)
   for job in jobs:
@@ -28,7 +29,7 @@ def test_no_job_is_there_twice_and_its_first_candidate_is_what_the_kernel_would_
     assert job.candidates[0] == default
 
 
-def test_a_run_leaves_alone_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
+def test_a_run_keeps_the_tilings_of_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(tune_kernels, "implementations", HOPPER)
   slow, quick = fp8_matmul.Tiling(), fp8_matmul.Tiling(depth=1)
   monkeypatch.setattr(tune_kernels, "jobs", lambda: [tune_kernels.Job(
@@ -45,20 +46,21 @@ def test_an_operation_that_does_not_exist_is_refused(monkeypatch):
     tune_kernels.main(Options("tune_kernels", settings=("only=int4",)))
 
 
-def test_the_table_has_what_took_the_least_of_the_defaults_time():
+def test_the_best_tiling_has_the_smallest_time_relative_to_the_defaults():
   row = lambda key, block_n, of_default: {
       "key": key, "tiling": {"block_n": block_n}, "of_default": of_default}
   rows = [row("b", 1, 1.0), row("a", 2, 0.9), row("a", 1, 1.0), row("a", 3, 1.1), row("b", 2, 1.2)]
   assert tune_kernels.best(rows) == {"a": {"block_n": 2}, "b": {"block_n": 1}}
 
 
-def test_every_committed_tiling_is_one_that_is_measured():
+def test_every_committed_tiling_is_a_candidate_of_its_job():
   jobs = {job.key: job for job in tune_kernels.jobs()}
+  assert tilings.table()
   for name, fields in tilings.table().items():
     assert type(jobs[name].candidates[0])(**fields) in jobs[name].candidates
 
 
-def test_a_shape_gets_its_own_tiling_and_any_other_the_default(monkeypatch):
+def test_a_shape_in_the_table_gets_its_tiling_and_any_other_the_default(monkeypatch):
   default = fp8_matmul.Tiling()
   monkeypatch.setattr(tilings, "table", lambda: {
       "fp8_matmul 128x128 bfloat16 128 x 256 x 384": {"depth": 1, "stages": 4}})
@@ -67,6 +69,7 @@ def test_a_shape_gets_its_own_tiling_and_any_other_the_default(monkeypatch):
   assert found(128, 256, 512) is default
 
 
-def test_tuning_without_a_gpu_is_refused():
+def test_tuning_without_a_hopper_gpu_is_refused(monkeypatch):
+  monkeypatch.setattr(tune_kernels, "implementations", NO_GPU)
   with pytest.raises(ValueError, match="Hopper"):
     tune_kernels.main(Options("tune_kernels"))

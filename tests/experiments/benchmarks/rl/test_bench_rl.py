@@ -26,8 +26,8 @@ from rl.templates import get_template
 from train import chat
 from train.tokenizer import Tokenizer
 
-# An interpreter with torch and TRL, where that is not this one.
 ROOT = pathlib.Path(__file__).parents[4]
+# The interpreter that runs the peers: it needs torch, and transformers or TRL.
 PYTHON = os.environ.get("PEER_PYTHON", sys.executable)
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SHAPE = {
@@ -41,12 +41,12 @@ def needs(module: str) -> None:
   found = (importlib.util.find_spec(module) if sys.executable == PYTHON else
            subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True).returncode == 0)
   if not found:
-    pytest.skip(f"{PYTHON} lacks {module}: name an interpreter that has it as PEER_PYTHON")
+    pytest.skip(f"{PYTHON} lacks {module}: set PEER_PYTHON to an interpreter that has it")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-  """A Llama of two layers with a ChatML vocabulary of bytes, as a Hugging Face folder."""
+  """A two-layer Llama with a ChatML vocabulary of bytes, as a Hugging Face folder."""
   path = tmp_path_factory.mktemp("llama")
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   plain = tokenizers.Tokenizer(
@@ -71,50 +71,50 @@ def ours(folder, quick_compiles):
 
 
 def run(folder: pathlib.Path, out: pathlib.Path, **changed) -> dict:
-  given = {"model": folder, "minutes": 0.001, **SHAPE, **changed}
+  values = {"model": folder, "minutes": 0.001, **SHAPE, **changed}
   bench_rl.main(Options("bench_rl", out=out, settings=tuple(
       f"bench.{name}='{value}'" if name == "task" else f"bench.{name}={value}"
-      for name, value in given.items())))
+      for name, value in values.items())))
   return json.loads((out / "results.json").read_text())
 
 
 @pytest.mark.parametrize(("text", "reward"), [
     ("7", 1), ("3+4=7.", 1), ("7, or 8", 0), ("-7", 0), ("seven", 0), ("", 0), ("17", 0),
     ("7 7", 1), ("07", 1)])
-def test_the_last_number_decides(text, reward):
+def test_the_reward_is_1_if_the_last_number_of_the_completion_is_the_answer(text, reward):
   assert sums.rewards([text], ["7"]) == [reward]
 
 
-def test_negative_answers_can_be_given():
+def test_rewards_compare_the_sign_of_negative_answers():
   assert sums.rewards(["3-4=-1", "3-4=1"], ["-1", "-1"]) == [1, 0]
 
 
-def test_marks_of_a_chat_prompt_are_single_tokens_and_the_turns_end_stops(folder):
+def test_chat_markers_are_single_tokens_and_eos_is_the_end_of_a_turn(folder):
   path = folder / "tokenizer.json"
-  talker, plain = chat.ChatTokenizer.load(path), Tokenizer.load(path)
+  tokenizer, plain = chat.ChatTokenizer.load(path), Tokenizer.load(path)
   prompt = get_template("chat").render("1+2")
-  ids = talker.encode(prompt)
+  ids = tokenizer.encode(prompt)
   assert [MARKS[i] for i in ids if i < 3] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-  assert talker.decode(ids) == prompt
-  assert talker.decode([talker.eos]) == "<|im_end|>" and plain.eos == 0
+  assert tokenizer.decode(ids) == prompt
+  assert tokenizer.decode([tokenizer.eos]) == "<|im_end|>" and plain.eos == 0
   assert min(plain.encode(prompt)) >= 3
 
 
-def test_a_vocabulary_without_turns_is_refused():
+def test_a_vocabulary_without_chat_markers_is_refused():
   with pytest.raises(ValueError, match=re.escape("no <|im_end|>")):
     chat.ChatTokenizer.bytes()
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
+@pytest.mark.parametrize(("fields", "message"), [
     ({"peer": "verl"}, "must be none, trl or transformers"),
     ({"peer_generation": ()}, "peer_generation"), ({"peer_generation": ("vllm",)}, "continuous"),
     ({"repeats": 0}, "repeats=0 must be positive"), ({"minutes": -1}, "minutes"),
     ({"warm_up_rounds": 1}, "at least 2"), ({"goal": 2}, "goal"),
     ({"eval_problems": 1}, "at least 2"), ({"compute": "fp8"}, "bfloat16"),
     ({"num_generations": 1}, "nothing to compare"), ({"micro_batch_size": 7}, "must divide")])
-def test_impossible_settings_are_refused(wrong, message):
+def test_impossible_settings_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
-    Bench(**wrong)
+    Bench(**fields)
 
 
 def test_a_model_must_be_named():
@@ -122,7 +122,7 @@ def test_a_model_must_be_named():
     bench_rl.main(Options("bench_rl"))
 
 
-def test_tokens_counted_are_those_up_to_the_end_of_a_turn(ours):
+def test_tokens_are_counted_up_to_and_including_the_end_of_a_turn(ours):
   ours.reset()
   first = 2 * ours._step
   drawn = ours.sampler.sample(
@@ -135,60 +135,54 @@ def test_tokens_counted_are_those_up_to_the_end_of_a_turn(ours):
   assert row["seconds"] == pytest.approx(row["rollout"] + row["reward"] + row["update"])
 
 
-def table(ours: OwnTrainer) -> np.ndarray:
+def embedding(ours: OwnTrainer) -> np.ndarray:
   return np.array(ours._state.train.variables["params"]["embedding"]["embedding"])
 
 
 @pytest.fixture
 def rewarded(monkeypatch):
-  """Rewards of a random model are all 0: this gives it some to learn from."""
+  """Replaces the rewards, which are all 0 for a random model, by alternating ones."""
   monkeypatch.setattr(sums, "rewards", lambda completions, answers: [
       float(i % 2) for i in range(len(completions))])
 
 
-def test_a_reset_goes_back_to_the_first_weights(ours, rewarded):
+def test_a_step_changes_the_weights_and_a_reset_restores_them(ours, rewarded):
   ours.reset()
-  first = table(ours)
+  initial = embedding(ours)
   ours.steps(1)
+  assert (embedding(ours) != initial).any()
   ours.reset()
-  np.testing.assert_array_equal(table(ours), first)
+  np.testing.assert_array_equal(embedding(ours), initial)
 
 
-def test_all_contenders_are_asked_the_same_problems_in_the_same_order_round_after_round(
+def test_ours_is_given_the_problems_of_its_peers_in_their_order_and_resets_do_not_restart_them(
     ours, monkeypatch):
-  asked, judge = [], sums.rewards
+  drawn, rewards = [], sums.rewards
   monkeypatch.setattr(sums, "rewards", lambda completions, answers: (
-      asked.append(answers), judge(completions, answers))[1])
+      drawn.append(answers), rewards(completions, answers))[1])
   monkeypatch.setattr(ours, "_step", 0)
   peers = [row["answer"] for row in ours.for_peers()["train"]]
   ours.reset()
   ours.steps(2)
   ours.reset()
   ours.steps(1)
-  assert np.concatenate(asked).tolist() == np.repeat(peers[:6], 4).tolist()
+  assert np.concatenate(drawn).tolist() == np.repeat(peers[:6], 4).tolist()
   assert len(set(peers[:6])) > 2
 
 
-def test_problems_begin_again_after_whole_rollouts(ours, monkeypatch):
-  asked, judge = [], sums.rewards
+def test_problems_restart_after_a_whole_number_of_rollouts(ours, monkeypatch):
+  drawn, rewards = [], sums.rewards
   monkeypatch.setattr(sums, "rewards", lambda completions, answers: (
-      asked.append(answers), judge(completions, answers))[1])
+      drawn.append(answers), rewards(completions, answers))[1])
   peers = [row["answer"] for row in ours.for_peers()["train"]]
   monkeypatch.setattr(ours, "_step", len(peers) // 2 - 1)
   ours.steps(2)
-  assert np.concatenate(asked).tolist() == np.repeat([*peers[-2:], *peers[:2]], 4).tolist()
+  assert np.concatenate(drawn).tolist() == np.repeat([*peers[-2:], *peers[:2]], 4).tolist()
   assert Bench(num_prompts=96).num_problems == 42 * 96
   assert Bench(num_prompts=5120).num_problems == 5120
 
 
-def test_steps_change_the_policy(ours, rewarded):
-  ours.reset()
-  before = table(ours)
-  ours.steps(1)
-  assert np.abs(table(ours) - before).max() > 0
-
-
-def test_rates_are_medians_over_rounds_of_tokens_over_a_phases_seconds():
+def test_rates_are_medians_over_rounds_of_each_phases_tokens_per_second():
   step = lambda seconds, tokens: {"rollout": seconds / 2, "reward": seconds / 4,
                                   "update": seconds / 4, "seconds": seconds, "tokens": tokens,
                                   "mean_reward": 0.5}
@@ -198,14 +192,14 @@ def test_rates_are_medians_over_rounds_of_tokens_over_a_phases_seconds():
   assert found["seconds"]["step"] == 1.0 and found["mean_reward"] == 0.5
 
 
-def test_rounds_are_steady_when_the_last_two_agree_within_a_tenth_of_the_faster():
+def test_rounds_are_steady_if_the_last_two_agree_within_a_tenth_of_the_faster():
   assert not bench_rl.steady([100])
   assert bench_rl.steady([1, 90, 100]) and bench_rl.steady([1, 100, 90])
   assert not bench_rl.steady([100, 100, 89]) and not bench_rl.steady([100, 100, 112])
 
 
 class Paced:
-  """A contender that takes so many seconds for a step of 100 tokens, round by round."""
+  """A contender whose steps of 100 tokens take the given seconds, one value for each round."""
 
   masters = "float32"
 
@@ -219,7 +213,7 @@ class Paced:
     return [{"seconds": next(self._seconds), "tokens": 100}] * count
 
 
-def test_the_warm_up_lasts_for_all_until_the_slowest_to_settle_is_steady():
+def test_the_warm_up_lasts_until_every_contender_is_steady():
   contenders, result = [Paced("ours", 2, 1, 1, 1), Paced("peer", 9, 3, 2, 2)], {"failed": {}}
   bench_rl.warm_up(Bench(), contenders, result)
   assert result["warm_up"] == {
@@ -229,35 +223,35 @@ def test_the_warm_up_lasts_for_all_until_the_slowest_to_settle_is_steady():
   assert [paced.resets for paced in contenders] == [4, 4]
 
 
-def test_a_warm_up_without_end_is_cut_off_and_noted():
+def test_a_warm_up_that_is_not_steady_ends_after_the_allowed_rounds_and_is_recorded_so():
   result = {"failed": {}}
   contenders = [Paced("ours", 1, 2, 1), Paced("peer", 1, 1, 1)]
   bench_rl.warm_up(Bench(warm_up_rounds=3), contenders, result)
-  assert [side["steady"] for side in result["warm_up"].values()] == [False, True]
+  assert [found["steady"] for found in result["warm_up"].values()] == [False, True]
   assert len(result["warm_up"]["ours"]["by_round"]) == 3
 
 
-def test_problems_that_ask_the_same_count_as_one():
+def test_problems_with_the_same_question_are_averaged_into_one():
   rates = bench_rl.by_question([1.0, 0.0, 0.5, 0.0], ["1+2", "3+4", "1+2", "5+6"])
   assert sorted(rates) == [0, 0, 0.75]
 
 
 @pytest.mark.parametrize("answer", ["7", "-7", "07"])
-def test_integers_can_be_judged_by(answer):
+def test_integer_answers_can_be_judged(answer):
   assert sums.is_number(answer) and sums.rewards([answer], [answer]) == [1]
 
 
 @pytest.mark.parametrize("answer", ["1.5", "", "(1+2)", "7 7", "1_0"])
-def test_other_answers_cannot(answer):
+def test_answers_that_are_not_integers_cannot_be_judged(answer):
   assert not sums.is_number(answer)
 
 
-def test_a_task_whose_answers_are_no_integers_is_refused_before_the_model_is_loaded(tmp_path):
-  with pytest.raises(ValueError, match="must be an integer: name a task of sums"):
+def test_a_task_whose_answers_are_not_integers_is_refused_before_the_model_is_loaded(tmp_path):
+  with pytest.raises(ValueError, match="must be an integer: choose a task"):
     run(tmp_path / "no model", tmp_path / "out", task="countdown")
 
 
-def test_held_out_problems_that_all_ask_the_same_are_refused(tmp_path):
+def test_held_out_problems_that_all_ask_the_same_question_are_refused(tmp_path):
   questions = [f"0+{i}" for i in range(100)]
   picked = [next(q for q in questions if half_of(q) == split) for split in ("train", "heldout")]
   (tmp_path / "same.jsonl").write_text("".join(
@@ -266,15 +260,16 @@ def test_held_out_problems_that_all_ask_the_same_are_refused(tmp_path):
     run(tmp_path / "no model", tmp_path / "out", task=f"file:{tmp_path}/same.jsonl")
 
 
-def test_a_file_in_the_place_of_the_folder_is_noticed_before_anything_runs(tmp_path):
-  (tmp_path / "out").write_text("")
-  with pytest.raises(FileExistsError):
-    run(tmp_path / "no model", tmp_path / "out")
+def test_an_output_path_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path):
+  path = tmp_path / "out"
+  path.write_text("")
+  with pytest.raises(FileExistsError, match=re.escape(str(path))):
+    run(tmp_path / "no model", path)
 
 
 @pytest.fixture
 def committed(tmp_path) -> pathlib.Path:
-  """The raw results that are committed; they are older than the warm-up."""
+  """A copy of the committed raw results, which were measured before warm-up rounds were added."""
   with results.raw(results.ROOT / "bench/bench_rl/gpu") as folder:
     shutil.copy(folder / "results.json", tmp_path)
   return tmp_path
@@ -285,23 +280,23 @@ def report(folder: pathlib.Path) -> str:
   return results.write_report(folder, result, summary, sections).read_text()
 
 
-def test_a_report_has_the_last_and_the_fastest_round_beside_the_median(committed):
+def test_the_report_compares_medians_last_rounds_and_fastest_rounds(committed):
   text = report(committed)
   line = next(line for line in text.splitlines() if line.startswith("- 5.06 times"))
-  # 41,819 / 8257 of rounds 2, and 42,483 / 10,562 of rounds 3.
+  # The median rounds give 41,819 / 8257; the last, which are the fastest, 42,483 / 10,562.
   assert "trl (generate)" in line and line.count("4.02") == 2
   assert "the first timed round was not warm" in text and "over 64 held-out problems" in text
 
 
-def test_a_report_says_what_was_not_measured(committed):
+def test_the_report_says_what_was_not_measured(committed):
   text = report(committed)
-  assert "other ways of sampling: compiled (" in text and "vLLM, with which TRL can sample" in text
+  assert "other sampling methods: compiled (" in text and "vLLM, which TRL can also use" in text
 
 
 @pytest.mark.parametrize(("steady", "found"), [
-    (True, "2 warm-up rounds came first, until the last two of every contender agree within 10 %: "
-           "reached by all"), (False, "not reached by trl (generate).")])
-def test_a_report_says_whether_the_warm_up_was_long_enough(committed, steady, found):
+    (True, "2 untimed warm-up rounds came first. A steady pace, at which the last two rounds agree "
+           "to within 10 %, was reached by all"), (False, "not reached by trl (generate).")])
+def test_the_report_says_whether_the_warm_up_became_steady(committed, steady, found):
   path = committed / "results.json"
   result = json.loads(path.read_text()) | {"heldout_questions": 13, "warm_up": {
       "ours": {"by_round": [1, 1], "steady": True},
@@ -312,7 +307,7 @@ def test_a_report_says_whether_the_warm_up_was_long_enough(committed, steady, fo
   assert "over the 13 distinct questions of 64 held-out problems" in text
 
 
-def test_alone_it_times_trains_and_reports(folder, tmp_path, quick_compiles):
+def test_without_a_peer_ours_is_timed_trained_and_reported(folder, tmp_path, quick_compiles):
   result = run(folder, tmp_path)
   assert set(result["contenders"]) == {"ours"}
   assert len(result["contenders"]["ours"]["by_round"]) == 2
@@ -328,7 +323,7 @@ def test_alone_it_times_trains_and_reports(folder, tmp_path, quick_compiles):
   assert (tmp_path / "training.png").stat().st_size > 5000
 
 
-def test_training_ends_at_the_goal(folder, tmp_path, quick_compiles):
+def test_training_ends_when_the_goal_is_reached(folder, tmp_path, quick_compiles):
   training = run(folder, tmp_path, goal=0)["training"]["ours"]
   assert training["seconds_to_goal"] == 0 and training["steps"] == []
 
@@ -342,7 +337,7 @@ def test_a_peer_that_cannot_run_is_excluded_and_ours_continues(folder, tmp_path,
   assert "the peer stopped" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_without_torch_a_peer_says_what_it_lacks(tmp_path):
+def test_a_peer_without_torch_exits_with_a_message_and_no_traceback(tmp_path):
   config = tmp_path / "peer.json"
   config.write_text("{}")
   code = ("import runpy, sys; sys.modules.update(torch=None, transformers=None, trl=None); "
@@ -351,7 +346,7 @@ def test_without_torch_a_peer_says_what_it_lacks(tmp_path):
   done = subprocess.run([sys.executable, "-c", code, str(config)], capture_output=True, text=True,
                         stdin=subprocess.DEVNULL, cwd=ROOT)
   assert done.returncode != 0 and not done.stdout
-  assert "lacks torch: run this by an interpreter" in done.stderr
+  assert "lacks torch: run this with an interpreter" in done.stderr
   assert "Traceback" not in done.stderr
 
 
@@ -369,7 +364,7 @@ def peer(request, ours, tmp_path_factory):
   trainer.quit()
 
 
-def test_a_peer_samples_as_many_completions_and_times_its_phases(peer):
+def test_a_peer_samples_the_configured_completions_and_times_its_phases(peer):
   rows = peer.steps(2)
   assert len(rows) == 2 and peer.masters == "float32"
   for row in rows:
@@ -378,7 +373,7 @@ def test_a_peer_samples_as_many_completions_and_times_its_phases(peer):
     assert row["seconds"] == pytest.approx(row["rollout"] + row["reward"] + row["update"])
 
 
-def test_a_peer_evaluates_and_goes_back_to_the_start(peer):
+def test_a_peer_evaluates_and_trains_after_a_reset(peer):
   peer.reset()
   rates = peer.evaluate()
   assert len(rates) == 4 and all(0 <= rate <= 1 for rate in rates)

@@ -1,6 +1,7 @@
-"""What objectives cost is measured on the same rollouts, and recorded with its ratios."""
+"""bench_rl_cost: the cost of objectives on the same rollouts, and its ratios to the first."""
 
 import json
+import re
 
 import pytest
 
@@ -22,7 +23,7 @@ def result(tmp_path_factory):
   return json.loads((folder / "results.json").read_text())
 
 
-def test_every_objective_learns_from_completions_of_the_same_length(result):
+def test_every_objective_is_timed_on_completions_of_the_maximum_length(result):
   assert list(result["objectives"]) == ["grpo_r1", "ppo", "rft"]
   assert result["tokens"] == 2 * 2 * 5
   assert len(result["rollout_seconds_by_round"]) == 2
@@ -32,10 +33,10 @@ def test_every_objective_learns_from_completions_of_the_same_length(result):
         cost["update_seconds"] + result["rollout_seconds"])
 
 
-def test_bytes_are_those_of_what_each_objective_keeps(result):
+def test_state_bytes_are_those_of_the_models_and_moments_that_each_objective_keeps(result):
   cost, parameters = result["objectives"], 4 * result["params"]
-  # Parameters and two moments of float32, and 2 counters; a reference but for RFT; PPO's value
-  # model is another three, each with a head of 32 weights and a bias, and 2 counters.
+  # Parameters and two moments in float32, and 2 counters; a reference model, except for RFT; and
+  # PPO's value model, again with two moments, a head of 32 weights and a bias, and 2 counters.
   assert cost["rft"]["state_bytes"] == 3 * parameters + 8
   assert cost["grpo_r1"]["state_bytes"] == 4 * parameters + 8
   assert cost["ppo"]["state_bytes"] == 7 * parameters + 3 * 4 * 33 + 16
@@ -55,12 +56,14 @@ def test_ratios_are_to_the_first_objective(result):
     ("bench.objectives=grpo,pp", "did you mean 'ppo'"), ("bench.objectives=ppo,ppo", "each once"),
     ("bench.rounds=0", "must be positive"), ("rl.mesh.data=2", "measures one device"),
     ("rl.objective.routing=replayed", "keeps no routing")])
-def test_what_cannot_be_measured_is_refused(setting, message):
+def test_unsupported_settings_are_refused(setting, message):
   with pytest.raises(ValueError, match=message):
     bench_rl_cost.main(Options("bench_rl_cost", settings=(setting,)))
 
 
-def test_a_file_in_the_place_of_the_folder_is_noticed_before_anything_runs(tmp_path):
-  (tmp_path / "out").write_text("")
-  with pytest.raises(FileExistsError):
-    bench_rl_cost.main(Options("bench_rl_cost", out=tmp_path / "out", settings=TINY))
+def test_an_output_path_that_is_a_file_is_refused_before_anything_runs(tmp_path, monkeypatch):
+  path = tmp_path / "out"
+  path.write_text("")
+  monkeypatch.setattr(bench_rl_cost, "init_on_host", lambda *_: pytest.fail("a model was made"))
+  with pytest.raises(FileExistsError, match=re.escape(str(path))):
+    bench_rl_cost.main(Options("bench_rl_cost", out=path, settings=TINY))

@@ -1,4 +1,4 @@
-"""A trace: its instructions are found, named after what they came from, and add up."""
+"""Profiles: the instructions of a trace are attributed to kinds of work, and their times add up."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from experiments.benchmarks.training import profiles
 from experiments.benchmarks.training.profiles import Kernel
 
 
-def test_a_real_trace_names_the_work_that_was_done(tmp_path):
+def test_a_real_trace_is_attributed_to_the_kinds_of_work_of_the_program(tmp_path):
   def work(x):
     with jax.named_scope("optimizer"):
       y = jnp.sin(x) * 3
@@ -40,16 +40,16 @@ def test_a_real_trace_names_the_work_that_was_done(tmp_path):
     ("loop_convert_fusion_3", "moe_layers/ffn/quantize/mul", "quantise"),
     ("void cub::DeviceRadixSortOnesweepKernel", "", "sort, gather, scatter"),
     ("loop_multiply_fusion", "jit(train_step)/optimizer/mul", "optimizer"),
-    ("input_reduce_fusion_2", "ffn_norm/reduce_sum", "sums"),
+    ("input_reduce_fusion_2", "ffn_norm/reduce_sum", "reductions"),
     ("MemcpyD2D", "", "copies"),
-    ("loop_add_fusion_7", "moe_layers/add", "element by element"),
+    ("loop_add_fusion_7", "moe_layers/add", "elementwise"),
 ])
-def test_kernels_of_a_gpu_are_told_apart_by_name_and_origin(kernel, origin, kind):
-  instruction = kernel.replace("fusion_", "fusion.")  # as the program spells it
+def test_gpu_kernels_are_classified_by_name_and_origin(kernel, origin, kind):
+  instruction = kernel.replace("fusion_", "fusion.")  # its name in the program
   assert profiles.kind(Kernel(kernel, kernel, 0, 0), {instruction: origin}) == kind
 
 
-def test_idle_is_what_no_kernel_covers():
+def test_idle_time_is_what_no_kernel_covers():
   found = [Kernel("a", "a", 0.0, 1.0), Kernel("b", "b", 0.5, 1.0), Kernel("c", "c", 2.0, 0.5)]
   idle = profiles.by_kind(found, {})[-1]
   assert idle.name == "idle" and idle.seconds == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""The study of FP8: its arms differ in precision alone, and its losses are compared as ratios."""
+"""The FP8 study: its arms differ only in precision, and its losses are compared as ratios."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from pallas_kernels import RECIPES, implementations
 
 
 @pytest.mark.parametrize("scale", fp8.STUDY.scales)
-def test_arms_differ_in_numerics_or_moments_and_in_nothing_else(scale):
+def test_arms_differ_only_in_numerics_or_in_the_format_of_the_moments(scale):
   base = fp8.STUDY.scales[scale].config
   configs = {arm.name: settings.apply(base, arm.settings) for arm in fp8.STUDY.arms}
   assert len(set(configs.values())) == len(configs)
@@ -29,7 +29,7 @@ def test_arms_differ_in_numerics_or_moments_and_in_nothing_else(scale):
         optimizer=dataclasses.replace(cfg.optimizer, moments="bfloat16"))
 
 
-def test_comparisons_are_between_arms_that_exist_in_metrics_that_exist():
+def test_comparisons_refer_to_existing_arms_and_metrics():
   names = {arm.name for arm in fp8.STUDY.arms}
   for comparison in fp8.STUDY.comparisons:
     assert {comparison.arm, comparison.baseline} <= names
@@ -37,8 +37,7 @@ def test_comparisons_are_between_arms_that_exist_in_metrics_that_exist():
         {"curve": [[1, 2.0]], "metrics": {"validation_loss": 2.0}})
 
 
-def test_a_loss_a_quarter_of_a_per_cent_higher_is_the_papers_bound():
-  """Of the last half of the steps only, however uneven the curve."""
+def test_the_margin_is_a_loss_0_25_percent_higher_over_the_last_half_of_the_steps():
   run = lambda factor: precision_runs.log_losses({
       "curve": [[1, 9.0 * factor**5], [2, 8.0], [3, 4.0 * factor], [4, 2.0 * factor]],
       "metrics": {"validation_loss": 3.0 * factor}})
@@ -49,14 +48,14 @@ def test_a_loss_a_quarter_of_a_per_cent_higher_is_the_papers_bound():
     assert worse[name] - bf16[name] == pytest.approx(margin, rel=1e-9)
 
 
-def test_no_product_of_v3s_recipe_at_gpu_scale_is_without_a_kernel(monkeypatch):
-  """Nor is any quantisation to E4M3: what a kernel refuses would fall back, and cost minutes."""
-  refused, products = [], set()
+def test_kernels_support_every_fp8_product_and_quantisation_of_the_gpu_scale(monkeypatch):
+  """What a kernel does not support would fall back to XLA, which takes minutes."""
+  reasons, operations = set(), set()
 
   def spy(operation, implementation, xla, kernels, *operands, **options):
     if operation.startswith("fp8_") or options.get("format") == "e4m3":
-      products.add(operation)
-      refused.append(kernels["mosaic_gpu"].unsupported_reason(*operands, **options))
+      operations.add(operation)
+      reasons.add(kernels["mosaic_gpu"].unsupported_reason(*operands, **options))
     return xla(*operands, **options)
 
   monkeypatch.setattr(implementations, "run", spy)
@@ -69,11 +68,12 @@ def test_no_product_of_v3s_recipe_at_gpu_scale_is_without_a_kernel(monkeypatch):
     return net.apply(variables, tokens_BT, logits=False).hidden_BTD.astype(jnp.float32).sum()
 
   jax.eval_shape(jax.grad(loss, allow_int=True), model.abstract_variables(cfg.model))
-  assert products >= {"fp8_matmul", "fp8_grouped_matmul", "fp8_grouped_weight_gradient", "quantize"}
-  assert set(refused) == {None}
+  assert operations >= {
+      "fp8_matmul", "fp8_grouped_matmul", "fp8_grouped_weight_gradient", "quantize"}
+  assert reasons == {None}
 
 
-def test_the_gpu_model_has_as_many_parameters_as_its_docstring_says():
+def test_the_gpu_model_has_112_million_parameters_of_which_31_million_are_active():
   cfg = fp8.STUDY.scales["gpu"].config.model
   assert round(cfg.param_count() / 1e6) == 112 and round(cfg.active_param_count() / 1e6) == 31
 
@@ -86,23 +86,23 @@ def a_run(seed, losses):
   return run | {"metrics": precision_runs.log_losses(run)}
 
 
-def test_arms_are_set_beside_two_seeds_of_bfloat16():
-  shown = precision_runs.relative_errors({
+def test_relative_errors_of_arms_are_shown_next_to_those_of_two_bfloat16_seeds():
+  parts = precision_runs.relative_errors({
       "bf16": [a_run(0, [4.0, 2.0]), a_run(1, [4.0, 2.2])],
       "fp8": [a_run(1, [4.4, 2.42]), a_run(0, [4.0, 2.1]), a_run(7, [9.0, 9.0])]})
-  table, = shown["tables"]
+  table, = parts["tables"]
   assert "0.25 %" in table["caption"]
   assert table["rows"] == [
       ["fp8", "+7.500 % (+10.000, +5.000)", "+7.500 % (+10.000, +5.000)", 2],
       ["two seeds of bf16", "+10.000 % (+10.000)", "+10.000 % (+10.000)", 1]]
-  panel, = shown["panels"]
-  of_seeds = panel["curves"]["relative error of the loss (%), arms and seeds"]
-  steps, errors = of_seeds["fp8"]
+  panel, = parts["panels"]
+  curves = panel["curves"]["relative error of the loss (%), arms and seeds"]
+  steps, errors = curves["fp8"]
   assert steps == [1, 2] and errors[0] == pytest.approx((10 + 0) / 2)
-  # Weights of a smoothing of 0.9 over two losses are 9 and 10, over 19.
-  assert of_seeds["two seeds of bf16"][1][1] == pytest.approx(
+  # With a decay of 0.9, the debiased average of two losses weights them 9/19 and 10/19.
+  assert curves["two seeds of bf16"][1][1] == pytest.approx(
       100 * ((9 * 4.0 + 10 * 2.2) / (9 * 4.0 + 10 * 2.0) - 1))
 
 
-def test_without_bfloat16_there_is_nothing_to_compare_with():
+def test_without_bfloat16_runs_there_are_no_relative_errors():
   assert precision_runs.relative_errors({"bf16": [], "fp8": [a_run(0, [4.0, 2.0])]}) == {}
