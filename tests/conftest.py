@@ -4,9 +4,13 @@ import collections
 import os
 import pathlib
 
-# Some tests compare results bit for bit. JAX reads the flag when it starts, so it is set first.
+# JAX reads both when it starts, so they are set first; processes that tests start inherit them.
 if pathlib.Path("/dev/nvidiactl").exists():
+  # Some tests compare results bit for bit.
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+else:
+  # Programs run a few times only, so that most of XLA's optimisations cost more than they save.
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -19,11 +23,12 @@ _deselected: dict[str, int] = {}
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-  """Disables most XLA optimisations, for modules whose programs run too few times to repay them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
+def all_optimizations():
+  """Compiles a module's programs as users do, for tests of compiled programs or of exactness."""
+  before = jax.config.jax_disable_most_optimizations
   jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_deselected(items):

@@ -63,7 +63,7 @@ def test_the_study_would_be_found_and_its_arms_are_matched_as_it_says(study):
     assert abs(shared.active_param_count() - routed.active_param_count()) <= gate
 
 
-def test_the_study_runs_and_judges_its_claim(study, tmp_path, quick_compiles):
+def test_the_study_runs_and_judges_its_claim(study, tmp_path):
   text = tmp_path / "text.jsonl"
   text.write_text("".join(json.dumps({"text": f"line {i} " * 9}) + "\n" for i in range(60)))
   scale = study.scales["smoke"]

@@ -41,14 +41,13 @@ def command(monkeypatch, capsys):
 def run_in_a_process(*args: str) -> subprocess.CompletedProcess:
   # The compiled programs run a few times only, so optimising them costs more than it saves.
   env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                       "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   return subprocess.run([sys.executable, "-m", "experiments.run", *args], cwd=ROOT, env=env,
                         capture_output=True, text=True)
 
 
-def test_check_model_passes_all_its_checks(command, quick_compiles):
+def test_check_model_passes_all_its_checks(command):
   status, out, err = command("--experiment=check_model")
   assert status == 0, err
   assert out.count("\nok  ") == 7
@@ -137,7 +136,7 @@ def pretraining(folder: pathlib.Path, steps: int = 6) -> tuple[str, ...]:
 
 
 def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
-    tmp_path, command, quick_compiles):
+    tmp_path, command):
   """Trains, repeats the command, changes a setting on the same folder, and generates."""
   write_documents(tmp_path / "text.jsonl")
   first = run_in_a_process(*pretraining(tmp_path))

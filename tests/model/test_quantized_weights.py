@@ -10,8 +10,6 @@ import tiny
 import model
 from pallas_kernels import RECIPES, dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FP8 = model.NUMERICS["fp8"]
 SMALL = dataclasses.replace(tiny.V3, num_layers=1, num_dense_layers=0, mtp=None, numerics=FP8)
 

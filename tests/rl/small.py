@@ -103,5 +103,4 @@ def run(cfg: RLConfig, path: pathlib.Path, **kwargs):
 
 
 if __name__ == "__main__":
-  jax.config.update("jax_disable_most_optimizations", True)  # like the fixture `quick_compiles`
   print(run(config(sys.argv[1], loop=RUN), pathlib.Path(sys.argv[2])).status)

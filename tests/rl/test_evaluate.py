@@ -14,8 +14,6 @@ from rl.sampler import Sampler, Samples, join, reward_function
 from rl.tasks.problem import Problem
 from tests.rl import small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class RecordingSampler(Sampler):
   """Records the step that it is called with."""

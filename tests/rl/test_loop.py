@@ -26,8 +26,6 @@ from tests.train import small as train_small
 from train.checkpoint import read_newest
 from train.run_folder import MetricsFile, RunFolder
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ROOT = pathlib.Path(__file__).parents[2]
 TIMES = ("time", "tokens_per_second", "seconds/rollout", "seconds/reward", "seconds/update",
          "seconds/step")

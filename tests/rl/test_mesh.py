@@ -20,7 +20,6 @@ def results(tmp_path_factory):
   folder = tmp_path_factory.mktemp("mesh")
   env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
                       "PYTHONPATH": f"{ROOT}:{ROOT}/tests/model", "JAX_PLATFORMS": "cpu",
-                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                       "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   done = subprocess.run(

@@ -33,7 +33,7 @@ NO_CLIP = {"epsilon": 1e9}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def double_precision(quick_compiles):
+def double_precision():
   with jax.enable_x64(True):
     yield
 

@@ -12,7 +12,6 @@ from rl.sampler import Sampler, Samples
 from rl.tasks import get_task
 from tests.rl import small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 TEXTS = ("1+1=3\nwait 1+1=2\n2+1=3", "1+1=2", "no, 等一下 2</think>", "Wait")
 
 

@@ -18,8 +18,6 @@ from rl.rollout import Prompts, Rollout, pad_prompts, rollout, sequence_keys
 from rl.step import experience, sequence_logprobs
 from tests.train import small as train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MLA = dataclasses.replace(
     tiny.V3, num_layers=1, num_dense_layers=0, mtp=None, max_seq_len=16)
 DENSE = dataclasses.replace(train_small.DENSE, mtp=None, max_seq_len=16)

@@ -27,8 +27,6 @@ from rl.step import (
 )
 from tests.train import small as train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 DENSE = dataclasses.replace(train_small.DENSE, mtp=None)
 MOE = dataclasses.replace(train_small.MOE, mtp=None)
 SEQUENCES, NEW, PAD = 8, 6, 8

@@ -14,8 +14,6 @@ from tests.train import small
 from train.data import HeldOut
 from train.evaluate import Evaluator, count
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 VARIABLES = tiny.variables(small.MOE)
 ROUNDING = 1e-5
 

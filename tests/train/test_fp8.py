@@ -17,8 +17,6 @@ from train.losses import Batch, LanguageModelLoss
 from train.optimizer import decay_mask
 from train.step import init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # One MoE layer of the smallest preset, since compilation dominates the cost of a step here.
 NANO = dataclasses.replace(model.get_config("nano"), num_layers=1, num_dense_layers=0, mtp=None)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3)

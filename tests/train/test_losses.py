@@ -16,8 +16,6 @@ from model import Transformer
 from tests.train import small
 from train.losses import Batch, LanguageModelLoss, mtp_mask
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LOSS = LanguageModelLoss(Transformer(small.DENSE))
 SUMS = jax.jit(LOSS.sums)
 ONES = np.ones((2, small.LENGTH), np.int32)

@@ -19,8 +19,6 @@ from train.config import BalanceConfig, DataConfig, MeshConfig, RunConfig, Train
 from train.data import HeldOut
 from train.program import Program, static_config
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 STEPS = (0, 4, 9)  # half of the batch, the whole batch, and after the bias is frozen
@@ -192,8 +190,7 @@ def test_a_vmapped_batch_on_a_mesh_is_an_error():
 @pytest.fixture(scope="module")
 def eight_devices():
   env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                      "PYTHONPATH": f"{ROOT}:{ROOT}/tests/model", "JAX_PLATFORMS": "cpu",
-                      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+                      "PYTHONPATH": f"{ROOT}:{ROOT}/tests/model", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, HERE / "program_on_eight_devices.py"], env=env,
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

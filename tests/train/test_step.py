@@ -17,8 +17,6 @@ from train.losses import LanguageModelLoss
 from train.optimizer import decay_mask
 from train.step import TrainState, init_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = dataclasses.replace(small.OPTIMIZER, ema_decay=0.9)
 WEIGHTS = {"lm": 1.0, "mtp": 0.3, "sequence_balance": 0.1, "batch_balance": 0.0,
            "expert_balance": 0.0}

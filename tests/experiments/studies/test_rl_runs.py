@@ -33,7 +33,7 @@ def a_study():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, quick_compiles) -> pathlib.Path:
+def cache(tmp_path_factory) -> pathlib.Path:
   return tmp_path_factory.mktemp("cache")
 
 

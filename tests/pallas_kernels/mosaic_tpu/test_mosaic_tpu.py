@@ -27,7 +27,6 @@ from pallas_kernels.mosaic_tpu import grouped_matmul as grouped
 from pallas_kernels.mosaic_tpu import quantize as quantizer
 from pallas_kernels.quantized import FORMATS, dequantize
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 TILING = dense.Tiling(64, 128, 128)
 TILES = {"1x128": (1, 128), "128x128": (128, 128)}
 SIZES = [[3, 130, 0, 67], [0, 0, 200, 0], [57, 64, 8, 71], [0, 0, 0, 0]]

@@ -26,8 +26,6 @@ from pallas_kernels.ops.fp8_grouped import aligned_rows
 from pallas_kernels.ops.fp8_linear import SMALLEST_GRADIENT_AMAX
 from pallas_kernels.quantized import error
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 R, E, D, F = 200, 4, 150, 70
 SIZES = (3, 130, 0, 50)  # the remaining 17 rows are padding
 NAMES = ("y", "dx", "dgates", "dw_gate_up", "dw_down")

@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels import (
-    RECIPES,
-    Recipe,
-    Weight,
-    dequantize,
-    fp8_linear,
-    implementations,
-    quantize,
-    quantize_weight,
+  RECIPES,
+  Recipe,
+  Weight,
+  dequantize,
+  fp8_linear,
+  implementations,
+  quantize,
+  quantize_weight,
 )
 from pallas_kernels.ops.fp8_linear import SMALLEST_GRADIENT_AMAX, _whole_blocks, with_tiles
 from pallas_kernels.quantized import error
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 M, K, N = 150, 300, 140
 # Float32 sums of up to 300 products, in a different order.

@@ -66,7 +66,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def ours(folder, quick_compiles):
+def ours(folder):
   return OwnTrainer(Bench(model=str(folder), **SHAPE))
 
 
@@ -307,7 +307,7 @@ def test_the_report_says_whether_the_warm_up_became_steady(committed, steady, fo
   assert "over the 13 distinct questions of 64 held-out problems" in text
 
 
-def test_without_a_peer_ours_is_timed_trained_and_reported(folder, tmp_path, quick_compiles):
+def test_without_a_peer_ours_is_timed_trained_and_reported(folder, tmp_path):
   result = run(folder, tmp_path)
   assert set(result["contenders"]) == {"ours"}
   assert len(result["contenders"]["ours"]["by_round"]) == 2
@@ -323,12 +323,12 @@ def test_without_a_peer_ours_is_timed_trained_and_reported(folder, tmp_path, qui
   assert (tmp_path / "training.png").stat().st_size > 5000
 
 
-def test_training_ends_when_the_goal_is_reached(folder, tmp_path, quick_compiles):
+def test_training_ends_when_the_goal_is_reached(folder, tmp_path):
   training = run(folder, tmp_path, goal=0)["training"]["ours"]
   assert training["seconds_to_goal"] == 0 and training["steps"] == []
 
 
-def test_a_peer_that_cannot_run_is_excluded_and_ours_continues(folder, tmp_path, quick_compiles):
+def test_a_peer_that_cannot_run_is_excluded_and_ours_continues(folder, tmp_path):
   without = tmp_path / "python"
   without.write_text("#!/bin/sh\necho lacks torch >&2\nexit 1\n")
   without.chmod(0o755)

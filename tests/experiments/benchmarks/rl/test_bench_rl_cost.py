@@ -8,8 +8,6 @@ import pytest
 from experiments.benchmarks.rl import bench_rl_cost
 from experiments.options import Options
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = ("bench.rounds=2", "model.moe=none", "model.num_dense_layers=0", "model.num_layers=1",
         "model.d_model=32", "model.vocab_size=64", "rl.sampling.num_prompts=2",
         "rl.sampling.num_generations=2", "rl.sampling.max_prompt_length=3",

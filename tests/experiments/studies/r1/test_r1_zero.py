@@ -23,7 +23,7 @@ def run(out, *settings, base=BASE, **options):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, quick_compiles) -> pathlib.Path:
+def folder(tmp_path_factory) -> pathlib.Path:
   out = tmp_path_factory.mktemp("r1_zero") / "run"
   run(out, arms=("grpo", "random"))
   return out
