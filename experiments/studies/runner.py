@@ -283,9 +283,11 @@ class Runner:
         if metric in result["noise"]) or "needs two seeds"))
     for c in result["comparisons"]:
       pair = c["paired"]
-      print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} [{pair['low']:.4g}, "
-            f"{pair['high']:.4g}] on {pair['n']} seeds, minimum detectable effect "
-            f"{pair['detectable']:.2g}; paper: {c['paper'] or 'no value'}"
+      over = "on one seed, which gives no interval" if pair["n"] == 1 else (
+          f"[{pair['low']:.4g}, {pair['high']:.4g}] on {pair['n']} seeds, minimum detectable "
+          f"effect {pair['detectable']:.2g}")
+      print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} {over}; paper: "
+            f"{c['paper'] or 'no value'}"
             + (f"; not judged: {c['not_judged']}" if "not_judged" in c else ""))
     if result["runs"]:
       spent = result["total_cost"]
