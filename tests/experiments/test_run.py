@@ -3,6 +3,7 @@
 Commands run in the process of the tests, except where the behaviour of a process is tested.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,9 +11,11 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from absl import flags
 from absl.testing import flagsaver
 
+import model
 from experiments import catalogue, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,11 +50,20 @@ def run_in_a_process(*args: str) -> subprocess.CompletedProcess:
                         capture_output=True, text=True)
 
 
+@pytest.mark.long("compiles seven forms of nano")
 def test_check_model_passes_all_its_checks(command):
   status, out, err = command("--experiment=check_model")
   assert status == 0, err
   assert out.count("\nok  ") == 7
   assert "671,026,404,352 parameters" in out
+
+
+def test_check_model_passes_all_its_checks_of_a_folder(command, tmp_path):
+  cfg = dataclasses.replace(tiny.V3, num_layers=2, mtp=None)
+  model.hf.save(tmp_path / "folder", cfg, tiny.variables(cfg))
+  status, out, err = command("--experiment=check_model", f"--set=checkpoint={tmp_path / 'folder'}")
+  assert status == 0, err
+  assert out.count("ok  ") == 6 and f"{cfg.param_count():,} parameters" in out
 
 
 def test_list_shows_every_experiment_and_the_cost_of_every_study(command):

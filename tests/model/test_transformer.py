@@ -131,12 +131,13 @@ def test_remat_gives_the_same_gradients_with_less_memory(remat):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_unrolled_layers_give_the_same_outputs_and_gradients(remat):
-  v, tokens_BT = tiny.variables(tiny.V3), tiny.tokens(tiny.V3)
+  cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(depth=1))
+  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
 
   @functools.partial(jax.jit, static_argnums=1)
   def run(params, unroll):
     def loss(params):
-      out = model.Transformer(tiny.V3, remat=remat, unroll=unroll).apply(
+      out = model.Transformer(cfg, remat=remat, unroll=unroll).apply(
           v | {"params": params}, tokens_BT)
       return (out.logits_BTV**2).mean(), out
     return jax.value_and_grad(loss, has_aux=True)(params)

@@ -25,7 +25,8 @@ SETTINGS = (
     f"train.steps={STEPS}", f"train.checkpoint_every={EVERY}", "train.batch_size=4",
     "train.micro_batch_size=2", "train.batch_ramp_fraction=0.5", "train.batch_ramp_start=0.5",
     "train.eval_every=20", "optimizer.ema_decay=0.9", "data.sources=builtin:arithmetic",
-    "data.seq_len=32", "data.heldout_bytes=2000", "model.d_model=32", "sample_tokens=0")
+    "data.seq_len=32", "data.heldout_bytes=2000", "model.d_model=32", "model.mtp=none",
+    "sample_tokens=0")
 TIMES = ("time", "tokens_per_second", "utilisation")
 
 
