@@ -375,7 +375,7 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
   Two accumulators take turns: while the product in one is promoted, the tensor cores write to the
   other. `jobs` are the products, pairs of an index into `slots` and a wave.
   """
-  sums, rhs_scales = list(sums), {}
+  sums, row_scales, rhs_scales = list(sums), {}, {}
 
   def begin(job):
     i, wave = jobs[job]
@@ -384,6 +384,12 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
       rhs_scales[i] = _block_scales(tile, ki + i, tiling)
     if wave == 0:  # once for all waves: they read the same stage
       plgpu.barrier_wait(refs.full.at[slots[i]])
+    # Scales are loaded before the product is issued. A load that follows a wgmma may be served so
+    # late that the producer has refilled the stage, although the load precedes the arrival at
+    # `empty`: with narrow tiles that gave wrong scales, and results that changed from run to run.
+    if i not in rhs_scales:
+      rhs_scales[i] = [_load(refs.rhs_scale_smem.at[slots[i]], 0)]
+    row_scales[job] = _load(refs.lhs_scale_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)], 1)
     # Asynchronous: four wgmma.m64nNk32, the first of which overwrites the accumulator, and a
     # commit_group. `.T` moves nothing: rhs is [N, K], the K-major order that FP8 wgmma requires.
     wgmma_overwrite(accumulators[job % len(accumulators)],
@@ -393,13 +399,9 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
   for job in range(len(accumulators)):
     begin(job)
   for job, (i, wave) in enumerate(jobs):
-    # Scales are loaded from shared memory while the tensor cores work; rhs's once for all waves.
-    if i not in rhs_scales:
-      rhs_scales[i] = [_load(refs.rhs_scale_smem.at[slots[i]], 0)]
-    row_scales = _load(refs.lhs_scale_smem.at[slots[i], pl.ds(wave * ROWS, ROWS)], 1)
     if refs.interpreted:
       # The race detector requires this between a read and the copy that overwrites it. On hardware
-      # a thread's reads are complete when it arrives at the barrier.
+      # the loads above are complete when the wgmmas issued after them are.
       plgpu.commit_smem()
     # wgmma.wait_group: products finish in order, and those begun after this one may go on.
     in_flight = min(len(accumulators), len(jobs) - job) - 1
@@ -407,7 +409,7 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
     if wave == tiling.waves - 1:
       # The stage is not needed any more: operands are multiplied, and scales are in registers.
       plgpu.barrier_arrive(refs.empty.at[slots[i]])
-    sums[wave] = _promote(sums[wave], product, row_scales, rhs_scales[i])
+    sums[wave] = _promote(sums[wave], product, row_scales[job], rhs_scales[i])
     if job + len(accumulators) < len(jobs):
       begin(job + len(accumulators))
   return tuple(sums)
