@@ -4,10 +4,12 @@ import collections
 import os
 import pathlib
 
-# JAX reads both when it starts, so they are set first; processes that tests start inherit them.
+# JAX reads these when it starts, so they are set first; processes that tests start inherit them.
 if pathlib.Path("/dev/nvidiactl").exists():
   # Some tests compare results bit for bit.
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+  # By default XLA rounds the operands of float32 products to TF32.
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 else:
   # Programs run a few times only, so that most of XLA's optimisations cost more than they save.
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -29,6 +31,15 @@ def all_optimizations():
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+def pytest_collection_modifyitems(items):
+  if jax.default_backend() == "cpu":
+    return
+  skip = pytest.mark.skip(reason="checks how XLA compiles or rounds on a CPU")
+  for item in items:
+    if item.get_closest_marker("cpu"):
+      item.add_marker(skip)
 
 
 def pytest_deselected(items):

@@ -80,6 +80,7 @@ def test_the_ladder_of_models_has_its_nominal_sizes(name, millions):
   assert low < model.get_config(name).param_count() / 1e6 < high
 
 
+@pytest.mark.cpu
 def test_flops_agree_with_the_compilers_count():
   cfg = dataclasses.replace(
       model.get_config("nano"), mtp=None, vocab_size=1024,

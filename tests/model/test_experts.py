@@ -77,6 +77,7 @@ def test_outputs_and_gradients_equal_the_dense_oracle(implementation, routing):
     np.testing.assert_allclose(a, b, rtol=0, atol=4 * tolerance + 1e-30)
 
 
+@pytest.mark.cpu
 def test_slots_do_not_compute_every_expert_for_every_token():
   # The work of slots does not depend on the number of experts; that of the dense oracle does.
   def flops(experts, num_experts):

@@ -39,6 +39,7 @@ def test_values_and_gradients_do_not_depend_on_the_chunk_size(chunk_size):
                ours, reference)
 
 
+@pytest.mark.cpu
 def test_the_full_logits_are_never_materialised_forward_or_backward():
   batch, length, vocab, chunk = 2, 1024, 8192, 64
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),

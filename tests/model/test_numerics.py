@@ -52,6 +52,7 @@ def fp8_weights(jaxpr, num_tokens: int, times: int = 1) -> collections.Counter:
   return found
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_every_matrix_but_embedding_head_and_gate_is_multiplied_in_fp8(name):
   cfg = dataclasses.replace(tiny.ALL[name], numerics=FP8)

@@ -27,6 +27,7 @@ def gradients(cfg, ahead):
   return loss_and_gradients(variables["params"])
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", ["v3", "gqa"])
 def test_losses_and_gradients_equal_those_of_weights_quantised_where_they_are_used(name):
   cfg = dataclasses.replace(tiny.ALL[name], num_layers=2, mtp=None, numerics=FP8)

@@ -120,6 +120,7 @@ def _gradients(remat: str):
   return compiled.memory_analysis().temp_size_in_bytes, compiled(v["params"])
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("remat", sorted(set(model.REMAT) - {"none"}))
 def test_remat_gives_the_same_gradients_with_less_memory(remat):
   (plain_bytes, (value, plain)), (fewer_bytes, (remat_value, grads)) = (
@@ -158,6 +159,7 @@ def _rematerialised(jaxpr, looped=False) -> set:
   return found
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("unroll", [1, 99])
 def test_unstacked_layers_give_the_same_logits_as_stacked_ones(unroll):
   v, net = tiny.variables(tiny.V3), model.Transformer(tiny.V3, unroll=unroll)
@@ -177,6 +179,7 @@ def test_remat_outside_a_loop_prevents_common_subexpression_elimination(unroll, 
   assert _rematerialised(jax.make_jaxpr(run)(tiny.tokens(tiny.V3)).jaxpr) == want
 
 
+@pytest.mark.cpu
 def test_unused_outputs_are_not_computed():
   cfg = dataclasses.replace(tiny.V3, vocab_size=4096, mtp=model.MTPConfig(depth=1))
   shapes = (model.abstract_variables(cfg), jax.ShapeDtypeStruct((2, 32), jnp.int32))

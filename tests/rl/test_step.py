@@ -146,6 +146,7 @@ def test_an_update_does_not_depend_on(change):
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=ROUNDING, atol=1e-6)
 
 
+@pytest.mark.cpu
 def test_the_first_loss_is_zero_and_its_gradient_is_not():
   _, metrics = update(sampled())
   assert abs(metrics["loss"]) < 1e-6 and metrics["grad_norm"] > 0.1
@@ -279,6 +280,7 @@ def test_the_balancing_bias_is_frozen_unless_a_rate_is_given(rate):
       + (0.5 if rate else 0) * metrics["loss_sequence_balance"], rtol=1e-5)
 
 
+@pytest.mark.cpu
 def test_weights_are_quantised_once_per_step_and_per_forward_pass_before_the_first():
   cfg = dataclasses.replace(
       model.get_config("nano"), num_layers=1, num_dense_layers=0, mtp=None,

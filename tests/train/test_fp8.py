@@ -74,6 +74,7 @@ def test_a_run_resumes_from_its_checkpoint_in_the_other_numerics(tmp_path, train
   assert abs(other - same) < 0.01 * same < 0.01 * losses[-1]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_step_quantises_each_weight_once_before_its_micro_batches(ahead):
   cfg = config("fp8")

@@ -78,6 +78,7 @@ def test_mla_caches_only_the_latent():
   assert size / 4096 == 70_272  # bytes per token in bfloat16: arXiv:2505.09343, table 1
 
 
+@pytest.mark.cpu
 def test_the_cache_is_updated_in_place():
   cfg = model.get_config("nano")
   variables = model.abstract_variables(cfg)

@@ -99,6 +99,7 @@ def test_quantisation_is_bit_exact(tile, shape, dtype, format, power_of_two, sma
                                 want.values_MK.astype(jnp.float32))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("tile", "native"), [("128x128", False), ("1x128", True)])
 def test_fp8_product_agrees_with_the_oracle(tile, native):
   lhs, rhs = quantize(numbers((70, 300))), quantize(numbers((200, 300), 1), tile)
@@ -108,6 +109,7 @@ def test_fp8_product_agrees_with_the_oracle(tile, native):
   assert_sums_agree(ours, want, magnitude, 300)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("sizes", SIZES)
 def test_fp8_groups_are_multiplied_by_their_own_matrix_and_rows_past_them_give_zero(sizes):
   lhs, rhs = quantize(numbers((ROWS, 256))), quantize(numbers((4, 200, 256), 1), "128x128")
@@ -119,6 +121,7 @@ def test_fp8_groups_are_multiplied_by_their_own_matrix_and_rows_past_them_give_z
   assert_sums_agree(ours, want, magnitude, 256)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("sizes", SIZES)
 def test_fp8_weight_gradient_sums_only_over_the_rows_of_its_group(sizes):
   sizes_G = jnp.array(sizes, jnp.int32)
@@ -129,6 +132,7 @@ def test_fp8_weight_gradient_sums_only_over_the_rows_of_its_group(sizes):
   assert_sums_agree(ours, want, magnitude, ROWS)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("sizes", SIZES)
 def test_grouped_product_and_its_gradients_agree_with_the_oracle(sizes):
   sizes_G, bf16 = jnp.array(sizes, jnp.int32), jnp.bfloat16

@@ -99,12 +99,14 @@ def test_experts_without_fp8_equal_unquantised_linear_layers(exact):
     assert error(exact[name], want[name]) < 1e-6, name
 
 
+@pytest.mark.cpu
 def test_each_expert_equals_two_fp8_linear_layers_on_its_own_rows():
   ours, want = run(PLAIN), one_by_one(PLAIN)
   for name in ("y", "dx", "dgates", "dw_gate_up"):
     assert error(ours[name], want[name]) < ROUNDING, name
 
 
+@pytest.mark.cpu
 def test_hidden_units_are_recomputed_for_the_gradient_of_w_down_instead_of_quantised_twice():
   dw_down, first = run(PLAIN)["dw_down"], 0
   for expert, size in enumerate(SIZES):

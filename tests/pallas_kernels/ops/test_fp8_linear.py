@@ -67,6 +67,7 @@ def test_errors_are_those_of_three_mantissa_bits():
     assert LARGEST / 2 < measured[name] / roundings**0.5 < LARGEST
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("after_attention", [False, True])
 def test_products_equal_those_of_the_dequantised_operands(after_attention):
   ours = run(Recipe(), after_attention=after_attention)
@@ -146,6 +147,7 @@ def test_results_have_the_dtypes_of_the_input_and_of_the_master_weight():
   assert run(Recipe(), x=x, w=W.astype(jnp.bfloat16))[2].dtype == jnp.bfloat16
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("after_attention", [False, True])
 def test_only_quantised_operands_are_saved_for_the_backward_pass(after_attention):
   _, vjp = jax.vjp(

@@ -45,6 +45,7 @@ def assert_equal(ours, want):
     np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("form", "power_of_two"), FORMS[:2] + FORMS[3:])
 def test_the_oracle_quantises_the_transpose_of_the_dequantised_operand(form, power_of_two):
   x = operand(form, power_of_two)
@@ -52,6 +53,7 @@ def test_the_oracle_quantises_the_transpose_of_the_dequantised_operand(form, pow
   assert_equal(quantize_transposed(x), quantize(dequantised.T))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("form", "power_of_two"), FORMS)
 def test_the_interpreted_kernel_is_bit_exact_and_has_no_races(form, power_of_two):
   x = operand(form, power_of_two)

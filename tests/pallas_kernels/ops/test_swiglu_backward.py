@@ -164,6 +164,7 @@ def test_results_are_rounded_to_the_layers_dtype_before_they_are_quantised():
     assert_nearest(oracle(exact, DEFAULTS), args)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("m", "f", "options", "kept"), [
     (131, 256, DEFAULTS, None), (131, 128, DEFAULTS, "e4m3"), (5, 256, SMALL, "e5m6")])
 def test_the_interpreted_kernel_agrees_with_the_oracle_and_has_no_races(m, f, options, kept):
@@ -174,6 +175,7 @@ def test_the_interpreted_kernel_agrees_with_the_oracle_and_has_no_races(m, f, op
   assert_gates_gradient(ours[3], analytic(*args)[2])
 
 
+@pytest.mark.cpu
 def test_the_interpreted_kernel_rounds_to_nearest():
   args = open_gates(40, 128)
   assert_nearest(interpreted(args, DEFAULTS), args)
