@@ -7,6 +7,7 @@ recorded exactly once.
 
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,8 +128,9 @@ class _Run:
     status = "finished"
     deadline = time.monotonic() + max_seconds if max_seconds else None
     with Signals() as signals, contextlib.ExitStack() as closing:
+      trace = _Trace(self.path / "profile", range(start + 4, start + 7) if self.profile else [])
       for part in (self.progress, self.events, self.metrics, self.evaluations, self.cost,
-                   self.checkpoints):
+                   self.checkpoints, trace):
         closing.callback(part.close)
       if start == 0:
         self._evaluate(state, 0)
@@ -136,8 +138,9 @@ class _Run:
       batches = self.data.batches(self.seeds, position, sizes)
       step = start
       for step, batch in enumerate(batches, start + 1):
-        with self._profiled(step, start):
-          state, metrics = self.program.step(state, step - 1, batch)
+        trace.begin(step)
+        state, metrics = self.program.step(state, step - 1, batch)
+        trace.end(step, metrics)
         position += self.program.batch_size(step - 1)
         self.pending.append((step, metrics, time.time()))
         self._write_rows(leave=1)
@@ -216,15 +219,25 @@ class _Run:
       row |= {name: value.tolist() for name, value in values.items()}
     return row | {"time": seen, **self.progress.rates(seen, self.program.batch_size(step - 1))}
 
-  @contextlib.contextmanager
-  def _profiled(self, step: int, start: int):
-    """Traces the fourth to sixth step of this process, if profiling was asked for."""
-    if not self.profile or not start + 4 <= step <= start + 6:
-      yield
-      return
-    if step == start + 4:
-      jax.profiler.start_trace(str(self.path / "profile"))
-    yield
-    if step == start + 6 or step == self.cfg.train.steps:
-      jax.block_until_ready(self.pending[-1][1] if self.pending else 0)
+
+class _Trace:
+  """A profiler trace of some successive steps, or of those of them that the run takes."""
+
+  def __init__(self, folder: pathlib.Path, steps: Sequence[int]):
+    self.folder, self.steps, self.running = folder, steps, False
+
+  def begin(self, step: int) -> None:
+    if step in self.steps and not self.running:
+      jax.profiler.start_trace(str(self.folder))
+      self.running = True
+
+  def end(self, step: int, result: dict) -> None:
+    """Ends the trace after the last of the steps, once the device has computed its result."""
+    if self.running and step == self.steps[-1]:
+      jax.block_until_ready(result)
+      self.close()
+
+  def close(self) -> None:
+    if self.running:
       jax.profiler.stop_trace()
+      self.running = False

@@ -151,7 +151,7 @@ def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
     tmp_path, command):
   """Trains, repeats the command, changes a setting on the same folder, and generates."""
   write_documents(tmp_path / "text.jsonl")
-  first = run_in_a_process(*pretraining(tmp_path))
+  first = run_in_a_process("--profile", *pretraining(tmp_path))
   assert first.returncode == 0, first.stderr
   folder = tmp_path / "run"
   metrics = (folder / "metrics.jsonl").read_text()
@@ -162,6 +162,7 @@ def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
   assert {"commit", "dirty", "sources", "versions", "command"} <= results["provenance"].keys()
   assert set(results["evaluations"][-1]["bits_per_byte"]) == {"prose", "sums"}
   assert "6 steps" in (folder / "report.md").read_text()
+  assert list((folder / "profile").rglob("*.xplane.pb"))
 
   status, out, err = command(*pretraining(tmp_path))
   assert status == 0 and "is finished, nothing is left to train" in out, err
