@@ -25,7 +25,8 @@ def quantize_weights(cfg: ModelConfig, params: Any) -> dict:
 
   Args:
     cfg: the architecture, with its numerics.
-    params: the tree of parameters, as in `model.init(...)["params"]`.
+    params: the tree of parameters, as in `model.init(...)["params"]`; parts of the model that are
+      not run, such as MTP modules, may be absent.
 
   Returns:
     `{"quantized": tree}`, to be passed to the model along with these parameters, where the tree has
@@ -44,4 +45,6 @@ def quantize_weights(cfg: ModelConfig, params: Any) -> dict:
     width = math.prod(w.shape[stacked:stacked + _SUMMED.get(name, 1)])
     return quantize_weight(w.reshape(*w.shape[:stacked], width, -1), recipe)
 
-  return {"quantized": jax.tree_util.tree_map_with_path(one, params, logical_axes(cfg)["params"])}
+  axes = logical_axes(cfg)["params"]
+  present = {name: axes[name] for name in params}
+  return {"quantized": jax.tree_util.tree_map_with_path(one, params, present)}

@@ -6,6 +6,7 @@ import pathlib
 
 import model
 from rl.config import RLConfig
+from rl.mtp import with_saved_mtp
 from rl.step import abstract_rl_state
 from train import loading
 from train.checkpoint import read_newest
@@ -51,4 +52,5 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
       folder / "checkpoints", abstract_rl_state(model.abstract_variables(model_cfg), cfg))
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
-  return LoadedModel(model_cfg, restored.arrays.train.variables, str(folder / TOKENIZER))
+  variables = with_saved_mtp(folder, model_cfg, restored.arrays.train.variables)
+  return LoadedModel(model_cfg, variables, str(folder / TOKENIZER))

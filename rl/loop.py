@@ -20,6 +20,7 @@ from model.checks import require
 from rl.advantages import group_advantages
 from rl.config import RLConfig
 from rl.evaluate import evaluate
+from rl.mtp import policy_config, save_mtp, split_mtp
 from rl.objective import denominator
 from rl.rewards import Scored
 from rl.sampler import Sampler, Samples, join, reward_function
@@ -99,7 +100,7 @@ class _Run:
             f"objective.routing={cfg.objective.routing!r} needs a model with experts; for a dense "
             "model, leave it at 'free'")
     self.cfg, self.path, self.show = cfg, folder.path, show
-    self.sampler = Sampler(Transformer(model_cfg), cfg, tokenizer)
+    self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
     self.spec = cfg.objective.spec(cfg.sampling.max_completion_length)
     self.update = make_update(model_cfg, cfg)
@@ -117,6 +118,8 @@ class _Run:
 
   def run(self, variables, max_seconds) -> RLResult:
     loop = self.cfg.loop
+    save_mtp(self.path, variables)
+    variables, _ = split_mtp(variables)
     # An offline sampler keeps sampling from the model that the run started from.
     self.initial = variables
     state, start, self.position = self._start(variables)

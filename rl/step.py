@@ -7,6 +7,7 @@ Shape letters:  S sequences  T predicted tokens: prompt and completion without t
                 L MoE layers  K experts per token
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ import model
 from model import Transformer, balance
 from model.checks import require
 from rl.config import ObjectiveConfig, RLConfig
+from rl.mtp import policy_config, split_mtp
 from rl.objective import ObjectiveSpec, denominator, policy_loss
 from rl.value import ValueObjective, init_value, ppo_advantages, predict, value_decays
 from train.losses import AuxOutputs, Sums
@@ -207,13 +209,14 @@ def init_rl_state(
   """Returns the state before the first step, whose reference is the model that it starts from.
 
   Args:
-    variables: variables of that model.
+    variables: variables of that model. Those of its MTP modules are not part of the state.
     cfg: the run's configuration.
     mesh: the mesh over which the state is sharded; None to leave it on the variables' device.
   """
+  variables, _ = split_mtp(variables)
   variables = {"params": variables["params"], "router": variables.get("router", {})}
   if mesh:
-    variables = jax.device_put(variables, {"router": {}} | mesh.variables())
+    variables = jax.device_put(variables, {"router": {}} | split_mtp(mesh.variables())[0])
   needs_reference = cfg.objective.spec(1).kl_in != "none"
   reference = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
   value = init_value(variables, cfg.optimizer) if cfg.objective.name == "ppo" else None
@@ -224,6 +227,7 @@ def init_rl_state(
 
 def state_shardings(state: RLState, mesh: ShardedModel) -> RLState:
   """Returns a NamedSharding for every array of a state; the state may consist of shapes only."""
+  mesh = dataclasses.replace(mesh, cfg=policy_config(mesh.cfg))
   variables, value = {"router": {}} | mesh.variables(), state.value
   if value is not None:
     head = jax.tree.map(lambda _: mesh.replicated(), value.params["head"])
@@ -271,6 +275,7 @@ def make_update(
     ValueError: if the mesh does not fit the number of devices, or a micro-batch does not divide
       over them.
   """
+  model_cfg = policy_config(model_cfg)
   mesh = make_sharded_model(model_cfg, cfg.mesh)
   micro = cfg.objective.micro_batch_size or (
       cfg.sampling.num_sequences // cfg.objective.minibatches)

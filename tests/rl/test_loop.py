@@ -12,12 +12,15 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny
 
+import model
 from rl import loop, rewards
 from rl.config import ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
 from rl.documents import DocumentsConfig, write_documents
 from rl.loading import TOKENIZER, as_dict, load_model
 from rl.loop import train
+from rl.mtp import split_mtp
 from rl.sampler import Sampler
 from rl.step import init_rl_state
 from rl.tasks import get_task
@@ -304,6 +307,28 @@ def test_a_runs_folder_can_be_loaded(tmp_path, task):
   train_small.assert_same_bits(found.variables, result.state.train.variables)
   with pytest.raises(ValueError, match="is not a folder"):
     load_model(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_mtp_modules_are_kept_as_they_are_and_loaded_with_the_policy(tmp_path, task, experts):
+  base = train_small.MOE if experts else small.MODEL
+  cfg = dataclasses.replace(base, vocab_size=small.MODEL.vocab_size, max_seq_len=32,
+                            mtp=model.MTPConfig(depth=1))
+  start = tiny.variables(cfg)
+  run_cfg = small.config(task, loop={"steps": 2}, objective={"beta": 0.1},
+                         optimizer={"weight_decay": 0.5})
+  path = tmp_path / "run"
+  folder = RunFolder(path)
+  folder.check_config(as_dict(run_cfg, cfg))
+  train(run_cfg, cfg, start, small.tokenizer(), folder, show=False)
+  folder.close()
+  loaded = load_model(path)
+  assert loaded.cfg == cfg
+  assert jax.tree.structure(loaded.variables["params"]) == jax.tree.structure(start["params"])
+  for collection, kept in split_mtp(start)[1].items():
+    train_small.assert_same_bits(split_mtp(loaded.variables)[1][collection], kept)
+  assert not np.array_equal(loaded.variables["params"]["norm"]["scale"],
+                            start["params"]["norm"]["scale"])
 
 
 def test_a_runs_folder_can_be_loaded_when_the_file_of_its_task_is_gone(tmp_path):
