@@ -11,8 +11,8 @@ from typing import Literal
 from model.checks import require, require_positive, require_range
 from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
-from rl.templates import get_template
 from train.config import MeshConfig, OptimizerConfig
+from train.templates import get_template
 
 _ONE_DEVICE = MeshConfig()
 # The learning rate is constant, as in R1. The moments are float32: bfloat16 ones would lose small
@@ -237,7 +237,7 @@ class RLConfig:
     task: spec of the task whose problems are posed, such as `arithmetic:terms=3,digits=2`,
       `file:PATH` or `gym:NAME`; see `rl.tasks.get_task`.
     template: name of the prompt template, "r1", "short", "short_think" or "chat"; see
-      `rl.templates.TEMPLATES`.
+      `train.templates.TEMPLATES`.
     sampling: how a rollout is sampled.
     rewards: weights of the rewards.
     objective: what is maximised, and how many optimizer steps are taken on one rollout.

@@ -7,8 +7,8 @@ import pathlib
 import random
 
 from rl.tasks import GENERATED, Noise, get_task
-from rl.templates import get_template
 from train.config import Source
+from train.templates import get_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def write_documents(
   Args:
     path: the file to write. A row is {"prompt": ..., "text": ...}.
     task: spec of a generated task, see `rl.tasks.get_task`.
-    template: name of the prompt template, see `rl.templates.get_template`.
+    template: name of the prompt template, see `train.templates.get_template`.
     cfg: number of documents and their noise.
     seed: seed of the problems and of the noise.
 

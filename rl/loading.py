@@ -53,4 +53,4 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
   variables = with_saved_mtp(folder, model_cfg, restored.arrays.train.variables)
-  return LoadedModel(model_cfg, variables, str(folder / TOKENIZER))
+  return LoadedModel(model_cfg, variables, str(folder / TOKENIZER), cfg.template)

@@ -18,8 +18,8 @@ from rl.config import RewardConfig, RLConfig
 from rl.rollout import pad_prompts, rollout, sequence_keys
 from rl.tasks import get_task
 from rl.tasks.problem import Problem
-from rl.templates import get_template
 from train.mesh import commit_to_device, make_sharded_model
+from train.templates import get_template
 from train.tokenizer import Tokenizer
 
 

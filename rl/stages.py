@@ -43,7 +43,7 @@ class BaseConfig:
       its `train.seed`.
     documents: number of documents and their noise.
     task: spec of the task whose solutions are written, see `rl.tasks.get_task`.
-    template: name of the prompt template of the documents, see `rl.templates.get_template`.
+    template: name of the prompt template of the documents, see `train.templates.get_template`.
     seed: seed of the documents and of pretraining.
     keep_vocabulary: keep `run.model.vocab_size` as it is, instead of setting it to the number of
       the tokenizer's tokens.
@@ -132,7 +132,8 @@ def pretrain_base(
     source = write_documents(folder.path / "documents.jsonl", cfg.task, cfg.template,
                              cfg.documents, cfg.seed)
     run = dataclasses.replace(
-        cfg.run, data=dataclasses.replace(cfg.run.data, sources=(source,)),
+        # The documents' prompts are written in the template already.
+        cfg.run, data=dataclasses.replace(cfg.run.data, sources=(source,), template="plain"),
         train=dataclasses.replace(cfg.run.train, seed=cfg.seed))
     data = load(run.data)
     run = fit_vocabulary(run, data, keep=cfg.keep_vocabulary)

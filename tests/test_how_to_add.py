@@ -19,8 +19,8 @@ from experiments.options import Options
 from experiments.studies.runner import execute
 from rl.objective import SPECS
 from rl.tasks.documents import Noise
-from rl.templates import get_template
 from train.config import Source
+from train.templates import get_template
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "how_to_add.md").read_text()

@@ -12,6 +12,7 @@ from typing import Literal
 
 from model import ModelConfig
 from model.checks import require, require_positive, require_range
+from train.templates import get_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,11 @@ class Source:
     language: language of the source's documents, for reports. None takes it from each row's
       "language" column or, where a row has none, is "en".
     text_field: the column of JSONL and Parquet rows that holds the text.
-    prompt_field: the column that holds the prompt, which precedes the text and is not trained on,
-      for SFT; None if documents have no prompts.
+    prompt_field: the column that holds the question, for SFT. `DataConfig.template` makes a prompt
+      of it, which precedes the text and is not trained on. None if documents have no prompts.
+    messages_field: the column that holds a conversation, for SFT, instead of the columns of prompt
+      and text: a list of objects with "role" and "content". The last turn, the assistant's, is
+      trained on; the turns before it are its prompt.
   """
 
   path: str
@@ -38,9 +42,13 @@ class Source:
   language: str | None = None
   text_field: str = "text"
   prompt_field: str | None = None
+  messages_field: str | None = None
 
   def __post_init__(self):
     require(bool(self.path), "Source.path must not be empty")
+    require(not (self.prompt_field and self.messages_field),
+            "Source.prompt_field and Source.messages_field exclude each other: the prompt of a "
+            "conversation is its earlier turns")
     require_positive(self, "weight")
 
   @classmethod
@@ -60,6 +68,8 @@ class DataConfig:
       `tokenizer.json`.
     bpe_vocab_size: largest vocabulary of the tokenizer "bpe", special tokens included.
     seq_len: length of a training sequence: the number of tokens that it predicts.
+    template: name of the prompt template of sources with a `prompt_field` or a `messages_field`,
+      see `train.templates`. Evaluation and RL of the trained model use it by default, too.
     fim_rate: fraction of the documents without a prompt that are rearranged for fill-in-the-middle
       training, in the order prefix, suffix, middle (V3 section 4.1).
     sample_masking: whether documents packed into the same sequence are kept from attending to each
@@ -79,6 +89,7 @@ class DataConfig:
   tokenizer: str = "bpe"
   bpe_vocab_size: int = 2048
   seq_len: int = 256
+  template: str = "short"
   fim_rate: float = 0.1
   sample_masking: bool = False
   heldout_fraction: float = 0.07
@@ -89,6 +100,7 @@ class DataConfig:
   def __post_init__(self):
     require(bool(self.sources), "DataConfig.sources must not be empty")
     require_positive(self, "seq_len")
+    get_template(self.template)
     require(self.bpe_vocab_size >= 512,
             f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512, for 256 "
             "bytes, special tokens and some merges")

@@ -140,8 +140,9 @@ def load(cfg: DataConfig) -> Data:
   if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
     raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs fill-in-the-middle tokens, which "
                      f"tokenizer {cfg.tokenizer} does not have: set data.fim_rate=0")
-  stores = tuple(open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_fraction)
-                 for source in cfg.sources)
+  stores = tuple(
+      open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_fraction, cfg.template)
+      for source in cfg.sources)
   domains = tuple(dict.fromkeys(name for store in stores for name in store.domain_names))
   domains_by_store = [_domain_ids(domains, store)[store.domains_N] for store in stores]
   held = heldout_masks([store.hashes_N for store in stores], domains_by_store, cfg.heldout_fraction)
@@ -171,7 +172,7 @@ def _tokenizer(cfg: DataConfig) -> Tokenizer:
     return Tokenizer.deepseek()
   if cfg.tokenizer == "bpe":
     return open_bpe(cfg.sources, cfg.bpe_vocab_size, cfg.heldout_fraction,
-                    cfg.cache_folder, cfg.max_bad_fraction)
+                    cfg.cache_folder, cfg.max_bad_fraction, cfg.template)
   return Tokenizer.load(cfg.tokenizer)
 
 

@@ -23,11 +23,14 @@ class LoadedModel:
     cfg: the architecture.
     variables: the collections "params" and, with experts, "router".
     tokenizer_path: the folder's `tokenizer.json`; None if it has none.
+    template: name of the prompt template with which the model was fine-tuned or trained by RL; None
+      if it was not, or if the folder does not say.
   """
 
   cfg: model.ModelConfig
   variables: dict
   tokenizer_path: str | None
+  template: str | None = None
 
   def tokenizer(self, path: str | None = None) -> Tokenizer:
     """Returns the tokenizer at `path` or, if that is None, the model's own.
@@ -62,7 +65,26 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
     raise ValueError(f"{folder} has neither checkpoints/ nor config.json: give a folder that "
                      "--experiment=pretrain wrote, or a Hugging Face folder")
   tokenizer = folder / TOKENIZER
-  return LoadedModel(cfg, variables, str(tokenizer) if tokenizer.exists() else None)
+  return LoadedModel(cfg, variables, str(tokenizer) if tokenizer.exists() else None,
+                     stored_template(folder))
+
+
+def stored_template(folder: str | os.PathLike) -> str | None:
+  """Returns the name of the prompt template that a run folder's model was trained with.
+
+  None for a model that was not trained on prompts, and for a Hugging Face folder.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  if "rl" in stored:
+    return stored["rl"].get("template")
+  if "requested" in stored and "template" in stored["requested"]:  # a base for RL
+    return stored["requested"]["template"]
+  if "config" not in stored or "seeds" not in stored:
+    return None
+  data = from_dict(RunConfig, stored["config"]).data
+  prompted = any(source.prompt_field or source.messages_field for source in data.sources)
+  return data.template if prompted else None
 
 
 def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:

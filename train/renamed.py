@@ -46,6 +46,10 @@ def translate(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
     value, found = _pop(translated, old.split("."))
     if found:
       _put(translated, new.split("."), value)
+  if cls.__name__ == "DataConfig" and "template" not in translated and any(
+      isinstance(source, Mapping) and source.get("prompt_field")
+      for source in translated.get("sources", ())):
+    translated["template"] = "plain"  # versions without this setting used prompts as they were
   return translated
 
 

@@ -21,6 +21,7 @@ from array_record.python import array_record_module
 
 from train import corpora
 from train.config import Source
+from train.templates import Template, get_template
 
 PIECE_BYTES = 64 * 1024  # longest document that is made of a text file
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".arrayrecord")
@@ -102,8 +103,11 @@ class _BadError(Exception):
     self.kind, self.reason = kind, reason or kind
 
 
-def read(source: Source, tally: Tally | None = None) -> Iterator[Document]:
+def read(source: Source, tally: Tally | None = None, template: str = "plain",
+         ) -> Iterator[Document]:
   """Yields the usable documents of `source` in a fixed order, and counts all of them in `tally`.
+
+  `template` is the name of the template of prompts.
 
   A text file is one document; a longer one than 64 KiB is split into pieces of at most that size,
   at line ends where possible. Empty pieces are skipped. Each JSONL line, Parquet row and
@@ -115,13 +119,14 @@ def read(source: Source, tally: Tally | None = None) -> Iterator[Document]:
   """
   tally = Tally() if tally is None else tally
   domain, language = source.domain or default_domain(source.path), source.language or "en"
+  style = get_template(template)
   for where, row in _rows(source):
     try:
       if isinstance(row, _BadError):
         raise row
+      prompt, text = _texts(row, source, style)
       document = Document(
-          _field(row, source.text_field),
-          _field(row, source.prompt_field, may_be_empty=True) if source.prompt_field else "",
+          text, prompt,
           source.domain or _label(row, "domain") or domain,
           source.language or _label(row, "language") or language)
     except _BadError as bad:
@@ -155,11 +160,15 @@ def files(source: Source) -> list[pathlib.Path]:
   return usable
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source, template: str = "plain") -> str:
   """Returns a hash of the files' contents and of all settings that determine what `read` yields."""
   total = hashlib.blake2b(digest_size=16)
-  settings = dataclasses.replace(source, path=default_domain(source.path), weight=1.0)
-  total.update(json.dumps(dataclasses.astuple(settings)).encode())
+  *settings, messages_field = dataclasses.astuple(
+      dataclasses.replace(source, path=default_domain(source.path), weight=1.0))
+  total.update(json.dumps(settings).encode())
+  if source.prompt_field or messages_field:
+    total.update(json.dumps([messages_field, get_template(template).text]).encode()
+                 if messages_field or template != "plain" else b"")
   for path in files(source):
     try:
       with open(path, "rb") as file:
@@ -236,10 +245,12 @@ def _jsonl_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict
 def _parquet_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, dict]]:
   with pyarrow.parquet.ParquetFile(path) as file:
     names = file.schema_arrow.names
-    needed = [source.text_field, *([source.prompt_field] if source.prompt_field else [])]
+    needed = ([source.messages_field] if source.messages_field else
+              [source.text_field, *([source.prompt_field] if source.prompt_field else [])])
     if missing := set(needed) - set(names):
       raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has "
-                       f"{', '.join(names)}: set the source's text_field and prompt_field")
+                       f"{', '.join(names)}: set the source's text_field and prompt_field, or its "
+                       "messages_field")
     columns = [name for name in dict.fromkeys([*needed, "domain", "language"]) if name in names]
     number = 1
     for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
@@ -296,6 +307,25 @@ def _parse_record(record: bytes, text_field: str) -> dict:
     except _BadError:
       pass  # plain text may begin with a brace, too
   return {text_field: record}
+
+
+def _texts(row: dict, source: Source, template: Template) -> tuple[str, str]:
+  """Returns the prompt of a row, "" for none, and its text."""
+  if name := source.messages_field:
+    messages = row.get(name)
+    if not isinstance(messages, list):
+      raise _BadError(f"without a list {name!r}", f"{name!r} is {type(messages).__name__}")
+    try:
+      prompt, text = template.conversation(messages)
+    except ValueError as error:
+      raise _BadError(f"with unusable {name!r}", str(error)) from error
+    row = {"prompt": prompt, "text": text}
+    return _field(row, "prompt", may_be_empty=True), _field(row, "text")
+  text = _field(row, source.text_field)
+  if not source.prompt_field:
+    return "", text
+  question = _field(row, source.prompt_field, may_be_empty=True)
+  return (template.render(question), template.answer(text)) if question else ("", text)
 
 
 def _field(row: dict, name: str, may_be_empty: bool = False) -> str:

@@ -68,8 +68,8 @@ class Store:
 _ARRAYS = ("offsets", "prompt_tokens_N", "bytes_N", "hashes_N", "domains_N", "languages_N")
 
 
-def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_fraction: float
-               ) -> Store:
+def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_fraction: float,
+               template: str = "plain") -> Store:
   """Returns the tokens of `source`, from the cache or, if they are not there, made and cached.
 
   Args:
@@ -77,21 +77,22 @@ def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_ba
     tokenizer: encodes them.
     cache: the cache folder.
     max_bad_fraction: the largest tolerated fraction of unusable documents.
+    template: name of the template of prompts.
 
   Raises:
     ValueError: if the source is unusable (`sources.read`, `Tally.check`), or if the cache cannot be
       written.
   """
-  key = _key(sources.fingerprint(source), tokenizer.content_hash)
+  key = _key(sources.fingerprint(source, template), tokenizer.content_hash)
   store = _cached(
       cache / f"tokens-{key}", _read_store,
-      lambda folder: _write_store(folder, source, tokenizer, max_bad_fraction))
+      lambda folder: _write_store(folder, source, tokenizer, max_bad_fraction, template))
   store.tally.check(source.path, max_bad_fraction)
   return store
 
 
 def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_fraction: float,
-             cache: pathlib.Path, max_bad_fraction: float) -> Tokenizer:
+             cache: pathlib.Path, max_bad_fraction: float, template: str = "plain") -> Tokenizer:
   """Returns a BPE trained on at most 4 MB of training documents, from the cache if it is there.
 
   Args:
@@ -100,15 +101,17 @@ def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_fraction: f
     heldout_fraction: fraction of the documents that are held out, and not used here either.
     cache: the cache folder.
     max_bad_fraction: the largest tolerated fraction of unusable documents of a source.
+    template: name of the template of prompts.
 
   Raises:
     ValueError: if a source is unusable, or if the cache cannot be written.
   """
   def train(folder: pathlib.Path) -> None:
-    texts = _training_sample(all_sources, heldout_fraction, max_bad_fraction)
+    texts = _training_sample(all_sources, heldout_fraction, max_bad_fraction, template)
     Tokenizer.train_bpe(texts, vocab_size).save(folder / "tokenizer.json")
 
-  key = _key(*map(sources.fingerprint, all_sources), vocab_size, heldout_fraction)
+  fingerprints = [sources.fingerprint(source, template) for source in all_sources]
+  key = _key(*fingerprints, vocab_size, heldout_fraction)
   return _cached(cache / f"bpe-{key}", lambda folder: Tokenizer.load(folder / "tokenizer.json"),
                  train)
 
@@ -193,12 +196,12 @@ class _Names:
 
 
 def _write_store(folder: pathlib.Path, source: Source, tokenizer: Tokenizer,
-                 max_bad_fraction: float) -> None:
+                 max_bad_fraction: float, template: str) -> None:
   tally, domains, languages = sources.Tally(), _Names(), _Names()
   dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   offsets, columns = [0], []
   with open(folder / "tokens.bin", "wb") as file:
-    for chunk in _chunks(sources.read(source, tally)):
+    for chunk in _chunks(sources.read(source, tally, template)):
       prompts = tokenizer.encode_batch([document.prompt for document in chunk])
       texts = tokenizer.encode_batch([document.text for document in chunk])
       for document, prompt, text in zip(chunk, prompts, texts, strict=True):
@@ -247,7 +250,7 @@ def _read_store(folder: pathlib.Path) -> Store:
 
 def _training_sample(
     all_sources: Sequence[Source], heldout_fraction: float, max_bad_fraction: float,
-) -> Iterator[str]:
+    template: str = "plain") -> Iterator[str]:
   """Yields training documents, of every source about equally many bytes.
 
   Their hashes decide which ones, so that the sample is always the same.
@@ -257,7 +260,7 @@ def _training_sample(
     tally = sources.Tally()
     columns = [(_hash(document), names(document.domain),
                 len((document.prompt + document.text).encode()))
-               for document in sources.read(source, tally)]
+               for document in sources.read(source, tally, template)]
     tally.check(source.path, max_bad_fraction)
     hash_N, domain_N, size_N = zip(*columns, strict=True)
     hashes.append(np.array(hash_N, np.uint64))
@@ -270,6 +273,6 @@ def _training_sample(
     order = order[~held_N[order]]
     before = np.cumsum(size_N[order]) - size_N[order]
     chosen = set(order[before < limit].tolist())
-    for index, document in enumerate(sources.read(source)):
+    for index, document in enumerate(sources.read(source, template=template)):
       if index in chosen:
         yield (document.prompt + document.text)[:limit]

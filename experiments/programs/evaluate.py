@@ -11,6 +11,7 @@ from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.evaluate import evaluate
 from rl.loading import load_model
 from rl.sampler import Sampler
+from train.loading import stored_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class EvaluateConfig:
   Attributes:
     checkpoint: the model: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
     task: spec of the task, see `rl.tasks.get_task`.
-    template: name of the prompt template, see `rl.templates.get_template`.
+    template: name of the prompt template, see `train.templates.get_template`; None for the one that
+      the checkpoint was trained with or, if its folder names none, "short".
     split: split of the task that the problems are from: heldout, harder or train.
     problems: number of problems, at least 2.
     samples: number of completions of each problem.
@@ -38,7 +40,7 @@ class EvaluateConfig:
 
   checkpoint: str = ""
   task: str = "arithmetic"
-  template: str = "short"
+  template: str | None = None
   split: str = "heldout"
   problems: int = 200
   samples: int = 16
@@ -69,11 +71,12 @@ def main(options: Options) -> None:
     raise ValueError("no model to evaluate: give its folder, --set checkpoint=DIR")
   if options.out:
     options.out.mkdir(parents=True, exist_ok=True)
+  template = cfg.template or stored_template(cfg.checkpoint) or RLConfig.template
   # A compiled program samples a fixed number of sequences, at least two for each prompt, as the
   # config requires. More of these pairs than there are completions would only be padding.
   pairs = min(cfg.slots, -(-cfg.problems * cfg.samples // 2))
   run = RLConfig(
-      task=cfg.task, template=cfg.template, loop=LoopConfig(seed=cfg.seed),
+      task=cfg.task, template=template, loop=LoopConfig(seed=cfg.seed),
       sampling=SamplingConfig(
           num_prompts=pairs, num_generations=2, max_prompt_length=cfg.max_prompt_length,
           max_completion_length=cfg.max_completion_length, slots=cfg.slots))
@@ -87,7 +90,7 @@ def main(options: Options) -> None:
   for line in lines(found):
     print(line)
   if options.out:
-    result = {"config": dataclasses.asdict(cfg), **found}
+    result = {"config": dataclasses.asdict(dataclasses.replace(cfg, template=template)), **found}
     print(f"results: {provenance.record(options.out, result)}")
 
 

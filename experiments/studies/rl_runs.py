@@ -33,7 +33,7 @@ from rl.stages import BaseConfig, pretrain_base, run_rl
 from train import cost
 from train.config import RunConfig
 from train.config_io import to_dict
-from train.loading import LoadedModel
+from train.loading import LoadedModel, stored_template
 from train.run_folder import MetricsFile, RunFolder, write_json_atomic
 
 _POLL_SECONDS = 1.0
@@ -50,6 +50,7 @@ class RLStudyConfig:
     rl: the RL run.
     evaluation: the evaluations before and after RL.
     init: run folder or Hugging Face folder of a model to start RL from; None to pretrain a base.
+      Unless RL's template is set, it is the one that the model was trained with.
     bases: number of bases: the run with seed n starts from base n modulo this number. Fewer bases
       than seeds cost less, but the results say less about other bases. None for one base per seed.
     bases_in: where bases are stored: "cache", the user's cache folder, where other studies find
@@ -84,6 +85,9 @@ class RLRuns:
 
   def __init__(self, base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
                overridden: Collection[str], folder: pathlib.Path):
+    if base.init and "rl.template" not in overridden:
+      base = _with_template(base, stored_template(base.init))
+      configs = {arm: _with_template(cfg, base.rl.template) for arm, cfg in configs.items()}
     self._scale, self._configs, self._folder = base, configs, folder
     self._keep_vocabulary = "base.model.vocab_size" in overridden
     self._starts: dict[pathlib.Path, LoadedModel] = {}
@@ -209,6 +213,13 @@ class RLRuns:
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     return {"panels": rl_tables.panels(runs), "tables": rl_tables.tables(runs),
             "samples": rl_tables.samples(runs), "bases": rl_tables.bases(runs)}
+
+
+def _with_template(cfg: RLStudyConfig, template: str | None) -> RLStudyConfig:
+  """Returns the config with a prompt template, or as it is if that is None."""
+  if template is None:
+    return cfg
+  return dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, template=template))
 
 
 def _require_effect(base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from model.checks import require, require_range
-from rl.templates import Template
+from train.templates import Template
 
 
 @dataclasses.dataclass(frozen=True)

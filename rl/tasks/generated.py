@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rl.tasks.documents import Noise, Writer, complete, slip, worked
 from rl.tasks.equality import number
 from rl.tasks.problem import Problem, Task, require_split
-from rl.templates import Template
+from train.templates import Template
 
 _ATTEMPTS = 10_000
 

@@ -15,7 +15,7 @@ from rl.extraction import is_well_formed, strict_answer
 from rl.tasks import GENERATED, Noise, get_task
 from rl.tasks.columns import Columns
 from rl.tasks.generated import half_of
-from rl.templates import get_template
+from train.templates import get_template
 
 SHORT = get_template("short")
 PERFECT = Noise(direct=0, detailed=0.5, step_error=0, detailed_error=0, self_correction=0,

@@ -189,7 +189,7 @@ def test_fim_rearranges_its_fraction_of_documents_differently_each_epoch(folder)
 
 def test_prompts_are_inputs_but_not_learned(folder):
   source = Source(str(folder / "sft.jsonl"), prompt_field="q")
-  loaded = data.load(config(folder, sources=(source,), fim_rate=1.0))
+  loaded = data.load(config(folder, sources=(source,), fim_rate=1.0, template="plain"))
   rows = epoch_of(loaded.train(0))
   whole = [BYTES.decode(ids) for ids in documents(stream(rows))]
   assert all(one.startswith("question ") and "answer " in one for one in whole)

@@ -184,3 +184,31 @@ def test_the_fingerprint_covers_the_contents_and_how_they_are_read(tmp_path):
   assert fingerprint(Source(source.path, text_field="body")) != first
   (tmp_path / "a.txt").write_text("Text")
   assert fingerprint(source) != first
+
+
+def test_questions_and_conversations_are_written_in_the_template(tmp_path):
+  rows = [{"question": "1+1?", "answer": "2"}, {"question": "", "answer": "no question"}]
+  path = tmp_path / "qa.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  source = Source(str(path), text_field="answer", prompt_field="question")
+  read_as = lambda source, name: [(d.prompt, d.text) for d in read(source, template=name)]
+  assert read_as(source, "short") == [("Q: 1+1?\nA:", " 2"), ("", "no question")]
+  assert read_as(source, "plain") == [("1+1?", "2"), ("", "no question")]
+  assert fingerprint(source) == fingerprint(source, "plain") != fingerprint(source, "short")
+
+  turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+  rows = [{"messages": turns}, {"messages": turns[:1]}, {"messages": "hello"}, {}]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  source, tally = Source(str(path), messages_field="messages"), Tally()
+  assert [(d.prompt, d.text) for d in read(source, tally, "short")] == [("Q: 1+1?\nA:", " 2")]
+  assert dict(tally.bad) == {"with unusable 'messages'": 1, "without a list 'messages'": 2}
+  table = pyarrow.table({"messages": [turns]})
+  pyarrow.parquet.write_table(table, tmp_path / "chat.parquet")
+  source = Source(str(tmp_path / "chat.parquet"), messages_field="messages")
+  assert read_as(source, "short") == [("Q: 1+1?\nA:", " 2")]
+
+
+def test_without_prompts_the_template_does_not_matter(tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_text("hello")
+  assert fingerprint(Source(str(path)), "short") == fingerprint(Source(str(path)))

@@ -22,8 +22,8 @@ from experiments.benchmarks.rl.report import sections, summary
 from experiments.options import Options
 from experiments.reports import results
 from rl.tasks.generated import half_of
-from rl.templates import get_template
 from train import chat
+from train.templates import get_template
 from train.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[4]

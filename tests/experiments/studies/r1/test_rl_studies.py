@@ -18,7 +18,7 @@ from experiments.studies.study import Study
 from rl import rewards
 from rl.objective import SPECS, policy_loss
 from rl.tasks import get_task
-from rl.templates import get_template
+from train.templates import get_template
 
 NAMES = [name for name, entry in catalogue.experiments().items()
          if entry.results_folder == f"r1/{name}" and name.startswith("rl_")]

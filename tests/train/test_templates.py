@@ -3,7 +3,7 @@
 import pytest
 
 from rl.extraction import is_well_formed, reasoning, strict_answer
-from rl.templates import TEMPLATES, Template, get_template
+from train.templates import TEMPLATES, Template, get_template
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
@@ -40,3 +40,30 @@ def test_an_unknown_template_suggests_the_nearest_name():
 def test_a_template_must_contain_the_question_exactly_once():
   with pytest.raises(ValueError, match="exactly once"):
     Template("mine", "Answer:")
+
+
+@pytest.mark.parametrize(("name", "completion"), [
+    ("short", " 5"), ("r1", " 5"), ("plain", "5"), ("short_think", "5"), ("chat", "5")])
+def test_an_answer_is_separated_from_its_prompt(name, completion):
+  assert get_template(name).answer("5") == completion
+  assert get_template(name).answer("\n5") == "\n5"
+
+
+def test_a_conversation_is_the_prompt_of_its_last_turn():
+  turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
+           {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"},
+           {"role": "assistant", "content": "4"}]
+  assert get_template("short").conversation(turns) == (
+      "Q: Be brief.\n\n1+1?\nA: 2\nQ: 2+2?\nA:", " 4")
+  assert get_template("short").conversation(turns[1:3]) == ("Q: 1+1?\nA:", " 2")
+
+
+@pytest.mark.parametrize(("messages", "message"), [
+    ([], "roles are none"), ([{"role": "user", "content": "a"}], "turns of user and assistant"),
+    ([{"role": "assistant", "content": "a"}], "turns of user and assistant"),
+    (["a"], "not an object"), ([{"role": "user"}], "not an object"),
+    ([{"role": "user", "content": None}, {"role": "assistant", "content": "a"}], "not a string"),
+    ([{"role": "tool", "content": "a"}, {"role": "assistant", "content": "a"}], "tool, assistant")])
+def test_conversations_that_cannot_be_written_are_refused(messages, message):
+  with pytest.raises(ValueError, match=message):
+    get_template("short").conversation(messages)
