@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
+from absl import logging
 
 from train.config import DataConfig
 from train.tokenizer import Tokenizer
@@ -134,7 +135,8 @@ def load(cfg: DataConfig) -> Data:
 
   Raises:
     ValueError: if a source, the tokenizer or too many documents are unusable, if a source has no
-      document left for training, or if `fim_rate` needs tokens that the tokenizer does not have.
+      document left for training, if too many rows hold no token to learn, or if `fim_rate` needs
+      tokens that the tokenizer does not have.
   """
   tokenizer = _tokenizer(cfg)
   if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
@@ -157,7 +159,26 @@ def load(cfg: DataConfig) -> Data:
     if chosen:
       heldout[name] = _heldout(cfg, tokenizer, stores, chosen)
   training_documents = tuple(np.flatnonzero(~held_N) for held_N in held)
-  return Data(cfg, tokenizer, domains, heldout, stores, training_documents)
+  loaded = Data(cfg, tokenizer, domains, heldout, stores, training_documents)
+  _check_learned(loaded)
+  return loaded
+
+
+def _check_learned(data: Data) -> None:
+  """Warns of rows in which no token is learned, and raises ValueError if there are too many."""
+  for index, source in enumerate(data.cfg.sources):
+    rows = _SourceRows(data, index, seed=0)
+    if not (empty := rows.num_without_learned()):
+      continue
+    longest = int(data.stores[index].prompt_tokens_N.max())
+    message = (f"data source {source.path}: {empty} of {rows.rows_per_epoch} rows of "
+               f"data.seq_len={data.cfg.seq_len} tokens hold nothing to learn, as prompts have up "
+               f"to {longest} tokens")
+    if empty > data.cfg.max_bad_fraction * rows.rows_per_epoch:
+      raise ValueError(
+          f"{message}; that is more than data.max_bad_fraction={data.cfg.max_bad_fraction:g} "
+          "allows. Raise data.seq_len, shorten the prompts, or raise data.max_bad_fraction")
+    logging.warning("%s", message)
 
 
 def _domain_ids(domains: Sequence[str], store: Store) -> np.ndarray:
@@ -285,6 +306,18 @@ class _SourceRows:
     epoch, place = divmod(int(index), self.rows_per_epoch)
     plan = self._epoch(epoch)
     return self._row(plan, int(plan.rows_R[place]) * self._seq_len)
+
+  def num_without_learned(self) -> int:
+    """Returns the number of rows of the first epoch in which no token is learned."""
+    plan = self._epoch(0)
+    prompts_N = self._store.prompt_tokens_N[plan.documents_N]
+    learned_N = np.diff(plan.bounds) - prompts_N
+    before_N = np.cumsum(learned_N) - learned_N
+    edges = np.minimum(np.arange(self.rows_per_epoch + 1) * self._seq_len, plan.bounds[-1])
+    # The document in which the token before each edge lies, and the learned tokens up to there.
+    n = np.clip(np.searchsorted(plan.bounds, edges, "left") - 1, 0, None)
+    learned = before_N[n] + np.maximum(edges - plan.bounds[n] - prompts_N[n], 0)
+    return int((np.diff(learned) == 0).sum())
 
   def _plan(self, epoch: int) -> _Epoch:
     key, documents_N = (*self._key, epoch), self._documents_N

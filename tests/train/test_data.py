@@ -202,6 +202,22 @@ def test_prompts_are_inputs_but_not_learned(folder):
   assert held.num_bytes == sum(map(len, learned)) == held.loss_mask.sum() - len(learned)
 
 
+@pytest.mark.parametrize("seq_len", [3, 5, 8, 64])
+def test_rows_without_a_learned_token_are_counted(folder, seq_len, caplog):
+  source = Source(str(folder / "sft.jsonl"), prompt_field="q")
+  make = lambda allowed: config(folder, sources=(source,), seq_len=seq_len, fim_rate=0,
+                                max_bad_fraction=allowed)
+  loaded = data.load(make(1.0))
+  rows = loaded.train(0)
+  num_rows = rows._sources[0].rows_per_epoch
+  empty = sum(not rows[i]["loss_mask"].any() for i in range(num_rows))
+  assert rows._sources[0].num_without_learned() == empty
+  assert (empty > 0) == (f"{empty} of {num_rows} rows" in caplog.text)
+  if empty:
+    with pytest.raises(ValueError, match="hold nothing to learn, as prompts have up to"):
+      data.load(make(0.01))
+
+
 def test_segments_number_the_documents_that_predictions_belong_to(mixed):
   rows = mixed.train(0)
   for i in range(60):
