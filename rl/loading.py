@@ -11,7 +11,7 @@ from rl.step import abstract_rl_state
 from train import loading
 from train.checkpoint import read_newest
 from train.config_io import from_dict, to_dict, upgrade
-from train.loading import TOKENIZER, LoadedModel
+from train.loading import TOKENIZER, LoadedModel, hf_files
 
 
 def as_dict(cfg: RLConfig, model_cfg: model.ModelConfig) -> dict:
@@ -53,4 +53,5 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
   variables = with_saved_mtp(folder, model_cfg, restored.arrays.train.variables)
-  return LoadedModel(model_cfg, variables, str(folder / TOKENIZER), cfg.template)
+  return LoadedModel(
+      model_cfg, variables, str(folder / TOKENIZER), cfg.template, hf_files(folder))

@@ -118,7 +118,8 @@ class _Run:
 
   def run(self, variables, max_seconds) -> RLResult:
     loop = self.cfg.loop
-    save_mtp(self.path, variables)
+    if not self.checkpoints.steps():
+      save_mtp(self.path, variables)
     variables, _ = split_mtp(variables)
     # An offline sampler keeps sampling from the model that the run started from.
     self.initial = variables

@@ -4,8 +4,10 @@ RL's objectives use the main model alone. The modules of the model that a run st
 once in the run's folder, and belong to every model that is loaded from it.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 
@@ -34,19 +36,17 @@ def policy_config(cfg: model.ModelConfig) -> model.ModelConfig:
 
 
 def save_mtp(folder: pathlib.Path, variables: dict) -> None:
-  """Saves the MTP modules of a run's start model in the run's folder, unless they are there.
+  """Saves the MTP modules of the model that a run starts from in the run's folder.
 
   Args:
-    folder: the run's folder.
-    variables: the variables of the start model. Nothing is saved if it has no MTP modules.
+    folder: the run's folder, which has no checkpoint yet.
+    variables: the model's variables. Nothing is saved if it has no MTP modules.
   """
+  shutil.rmtree(folder / _FOLDER, ignore_errors=True)
   modules = split_mtp(variables)[1]
-  if not jax.tree.leaves(modules):
-    return
-  checkpoints = Checkpoints(folder / _FOLDER, keep=1)
-  if not checkpoints.steps():
-    checkpoints.save(0, jax.tree.map(jax.numpy.asarray, modules), {})
-  checkpoints.close()
+  if jax.tree.leaves(modules):
+    with contextlib.closing(Checkpoints(folder / _FOLDER, keep=1)) as checkpoints:
+      checkpoints.save(0, jax.tree.map(jax.numpy.asarray, modules), {})
 
 
 def with_saved_mtp(folder: pathlib.Path, cfg: model.ModelConfig, variables: dict) -> dict:

@@ -25,7 +25,7 @@ from rl.loading import TOKENIZER, as_dict, load_model, upgrade_config
 from train.config import RunConfig
 from train.config_io import to_dict, upgrade
 from train.data import load
-from train.loading import LoadedModel
+from train.loading import LoadedModel, keep_hf_files
 from train.loop import train
 from train.run_folder import RunFolder
 from train.stages import close_stage, fit_vocabulary, open_stage, train_on_text
@@ -197,6 +197,7 @@ def run_rl(cfg: RLConfig, start: LoadedModel, folder: RunFolder, *,
   folder.check_config({**as_dict(cfg, start.cfg), **(identity or {})}, upgrade_config)
   tokenizer = start.tokenizer()
   tokenizer.save(folder.path / TOKENIZER)
+  keep_hf_files(start, folder.path)
   result = loop.train(cfg, start.cfg, start.variables, tokenizer, folder, max_seconds=max_seconds)
   for message in result.messages:
     print(f"skipped a damaged checkpoint: {message}", file=sys.stderr)

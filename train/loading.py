@@ -4,15 +4,21 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 
 import model
 from train.checkpoint import read_newest
 from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
-from train.program import Program, first_run
+from train.program import Program, split_runs
 from train.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+HF_FILES = "huggingface"  # folder of a run, for the files of the Hugging Face folder it starts from
+# What a Hugging Face folder says of its tokenizer and of generation.
+_CARRIED = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+            "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+            "chat_template.json", "generation_config.json", "config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +31,15 @@ class LoadedModel:
     tokenizer_path: the folder's `tokenizer.json`; None if it has none.
     template: name of the prompt template with which the model was fine-tuned or trained by RL; None
       if it was not, or if the folder does not say.
+    hf_files: folder of the files that the Hugging Face folder had in which the model's training
+      began, except weights; None if it began from random weights.
   """
 
   cfg: model.ModelConfig
   variables: dict
   tokenizer_path: str | None
   template: str | None = None
+  hf_files: pathlib.Path | None = None
 
   def tokenizer(self, path: str | None = None) -> Tokenizer:
     """Returns the tokenizer at `path` or, if that is None, the model's own.
@@ -59,6 +68,7 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
                      "Hugging Face folder")
   if (folder / "checkpoints").is_dir():
     cfg, variables = _load_run(folder)
+    variables = variables[0]
   elif (folder / "config.json").exists():
     cfg, variables = model.hf.load(folder)
   else:
@@ -66,7 +76,34 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
                      "--experiment=pretrain wrote, or a Hugging Face folder")
   tokenizer = folder / TOKENIZER
   return LoadedModel(cfg, variables, str(tokenizer) if tokenizer.exists() else None,
-                     stored_template(folder))
+                     stored_template(folder), hf_files(folder))
+
+
+def hf_files(folder: pathlib.Path) -> pathlib.Path | None:
+  """Returns `LoadedModel.hf_files` of the model in a run folder or a Hugging Face folder."""
+  if (folder / "checkpoints").is_dir():
+    return folder / HF_FILES if (folder / HF_FILES).is_dir() else None
+  return folder
+
+
+def keep_hf_files(start: LoadedModel | None, folder: pathlib.Path) -> None:
+  """Copies `hf_files` of the model that a run starts from into the run's folder.
+
+  Nothing is changed once the run has a checkpoint.
+  """
+  if any(folder.glob("checkpoints/step_*")):
+    return
+  shutil.rmtree(folder / HF_FILES, ignore_errors=True)
+  if start and start.hf_files:
+    copy_hf_files(start.hf_files, folder / HF_FILES)
+
+
+def copy_hf_files(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies what a Hugging Face folder says of its tokenizer and of generation."""
+  target.mkdir(exist_ok=True)
+  for name in _CARRIED:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
 
 
 def stored_template(folder: str | os.PathLike) -> str | None:
@@ -87,7 +124,18 @@ def stored_template(folder: str | os.PathLike) -> str | None:
   return data.template if prompted else None
 
 
-def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
+def load_seeds(folder: pathlib.Path) -> list[tuple[int, dict]]:
+  """Returns the seed and the variables of every run that was trained in a folder.
+
+  Raises:
+    ValueError: if the folder has no checkpoint.
+    CheckpointError: if every checkpoint is damaged.
+  """
+  seeds = json.loads((folder / "config.json").read_text())["seeds"]
+  return list(zip(seeds, _load_run(folder)[1], strict=True))
+
+
+def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, list[dict]]:
   plain = json.loads((folder / "config.json").read_text())
   cfg = from_dict(RunConfig, plain["config"])
   one_device = dataclasses.replace(cfg, mesh=MeshConfig())
@@ -95,11 +143,4 @@ def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
   restored = read_newest(folder / "checkpoints", program.abstract_state())
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
-  return cfg.model, first_run(restored.arrays.variables, len(plain["seeds"]))
-
-
-def export(path: str | os.PathLike, cfg: model.ModelConfig, variables: dict,
-           tokenizer: Tokenizer) -> None:
-  """Writes a model and its tokenizer as a Hugging Face folder."""
-  model.hf.save(path, cfg, variables)
-  tokenizer.save(pathlib.Path(path) / TOKENIZER)
+  return cfg.model, split_runs(restored.arrays.variables, len(plain["seeds"]))

@@ -259,9 +259,11 @@ class Program:
     return jax.device_put(state, self._mesh.train_state(state)) if self._mesh else state
 
 
-def first_run(variables: dict, num_runs: int) -> dict:
-  """Returns the first run's variables from those of a vmapped batch; a single run's unchanged."""
-  return jax.tree.map(lambda x: x[0], variables) if num_runs > 1 else variables
+def split_runs(variables: dict, num_runs: int) -> list[dict]:
+  """Returns the variables of each run of a vmapped batch; those of a single run are unchanged."""
+  if num_runs == 1:
+    return [variables]
+  return [jax.tree.map(lambda x, i=i: x[i], variables) for i in range(num_runs)]
 
 
 def mean_evaluation(evaluation: Evaluation) -> dict:

@@ -71,6 +71,13 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     yield name, value
 
 
+# What a run's folder may hold before its first checkpoint.
+_BEFORE_CHECKPOINT = {
+    "lock", "config.json", "tokenizer.json", "huggingface", "mtp_modules", "documents.jsonl",
+    "checkpoints", "metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "events", "cost",
+    "profile"}
+
+
 class RunFolder:
   """A run's folder, created if it does not exist, and locked for other processes.
 
@@ -88,6 +95,7 @@ class RunFolder:
     self.path = pathlib.Path(path)
     if self.path.exists() and not self.path.is_dir():
       raise ValueError(f"the run's folder {self.path} is a file: give another --out")
+    self._is_new = not self.path.exists()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -119,12 +127,22 @@ class RunFolder:
     self._lock.flush()
 
   def close(self) -> None:
-    """Unlocks the folder, so that other processes can use it."""
+    """Unlocks the folder, so that other processes can use it.
+
+    A folder that was made for this object and into which nothing has been written is removed.
+    """
+    if self._is_new and not self._lock.closed and os.listdir(self.path) == ["lock"]:
+      (self.path / "lock").unlink()
+      with contextlib.suppress(OSError):
+        self.path.rmdir()
     self._lock.close()
 
   def check_config(
       self, as_dict: dict, upgrade: Callable[[dict], dict] = lambda stored: stored) -> None:
     """Writes `config.json` if there is none; otherwise requires the configuration to be the same.
+
+    A run that was refused or stopped before its first checkpoint does not claim the folder: its
+    `config.json` is replaced.
 
     Args:
       as_dict: everything that determines the run's results, as JSON data.
@@ -139,7 +157,8 @@ class RunFolder:
       write_json_atomic(path, as_dict)
       return
     try:
-      stored = dict(leaves(upgrade(json.loads(path.read_text(encoding="utf-8")))))
+      content = json.loads(path.read_text(encoding="utf-8"))
+      stored = dict(leaves(upgrade(content)))
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}): give another --out") from error
     asked = dict(leaves(json.loads(json.dumps(as_dict))))  # as it would be read back
@@ -147,10 +166,17 @@ class RunFolder:
         f"  {name}: {_shown(stored, name)} in the folder, {_shown(asked, name)} now"
         for name in stored | asked
         if name not in stored or name not in asked or stored[name] != asked[name]]
-    if differing:
+    if differing and {"config", "rl"} & content.keys() and not self._has_begun():
+      write_json_atomic(path, as_dict)
+    elif differing:
       raise ValueError(
           f"{self.path} holds a run with another configuration:\n" + "\n".join(differing)
           + "\nGive another --out for a new run, or the old values to resume this one.")
+
+  def _has_begun(self) -> bool:
+    """Whether the folder holds a checkpoint, or anything that a run only writes after one."""
+    return (bool(set(os.listdir(self.path)) - _BEFORE_CHECKPOINT)
+            or any(self.path.glob("checkpoints/step_*")))
 
 
 def _shown(fields: dict[str, Any], name: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from train.config import RunConfig
 from train.config_io import to_dict, upgrade
 from train.data import Data, load
-from train.loading import TOKENIZER, LoadedModel, load_model
+from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model
 from train.loop import train
 from train.run_folder import RunFolder
 
@@ -99,6 +99,7 @@ def train_on_text(
         {"config": to_dict(cfg), "seeds": [cfg.train.seed], "requested": requested},
         upgrade=upgrade_run)
     data.tokenizer.save(folder.path / TOKENIZER)
+    keep_hf_files(model, folder.path)
     result = train([cfg], data, folder, variables=model and model.variables,
                    max_seconds=max_seconds)
     return close_stage(folder) if result.status == "finished" else None

@@ -5,6 +5,7 @@ SFT, evaluation and RL use the same templates, so that a model is asked as it wa
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,20 @@ class Template:
     end = self.text[self.text.index("{question}") + len("{question}"):]
     apart = bool(end) and not end[-1].isspace() and not self.opens_thinking
     return f" {text}" if apart and not text[:1].isspace() else text
+
+  def jinja(self) -> str:
+    """Returns a chat template, for transformers, that writes what `conversation` does."""
+    before, after = self.text.split("{question}")
+    space = " " if self.answer("x") != "x" else ""
+    return (
+        "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
+        "{%- if message.role == 'system' -%}{%- set ns.system = message.content + '\\n\\n' -%}"
+        "{%- elif message.role == 'user' -%}"
+        f"{{{{- {json.dumps(before)} + ns.system + message.content + {json.dumps(after)} -}}}}"
+        "{%- set ns.system = '' -%}{%- else -%}"
+        f"{{{{- ({json.dumps(space)} if message.content[:1].strip() else '') }}}}"
+        "{{- message.content -}}"
+        "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}{%- endif -%}{%- endfor -%}")
 
   def conversation(self, messages: Sequence[Any]) -> tuple[str, str]:
     """Returns the prompt for the last turn of a conversation, and that turn as its completion.

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 
 import numpy as np
 
@@ -26,10 +27,18 @@ from train import cost
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.config_io import to_dict
 from train.data import Data, load
-from train.loading import TOKENIZER, LoadedModel, export
+from train.export import check_target, export, run_identity
+from train.loading import (
+  TOKENIZER,
+  LoadedModel,
+  hf_files,
+  keep_hf_files,
+  load_seeds,
+  stored_template,
+)
 from train.loop import Result, TrainingError
 from train.loop import train as run_training
-from train.program import first_run
+from train.program import split_runs
 from train.run_folder import RunFolder, write_json_atomic
 from train.stages import fit_vocabulary, start_from, upgrade_run, with_seeds
 from train.tokenizer import Tokenizer
@@ -40,7 +49,9 @@ class PretrainConfig(RunConfig):
   """A training run, and what is done with the trained model.
 
   Attributes:
-    export: folder to which the model is written in Hugging Face's format; None for no export.
+    export: folder to which the model is written in Hugging Face's format; None for no export. With
+      several seeds, it gets a folder for each, such as `seed0`.
+    overwrite_export: whether that folder may hold other files than an export of this run.
     prompt: beginning of the sample of text that is printed after training.
     sample_tokens: number of tokens sampled after the prompt; 0 for no sample.
     baselines: whether bits per byte are compared with gzip -9 and an n-gram model on the same
@@ -48,6 +59,7 @@ class PretrainConfig(RunConfig):
   """
 
   export: str | None = None
+  overwrite_export: bool = False
   prompt: str = "In the beginning"
   sample_tokens: int = 80
   baselines: bool = True
@@ -102,12 +114,14 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
   run_cfg = cfg.without_extras()
   seeds = [cfg.train.seed + i for i in range(options.num_seeds())]
   out.check_config({"config": to_dict(run_cfg), "seeds": seeds}, upgrade_run)
+  _check_export(cfg, seeds)
   data.tokenizer.save(out.path / TOKENIZER)
+  keep_hf_files(start, out.path)
   if _is_finished(out.path):
     print(f"{out.path} is finished, nothing is left to train; the report is "
           f"{out.path / 'report.md'}")
     if cfg.export:
-      _export(cfg, load_model(out.path).variables, data)
+      _export(cfg, out.path, dict(load_seeds(out.path)), data)
     return
   _announce(cfg, data, out.path)
   try:
@@ -176,7 +190,8 @@ def _finish(cfg: PretrainConfig, scale: str, data: Data, path: pathlib.Path,
   if cfg.baselines:
     record["baselines"] = _baselines(cfg, data)
     _compare(result.evaluations[-1]["bits_per_byte"], record["baselines"])
-  variables = first_run(result.state.variables, len(result.seeds))
+  runs = split_runs(result.state.variables, len(result.seeds))
+  variables = runs[0]
   if cfg.sample_tokens:
     print(f"\n{cfg.prompt}", end="", flush=True)
     text = write_continuation(cfg.model, variables, data.tokenizer, cfg.prompt,
@@ -184,7 +199,7 @@ def _finish(cfg: PretrainConfig, scale: str, data: Data, path: pathlib.Path,
     record["samples"] = [{"prompt": cfg.prompt, "text": text}]
     print("\n")
   if cfg.export:
-    _export(cfg, variables, data)
+    _export(cfg, path, dict(zip(result.seeds, runs, strict=True)), data)
   first, last = result.rows[0], result.rows[-1]
   if "max_violation" in last:
     print(f"MaxVio of a batch: {first['max_violation']:.2f} at the first step, "
@@ -194,9 +209,29 @@ def _finish(cfg: PretrainConfig, scale: str, data: Data, path: pathlib.Path,
   print(f"report: {write_run_report(path, run, result.rows)}")
 
 
-def _export(cfg: PretrainConfig, variables: dict, data: Data) -> None:
-  export(cfg.export, cfg.model, variables, data.tokenizer)
-  print(f"exported to {cfg.export}")
+def _export_targets(cfg: PretrainConfig, seeds: Collection[int],
+                    ) -> dict[int, tuple[pathlib.Path, str]]:
+  """Returns the folder of each seed's export, and the identity of the run that is exported."""
+  folder, several = pathlib.Path(cfg.export), len(seeds) > 1
+  config = {"config": to_dict(cfg.without_extras()), "seeds": list(seeds)}
+  return {seed: (folder / f"seed{seed}" if several else folder, run_identity(config, seed))
+          for seed in seeds}
+
+
+def _check_export(cfg: PretrainConfig, seeds: Collection[int]) -> None:
+  """Raises ValueError if the model could not be exported after training."""
+  if cfg.export:
+    model.hf.check_supported(cfg.model)
+    for folder, run in _export_targets(cfg, seeds).values():
+      check_target(folder, run, overwrite=cfg.overwrite_export)
+
+
+def _export(cfg: PretrainConfig, path: pathlib.Path, runs: dict[int, dict], data: Data) -> None:
+  """Exports the variables of every seed of the run in a folder."""
+  for seed, (folder, run) in _export_targets(cfg, runs).items():
+    loaded = LoadedModel(cfg.model, runs[seed], None, stored_template(path), hf_files(path))
+    export(folder, loaded, data.tokenizer, run)
+    print(f"exported to {folder}")
 
 
 def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:

@@ -360,6 +360,11 @@ def _render_scaling(scaling) -> dict | None:
   return None
 
 
+def check_supported(cfg: ModelConfig) -> None:
+  """Raises ValueError if no Hugging Face architecture computes what `cfg` does."""
+  _architecture(cfg)
+
+
 def _architecture(cfg: ModelConfig) -> str:
   """Returns the model_type that computes what `cfg` does; raises ValueError if none does."""
   unsupported = []

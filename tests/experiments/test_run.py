@@ -172,8 +172,34 @@ def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
   assert status != 0 and "config.train.steps: 6 in the folder, 7 now" in err
   assert (folder / "metrics.jsonl").read_text() == metrics
 
+  status, out, err = command("--experiment=export", f"--set=checkpoint={folder}",
+                             f"--set=to={tmp_path / 'again'}")
+  assert status == 0, err
+  for path in (tmp_path / "exported").iterdir():
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
   generated = [command("--experiment=generate", f"--set=checkpoint={tmp_path / name}",
                        "--set=prompt=abc", "--set=max_new_tokens=4")
                for name in ("run", "exported")]
   assert all(status == 0 for status, _, _ in generated)
   assert generated[0][1] == generated[1][1] and generated[0][1].startswith("abc")
+
+
+def test_every_seed_is_exported_to_a_folder_of_its_own(tmp_path, command):
+  write_documents(tmp_path / "text.jsonl")
+  status, _, err = command("--seeds=2", *pretraining(tmp_path, steps=2))
+  assert status == 0, err
+  command("--experiment=export", f"--set=checkpoint={tmp_path / 'run'}",
+          f"--set=to={tmp_path / 'again'}")
+  weights = [(tmp_path / name / f"seed{seed}" / "model.safetensors").read_bytes()
+             for seed in (0, 1) for name in ("exported", "again")]
+  assert weights[0] == weights[1] != weights[2] == weights[3]
+
+
+def test_an_export_that_would_fail_is_refused_before_training(tmp_path, command):
+  write_documents(tmp_path / "text.jsonl")
+  (tmp_path / "exported").mkdir()
+  (tmp_path / "exported" / "thesis.tex").write_text("precious")
+  status, _, err = command(*pretraining(tmp_path))
+  assert status == 2 and "other files, such as thesis.tex" in err
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()

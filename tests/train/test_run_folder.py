@@ -1,5 +1,7 @@
 """A run's folder has one writer, one configuration, and rows that survive a kill."""
 
+import contextlib
+import json
 import math
 import os
 import pathlib
@@ -88,6 +90,34 @@ def test_every_changed_field_is_named(tmp_path):
       "Give another --out for a new run, or the old values to resume this one.")
   folder.check_config(CONFIG)  # the folder keeps its configuration
   folder.close()
+
+
+def test_a_run_without_a_checkpoint_does_not_claim_its_folder(tmp_path):
+  with contextlib.closing(RunFolder(tmp_path / "run")) as folder:
+    folder.check_config({"config": 1, "seeds": [0]})
+    (folder.path / "metrics.jsonl").touch()
+    folder.check_config({"config": 2, "seeds": [0]})
+    assert json.loads((folder.path / "config.json").read_text())["config"] == 2
+    (folder.path / "checkpoints" / "step_3").mkdir(parents=True)
+    with pytest.raises(ValueError, match="config: 2 in the folder, 3 now"):
+      folder.check_config({"config": 3, "seeds": [0]})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "results.json", "arm-seed0", "thesis.txt"])
+def test_a_folder_with_other_files_keeps_its_configuration(tmp_path, name):
+  with contextlib.closing(RunFolder(tmp_path)) as folder:
+    folder.check_config({"config": 1})
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="another configuration"):
+      folder.check_config({"config": 2})
+
+
+def test_a_folder_that_nothing_was_written_to_is_removed(tmp_path):
+  RunFolder(tmp_path / "new").close()
+  assert not (tmp_path / "new").exists()
+  (tmp_path / "old").mkdir()
+  RunFolder(tmp_path / "old").close()
+  assert (tmp_path / "old").exists()
 
 
 def test_a_damaged_configuration_is_an_error(tmp_path):

@@ -1,0 +1,132 @@
+"""Writes models as Hugging Face folders, with their tokenizers and chat templates."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import model
+from train.loading import TOKENIZER, LoadedModel, copy_hf_files
+from train.run_folder import write_json_atomic
+from train.templates import get_template
+from train.tokenizer import Tokenizer
+
+_RECORD = "export.json"  # says which run a folder was exported from, and which files it has
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def run_identity(config: dict, seed: int | None = None) -> str:
+  """Returns a hash that identifies a run.
+
+  Args:
+    config: the content of its folder's `config.json`.
+    seed: the seed, for a folder with several.
+  """
+  text = json.dumps([config, seed], sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_target(path: str | os.PathLike, run: str | None, *, overwrite: bool = False) -> None:
+  """Checks that a model can be exported to a folder, which may not exist yet.
+
+  Args:
+    path: the folder.
+    run: identity of the run that is exported; None for one that has not begun, so that no folder
+      can hold its export.
+    overwrite: whether a folder that holds other files is allowed. They are not deleted, except
+      those that an export replaces.
+
+  Raises:
+    ValueError: if the folder holds anything but an export of this run, or cannot be written to.
+  """
+  folder = pathlib.Path(path)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"export={path} is a file: give a folder")
+  if folder.is_dir() and not overwrite:
+    there = {file.name for file in folder.iterdir() if not file.name.startswith(".saving-")}
+    recorded = _record(folder)
+    foreign = sorted(there - set(recorded.get("files", ())) - {_RECORD})
+    if there and (recorded.get("run") != run or foreign):
+      what = ("the export of another run" if recorded and not foreign else
+              f"other files, such as {(foreign or sorted(there))[0]}")
+      raise ValueError(f"export={path} holds {what}: give an empty or a new folder, or set "
+                       "overwrite_export=true to write over it")
+  existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+  try:
+    with tempfile.NamedTemporaryFile(dir=existing):
+      pass
+  except OSError as error:
+    raise ValueError(f"export={path} cannot be written ({error.strerror}): give another folder"
+                     ) from error
+
+
+def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
+           run: str | None = None) -> None:
+  """Writes a model as a Hugging Face folder, with its tokenizer and how it is prompted.
+
+  If the model's training began from a Hugging Face folder and its tokenizer is still in use, that
+  folder's tokenizer, chat template, special tokens and generation settings are written as they
+  were. Otherwise they are those of this project: the end-of-document token ends a generation, and
+  the chat template is the prompt template that the model was fine-tuned with, if it was.
+
+  Args:
+    path: the folder; see `check_target`.
+    start: the model.
+    tokenizer: its tokenizer.
+    run: identity of the run that is exported, see `run_identity`.
+
+  Raises:
+    ValueError: if no Hugging Face architecture computes what the model does.
+  """
+  folder = pathlib.Path(path)
+  model.hf.save(folder, start.cfg, start.variables)
+  config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  before = set(folder.iterdir())
+  if kept := _same_tokenizer(start.hf_files, tokenizer):
+    given = json.loads((kept / "config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+      copy_hf_files(kept, pathlib.Path(temporary))
+      for file in pathlib.Path(temporary).iterdir():
+        if file.name != "config.json":
+          shutil.move(file, folder / file.name)
+    ids = {name: given[name] for name in _IDS if name in given}
+  else:
+    tokenizer.save(folder / TOKENIZER)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    write_json_atomic(folder / "generation_config.json", ids)
+    write_json_atomic(folder / "tokenizer_config.json", _tokenizer_config(start, tokenizer))
+  write_json_atomic(folder / "config.json", config | ids)
+  files = sorted({file.name for file in before | set(folder.iterdir())} - {_RECORD})
+  write_json_atomic(folder / _RECORD, {"run": run, "files": files})
+
+
+def _same_tokenizer(files: pathlib.Path | None, tokenizer: Tokenizer) -> pathlib.Path | None:
+  """Returns the folder if its tokenizer is `tokenizer`, and None otherwise."""
+  if files is None or not (files / TOKENIZER).is_file() or not (files / "config.json").is_file():
+    return None
+  with contextlib.suppress(ValueError):
+    if Tokenizer.load(files / TOKENIZER).content_hash == tokenizer.content_hash:
+      return files
+  return None
+
+
+def _tokenizer_config(start: LoadedModel, tokenizer: Tokenizer) -> dict:
+  """Returns the content of `tokenizer_config.json` for a tokenizer of this project."""
+  text = lambda token: tokenizer.decode([token])
+  config = {
+      "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": start.cfg.max_seq_len,
+      "clean_up_tokenization_spaces": False, "eos_token": text(tokenizer.eos),
+      "pad_token": text(tokenizer.pad)}
+  if start.template:
+    config["chat_template"] = get_template(start.template).jinja()
+  return config
+
+
+def _record(folder: pathlib.Path) -> dict:
+  with contextlib.suppress(OSError, ValueError):
+    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    return record if isinstance(record, dict) else {}
+  return {}
