@@ -163,10 +163,15 @@ class OptimizerConfig:
     schedule: how the learning rate changes after a linear warm-up: "cosine" decays from the peak to
       `final_ratio` times the peak; "v3" (V3 section 4.2) is constant until 67.6 % of the steps,
       decays by a cosine to a tenth of the peak, and ends with 2.25 % of the steps at a tenth and
-      1.13 % at a thirtieth of the peak; "constant" stays at the peak.
+      1.13 % at a thirtieth of the peak; "constant" stays at the peak; "wsd" (warm-up, stable,
+      decay; arXiv:2404.06395) stays at the peak until `decay_steps` before the end and decays
+      linearly from there. With `warmup_steps`, a run with "constant" or "wsd" that has not begun to
+      decay can be extended exactly.
     warmup_fraction: fraction of the steps over which the learning rate rises linearly to its peak.
-    final_ratio: learning rate of the last step as a fraction of the peak, for the schedule "cosine"
-      only.
+    warmup_steps: the number of these steps; None takes `warmup_fraction`.
+    decay_steps: number of steps of the decay, for the schedule "wsd".
+    final_ratio: learning rate of the last step as a fraction of the peak, for the schedules
+      "cosine" and "wsd".
     beta1: decay rate of the first moment, the running mean of the gradient.
     beta2: decay rate of the second moment, the running mean of the squared gradient.
     eps: constant added to the square root of the second moment, which divides the update.
@@ -178,7 +183,7 @@ class OptimizerConfig:
   """
 
   learning_rate: float = 3e-3
-  schedule: Literal["cosine", "v3", "constant"] = "cosine"
+  schedule: Literal["cosine", "v3", "constant", "wsd"] = "cosine"
   warmup_fraction: float = 0.05
   final_ratio: float = 0.1
   beta1: float = 0.9
@@ -188,6 +193,8 @@ class OptimizerConfig:
   max_grad_norm: float = 1.0
   moments: Literal["bfloat16", "float32"] = "bfloat16"
   ema_decay: float = 0.0
+  warmup_steps: int | None = None
+  decay_steps: int = 0
 
   def __post_init__(self):
     require_positive(self, "learning_rate", "eps", "max_grad_norm")
@@ -197,6 +204,11 @@ class OptimizerConfig:
     require(self.moments == "float32" or self.beta2 <= 0.98,
             f"OptimizerConfig.beta2={self.beta2} changes a bfloat16 second moment by less than its "
             "precision: set moments=float32, or beta2 to at most 0.98")
+    require(self.warmup_steps is None or self.warmup_steps >= 1,
+            f"OptimizerConfig.warmup_steps={self.warmup_steps} must be at least 1, or none")
+    require((self.decay_steps > 0) == (self.schedule == "wsd"),
+            f"OptimizerConfig.decay_steps={self.decay_steps} must be positive with schedule=wsd, "
+            "and 0 with the other schedules")
     require(self.schedule != "v3" or self.warmup_fraction <= 0.5,
             f"OptimizerConfig.warmup_fraction={self.warmup_fraction} leaves the schedule v3 no "
             "constant part: set it to at most 0.5")

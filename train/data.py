@@ -15,7 +15,8 @@ import grain
 import numpy as np
 from absl import logging
 
-from train.config import DataConfig
+from train import sources
+from train.config import DataConfig, TrainConfig
 from train.tokenizer import Tokenizer
 from train.tokens import Store, heldout_masks, open_bpe, open_store
 
@@ -86,6 +87,19 @@ class Data:
     """
     rows = [self.train(seed) for seed in seeds]
     return batches(rows if len(rows) > 1 else rows[0], start, sizes, **sharing)
+
+  def epochs(self, train: TrainConfig) -> dict[str, float]:
+    """Returns how many times a run reads each source, by its path.
+
+    It is counted for full batches, although batches may ramp up.
+    """
+    counts = self.train(train.seed).epochs(train.steps * train.batch_size)
+    return {source.path: count for source, count in zip(self.cfg.sources, counts, strict=True)}
+
+  def fingerprints(self) -> dict[str, str]:
+    """Returns a hash of the content of each source, by its path."""
+    return {source.path: sources.fingerprint(source, self.cfg.template)
+            for source in self.cfg.sources}
 
   def summary(self) -> dict:
     """Returns counts for reports.

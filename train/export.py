@@ -25,17 +25,17 @@ def run_identity(config: dict, seed: int | None = None) -> str:
     config: the content of its folder's `config.json`.
     seed: the seed, for a folder with several.
   """
-  text = json.dumps([config, seed], sort_keys=True)
+  settings = {name: value for name, value in config.items() if name != "contents"}
+  text = json.dumps([settings, seed], sort_keys=True)
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def check_target(path: str | os.PathLike, run: str | None, *, overwrite: bool = False) -> None:
+def check_target(path: str | os.PathLike, *runs: str, overwrite: bool = False) -> None:
   """Checks that a model can be exported to a folder, which may not exist yet.
 
   Args:
     path: the folder.
-    run: identity of the run that is exported; None for one that has not begun, so that no folder
-      can hold its export.
+    *runs: identities of the run that is exported, and of the run that it extends.
     overwrite: whether a folder that holds other files is allowed. They are not deleted, except
       those that an export replaces.
 
@@ -49,7 +49,7 @@ def check_target(path: str | os.PathLike, run: str | None, *, overwrite: bool = 
     there = {file.name for file in folder.iterdir() if not file.name.startswith(".saving-")}
     recorded = _record(folder)
     foreign = sorted(there - set(recorded.get("files", ())) - {_RECORD})
-    if there and (recorded.get("run") != run or foreign):
+    if there and (recorded.get("run") not in runs or foreign):
       what = ("the export of another run" if recorded and not foreign else
               f"other files, such as {(foreign or sorted(there))[0]}")
       raise ValueError(f"export={path} holds {what}: give an empty or a new folder, or set "

@@ -96,10 +96,16 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     cfg: the kind of schedule, its peak and its fractions.
     steps: number of optimizer steps of the run.
   """
-  peak, warmup = cfg.learning_rate, max(1, round(cfg.warmup_fraction * steps))
+  peak = cfg.learning_rate
+  warmup = cfg.warmup_steps or max(1, round(cfg.warmup_fraction * steps))
   ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)
   if cfg.schedule == "constant":
     after, bounds = [optax.constant_schedule(peak)], [warmup]
+  elif cfg.schedule == "wsd":
+    decay = cfg.decay_steps
+    after = [optax.constant_schedule(peak),
+             optax.linear_schedule(peak, cfg.final_ratio * peak, max(1, decay - 1))]
+    bounds = [warmup, max(warmup, steps - decay)]
   elif cfg.schedule == "cosine":
     decay = max(1, steps - 1 - warmup)
     after, bounds = [optax.cosine_decay_schedule(peak, decay, cfg.final_ratio)], [warmup]
@@ -150,3 +156,27 @@ class Schedule:
       return full
     fraction = train.batch_ramp_start + (1 - train.batch_ramp_start) * step / ramp
     return max(1, round(fraction * full))
+
+
+def schedule_changes(before: RunConfig, after: RunConfig, done: int) -> list[str]:
+  """Returns how the hyper-parameters of the steps that a run has taken differ in another config.
+
+  Fractions in schedules are fractions of all steps, so they differ if the number of steps does. An
+  extended run is the same as one that was longer from the beginning if nothing differs.
+
+  Args:
+    before: the config of the run.
+    after: the config with which it is extended.
+    done: number of steps that have been taken.
+  """
+  old, new, lines = Schedule(before), Schedule(after), {}
+  for step in np.unique(np.linspace(0, done - 1, min(done, 500)).astype(int)).tolist():
+    for name, (was, now) in {
+        **{key: (old[step][key], new[step][key]) for key in ("learning_rate", "bias_rate")},
+        **{f"weight of {key}": (old[step]["weights"][key], new[step]["weights"][key])
+           for key in old[step]["weights"]},
+        "micro-batches": (old.num_micro_batches(step), new.num_micro_batches(step))}.items():
+      if not np.isclose(was, now, rtol=1e-6, atol=0):
+        lines[name] = f"{name} of step {step + 1}: {was:.4g} as trained, {now:.4g} in a run of " \
+                      f"{after.train.steps} steps"
+  return list(lines.values())

@@ -27,7 +27,8 @@ _EVALUATION_TOKENS = 16384  # tokens evaluated at a time, over all runs
 
 # Fields that enter the step as data, so that runs of a vmapped batch may differ in them.
 DATA_FIELDS = {
-    "optimizer": ("learning_rate", "schedule", "warmup_fraction", "final_ratio"),
+    "optimizer": ("learning_rate", "schedule", "warmup_fraction", "warmup_steps", "decay_steps",
+                  "final_ratio"),
     "balance": ("bias_rate", "bias_fraction", "sequence_weight", "batch_weight", "expert_weight"),
     "train": ("seed", "mtp_weight", "mtp_late_weight", "mtp_fraction"),
 }

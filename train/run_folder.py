@@ -166,14 +166,14 @@ class RunFolder:
         f"  {name}: {_shown(stored, name)} in the folder, {_shown(asked, name)} now"
         for name in stored | asked
         if name not in stored or name not in asked or stored[name] != asked[name]]
-    if differing and {"config", "rl"} & content.keys() and not self._has_begun():
+    if differing and {"config", "rl"} & content.keys() and not self.has_begun():
       write_json_atomic(path, as_dict)
     elif differing:
       raise ValueError(
           f"{self.path} holds a run with another configuration:\n" + "\n".join(differing)
           + "\nGive another --out for a new run, or the old values to resume this one.")
 
-  def _has_begun(self) -> bool:
+  def has_begun(self) -> bool:
     """Whether the folder holds a checkpoint, or anything that a run only writes after one."""
     return (bool(set(os.listdir(self.path)) - _BEFORE_CHECKPOINT)
             or any(self.path.glob("checkpoints/step_*")))

@@ -17,7 +17,7 @@ from train.config_io import to_dict, upgrade
 from train.data import Data, load
 from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model
 from train.loop import train
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_json_atomic
 
 _FINISHED = "finished"  # an empty file that marks the folder of a finished stage
 
@@ -95,14 +95,43 @@ def train_on_text(
       cfg = start_from(cfg, model)
     data = load(cfg.data)
     cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or model is not None)
-    folder.check_config(
-        {"config": to_dict(cfg), "seeds": [cfg.train.seed], "requested": requested},
-        upgrade=upgrade_run)
+    claim_folder(folder, {"config": to_dict(cfg), "seeds": [cfg.train.seed],
+                          "requested": requested}, data)
     data.tokenizer.save(folder.path / TOKENIZER)
     keep_hf_files(model, folder.path)
     result = train([cfg], data, folder, variables=model and model.variables,
                    max_seconds=max_seconds)
     return close_stage(folder) if result.status == "finished" else None
+
+
+def claim_folder(folder: RunFolder, config: dict, data: Data, *,
+                 accept_changed_data: bool = False) -> None:
+  """Writes `config.json` of a run on text, or requires that of the folder to be the same.
+
+  The file also holds hashes of the sources' contents.
+
+  Args:
+    folder: the run's folder.
+    config: everything that determines the run's results, except the contents of its sources.
+    data: the run's data.
+    accept_changed_data: whether the contents may differ from those that the run began with.
+
+  Raises:
+    ValueError: if the folder holds a run with another configuration or with other data.
+  """
+  contents = data.fingerprints()
+  folder.check_config({**config, "contents": contents},
+                      lambda stored: {**upgrade_run(stored), "contents": contents})
+  path = folder.path / "config.json"
+  stored = json.loads(path.read_text(encoding="utf-8"))
+  before = stored.get("contents", contents)
+  changed = [name for name in contents if before.get(name) != contents[name]]
+  if changed and not accept_changed_data and folder.has_begun():
+    raise ValueError(
+        f"{', '.join(changed)} changed since the run in {folder.path} began: to train on what is "
+        "there now, give another --out, or set accept_changed_data=true to resume with it")
+  if before != contents or "contents" not in stored:
+    write_json_atomic(path, {**stored, "contents": contents})
 
 
 def upgrade_run(stored: dict) -> dict:

@@ -25,7 +25,7 @@ from experiments.reports.summary import bench_summary, claim
 from rl.loading import load_model
 from train import cost
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.config_io import to_dict
+from train.config_io import flatten, from_dict, to_dict
 from train.data import Data, load
 from train.export import check_target, export, run_identity
 from train.loading import (
@@ -38,9 +38,10 @@ from train.loading import (
 )
 from train.loop import Result, TrainingError
 from train.loop import train as run_training
+from train.optimizer import schedule_changes
 from train.program import split_runs
 from train.run_folder import RunFolder, write_json_atomic
-from train.stages import fit_vocabulary, start_from, upgrade_run, with_seeds
+from train.stages import claim_folder, fit_vocabulary, start_from, upgrade_run, with_seeds
 from train.tokenizer import Tokenizer
 
 
@@ -52,6 +53,10 @@ class PretrainConfig(RunConfig):
     export: folder to which the model is written in Hugging Face's format; None for no export. With
       several seeds, it gets a folder for each, such as `seed0`.
     overwrite_export: whether that folder may hold other files than an export of this run.
+    extend: whether a run in the folder, finished or not, is extended to the given number of steps.
+      Besides that number, only the schedule of the learning rate may differ from before.
+    accept_changed_data: whether a run may resume although the contents of its sources have changed
+      since it began.
     prompt: beginning of the sample of text that is printed after training.
     sample_tokens: number of tokens sampled after the prompt; 0 for no sample.
     baselines: whether bits per byte are compared with gzip -9 and an n-gram model on the same
@@ -60,6 +65,8 @@ class PretrainConfig(RunConfig):
 
   export: str | None = None
   overwrite_export: bool = False
+  extend: bool = False
+  accept_changed_data: bool = False
   prompt: str = "In the beginning"
   sample_tokens: int = 80
   baselines: bool = True
@@ -113,11 +120,13 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
   cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or start is not None)
   run_cfg = cfg.without_extras()
   seeds = [cfg.train.seed + i for i in range(options.num_seeds())]
-  out.check_config({"config": to_dict(run_cfg), "seeds": seeds}, upgrade_run)
-  _check_export(cfg, seeds)
+  shorter = _extend(run_cfg, seeds, out) if cfg.extend else run_cfg
+  claim_folder(out, {"config": to_dict(run_cfg), "seeds": seeds}, data,
+               accept_changed_data=cfg.accept_changed_data)
+  _check_export(cfg, seeds, shorter)
   data.tokenizer.save(out.path / TOKENIZER)
   keep_hf_files(start, out.path)
-  if _is_finished(out.path):
+  if _is_finished(out.path, cfg.train.steps):
     print(f"{out.path} is finished, nothing is left to train; the report is "
           f"{out.path / 'report.md'}")
     if cfg.export:
@@ -140,9 +149,43 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
   _finish(cfg, options.scale_of(SCALES), data, out.path, result)
 
 
-def _is_finished(path: pathlib.Path) -> bool:
-  results = path / "results.json"
-  return results.exists() and json.loads(results.read_text())["status"] == "finished"
+def _is_finished(path: pathlib.Path, steps: int) -> bool:
+  if not (path / "results.json").exists():
+    return False
+  results = json.loads((path / "results.json").read_text())
+  return results["status"] == "finished" and results["config"]["train"]["steps"] == steps
+
+
+# What may change when a run is extended.
+_EXTENDED = ("train.steps", "optimizer.schedule", "optimizer.decay_steps", "optimizer.final_ratio")
+
+
+def _extend(cfg: RunConfig, seeds: list[int], out: RunFolder) -> RunConfig:
+  """Changes the configuration of the run in a folder to a longer one, and says what that changes.
+
+  Returns:
+    The configuration before.
+
+  Raises:
+    ValueError: if there is no run, or if anything else differs.
+  """
+  path = out.path / "config.json"
+  if not path.exists():
+    raise ValueError(f"extend=true: {out.path} holds no run to extend")
+  stored = upgrade_run(json.loads(path.read_text(encoding="utf-8")))
+  before = from_dict(RunConfig, stored["config"])
+  done = before.train.steps
+  if cfg.train.steps < done:
+    raise ValueError(f"extend=true: train.steps={cfg.train.steps} is below the {done} steps of the "
+                     f"run in {out.path}")
+  same = settings.apply(cfg, [
+      f"{name}={'none' if value is None else value}" for name, value in flatten(before).items()
+      if name in _EXTENDED])
+  out.check_config({**stored, "config": to_dict(same), "seeds": seeds}, upgrade_run)
+  for change in schedule_changes(before, cfg, done):
+    print(f"extending changes the schedule: {change}", file=sys.stderr)
+  write_json_atomic(path, {**stored, "config": to_dict(cfg)})
+  return before
 
 
 def _with_start(cfg: PretrainConfig, start: LoadedModel, overridden: set[str]) -> PretrainConfig:
@@ -168,6 +211,9 @@ def _announce(cfg: PretrainConfig, data: Data, path: pathlib.Path) -> None:
   print(f"{network.param_count(mtp=True):,} parameters, {network.active_param_count():,} active; "
         f"{cfg.train.steps:,} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens "
         f"({tokens:,}); {path}")
+  for name, count in data.epochs(cfg.train).items():
+    if count > 1:
+      print(f"  {name} is read {count:.1f} times")
   for domain, rows in data.heldout.items():
     print(f"  {domain}: {rows.num_bytes:,} bytes held out")
 
@@ -209,35 +255,43 @@ def _finish(cfg: PretrainConfig, scale: str, data: Data, path: pathlib.Path,
   print(f"report: {write_run_report(path, run, result.rows)}")
 
 
-def _export_targets(cfg: PretrainConfig, seeds: Collection[int],
-                    ) -> dict[int, tuple[pathlib.Path, str]]:
-  """Returns the folder of each seed's export, and the identity of the run that is exported."""
-  folder, several = pathlib.Path(cfg.export), len(seeds) > 1
-  config = {"config": to_dict(cfg.without_extras()), "seeds": list(seeds)}
-  return {seed: (folder / f"seed{seed}" if several else folder, run_identity(config, seed))
-          for seed in seeds}
+def _export_folder(cfg: PretrainConfig, seed: int, several: bool) -> pathlib.Path:
+  return pathlib.Path(cfg.export) / (f"seed{seed}" if several else "")
 
 
-def _check_export(cfg: PretrainConfig, seeds: Collection[int]) -> None:
-  """Raises ValueError if the model could not be exported after training."""
+def _identity(cfg: RunConfig, seeds: Collection[int], seed: int) -> str:
+  return run_identity({"config": to_dict(cfg), "seeds": list(seeds)}, seed)
+
+
+def _check_export(cfg: PretrainConfig, seeds: Collection[int], shorter: RunConfig) -> None:
+  """Raises ValueError if the model could not be exported after training.
+
+  Args:
+    cfg: the run.
+    seeds: its seeds.
+    shorter: the run that it extends, whose export it may replace.
+  """
   if cfg.export:
     model.hf.check_supported(cfg.model)
-    for folder, run in _export_targets(cfg, seeds).values():
-      check_target(folder, run, overwrite=cfg.overwrite_export)
+    for seed in seeds:
+      check_target(_export_folder(cfg, seed, len(seeds) > 1),
+                   _identity(cfg.without_extras(), seeds, seed), _identity(shorter, seeds, seed),
+                   overwrite=cfg.overwrite_export)
 
 
 def _export(cfg: PretrainConfig, path: pathlib.Path, runs: dict[int, dict], data: Data) -> None:
   """Exports the variables of every seed of the run in a folder."""
-  for seed, (folder, run) in _export_targets(cfg, runs).items():
-    loaded = LoadedModel(cfg.model, runs[seed], None, stored_template(path), hf_files(path))
-    export(folder, loaded, data.tokenizer, run)
+  for seed, variables in runs.items():
+    folder = _export_folder(cfg, seed, len(runs) > 1)
+    loaded = LoadedModel(cfg.model, variables, None, stored_template(path), hf_files(path))
+    export(folder, loaded, data.tokenizer, _identity(cfg.without_extras(), runs, seed))
     print(f"exported to {folder}")
 
 
 def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:
   """Writes results.json, and returns its content."""
-  run = {"provenance": provenance.describe(), "config": to_dict(cfg), "data": data.summary(),
-         **more}
+  run = {"provenance": provenance.describe(), "config": to_dict(cfg),
+         "data": data.summary() | {"epochs": data.epochs(cfg.train)}, **more}
   return write_json_atomic(path / "results.json", run)
 
 

@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture
 def command(monkeypatch, capsys):
   """Returns a function that runs a command here and returns its exit status, stdout and stderr."""
+  import grain  # noqa: F401, defines flags, which flagsaver would remove again
+
   monkeypatch.setattr(run, "_start_again_tuned_for_cpus", lambda: None)
   monkeypatch.setattr(run, "_keep_compiled_programs", lambda: None)
 
@@ -203,3 +205,42 @@ def test_an_export_that_would_fail_is_refused_before_training(tmp_path, command)
   status, _, err = command(*pretraining(tmp_path))
   assert status == 2 and "other files, such as thesis.tex" in err
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_resumes_on_other_data_only_if_asked_to(tmp_path, command):
+  write_documents(tmp_path / "text.jsonl")
+  assert command("--max_minutes=0.01", *pretraining(tmp_path), "--set=train.checkpoint_every=2")[
+      0] == 0
+  with open(tmp_path / "text.jsonl", "a") as file:
+    file.write('{"domain": "prose", "text": "One more document about the abc."}\n')
+  status, _, err = command(*pretraining(tmp_path), "--set=train.checkpoint_every=2")
+  assert status == 2 and "text.jsonl changed since the run" in err
+  settings = ("--set=train.checkpoint_every=2", "--set=accept_changed_data=true")
+  status, _, err = command(*pretraining(tmp_path), *settings)
+  assert status == 0, err
+
+
+def test_a_finished_run_is_extended_exactly_under_a_constant_learning_rate(tmp_path, command):
+  (tmp_path / "extended").mkdir()
+  for folder in (tmp_path, tmp_path / "extended"):
+    write_documents(folder / "text.jsonl")
+  constant = ("--set=optimizer.schedule=constant", "--set=optimizer.warmup_steps=2")
+  wsd = ("--set=optimizer.schedule=wsd", "--set=optimizer.warmup_steps=2",
+         "--set=optimizer.decay_steps=2")
+  assert command(*pretraining(tmp_path, steps=6), *wsd)[0] == 0
+  assert command(*pretraining(tmp_path / "extended", steps=3), *constant)[0] == 0
+  status, _, err = command(*pretraining(tmp_path / "extended", steps=6), *wsd)
+  assert status == 2 and "config.train.steps: 3 in the folder, 6 now" in err
+  status, _, err = command(*pretraining(tmp_path / "extended", steps=6), *wsd, "--set=extend=true")
+  assert status == 0 and "changes the schedule" not in err, err
+  losses = [[json.loads(line)["loss"] for line in
+             (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+            for folder in (tmp_path, tmp_path / "extended")]
+  assert losses[0] == losses[1] and len(losses[0]) == 6
+
+  # A decayed run can be extended, too, but is told what differs from a longer run.
+  status, _, err = command(*pretraining(tmp_path, steps=8), *wsd, "--set=extend=true")
+  assert status == 0 and "learning_rate of step 6: 0.0003 as trained, 0.003 in a run of 8" in err
+  status, _, err = command(*pretraining(tmp_path, steps=9), *wsd, "--set=extend=true",
+                           "--set=data.seq_len=16")
+  assert status == 2 and "data.seq_len" in err

@@ -187,7 +187,7 @@ def test_an_unknown_name_is_reported_with_the_nearest_and_the_allowed_names(
                                               "depth is set twice, to '1' and to '2': keep one"),
     ("model.mtp=MTPConfig(depth=__import__('os'))", "model.mtp.depth=\"__import__('os')\" must be "
      "int: a whole number such as 12, 1_000 or 1e6"),
-    ("optimizer.schedule=cosin", "optimizer.schedule='cosin' must be cosine | v3 | constant"),
+    ("optimizer.schedule=cosin", "optimizer.schedule='cosin' must be cosine | v3 | constant | wsd"),
     ("optimizer.max_grad_norm=0",
      "optimizer: OptimizerConfig.max_grad_norm=0.0 must be positive"),
 ])
@@ -234,7 +234,7 @@ def test_assigned_returns_the_dotted_names_of_all_assignments():
 def test_fields_lists_what_can_be_set_with_its_type_and_value():
   rows = {name: (kind, value) for name, kind, value in settings.fields(NANO)}
   assert rows["train.micro_batch_size"] == ("int | none", None)
-  assert rows["optimizer.schedule"] == ("cosine | v3 | constant", "cosine")
+  assert rows["optimizer.schedule"] == ("cosine | v3 | constant | wsd", "cosine")
   assert rows["model.attention"] == ("MLAConfig | GQAConfig", NANO.model.attention)
   assert rows["data.sources"] == ("tuple[Source, ...]", NANO.data.sources)
   assert flatten(NANO).keys() == rows.keys() - {"model.attention", "model.moe", "model.mtp"}
