@@ -222,9 +222,11 @@ def _binding() -> ModuleType | None:
   """Returns pyseccomp, or libseccomp's own binding of the same interface; None without either."""
   for name in ("pyseccomp", "seccomp"):
     try:
-      return importlib.import_module(name)
+      module = importlib.import_module(name)
     except (ImportError, OSError, RuntimeError, AttributeError):  # also for lack of libseccomp
       continue
+    if hasattr(module, "SyscallFilter"):  # not just a folder of that name
+      return module
   return None
 
 

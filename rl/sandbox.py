@@ -405,9 +405,10 @@ def _say_what_is_missing(name: str, sandbox: Sandbox, reasons: list[str]) -> Non
   if isolation.filter_of_system_calls():
     why = f"bubblewrap, which would load the filter, cannot ({'; '.join(dict.fromkeys(reasons))})"
   elif name == "bubblewrap":
-    why = "install libseccomp and pip install 'deepseek-jax[sandbox]'"
+    why = "install libseccomp, and its binding by pip install pyseccomp (the extra 'sandbox')"
   else:
-    why = "install bubblewrap, libseccomp and pip install 'deepseek-jax[sandbox]'"
+    why = ("install bubblewrap and libseccomp, and its binding by pip install pyseccomp (the extra "
+           "'sandbox')")
   nests = ", and they can create user namespaces" if sandbox.nests else ""
   _warn_once(f"Programs run in a sandbox ({name}), but their system calls are not filtered{nests}: "
              f"{why}")
