@@ -4,7 +4,8 @@
                                   checks of their answers
     rollout, sampler              sampling of completions, on one device or several
     extraction, rewards           a completion's reasoning and answer, and rule-based rewards
-    sandbox, sandbox_child        execution of untrusted programs against their unit tests
+    sandbox, sandbox_child,       execution of untrusted programs against their tests
+    isolation
     advantages, objective, value  group-relative advantages and GAE; the losses of GRPO (R1's and
                                   DeepSeekMath's), Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE and
                                   PPO; PPO's value model

@@ -2,7 +2,8 @@
 
 Both are bare interpreters that are given this module's code, which therefore imports only modules
 that load fast. A call and its result cross the channel as plain data, and the result is judged by a
-process that has never run a line of the program.
+process that has never run a line of the program. A program that is tested by its output has a
+sandbox to itself.
 """
 
 import builtins
@@ -10,7 +11,10 @@ import os
 import resource
 import sys
 
-PASSED, FAILED = 87, 1  # exit statuses; no tool that starts the tests exits with 87 itself
+# Exit statuses of the process of the tests, with which no tool that starts it exits itself: BROKEN
+# for tests that no program could pass, ABSENT if the process of the program has not started.
+PASSED, FAILED, BROKEN, ABSENT = 87, 88, 89, 90
+READY = b"\0ready\n"
 MAX_MESSAGE = 16 << 20  # bytes
 FILE_BYTES = 1 << 20
 OPEN_FILES = 32
@@ -120,6 +124,11 @@ class Wire:
     return value
 
 
+def framed(message: bytes) -> bytes:
+  """Returns a message with its length in front, as `receive` reads it."""
+  return len(message).to_bytes(4, "little") + message
+
+
 def send(channel: int, message: bytes) -> None:
   """Sends a message with its length in front.
 
@@ -128,7 +137,7 @@ def send(channel: int, message: bytes) -> None:
   """
   if len(message) > MAX_MESSAGE:
     raise ValueError(f"a message of {len(message)} bytes is longer than {MAX_MESSAGE}, the limit")
-  rest = memoryview(len(message).to_bytes(4, "little") + message)
+  rest = memoryview(framed(message))
   while rest:
     rest = rest[os.write(channel, rest):]
 
@@ -159,11 +168,13 @@ def _exactly(channel: int, size: int) -> bytes:
 def run_program(channel: int) -> None:
   """Executes the program received, sends the names of its functions, then answers calls forever.
 
-  The process ends, which fails the tests, when the program raises, or when the result of a call or
-  its arguments after the call are not plain values.
+  The process ends, which fails the tests, when the program raises outside of a call, or when the
+  result of a call or its arguments after the call are not plain values. It says `READY` before it
+  sees the program, so that a program cannot pass for a sandbox that does not work.
   """
   module = type(sys)("program")
   sys.modules["program"] = module  # dataclasses look up their module there
+  send(channel, READY)
   exec(compile(receive(channel), "program", "exec"), module.__dict__)
   send(channel, Wire().encode([name for name, x in vars(module).items() if callable(x)]))
   while True:
@@ -171,9 +182,52 @@ def run_program(channel: int) -> None:
     name, args, kwargs = wire.decode(receive(channel))
     try:
       answer = (True, getattr(module, name)(*args, **kwargs))
-    except Exception as error:
-      answer = (False, (type(error).__name__, str(error)))
+    except BaseException as error:
+      answer = (False, _described(error))
     send(channel, wire.encode((*answer, args, kwargs)))
+
+
+def run_script(source_and_input: int) -> None:
+  """Executes a program as `__main__`, with the rest of the file after its source as its input.
+
+  `READY` is written to stdout before the program's output, and before it sees the program.
+  """
+  source = receive(source_and_input)
+  module = type(sys)("__main__")
+  sys.modules["__main__"] = module
+  sys.argv[:] = ["program"]
+  os.write(1, READY)
+  exec(compile(source, "program", "exec"), module.__dict__)
+
+
+def _described(error: BaseException) -> tuple:
+  """Returns an exception as plain data, from which `_exception` makes a similar one.
+
+  These are its type's name, the names of the builtin exceptions from which the type derives
+  without another of them in between, its arguments, its attributes and its text.
+  """
+  builtin = [cls for cls in type(error).__mro__ if _is_builtin(cls)]
+  bases = [cls for i, cls in enumerate(builtin)
+           if not any(issubclass(other, cls) for other in builtin[:i])]
+  names = [name for cls in builtin for name, member in vars(cls).items()
+           if type(member).__name__ in ("member_descriptor", "getset_descriptor")]
+  attributes = {name: getattr(error, name, None) for name in names} | vars(error)
+  args = [arg if _is_plain(arg) else str(arg) for arg in error.args]
+  attributes = {name: x for name, x in attributes.items()
+                if name != "args" and not name.startswith("__") and x is not None and _is_plain(x)}
+  return (type(error).__name__, [cls.__name__ for cls in bases], args, attributes, str(error))
+
+
+def _is_builtin(cls: type) -> bool:
+  return issubclass(cls, BaseException) and getattr(builtins, cls.__name__, None) is cls
+
+
+def _is_plain(value: object) -> bool:
+  try:
+    Wire().encode(value)
+  except Exception:
+    return False
+  return True
 
 
 class _Tests:
@@ -196,17 +250,49 @@ class _Tests:
       except Exception:
         os._exit(FAILED)  # an exception could satisfy tests that expect the program to raise one
       if error:
+        error._is_of_program = True
         raise error
       return result
     return call
 
-  def run(self, tests: str) -> bool:
-    """Executes the tests; returns whether they called the program. Raises what they raise."""
-    code = compile(tests, "tests", "exec")
+  def run(self, program: str, tests: str) -> tuple[int, str]:
+    """Executes the tests; returns an exit status, and why the tests are broken if they are."""
+    try:
+      code = compile(tests, "tests", "exec")
+    except Exception as error:
+      return BROKEN, _line(error)
+    try:
+      if receive(self.channel) != READY:
+        return ABSENT, ""
+    except (EOFError, OSError):
+      return ABSENT, ""
+    send(self.channel, program.encode())
     # Where a program defines `abs` or `all`, tests that use these names mean the builtins.
     names = set(Wire().decode(receive(self.channel))) & _names(code) - set(dir(builtins))
-    exec(code, {name: self.proxy(name) for name in names} | {"__name__": "tests"})
-    return self.calls > 0
+    proxies = {name: self.proxy(name) for name in names}
+    scope = proxies | {"__name__": "tests"}
+    try:
+      exec(code, scope)
+    except BaseException as error:
+      return (BROKEN, _line(error)) if self._is_own(error) else (FAILED, "")
+    if self.calls:
+      return PASSED, ""
+    own = {name for name, x in scope.items() if x is not proxies.get(name)} | set(dir(builtins))
+    if _globals(code) <= own:
+      return BROKEN, "they call no function of a program"
+    return FAILED, ""
+
+  def _is_own(self, error: BaseException) -> bool:
+    """Whether the tests raised an error that no program could have prevented."""
+    if getattr(error, "_is_of_program", False):
+      return False
+    # A function that the program lacks is a NameError.
+    return isinstance(error, ModuleNotFoundError) or (
+        not self.calls and not isinstance(error, NameError | AssertionError | SystemExit))
+
+
+def _line(error: BaseException) -> str:
+  return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
 def _names(code: object) -> set[str]:
@@ -215,27 +301,62 @@ def _names(code: object) -> set[str]:
   return set(code.co_names).union(*map(_names, inner))
 
 
-def _exception(kind: str, message: str) -> Exception:
-  """Returns the exception that the program raised; a RuntimeError if its type is not builtin."""
-  found = getattr(builtins, kind, None)
-  if not (isinstance(found, type) and issubclass(found, Exception)):
-    return RuntimeError(f"{kind}: {message}")
+def _globals(code: object) -> set[str]:
+  """Returns `_names` without those that are only attributes; slower."""
+  import dis
+  inner = [const for const in code.co_consts if isinstance(const, type(code))]
+  used = {step.argval for step in dis.get_instructions(code)
+          if step.opname in ("LOAD_NAME", "LOAD_GLOBAL")}
+  return used.union(*map(_globals, inner))
+
+
+def _exception(name: str, bases: list[str], args: list, attributes: dict[str, object],
+               text: str) -> BaseException:
+  """Returns the exception that the program raised, which derives from the same builtin ones.
+
+  It is of a builtin type if it was raised as one; the types of others exist only here. Those that
+  control iteration are RuntimeError, as where a generator raises StopIteration (PEP 479): in a
+  function that `map` calls it ends the loop, so that a program would pass that computes nothing.
+  """
+  found = [getattr(builtins, base) for base in bases]
+  if not found or not all(isinstance(cls, type) and _is_builtin(cls) for cls in found):
+    raise ValueError("an exception derives from builtin ones")
+  if any(issubclass(cls, StopIteration | StopAsyncIteration | GeneratorExit) for cls in found):
+    return RuntimeError(f"{name}: {text}")
   try:
-    return found(message)
-  except TypeError:  # UnicodeDecodeError and some others require more arguments
-    return RuntimeError(f"{kind}: {message}")
+    kind = found[0] if [name] == bases else type(name, tuple(found), {})
+    error = _filled(kind(*args), attributes)
+    if str(error) != text:  # the program's type has a __str__ of its own
+      kind = type(name, (kind,), {"__str__": lambda self: text})
+      error = _filled(kind(*args), attributes)
+  except Exception:  # ExceptionGroup, for one, needs exceptions as arguments
+    error = RuntimeError(f"{name}: {text}")
+  return error
 
 
-def run_tests(channel: int) -> None:
-  """Reads (program, tests) from stdin, sends the program on, and exits with PASSED or FAILED."""
+def _filled(error: BaseException, attributes: dict[str, object]) -> BaseException:
+  for name, value in attributes.items():
+    if not name.startswith("__"):
+      setattr(error, name, value)
+  return error
+
+
+def run_tests(channel: int, report: int) -> None:
+  """Reads (program, tests) from stdin, and exits with PASSED, FAILED, BROKEN or ABSENT.
+
+  Args:
+    channel: file descriptor of the socket to the process that executes the program.
+    report: file descriptor to which to write why the tests are broken.
+  """
+  status, reason = FAILED, ""
   try:
     with os.fdopen(os.dup(0), "rb") as job:
       program, tests = Wire().decode(job.read())
-    send(channel, program.encode())
-    passed = _Tests(channel).run(tests)
+    status, reason = _Tests(channel).run(program, tests)
   except BaseException:
-    passed = False
-  os._exit(PASSED if passed else FAILED)
+    status = FAILED
+  os.write(report, reason[:500].encode(errors="replace"))
+  os._exit(status)
 
 
 def _limit(cpu_s: int, memory_bytes: int) -> None:
@@ -246,19 +367,24 @@ def _limit(cpu_s: int, memory_bytes: int) -> None:
 
 
 def main() -> None:
-  """Runs one of the two processes.
+  """Runs one of the processes.
 
-  Command-line arguments: its role, "program" or "tests"; the limit on CPU time in seconds; the
-  limit on memory in bytes.
+  Command-line arguments: its role, "program", "tests" or "script"; the limit on CPU time in
+  seconds; the limit on memory in bytes; for "tests", the file descriptor of the report.
   """
-  role, cpu_s, memory_bytes = sys.argv[1:4]
+  role, cpu_s, memory_bytes, *rest = sys.argv[1:]
+  _limit(int(cpu_s), int(memory_bytes))
+  if role != "tests":  # builtins that Python defines only where it loads packages
+    builtins.exit = builtins.quit = sys.exit
+  if role == "script":
+    run_script(0)
+    return
   # The channel is moved off descriptors 0 and 1, where the program's own reads and prints would mix
   # with the messages.
   channel = os.dup(0 if role == "program" else 1)
   os.dup2(2, 1)
-  _limit(int(cpu_s), int(memory_bytes))
   if role == "tests":
-    run_tests(channel)
+    run_tests(channel, int(rest[0]))
   os.dup2(2, 0)
   run_program(channel)
 

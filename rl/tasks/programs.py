@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from model.checks import require_range
 from rl.extraction import unfenced
+from rl.sandbox import LEAST_MEMORY_MB, Tests, judge_many
 from rl.tasks.documents import Writer
 from rl.tasks.generated import Generated
 
@@ -81,12 +82,13 @@ class Programs(Generated[Function]):
   """Functions of the numbers that meet 1 to `conditions` conditions; "harder" has one more.
 
   An answer is Python source that defines `f`, with or without a Markdown fence. It is correct if it
-  passes the asserts of the column "tests" in the sandbox.
+  passes the tests of the column "tests" in the sandbox: asserts for this task's own problems, or,
+  for any row that is given to `check`, pairs of input and output, see `rl.sandbox.judge`.
 
   Attributes:
     conditions: largest number of conditions in a problem, 1..3.
     timeout_s: wall-clock limit on running a program with its tests, in seconds.
-    memory_mb: memory limit of each of the two processes that run them, in MiB.
+    memory_mb: memory limit of each of the two processes that run them, in MiB, at least 64.
     seed: seed of the problems.
   """
 
@@ -99,7 +101,7 @@ class Programs(Generated[Function]):
   def __post_init__(self):
     require_range(self, 1, 3, "conditions")
     require_range(self, 0.1, 600, "timeout_s")
-    require_range(self, 16, 65536, "memory_mb")
+    require_range(self, LEAST_MEMORY_MB, 65536, "memory_mb")
 
   def draw(self, rng: random.Random, harder: bool) -> Function | None:
     """Returns a random function; None if its conditions contradict or imply one another."""
@@ -122,15 +124,19 @@ class Programs(Generated[Function]):
                 f"each {drawn.change.words}")
     return question, drawn.source(), {"tests": _tests(drawn, self.key(drawn))}
 
-  def check(self, answer: str, columns: Mapping[str, Any]) -> bool:
-    """Whether the program passes its tests in the sandbox."""
+  def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
+    """Whether the program passes its tests in the sandbox; None if these are broken."""
     return self.check_all([answer], [columns])[0]
 
-  def check_all(self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Returns `check` of each program, running as many at a time as there are CPU cores."""
-    from rl.sandbox import passes_many
-    pairs = [(unfenced(answer), row["tests"]) for answer, row in zip(answers, rows, strict=True)]
-    return passes_many(pairs, timeout_s=self.timeout_s, memory_mb=self.memory_mb)
+  def check_all(
+      self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
+    """Returns `check` of each program, running as many at a time as there are CPU cores.
+
+    Raises:
+      ValueError: if no sandbox works on this machine.
+    """
+    return check_programs(answers, [row["tests"] for row in rows], timeout_s=self.timeout_s,
+                          memory_mb=self.memory_mb)
 
   def work(self, drawn: Function, write: Writer, detailed: bool) -> str:
     """Writes a line for each piece; a detailed solution also quotes the words it stands for."""
@@ -146,6 +152,24 @@ class Programs(Generated[Function]):
   def guess(self, drawn: Function, rng: random.Random) -> str:
     """Returns a program in which every piece is incorrect."""
     return self.work(drawn, Writer(rng, error=1.0), detailed=False)
+
+
+def check_programs(answers: Sequence[str], tests: Sequence[Tests], *, timeout_s: float,
+                   memory_mb: int) -> list[bool | None]:
+  """Returns whether each program passes its tests, in the sandbox; None where these are broken.
+
+  Args:
+    answers: programs, with or without a Markdown fence.
+    tests: for each program, asserts or pairs of input and output, see `rl.sandbox.judge`.
+    timeout_s: wall-clock limit per program, or per pair of input and output, in seconds.
+    memory_mb: memory limit of each process, in MiB.
+
+  Raises:
+    ValueError: if no sandbox works on this machine.
+  """
+  pairs = [(unfenced(answer), test) for answer, test in zip(answers, tests, strict=True)]
+  verdicts = judge_many(pairs, timeout_s=timeout_s, memory_mb=memory_mb)
+  return [verdict.passed for verdict in verdicts]
 
 
 def _keeps(pieces: tuple[_Piece, ...], x: int) -> bool:

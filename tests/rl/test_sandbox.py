@@ -2,15 +2,21 @@
 
 Tests of hostile programs run in every type of sandbox that works on this machine. Tests of how
 values cross between the processes run on any machine.
+
+With the extra `sandbox`, with bubblewrap 0.8 or newer, and with a Python that the user nobody may
+read (or as another user than root), all types of sandboxes are tested.
 """
 
 import ast
+import dataclasses
 import functools
 import gzip
 import json
 import math
 import os
 import pathlib
+import platform
+import re
 import signal
 import socket
 import subprocess
@@ -21,8 +27,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from rl import sandbox
-from rl.sandbox_child import Wire
+from rl import isolation, sandbox
+from rl.sandbox_child import ABSENT, MAX_MESSAGE, Wire
 
 LIMITS = {"timeout_s": 10, "memory_mb": 256}
 TIGHT = {"timeout_s": 1, "memory_mb": 128}
@@ -39,25 +45,43 @@ def judged(program, tests):
   return passes(program, tests, allow_unsandboxed=True)
 
 
+def judge(program, tests, limits=LIMITS, **kwargs):
+  return sandbox.judge(program, tests, **limits, **kwargs)
+
+
+BACKENDS = {
+    "bubblewrap": lambda: isolation.bubblewrap(),
+    "bubblewrap without nested namespaces": lambda: isolation.bubblewrap(nests=False),
+    "bubblewrap with a filter": lambda: isolation.bubblewrap(
+        bpf=isolation.filter_of_system_calls()),
+    "bubblewrap with both": lambda: isolation.bubblewrap(
+        nests=False, bpf=isolation.filter_of_system_calls()),
+    "unshare": lambda: isolation.unshare(),
+}
+
+
 @functools.cache
-def tried(backend):
-  return sandbox._tried(getattr(sandbox, f"_{backend}"))
+def tried(name):
+  if name in ("bubblewrap with a filter", "bubblewrap with both") and (
+      not isolation.filter_of_system_calls()):
+    return None, "the extra sandbox, or libseccomp, is not installed"
+  return sandbox._tried(BACKENDS[name])
 
 
-@pytest.fixture(params=["bubblewrap", "unshare"])
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-  prefix, reason = tried(request.param)
+  made, reason = tried(request.param)
   if reason:
     pytest.skip(reason)
-  monkeypatch.setattr(sandbox, "_working_sandbox", lambda: (prefix, ""))
+  monkeypatch.setattr(sandbox, "_working_sandbox", lambda: (made, ""))
   return request.param
 
 
 @pytest.fixture(scope="module")
 def sandboxed():
   """Skips a test without a working sandbox; for what processes do, not what a sandbox prevents."""
-  prefix, reasons = sandbox._working_sandbox()
-  if prefix is None:
+  found, reasons = sandbox._working_sandbox()
+  if found is None:
     pytest.skip(reasons)
 
 
@@ -146,8 +170,8 @@ def test_many_programs_are_judged_in_order(sandboxed):
 
 def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch, sandboxed):
   run = []
-  passes = sandbox.passes
-  monkeypatch.setattr(sandbox, "passes", lambda *pair, **limits: run.append(pair) or passes(
+  original = sandbox.judge
+  monkeypatch.setattr(sandbox, "judge", lambda *pair, **limits: run.append(pair) or original(
       *pair, **limits))
   correct, empty = ("def f(): return 1", "assert f() == 1"), (" \n", "assert f() == 1")
   assert sandbox.passes_many([correct, empty, correct], **LIMITS) == [True, False, True]
@@ -155,22 +179,67 @@ def test_equal_pairs_are_run_once_and_empty_programs_never(monkeypatch, sandboxe
 
 
 @pytest.mark.parametrize("program, tests", [
-    ("def f(x): return 1", ""),
-    ("def f(x): return 1", "def check(candidate):\n  assert candidate(1) == 1"),
-    ("def f(x): return 1", "assert f(1) == "),
     ("def f(x) return 1", "assert f(1) == 1"),
     ("def g(x): return 1", "assert f(1) == 1"),
+    ("def g(x): return 1", "try: f(1)\nexcept NameError: pass"),
     ("def f(x): return 1", "assert f(1) == 1\nassert missing"),
     ("def f(x): return 1", "assert f(1) == 1\nraise SystemExit(0)"),
-    ("def f(x): return 1", "assert f(1) == 1\nimport os\nos._exit(0)"),
     ("def f(x): return 1", "assert f(open) == 1"),
+    ("def f(x): return ')'", "assert eval(f(1)) == 1"),
+    ("import numpy\ndef f(x): return 1", "assert f(1) == 1"),
+    ("def f(x): import numpy", "assert f(1) == 1"),
     ("N = 1\ndef f(x): return 1", "assert f(1) == 1\nassert N == 1 or N != 1"),
     ("f = '\ud800'", "assert f(1) == 1"),
-], ids=["empty", "check never called", "broken tests", "broken program", "no such function",
-        "missing name", "tests exit", "tests exit hard", "not plain argument",
+], ids=["broken program", "no such function", "never called", "missing name", "tests exit",
+        "not plain argument", "result is no expression", "missing module", "missing module in call",
         "not a function", "not a text"])
-def test_a_program_whose_tests_do_not_complete_does_not_pass(program, tests):
-  assert not judged(program, tests)
+def test_a_program_whose_tests_do_not_complete_fails(program, tests):
+  assert judge(program, tests, allow_unsandboxed=True) == (False, "")
+
+
+BROKEN = {
+    "empty": (" ", "they are empty"),
+    "no asserts": ("# todo", "they call no function"),
+    "check never called": ("def check(candidate):\n  assert candidate(1) == 1",
+                           "they call no function"),
+    "calls only builtins": ("import math\nassert math.isclose(sum([1]), 1)",
+                            "they call no function"),
+    "syntax": ("assert f(1) == ", "SyntaxError: invalid syntax (tests, line 1)"),
+    "indentation": ("assert f(1) == 1\n  assert f(2)", "IndentationError"),
+    "null byte": ("assert f(1) == 1\0", "null bytes"),
+    "too deep": ("assert f(1) == " + "(" * 1000 + "1" + ")" * 1000, "Error"),
+    "missing module": ("import numpy as np\nassert f(1) == 1", "No module named 'numpy'"),
+    "missing module in a function": (
+        "def check(f):\n  assert f(1) == 1\n  import numpy\ncheck(f)", "No module named 'numpy'"),
+    "an error before any call": ("expected = {}['x']\nassert f(1) == expected", "KeyError: 'x'"),
+    "exit without a verdict": ("assert f(1) == 1\nimport os\nos._exit(0)", "status 0"),
+    "no pairs": ([], "should be Python source, or a list of"),
+    "missing": (None, "not NoneType"),
+    "a number": (7, "not int"),
+    "bytes": (b"assert f(1) == 1", "not bytes"),
+    "pair without output": ([{"input": "1", "output": "1"}, {"input": "1"}], "but item 1 is"),
+    "pair of numbers": ([{"input": 1, "output": 1}], "but item 0 is"),
+    "pair of lists": ([["1", "1"]], "but item 0 is"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_tests_are_not_the_programs_fault(case):
+  tests, reason = BROKEN[case]
+  passed, why = judge("def f(x): return 1", tests, allow_unsandboxed=True)
+  assert passed is None and reason in why
+  with pytest.raises(ValueError, match=re.escape(reason)):
+    judged("def f(x): return 1", tests)
+
+
+def test_one_row_with_broken_tests_does_not_stop_the_others(sandboxed, caplog):
+  pairs = [("def f(x): return 1", tests) for tests in ("assert f(1) == 1", "assert f(1) ==", [])]
+  sandbox._warn_once.cache_clear()
+  verdicts = sandbox.judge_many(pairs, **LIMITS)
+  assert [verdict.passed for verdict in verdicts] == [True, None, None]
+  with pytest.raises(ValueError, match=r"program 1: the tests are broken: SyntaxError"):
+    sandbox.passes_many(pairs, **LIMITS)
+  assert caplog.text.count("SyntaxError") == 1
 
 
 PLAIN = st.recursive(
@@ -234,6 +303,168 @@ def test_a_program_cannot_replace_what_the_tests_call():
   assert not judged(program, "assert abs(f(1) - 5) < 1e-6")
   assert not judged(program, "assert isinstance(f(1), str)")
   assert not judged(program + "def check(f): pass", "def check(c):\n  assert c(1) == 5\ncheck(f)")
+
+
+RAISED = {
+    "builtin": ("raise KeyError('k')",
+                "except KeyError as e: assert type(e) is KeyError and e.args == ('k',)"),
+    "several arguments": ("raise ValueError('a', 1, [2])",
+                          "except ValueError as e: assert e.args == ('a', 1, [2])"),
+    "no argument": ("raise IndexError", "except LookupError as e: assert e.args == ()"),
+    "arguments that are not plain": ("raise ValueError(f, 1)",
+                                     "except ValueError as e: assert e.args[1] == 1"),
+    "standard library": (
+        "import json\n  json.loads('{')",
+        "except ValueError as e:\n"
+        "    assert type(e).__name__ == 'JSONDecodeError' and e.pos == 1 and 'column 2' in str(e)"),
+    "arithmetic": ("import decimal\n  decimal.Decimal(1) / 0", "except ZeroDivisionError: pass"),
+    "of two builtin types": ("import io\n  raise io.UnsupportedOperation('no')",
+                             "except OSError as e: assert isinstance(e, ValueError)"),
+    "file": ("open('missing')",
+             "except FileNotFoundError as e:\n"
+             "    assert (e.errno, e.filename) == (2, 'missing') and 'missing' in str(e)"),
+    "unicode": ("b'\\xff'.decode()",
+                "except UnicodeDecodeError as e: assert (e.start, e.object) == (0, b'\\xff')"),
+    "import": ("import nothing",
+               "except ImportError as e: assert e.name == 'nothing'"),
+    "attribute": ("(1).x", "except AttributeError as e: assert e.name == 'x'"),
+    "syntax": ("compile('1 +', 'a', 'eval')", "except SyntaxError as e: assert e.lineno == 1"),
+    "exit": ("raise SystemExit(3)", "except SystemExit as e: assert e.code == 3"),
+    "group": ("raise ExceptionGroup('many', [ValueError(1)])",
+              "except Exception as e: assert 'many' in str(e)"),
+    "of the program": ("raise Full(3, 'x')",
+                       "except ValueError as e:\n    assert type(e).__name__ == 'Full'\n"
+                       "    assert (e.size, e.args, str(e)) == (3, (3, 'x'), 'full: 3')"),
+    "no builtin type but Exception": (
+        "class E(Exception): pass\n  raise E('why')",
+        "except (ValueError, RuntimeError): assert False\n"
+        "  except Exception as e: assert str(e) == 'why'"),
+}
+FULL = """
+class Full(IndexError, ValueError):
+  def __init__(self, size, _):
+    self.size = size
+  def __str__(self):
+    return f'full: {self.size}'
+"""
+
+
+@pytest.mark.parametrize("case", RAISED)
+def test_exceptions_keep_their_builtin_types_arguments_and_attributes(case):
+  raising, handler = RAISED[case]
+  program = f"{FULL}\ndef f():\n  {raising}\n"
+  tests = f"def check(f):\n  try:\n    f()\n  {handler}\n  else:\n    assert False\ncheck(f)"
+  assert judged(program, tests)
+  assert not judged("def f(): return 1", tests)
+  assert not judged("def f(): raise Warning('another')", tests.replace("Exception", "TypeError"))
+
+
+def test_an_exception_that_the_tests_do_not_expect_fails_them():
+  for raised in ("ValueError(1)", "ImportError", "SystemExit(0)", "KeyboardInterrupt",
+                 "ModuleNotFoundError('x')", "SystemExit(87)"):
+    verdict = judge(f"def f(x): raise {raised}", "assert f(1) == 1", allow_unsandboxed=True)
+    assert verdict == (False, "")
+
+
+def test_stop_iteration_of_a_program_does_not_end_the_loops_of_its_tests():
+  tests = "assert all(map(lambda x: f(x) == x, range(3)))"
+  assert judged("def f(x): return x", tests)
+  for raised in ("StopIteration", "StopAsyncIteration", "GeneratorExit",
+                 "type('E', (StopIteration,), {})"):
+    assert not judged(f"def f(x): raise {raised}", tests)
+
+
+@pytest.mark.parametrize("raised", [
+    "type('SkipTest', (Exception,), {'__module__': 'unittest.case'})()",
+    "type('ValueError', (Exception,), {})()", "type('E', (BaseException,), {})()",
+    "type('E', (Exception,), {'__str__': lambda self: 'x' * (20 << 20)})()",
+    "type('E', (Exception,), {'__str__': lambda self: 1})()",
+    "type('E', (ValueError,), {'__class__': AssertionError})()"])
+def test_no_exception_of_a_program_is_more_than_it_derives_from(raised):
+  tests = "import unittest\ntry:\n  f(1)\nexcept (unittest.SkipTest, AssertionError, OSError): pass"
+  assert judge(f"def f(x): raise {raised}", tests, allow_unsandboxed=True) == (False, "")
+
+
+SUM = "import sys\nprint(sum(map(int, sys.stdin.read().split())))"
+PAIRS = [{"input": "1 2\n", "output": "3\n"}, {"input": "4\n5\n6\n", "output": "15"}]
+SCRIPTS = {
+    "input()": "n = int(input())\nfor _ in range(n):\n  print(sum(map(int, input().split())))",
+    "lines": "import sys\nnext(sys.stdin)\nfor line in sys.stdin:\n"
+             "  print(sum(map(int, line.split())))",
+    "file 0": "_, *rows = open(0).read().splitlines()\nfor row in rows:\n"
+              "  print(eval(row.replace(' ', '+')))",
+    "buffers": "import sys\nread = sys.stdin.buffer.readline\nfor _ in range(int(read())):\n"
+               "  sys.stdout.buffer.write(b'%d\\n' % sum(map(int, read().split())))",
+    "descriptors": "import os\n_, *rows = os.read(0, 1 << 20).split(b'\\n')\nfor row in rows:\n"
+                   "  if row: os.write(1, b'%d\\n' % sum(map(int, row.split())))",
+    "main": "def main():\n  for _ in range(int(input())):\n"
+            "    print(sum(map(int, input().split())))\n"
+            "if __name__ == '__main__':\n  main()\n  exit()",
+    "spaces": "n = int(input())\nfor _ in range(n):\n"
+              "  print(sum(map(int, input().split())), end='  \\r\\n')\nprint('\\n')",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_read_stdin_and_pass_by_what_they_print(script):
+  pairs = [{"input": "2\n1 2\n30 4\n", "output": "3\n34\n"}, {"input": "0\n", "output": ""}]
+  assert judged(SCRIPTS[script], pairs)
+  assert not judged(SCRIPTS[script], [*pairs, {"input": "1\n1 1\n", "output": "3\n"}])
+
+
+@pytest.mark.parametrize("script, passed", [
+    (SUM, True), (SUM + "\nimport sys; sys.exit(0)", True), (SUM + "\nsys.exit(1)", False),
+    (SUM + "\nraise ValueError", False), (SUM.replace("sum", "max"), False), ("print(3)", False),
+    ("print(3) if", False), ("print(3 if input() == '1 2' else 16)", False), ("\ud800", False),
+    (SUM.replace("print(", "print('', "), False), (SUM + "\nprint(0)", False), (" ", False),
+    (SUM + "\nprint('x', file=sys.stderr)", True),
+], ids=["sum", "exits", "exits with 1", "raises", "wrong", "one right", "syntax", "other wrong",
+        "not a text", "leading space", "more output", "empty", "stderr"])
+def test_a_script_passes_if_all_outputs_are_equal_and_it_ends_with_status_0(script, passed):
+  [verdict] = sandbox.judge_many([(script, PAIRS)], allow_unsandboxed=True, **LIMITS)
+  assert verdict == (passed, "")
+
+
+def test_text_of_any_language_and_large_inputs_reach_a_script():
+  assert judged("print(input()[::-1])", [{"input": "äß 数\n", "output": "数 ßä"}])
+  big = " ".join(map(str, range(400_000)))
+  assert judged(SUM, [{"input": big, "output": str(sum(range(400_000)))}])
+  assert judged("print('7' * (1 << 20))", [{"input": "", "output": "7" * (1 << 20)}])
+  passed, reason = judge(SUM, [{"input": "", "output": "7" * (MAX_MESSAGE + 1)}],
+                         allow_unsandboxed=True)
+  assert passed is None and "item 0 is longer" in reason
+
+
+HOSTILE_SCRIPTS = {
+    "prints without end": "while True: print('x' * 10 ** 6)",
+    "loops": "while True: pass",
+    "sleeps": "import time; time.sleep(60)",
+    "closes its output and sleeps": "import os, time\nos.closerange(0, 64)\ntime.sleep(60)",
+    "writes that it is ready": "import os; os.write(1, b'\\0ready\\n')",
+    "exits as the judge would": "import os; os._exit(87)",
+    "exits as without a sandbox": "import os; os._exit(1)",
+    "kills itself": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "truncates its output": "import os\nfor fd in (0, 1):\n  try: os.ftruncate(fd, 0)\n"
+                            "  except OSError: pass",
+    "allocates": "x = []\nwhile True: x.append(bytearray(1 << 24))",
+    "prints its environment": "import sys, os\nprint(sys.argv, dict(os.environ), vars())",
+}
+
+
+def test_no_hostile_script_passes_hangs_or_avoids_a_verdict(sandboxed):
+  begun = time.monotonic()
+  verdicts = sandbox.judge_many([(script, [{"input": "", "output": "918273645"}])
+                                 for script in HOSTILE_SCRIPTS.values()], workers=4, **TIGHT)
+  assert [(name, verdict) for name, verdict in zip(HOSTILE_SCRIPTS, verdicts, strict=True)
+          if verdict != (False, "")] == []
+  rounds = math.ceil(len(HOSTILE_SCRIPTS) / 4)
+  assert time.monotonic() - begun < rounds * (TIGHT["timeout_s"] + 1)
+
+
+def test_scripts_run_in_every_sandbox(backend):
+  assert passes(SUM, PAIRS)
+  assert not passes(SUM.replace("sum", "max"), PAIRS)
+  assert not passes("import os; print(3); os._exit(1)", PAIRS[:1])
 
 
 ROW = {"prompt": "def encode(s: str):\n  return s[::-1]\n\n\ndef decode(s: str):\n  '''Undo.'''\n",
@@ -304,9 +535,11 @@ HOSTILE = {
 
 def test_no_hostile_program_passes_or_hangs(sandboxed):
   begun, workers = time.monotonic(), 4
-  passed = sandbox.passes_many([(program, SECRET) for program in HOSTILE.values()],
-                               workers=workers, **TIGHT)
-  assert [name for name, ok in zip(HOSTILE, passed, strict=True) if ok] == []
+  verdicts = sandbox.judge_many([(program, SECRET) for program in HOSTILE.values()],
+                                workers=workers, **TIGHT)
+  # None would be no verdict, by which a program could avoid a low reward.
+  assert [(name, verdict) for name, verdict in zip(HOSTILE, verdicts, strict=True)
+          if verdict != (False, "")] == []
   rounds = math.ceil(len(HOSTILE) / workers)
   assert time.monotonic() - begun < rounds * (TIGHT["timeout_s"] + 1)
 
@@ -323,7 +556,7 @@ def test_tests_that_loop_or_allocate_are_ended_too(sandboxed):
 
 
 def test_a_program_starts_no_other_process_and_none_survives_it(backend):
-  marker = f"marker-{os.getpid()}-{backend}"
+  marker = f"marker-{os.getpid()}-{backend}".replace(" ", "-")
   program = f"""
 import os, subprocess
 def f():
@@ -348,13 +581,13 @@ def become():
 
 
 def test_no_process_survives_a_killed_trainer(backend):
-  marker = f"orphan-{os.getpid()}-{backend}"
+  marker = f"orphan-{os.getpid()}-{backend}".replace(" ", "-")
   program = f"import os\nos.execv('/usr/bin/tail', ['{marker}', '-f', '/usr/bin/env'])"
   trainer = subprocess.Popen(
       [sys.executable, "-c", f"""
-from rl import sandbox
-prefix = sandbox._{backend}()
-sandbox._working_sandbox = lambda: (prefix, "")
+from rl import isolation, sandbox
+made = isolation.Sandbox(**{dataclasses.asdict(tried(backend)[0])!r})
+sandbox._working_sandbox = lambda: (made, "")
 sandbox.passes({program!r}, "import time; time.sleep(60); f(1)", timeout_s=60, memory_mb=128)
 """], cwd=pathlib.Path(sandbox.__file__).parent.parent)
   try:
@@ -418,13 +651,132 @@ def f():
     assert passes(program, "assert f() == []")
 
 
-def without_sandboxes(monkeypatch, *make):
+SYSCALL = """
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+def refused(number, *args):
+  ctypes.set_errno(0)
+  result = libc.syscall(number, *(ctypes.c_long(arg) for arg in args))
+  return result == -1 and ctypes.get_errno() == errno.EPERM
+"""
+# Without a filter, most of these calls fail otherwise than by EPERM, or succeed and do nothing.
+CALLS = {
+    "mount": (0, 0, 0, 0, 0), "umount2": (0, 0), "pivot_root": (0, 0), "fsopen": (0, 0),
+    "move_mount": (-1, 0, -1, 0, 0), "open_tree": (-1, 0, 0), "unshare": (0,), "setns": (-1, 0),
+    "ptrace": (0, 0, 0, 0), "process_vm_readv": (1, 0, 0, 0, 0, 0), "pidfd_getfd": (-1, 0, 0),
+    "perf_event_open": (0, 0, -1, -1, 0), "bpf": (0, 0, 0), "userfaultfd": (0,),
+    "io_uring_setup": (1, 0), "add_key": (0, 0, 0, 0, -3), "request_key": (0, 0, 0, -3),
+    "keyctl": (0, -3, 0), "init_module": (0, 0, 0), "finit_module": (-1, 0, 0),
+    "kexec_load": (0, 0, 0, 0), "personality": (0xFFFFFFFF,), "shmget": (0, 4096, 0o600),
+    "msgget": (0, 0o600),
+}
+
+
+def test_the_filter_refuses_system_calls_that_programs_do_not_need(backend):
+  seccomp = isolation._binding()
+  if seccomp is None:
+    pytest.skip("the numbers of system calls are taken from the extra sandbox")
+  names = [*CALLS, "clone3", "getpid"]
+  numbers = {name: seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) for name in names}
+  program = SYSCALL + f"""
+def allowed():
+  return [name for name, args in {CALLS}.items() if not refused({numbers}[name], *args)]
+def clone3():
+  libc.syscall({numbers["clone3"]}, 0, 0)
+  return ctypes.get_errno() == errno.ENOSYS
+def getpid():
+  return libc.syscall({numbers["getpid"]})
+"""
+  tests = ("assert allowed() == [] and clone3()" if tried(backend)[0].filter else
+           "assert len(allowed()) > 5")
+  assert passes(program, tests + "\nassert getpid() > 0")
+
+
+def test_the_filter_refuses_namespaces_terminal_input_and_sockets_of_other_families(backend):
+  if not tried(backend)[0].filter:
+    pytest.skip("this sandbox has no filter")
+  seccomp = isolation._binding()
+  clone, ioctl = (seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) for name in ("clone", "ioctl"))
+  program = SYSCALL + f"""
+import socket
+def clones():
+  # SIGCHLD in the low byte; RLIMIT_NPROC refuses a clone without flags by another error.
+  return [flag for flag in {list(isolation._NAMESPACES.values())}
+          if not refused({clone}, flag | 17, 0, 0, 0, 0)]
+def plain_clone_is_refused():
+  return refused({clone}, 17, 0, 0, 0, 0)
+def terminal():
+  return [request for request in {list(isolation._TERMINAL.values())}
+          if not refused({ioctl}, 0, request) or not refused({ioctl}, 0, request | 1 << 32)]
+def families():
+  made = []
+  for family in range(50):
+    try:
+      socket.socket(family, socket.SOCK_DGRAM).close()
+      made.append(family)
+    except OSError as error:
+      assert error.errno == errno.EPERM, error
+  return made
+def pair():
+  a, b = socket.socketpair()
+  a.send(b"x")
+  return b.recv(1)
+"""
+  assert passes(program, "assert clones() == []\nassert not plain_clone_is_refused()\n"
+                         "assert terminal() == []\nassert families() == [1]\nassert pair() == b'x'")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x32 is an interface of x86-64")
+def test_the_filter_ends_programs_that_call_the_kernel_as_another_architecture(backend):
+  program = "import ctypes\ndef f(x):\n  ctypes.CDLL(None).syscall(x)\n  return 1"
+  getpid = 39
+  assert passes(program, f"assert f({getpid}) == 1")
+  ended = bool(tried(backend)[0].filter)
+  assert judge(program, f"assert f({getpid | 1 << 30}) == 1") == (not ended, "")
+
+
+def test_a_program_cannot_create_a_namespace_with_privileges_of_its_own(backend):
+  if tried(backend)[0].nests and not tried(backend)[0].filter:
+    pytest.skip("this sandbox cannot prevent it")
+  program = """
+import os
+def made():
+  done = []
+  for name in dir(os):
+    if name.startswith("CLONE_NEW"):
+      for flags in (getattr(os, name), getattr(os, name) | os.CLONE_NEWUSER):
+        try:
+          os.unshare(flags)
+          done.append(name)
+        except OSError:
+          pass
+  return done
+"""
+  assert passes(program, "assert made() == []")
+
+
+def test_programs_that_compute_run_under_the_filter(backend):
+  program = """
+import asyncio, collections, decimal, fractions, hashlib, heapq, itertools, json, random, re
+import subprocess, tempfile, threading, time, uuid, zoneinfo
+def f():
+  async def wait():
+    await asyncio.sleep(0.001)
+    return hashlib.sha256(json.dumps([1]).encode()).hexdigest()
+  with tempfile.TemporaryFile() as file:
+    file.write(b"x")
+  return asyncio.run(wait())[:4], str(decimal.Decimal(1) / 7)[:5], time.time() > 0
+"""
+  assert passes(program, "assert f()[1:] == ('0.142', True)")
+
+
+def without_sandboxes(monkeypatch, *prefixes):
   def missing():
     raise FileNotFoundError("no such tool")
-  for name, found in zip(("_bubblewrap", "_unshare"), (*make, missing, missing), strict=False):
-    monkeypatch.setattr(sandbox, name, found)
-  uncached = sandbox._working_sandbox.__wrapped__
-  monkeypatch.setattr(sandbox, "_working_sandbox", uncached)
+  makers = [functools.partial(isolation.Sandbox, tuple(prefix)) for prefix in prefixes]
+  monkeypatch.setattr(isolation, "candidates",
+                      lambda: [("made up", make) for make in makers or [missing]])
+  monkeypatch.setattr(sandbox, "_working_sandbox", sandbox._working_sandbox.__wrapped__)
 
 
 def test_without_a_sandbox_programs_are_refused_unless_explicitly_allowed(monkeypatch):
@@ -436,10 +788,77 @@ def test_without_a_sandbox_programs_are_refused_unless_explicitly_allowed(monkey
   assert not passes("def f(x):\n  while True: pass", "assert f(1)", TIGHT, allow_unsandboxed=True)
 
 
-def test_a_tool_that_does_not_isolate_is_not_accepted_as_a_sandbox(monkeypatch):
-  without_sandboxes(monkeypatch, lambda: ["/usr/bin/env"], lambda: ["/usr/bin/false"])
-  with pytest.raises(ValueError, match=r"env.*does not isolate.*false.*does not isolate"):
+def test_a_tool_that_does_not_isolate_or_start_is_not_accepted_as_a_sandbox(monkeypatch):
+  without_sandboxes(monkeypatch, ["/usr/bin/env"], ["/usr/bin/false"],
+                    ["/bin/sh", "-c", "echo no namespaces here >&2; exit 3"])
+  with pytest.raises(ValueError, match=r"env works but does not isolate.*false ended with status 1"
+                                       r".*status 3: no namespaces here.*Install bubblewrap"):
     passes("def f(x): return 1", "assert f(1) == 1")
+
+
+@pytest.mark.parametrize("tests", ["assert f(1) == 1", [{"input": "", "output": ""}]],
+                         ids=["asserts", "pairs"])
+def test_a_sandbox_that_stops_working_is_an_error_and_no_verdict(monkeypatch, tmp_path, tests):
+  works = tmp_path / "works"
+  works.touch()
+  broken = isolation.Sandbox(("/bin/sh", "-c", f"""
+    [ -e {works} ] || {{ echo out of namespaces >&2; exit 1; }}
+    exec "$@" """, "sh"))
+  monkeypatch.setattr(sandbox, "_working_sandbox", lambda: (broken, ""))
+  assert passes("def f(x): return 1", tests)
+  works.unlink()
+  for judge_it in (judge, lambda program, tests: sandbox.judge_many([(program, tests)], **LIMITS)):
+    with pytest.raises(ValueError, match=r"does not work: /bin/sh.*out of namespaces.*Install"):
+      judge_it("def f(x): return 1", tests)
+
+
+def test_a_sandbox_that_fails_once_is_tried_again(monkeypatch, tmp_path):
+  failed = tmp_path / "failed"
+  # The process of the program fails the first time that it is not a trivial one's.
+  flaky = isolation.Sandbox(("/bin/sh", "-c", f"""
+    if [ -e {failed} ] && [ "$9" = program ]; then rm {failed}; exit 1; fi
+    exec "$@" """, "sh"))
+  monkeypatch.setattr(sandbox, "_working_sandbox", lambda: (flaky, ""))
+  assert passes("def f(x): return 1", "assert f(1) == 1")
+  failed.touch()
+  assert passes("def f(x): return 1", "assert f(1) == 1")
+  assert not failed.exists()
+
+
+def test_limits_too_small_for_any_program_are_an_error_that_names_them(monkeypatch):
+  slow = isolation.Sandbox(("/bin/sh", "-c", "sleep 0.2; exec \"$@\"", "sh"))
+  monkeypatch.setattr(sandbox, "_working_sandbox", lambda: (slow, ""))
+  with pytest.raises(ValueError, match=r"timeout_s=0\.1 is too short: a trivial program takes"):
+    judge("def f(x): return 1", "assert f(1) == 1", {"timeout_s": 0.1, "memory_mb": 256})
+  monkeypatch.setattr(sandbox, "_run_asserts", lambda *_: (ABSENT, "it did not start"))
+  with pytest.raises(ValueError, match=r"memory_mb=64 \(it did not start\): raise the limit"):
+    judge("def f(x): return 1", "assert f(1) == 1", {"timeout_s": 10, "memory_mb": 64})
+
+
+@pytest.mark.parametrize("name, made, bpf, missing", [
+    ("bubblewrap", isolation.Sandbox(("bwrap",), nests=True), b"",
+     r"not filtered, and they can create user namespaces: install libseccomp.*pyseccomp"),
+    ("bubblewrap", isolation.Sandbox(("bwrap",)), b"", "not filtered: install libseccomp"),
+    ("unshare", isolation.Sandbox(("setpriv",)), b"", "bubblewrap and libseccomp.*pyseccomp"),
+    ("unshare", isolation.Sandbox(("setpriv",)), b"bpf", r"bubblewrap.*cannot \(it is too old\)"),
+    ("bubblewrap", isolation.Sandbox(("bwrap",), b"bpf"), b"bpf", None),
+])
+def test_what_a_sandbox_lacks_is_said_once(monkeypatch, caplog, name, made, bpf, missing):
+  monkeypatch.setattr(isolation, "filter_of_system_calls", lambda: bpf)
+  sandbox._warn_once.cache_clear()
+  for _ in range(2):
+    sandbox._say_what_is_missing(name, made, ["it is too old"])
+  assert len(caplog.messages) == (missing is not None)
+  assert missing is None or re.search(missing, caplog.messages[0])
+
+
+def test_without_libseccomp_sandboxes_have_no_filter(monkeypatch):
+  monkeypatch.setattr(isolation, "_binding", lambda: None)
+  monkeypatch.setattr(isolation, "filter_of_system_calls",
+                      isolation.filter_of_system_calls.__wrapped__)
+  assert isolation.filter_of_system_calls() == b""
+  names = [(name, make.keywords.get("bpf", b"")) for name, make in isolation.candidates()]
+  assert names == [("bubblewrap", b""), ("bubblewrap", b""), ("unshare", b"")]
 
 
 @pytest.mark.parametrize("limits", [{"timeout_s": 0}, {"timeout_s": math.nan},

@@ -237,7 +237,22 @@ def test_programs_are_checked_in_the_sandbox():
   assert not task.check("", problem.row())
 
 
+@pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
+def test_a_row_with_broken_tests_is_not_judged_and_does_not_stop_the_others():
+  tests = ["assert f(2) == 4", "assert f(2) ==", [{"input": "2", "output": "4"}], [],
+           [{"input": "2"}]]
+  rows = [{"tests": one} for one in tests]
+  function, script = "def f(x): return x * x", "print(int(input()) ** 2)"
+  task = get_task("programs")
+  assert task.check_all([function] * 5, rows) == [True, None, False, None, None]
+  assert task.check_all([script] * 5, rows) == [False, None, True, None, None]
+
+
 @pytest.mark.parametrize(("spec", "message"), [
+    ("programs:memory_mb=16", r"Programs.memory_mb=16 must lie in 64\.\.65536"),
+    ("programs:memory_mb=63", "memory_mb"), ("programs:memory_mb=65537", "memory_mb"),
+    ("programs:timeout_s=0", "timeout_s"), ("programs:timeout_s=nan", "timeout_s"),
+    ("programs:timeout_s=inf", "timeout_s"), ("programs:conditions=0", "conditions"),
     ("arithmetik", "did you mean 'arithmetic'"), ("", "no task ''"),
     ("arithmetic:digit=2", "did you mean 'digits'"), ("arithmetic:digits=two", "should be int"),
     ("arithmetic:digits", "field=value"), ("arithmetic:digits=1,digits=2", "set twice"),
@@ -294,6 +309,50 @@ def test_bad_rows_are_excluded_and_counted(jsonl):
   assert task.size("all") == 2
   assert task.excluded == {"broken": 1, "without a question": 2, "without an answer": 2,
                            "with an unparsable answer": 1}
+
+
+PROGRAM_ROWS = [
+    {"question": "Write f(x), the square of x.", "tests": "assert f(3) == 9",
+     "answer": "def f(x): return x * x"},
+    {"question": "Print the square of each line's number.",
+     "tests": [{"input": "3\n4\n", "output": "9\n16\n"}, {"input": "", "output": ""}],
+     "answer": "import sys\nfor line in sys.stdin: print(int(line) ** 2)"},
+    {"question": "Three squared?", "answer": "9"}]
+
+
+def test_rows_with_tests_are_problems_of_programming_beside_others(jsonl):
+  task = jsonl(*PROGRAM_ROWS, {"question": "Write f.", "tests": "assert f(1) == 1"})
+  rows = [task.problem("all", i) for i in range(4)]
+  assert [row.columns for row in rows] == [
+      {"tests": PROGRAM_ROWS[0]["tests"]}, {"tests": PROGRAM_ROWS[1]["tests"]}, {},
+      {"tests": "assert f(1) == 1"}]
+  assert [row.answer for row in rows] == [*(row["answer"] for row in PROGRAM_ROWS), ""]
+  assert task.excluded == {}
+
+
+@pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
+def test_programs_of_a_file_are_rewarded_for_passing_their_tests(jsonl):
+  task = jsonl(*PROGRAM_ROWS)
+  problems = [task.problem("all", i) for i in range(3)]
+  correct = [f"```python\n{problem.answer}\n```" if problem.columns else problem.answer
+             for problem in problems]
+  incorrect = ["def f(x): return x", "print(9)", "8"]
+  for answers, reward in ((correct, 1), (incorrect, 0), (["9"] * 3, None)):
+    columns = {name: [problem.row().get(name) for problem in problems]
+               for name in ("answer", "task", "tests")}
+    completions = [f"<think></think><answer>{answer}</answer>" for answer in answers]
+    got = rewards.accuracy([""] * 3, completions, **columns)
+    assert got == ([reward] * 3 if reward is not None else [0, 0, 1])
+  assert task.check(correct[1], problems[1].row()) is True
+
+
+def test_rows_with_broken_tests_are_excluded(jsonl):
+  bad = ["assert f(1) ==", "", [], 3, [{"input": "1"}], [{"input": 1, "output": 1}], {"input": "1"},
+         ["assert f(1) == 1"], "(" * 1000]
+  task = jsonl(*({"question": "Q", "answer": "1", "tests": tests} for tests in bad),
+               {"question": "Q", "answer": "1", "tests": None})
+  assert task.size("all") == 1
+  assert task.excluded == {"with broken tests": len(bad)}
 
 
 def test_a_file_without_usable_rows_is_an_error(jsonl):
