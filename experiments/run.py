@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 from absl import app, flags, logging
 
 from experiments import catalogue
 from experiments.options import Options
+from train import signals
 
 _GPU = pathlib.Path("/dev/nvidiactl")
 
@@ -33,6 +35,15 @@ _MAX_MINUTES = flags.DEFINE_float(
     lower_bound=0.01)
 _PROFILE = flags.DEFINE_bool("profile", False, "pretrain: write a profiler trace of a few steps to "
                              "--out; bench_train: show where the time of a step goes")
+
+
+def _out() -> pathlib.Path | None:
+  if _OUT.value is None:
+    return None
+  if not _OUT.value.strip():
+    raise ValueError("--out is empty, perhaps from a variable that is not set: give a folder, or "
+                     "leave it out")
+  return pathlib.Path(_OUT.value)
 
 
 def _fail(message: str) -> None:
@@ -62,7 +73,7 @@ def _list_study(entry: catalogue.Experiment, width: int) -> None:
 def _options() -> Options:
   return Options(
       experiment=_EXPERIMENT.value, scale=_SCALE.value,
-      out=pathlib.Path(_OUT.value) if _OUT.value is not None else None, seeds=_SEEDS.value,
+      out=_out(), seeds=_SEEDS.value,
       settings=tuple(_SET.value), a=tuple(_A.value), b=tuple(_B.value), arms=tuple(_ARMS.value),
       max_minutes=_MAX_MINUTES.value, profile=_PROFILE.value)
 
@@ -83,9 +94,12 @@ def _start_again_tuned_for_cpus() -> None:
   Both settings, of malloc and of XLA, are read only when a process starts. A training step
   allocates half a gigabyte. If that is returned to the system after every step, a quarter of the
   time is spent on page faults; with huge pages, one step in several takes three times as long.
-  Environment variables that the user has set are not changed.
+  Environment variables that the user has set are not changed. Debuggers and coverage lose their
+  hold on a process that restarts: DEEPSEEK_JAX_RESTART=0 prevents it.
   """
   env = dict(os.environ)
+  if env.get("DEEPSEEK_JAX_RESTART") == "0":
+    return
   if sys.platform != "linux" or env.get("JAX_PLATFORMS", "cpu") != "cpu" or _GPU.exists():
     return
   env.setdefault("GLIBC_TUNABLES", ":".join(f"glibc.malloc.{setting}" for setting in (
@@ -93,6 +107,9 @@ def _start_again_tuned_for_cpus() -> None:
   if "avx512f" in pathlib.Path("/proc/cpuinfo").read_text():
     env.setdefault("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
   if env != dict(os.environ):
+    added = " ".join(f"{name}={value}" for name, value in env.items() if name not in os.environ)
+    print(f"restarting with {added}, for speed on CPUs; DEEPSEEK_JAX_RESTART=0 prevents this",
+          file=sys.stderr, flush=True)
     os.execve(sys.executable, [sys.executable, "-m", "experiments.run", *sys.argv[1:]], env)
 
 
@@ -101,6 +118,8 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     _fail(f"unexpected argument {argv[1]!r}: every option is a --flag")
   name = _EXPERIMENT.value
+  # Until a run handles signals itself, Ctrl-C ends the process at once, as SIGTERM does.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     if _LIST.value:
       _list()
@@ -121,6 +140,10 @@ def main(argv: list[str]) -> None:
       runner.main(module.STUDY, _options())
     else:
       module.main(_options())
+    if signals.stopped_by:
+      sys.exit(128 + signals.stopped_by)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
   except BrokenPipeError:  # such as of `--list | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is quiet
     sys.exit(1)

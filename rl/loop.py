@@ -137,6 +137,8 @@ class _Run:
       for step in range(start + 1, loop.steps + 1):
         state, row = self._step(state, step)
         self._record(row, bar)
+        signals.can_save()
+        self.checkpoints.check()
         done = step == loop.steps
         if done or (loop.eval_every and step % loop.eval_every == 0):
           self._evaluate(state, step)

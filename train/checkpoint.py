@@ -288,6 +288,11 @@ class Checkpoints:
     """Returns the committed steps, ascending. Manifests are verified, the other files are not."""
     return [step for step in _steps(self.folder) if self._is_committed(step)]
 
+  def check(self) -> None:
+    """Raises CheckpointError if the last save has failed; does not wait for it."""
+    if self._saving is not None and self._saving.done():
+      self.wait()
+
   def wait(self) -> None:
     """Blocks until no save is in progress.
 

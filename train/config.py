@@ -296,6 +296,7 @@ class TrainConfig:
     require_range(self, 0, 1, "batch_ramp_fraction", "batch_ramp_start", "mtp_fraction")
     require_range(self, 0, float("inf"), "mtp_weight", "mtp_late_weight", "eval_every",
                   "checkpoint_every", "max_skipped_steps")
+    require(self.steps < 2**31, f"TrainConfig.steps={self.steps} must be below 2^31")
     require(0 <= self.seed < 2**31, f"TrainConfig.seed={self.seed} must lie in 0..2^31 - 1")
     micro = self.micro_batch_size
     require(micro is None or (micro > 0 and self.batch_size % micro == 0),

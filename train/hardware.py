@@ -1,7 +1,8 @@
-"""The peak arithmetic rate of the devices, and the energy that they use."""
+"""The peak arithmetic rate and the memory of the devices, and the energy that they use."""
 
 import ctypes
 import functools
+import os
 import pathlib
 import time
 
@@ -39,6 +40,17 @@ def peak_flops(compute: str = "float32") -> float:
     product(a).block_until_ready()
     times.append(time.perf_counter() - started)
   return 2 * size**3 / min(times)
+
+
+def memory_bytes() -> int | None:
+  """Returns the memory of all devices together, for CPUs that of the machine; None if unknown."""
+  if jax.default_backend() != "cpu":
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.devices()]
+    return None if None in limits else sum(limits)
+  try:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  except (ValueError, OSError, AttributeError):
+    return None
 
 
 def joules() -> float | None:

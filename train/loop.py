@@ -98,8 +98,13 @@ def train(
   Raises:
     TrainingError: if too many steps were skipped because their loss or gradient was not finite.
     CheckpointError: if a checkpoint cannot be written, or none of those in the folder can be read.
-    ValueError: if the folder's checkpoints are those of another model or optimizer.
+    ValueError: if the folder's checkpoints are those of another model or optimizer, or if nothing
+      is held out for validation.
   """
+  if not data.heldout:
+    paths = ", ".join(source.path for source in data.cfg.sources)
+    raise ValueError(f"nothing of {paths} is held out for validation: give at least two documents "
+                     "of a domain, and a positive data.heldout_fraction")
   return _Run(configs, data, folder, show, profile, on_evaluation).run(variables, max_seconds)
 
 
@@ -123,7 +128,8 @@ class _Run:
     state, start, position = self._start(variables)
     train = self.cfg.train
     self.cost = CostMeter(self.path, self.cfg.flops_per_token, len(self.seeds))
-    self.events = Events(self.path / "events", self.metrics.read())
+    self.events = Events(self.path / "events", [
+        *self.metrics.read(), *map(_validation_scalars, self.evaluations.read())])
     self.progress = Progress(self.cfg, len(self.seeds), start, self.show)
     status = "finished"
     deadline = time.monotonic() + max_seconds if max_seconds else None
@@ -137,10 +143,16 @@ class _Run:
       sizes = [self.program.batch_size(i) for i in range(start, train.steps)]
       batches = self.data.batches(self.seeds, position, sizes)
       step = start
+      self.progress.say("compiling" if start == 0 else f"resumed after step {start}, compiling")
       for step, batch in enumerate(batches, start + 1):
         trace.begin(step)
         state, metrics = self.program.step(state, step - 1, batch)
         trace.end(step, metrics)
+        if step == start + 1:
+          jax.block_until_ready(metrics)
+          self.progress.compiled()
+          signals.can_save()
+        self.checkpoints.check()
         position += self.program.batch_size(step - 1)
         self.pending.append((step, metrics, time.time()))
         self._write_rows(leave=1)
@@ -181,6 +193,7 @@ class _Run:
       averaged = self.program.evaluate({**state.variables, "params": state.ema})
       row["ema"] = mean_evaluation(averaged)
     self.evaluations.append(row)
+    self.events.append(_validation_scalars(row))
     self.last_evaluation = evaluation
     self.progress.note(f"{float(np.mean(evaluation.mean_bits_per_byte)):.3f} bits per byte")
     if self.on_evaluation:
@@ -218,6 +231,21 @@ class _Run:
     else:
       row |= {name: value.tolist() for name, value in values.items()}
     return row | {"time": seen, **self.progress.rates(seen, self.program.batch_size(step - 1))}
+
+
+def _validation_scalars(row: dict) -> dict:
+  """Returns the numbers of an evaluation for TensorBoard, named `validation/bits_per_byte/DOMAIN`.
+
+  Args:
+    row: a row of `evaluations.jsonl`.
+  """
+  scalars = {"step": row["step"]}
+  for name, value in row.items():
+    if isinstance(value, dict):
+      scalars |= {f"validation/{name}/{domain}": number for domain, number in value.items()}
+    elif name != "step":
+      scalars[f"validation/{name}"] = value
+  return scalars
 
 
 class _Trace:

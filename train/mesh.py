@@ -36,12 +36,20 @@ def make_mesh(
   sizes = [data, fsdp, expert, tensor, pipe]
   asked = dict(zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f"mesh axes must be positive, with at most one -1, not {asked}")
+    raise ValueError(f"mesh axes must be positive, with at most one -1, and are {_written(asked)}")
   if -1 in sizes:
     sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
   if math.prod(sizes) != len(devices):
-    raise ValueError(f"a mesh of {asked} does not fit {len(devices)} device(s)")
+    raise ValueError(
+        f"{_written(asked)} is a mesh of {abs(math.prod(sizes))} devices, and there are "
+        f"{len(devices)}: the product of the axes must be the number of devices, and one of them "
+        "may be -1, for all that are left")
   return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _written(sizes: dict[str, int]) -> str:
+  """Returns the axes that are not 1 as they are set: `mesh.fsdp=2, mesh.tensor=4`."""
+  return ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh"
 
 
 Axes = str | tuple[str, ...] | None

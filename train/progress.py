@@ -68,6 +68,14 @@ class Progress:
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
 
+  def say(self, text: str) -> None:
+    """Shows a text after the bar until the next step."""
+    self._bar.set_postfix_str(text, refresh=True)
+
+  def compiled(self) -> None:
+    """Leaves the time so far out of the remaining time: most of it was the step's compilation."""
+    self._bar.unpause()
+
   def note(self, text: str) -> None:
     """Shows a text after the bar, and leaves the time since the last step out of the next rates.
 

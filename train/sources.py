@@ -329,8 +329,10 @@ def _texts(row: dict, source: Source, template: Template) -> tuple[str, str]:
 
 
 def _field(row: dict, name: str, may_be_empty: bool = False) -> str:
-  if row.get(name) is None:
+  if name not in row:
     raise _BadError(f"without {name!r}", f"there is no {name!r} among {list(row)[:9]}")
+  if row[name] is None:
+    raise _BadError(f"without {name!r}", f"{name!r} is null")
   value = row[name]
   if isinstance(value, bytes):
     value = _decode(value)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from train.config import RunConfig
 from train.config_io import to_dict, upgrade
 from train.data import Data, load
+from train.hardware import memory_bytes
 from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model
 from train.loop import train
 from train.run_folder import RunFolder, write_json_atomic
@@ -95,6 +96,7 @@ def train_on_text(
       cfg = start_from(cfg, model)
     data = load(cfg.data)
     cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or model is not None)
+    check_fits(cfg)
     claim_folder(folder, {"config": to_dict(cfg), "seeds": [cfg.train.seed],
                           "requested": requested}, data)
     data.tokenizer.save(folder.path / TOKENIZER)
@@ -102,6 +104,31 @@ def train_on_text(
     result = train([cfg], data, folder, variables=model and model.variables,
                    max_seconds=max_seconds)
     return close_stage(folder) if result.status == "finished" else None
+
+
+def check_fits(cfg: RunConfig, num_seeds: int = 1) -> None:
+  """Raises ValueError if a run's sequences or its training state are too large.
+
+  Args:
+    cfg: config of the run.
+    num_seeds: number of seeds that train as a vmapped batch.
+  """
+  if cfg.data.seq_len > cfg.model.max_seq_len:
+    raise ValueError(f"data.seq_len={cfg.data.seq_len} exceeds the model's context, "
+                     f"model.max_seq_len={cfg.model.max_seq_len}: lower the one or raise the other")
+  moment = 2 if cfg.optimizer.moments == "bfloat16" else 4
+  per_parameter = 8 + 2 * moment + (4 if cfg.optimizer.ema_decay else 0)
+  params = cfg.model.param_count(mtp=True)
+  replicas = max(1, cfg.mesh.data)
+  needed, available = params * per_parameter * num_seeds * replicas, memory_bytes()
+  if available is not None and needed > available:
+    copies = "".join(f" x {count} {what}" for count, what in (
+        (num_seeds, "seeds"), (replicas, "data-parallel replicas")) if count > 1)
+    raise ValueError(
+        f"the training state alone needs {needed / 1e9:,.1f} GB: {params:,} parameters x "
+        f"{per_parameter} bytes (weights and gradients in float32, two moments in "
+        f"{cfg.optimizer.moments}){copies}. There are {available / 1e9:,.1f} GB: choose a smaller "
+        "model, or more devices and mesh.fsdp")
 
 
 def claim_folder(folder: RunFolder, config: dict, data: Data, *,

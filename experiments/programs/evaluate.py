@@ -28,7 +28,8 @@ class EvaluateConfig:
     split: split of the task that the problems are from: heldout, harder or train.
     problems: number of problems, at least 2.
     samples: number of completions of each problem.
-    ks: values of k, at most `samples`, for which pass@k is reported in addition to pass@1.
+    ks: values of k, at most `samples`, for which pass@k is reported in addition to pass@1; None for
+      those of 4 and 16 that are.
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
     max_prompt_length: longest prompt allowed, in tokens.
@@ -44,7 +45,7 @@ class EvaluateConfig:
   split: str = "heldout"
   problems: int = 200
   samples: int = 16
-  ks: tuple[int, ...] = (4, 16)
+  ks: tuple[int, ...] | None = None
   temperature: float = 0.6
   top_p: float = 0.95
   max_prompt_length: int = 64
@@ -71,6 +72,7 @@ def main(options: Options) -> None:
     raise ValueError("no model to evaluate: give its folder, --set checkpoint=DIR")
   if options.out:
     options.out.mkdir(parents=True, exist_ok=True)
+  ks = [k for k in (4, 16) if k <= cfg.samples] if cfg.ks is None else cfg.ks
   template = cfg.template or stored_template(cfg.checkpoint) or RLConfig.template
   # A compiled program samples a fixed number of sequences, at least two for each prompt, as the
   # config requires. More of these pairs than there are completions would only be padding.
@@ -84,7 +86,7 @@ def main(options: Options) -> None:
   tokenizer = start.tokenizer(cfg.tokenizer)
   found, drawn = evaluate(
       Sampler(model.Transformer(start.cfg), run, tokenizer), start.variables, split=cfg.split,
-      problems=cfg.problems, samples=cfg.samples, ks=cfg.ks, temperature=cfg.temperature,
+      problems=cfg.problems, samples=cfg.samples, ks=ks, temperature=cfg.temperature,
       top_p=cfg.top_p)
   print(f"{drawn.prompts[0]}{drawn.completions[0]}\n")
   for line in lines(found):

@@ -41,7 +41,14 @@ from train.loop import train as run_training
 from train.optimizer import schedule_changes
 from train.program import split_runs
 from train.run_folder import RunFolder, write_json_atomic
-from train.stages import claim_folder, fit_vocabulary, start_from, upgrade_run, with_seeds
+from train.stages import (
+  check_fits,
+  claim_folder,
+  fit_vocabulary,
+  start_from,
+  upgrade_run,
+  with_seeds,
+)
 from train.tokenizer import Tokenizer
 
 
@@ -106,7 +113,7 @@ def main(options: Options) -> None:
   scale = options.scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
   overridden = settings.assigned(options.settings)
-  options.num_seeds()  # checks --seeds before anything is loaded
+  check_fits(cfg, options.num_seeds())
   start = load_model(cfg.init) if cfg.init else None
   if start:
     cfg = _with_start(cfg, start, overridden)
@@ -118,6 +125,9 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
          keep_vocabulary: bool) -> None:
   data = load(cfg.data)
   cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or start is not None)
+  check_fits(cfg, options.num_seeds())
+  if start:
+    _check_tokenizer(cfg, start, data)
   run_cfg = cfg.without_extras()
   seeds = [cfg.train.seed + i for i in range(options.num_seeds())]
   shorter = _extend(run_cfg, seeds, out) if cfg.extend else run_cfg
@@ -203,6 +213,20 @@ def _with_start(cfg: PretrainConfig, start: LoadedModel, overridden: set[str]) -
   if changed:
     raise ValueError(f"init={cfg.init} determines the model: do not set {', '.join(changed)}")
   return start_from(cfg, start, keep_tokenizer="data.tokenizer" in overridden)
+
+
+def _check_tokenizer(cfg: PretrainConfig, start: LoadedModel, data: Data) -> None:
+  """Raises ValueError if the data is tokenised otherwise than for the model that a run starts from.
+  """
+  if start.tokenizer_path is None:
+    if cfg.data.tokenizer in ("bpe", "bytes"):
+      raise ValueError(f"init={cfg.init} has no {TOKENIZER}, and data.tokenizer="
+                       f"{cfg.data.tokenizer} is not the model's: copy the model's there, or set "
+                       "data.tokenizer to its path")
+  elif start.tokenizer().content_hash != data.tokenizer.content_hash:
+    raise ValueError(f"data.tokenizer={cfg.data.tokenizer} is not the tokenizer of "
+                     f"init={cfg.init}, so that its ids would stand for other tokens: leave "
+                     "data.tokenizer out")
 
 
 def _announce(cfg: PretrainConfig, data: Data, path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture
 def command(monkeypatch, capsys):
   """Returns a function that runs a command here and returns its exit status, stdout and stderr."""
+  before = signal.getsignal(signal.SIGINT)
   import grain  # noqa: F401, defines flags, which flagsaver would remove again
 
   monkeypatch.setattr(run, "_start_again_tuned_for_cpus", lambda: None)
@@ -40,7 +42,8 @@ def command(monkeypatch, capsys):
         status = stopped.code
     return status, *capsys.readouterr()
 
-  return run_command
+  yield run_command
+  signal.signal(signal.SIGINT, before)
 
 
 def run_in_a_process(*args: str) -> subprocess.CompletedProcess:

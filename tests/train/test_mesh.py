@@ -60,7 +60,7 @@ def test_an_array_that_does_not_divide_over_the_mesh_is_refused_by_name():
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
-    ({"data": 3}, "does not fit 1 device"),
+    ({"data": 3}, "is a mesh of 3 devices, and there are 1"),
     ({"data": -1, "fsdp": -1}, "at most one -1"),
     ({"data": 0}, "must be positive"),
 ])

@@ -96,7 +96,7 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_ends_bit_identically(tm
   assert wait_for(process, lambda: len(rows(folder, "metrics.jsonl")) >= EVERY + 2)
   process.send_signal(signal.SIGTERM)
   output = process.communicate()[0]
-  assert process.returncode == 0 and "stopped after step" in output, output
+  assert process.returncode == 143 and "stopped after step" in output, output
   stopped = int(output.rpartition("stopped after step ")[2].split(",")[0])
   assert stopped % EVERY and stopped in committed(folder)
   finish(folder)
