@@ -62,6 +62,19 @@ class Task(Protocol):
     """Returns `check` of each answer; a task that waits for other processes checks in parallel."""
     return [self.check(answer, row) for answer, row in zip(answers, rows, strict=True)]
 
+  def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
+    """Whether two answers to a problem count as one in a majority vote.
+
+    They do if they are the same text, or if `check` says so; a task whose `check` compares an
+    answer with the reference gives it the other answer as the reference.
+
+    Args:
+      first: an answer's text.
+      second: another answer's text, or the reference answer.
+      columns: the problem's `Problem.row`.
+    """
+    return first.strip() == second.strip()
+
 
 def require_split(task: Task, split: str) -> None:
   """Raises ValueError unless the task has such a split."""
