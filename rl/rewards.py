@@ -16,6 +16,7 @@ from typing import Any
 from model.checks import require
 from rl.extraction import (
   is_well_formed,
+  joined,
   lenient_answer,
   opens_thinking,
   reasoning,
@@ -23,7 +24,7 @@ from rl.extraction import (
   unfenced,
 )
 from rl.tasks import get_task
-from rl.tasks.equality import same_answer
+from rl.tasks.equality import same_answers
 
 Reward = Callable[..., list[float | None]]
 _LATEX = re.compile(r"\\[A-Za-z]+")
@@ -139,7 +140,8 @@ def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
   """Returns a reward of 1 for a program that passes its unit tests in the sandbox, else 0.
 
   The program is the text of the answer block, with or without a Markdown fence. The column "tests"
-  holds each row's Python asserts, or None for a row without tests, whose reward is then None.
+  holds each row's Python asserts, as one text or a list of texts, or None for a row without tests,
+  whose reward is then None.
 
   Args:
     timeout_s: wall-clock limit per program, in seconds.
@@ -149,7 +151,7 @@ def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
     from rl.sandbox import passes_many
 
     passed = passes_many(
-        [(unfenced(strict_answer(completion) or "") if asserts else "", asserts)
+        [(unfenced(strict_answer(completion) or "") if asserts else "", joined(asserts or ""))
          for completion, asserts in zip(completions, tests, strict=True)],
         timeout_s=timeout_s, memory_mb=memory_mb)
     return [None if asserts is None else float(verdict)
@@ -269,7 +271,7 @@ def _judge(extract: Callable[[str], str | None], completions: Sequence[str],
 
 
 def _compare(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
-  return [same_answer(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+  return same_answers([(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)])
 
 
 def _fraction_in(language: str, text: str) -> float:
