@@ -71,7 +71,7 @@ def evaluate(
 def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
          temperature: float | None = None, top_p: float = 1.0) -> Samples:
   """Samples the completions that `evaluate` judges, with its arguments and errors."""
-  size = sampler.task.size(split)
+  size = sampler.size(split)
   if size is not None and problems > size:
     raise ValueError(f"the split {split!r} has {size} problems, not {problems}: ask for fewer")
   return sampler.sample(variables, split, range(problems), samples, step=_STEP,

@@ -75,6 +75,10 @@ class File(Task):
       raise ValueError(f"task file:{self.path} has no row in split {split!r}; use split 'all'")
     return self._by_split[split][index % self.size(split)]
 
+  def where(self, problem: Problem) -> str:
+    """Returns the problem's line in the file, counted from 1."""
+    return f"line {problem.id.rpartition('/')[2]} of {self.path}"
+
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
     """Whether the answer equals the reference, or passes the tests of a row without a reference."""
     return self.check_all([answer], [columns])[0]

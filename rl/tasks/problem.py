@@ -49,6 +49,10 @@ class Task(Protocol):
       ValueError: for a split that is not one of `splits`.
     """
 
+  def where(self, problem: Problem) -> str:
+    """Returns where a problem comes from, for messages."""
+    return f"problem {problem.id}"
+
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
     """Whether an answer is correct; None if that cannot be decided.
 
