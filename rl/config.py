@@ -245,6 +245,9 @@ class ObjectiveConfig:
     require(self.truncated_in_baseline or self.mask_truncated,
             "ObjectiveConfig.truncated_in_baseline=False is for mask_truncated=True: a completion "
             "that is learned from needs a reward relative to its group")
+    require(self.truncated_in_baseline or self.name not in ("ppo", "rft"),
+            f"ObjectiveConfig.truncated_in_baseline=False has no effect: {self.name} compares no "
+            "rewards within a group")
     self._check_overrides(self.spec(1))
 
   def _check_overrides(self, spec: ObjectiveSpec) -> None:

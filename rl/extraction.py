@@ -22,7 +22,7 @@ _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|
 _CLAUSE_END = re.compile(
     r"(?<![\\\w{])[^\W\d_]{2,}|(?<=[0-9])\s+[^\W\d_]\b|[.,;!?](?=\s*[^\W\d_]{2})|[.;!?](?=\s)"
     r"|[。，；！？]")
-_ARITHMETIC = re.compile(r"[0-9+\-*/().,% ]*[0-9][0-9+\-*/().,% ]*")
+_ARITHMETIC = re.compile(r"(?=\D*[0-9])[0-9+\-*/().,% ]+")
 _IS = re.compile(r"\b(?:is|are|equals)\b|[:：=是为]", re.IGNORECASE)
 _REFLECTION = re.compile(r"(?:\bwait\b|等等|等一下)[^\n<]*", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)

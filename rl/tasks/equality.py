@@ -6,6 +6,7 @@ same however a number is written, `1/3` or `\\frac{1}{3}`, and applies within tu
 and equations too.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -131,6 +132,7 @@ def ascii_signs(text: str) -> str:
   return text.translate(_CHARACTERS)
 
 
+@functools.lru_cache(maxsize=8192)
 def _number(text: str) -> _Number | None:
   text = _clean(text)
   match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
@@ -156,7 +158,7 @@ def _clean(text: str) -> str:
   text, before = ascii_signs(text), None
   while text != before:
     before = text
-    text = re.sub(r"(?:\\[,;:! ]|[.。,;\s])+$", "", text).lstrip()
+    text = text.strip().rstrip(" \n\t.。,;\\")
     for opening, closing in _DELIMITERS:
       inner = text[len(opening):-len(closing)]
       if (len(text) > len(opening + closing) and text.startswith(opening)
@@ -165,6 +167,7 @@ def _clean(text: str) -> str:
   return text
 
 
+@functools.lru_cache(maxsize=8192)
 def _latex(text: str) -> str | None:
   """Returns an answer as LaTeX for math-verify; None for words and for what is too long."""
   found = _number(text)
