@@ -381,6 +381,8 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
     (lambda: ObjectiveConfig(importance_cap=2.0), "it is for importance=True"),
     (lambda: ObjectiveConfig(dual_clip=True, dual_clip_ratio=1.0), "must be above 1"),
     (lambda: ObjectiveConfig(truncated_in_baseline=False), "is for mask_truncated=True"),
+    (lambda: ObjectiveConfig(name="ppo", mask_truncated=True, truncated_in_baseline=False),
+     "ppo compares no rewards within a group"),
     (lambda: CustomReward("brevity"), "must have the form module:function"),
     (lambda: CustomReward("my-rewards:brevity"), "must have the form module:function"),
     (lambda: RewardConfig(custom=(CustomReward("a:format"),)), "format is the name of more"),
