@@ -8,7 +8,7 @@ Shape letters:  S sequences  T tokens  N rows to normalise: sequences, or their 
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from model.checks import require
 
 Baseline = Literal["mean_std", "mean", "leave_one_out"]
 
-# If the range of a group's rewards, relative to the highest, is below this, they differ only by
-# rounding, like 0.1 + 0.2 and 0.3: divided by their standard deviation they would become +-1. The
-# bound is above float32's rounding.
-_ROUNDING = 1e-6
+# Rewards whose range is at most this fraction of their scale differ only by rounding, like
+# 0.1 + 0.2 and 0.3: divided by their standard deviation they would become +-1. Sums of float64
+# terms are rounded by 1e-16 of the terms.
+_ROUNDING = 1e-12
+# Advantages are float32, and multiplied by ratios of up to e^20.
+LARGEST_REWARD = 1e20
 
 
 class Advantages(NamedTuple):
@@ -43,15 +45,34 @@ class Advantages(NamedTuple):
   equal: int
 
 
+def are_equal(rewards: Sequence[float | None], scales: Sequence[float] | None = None) -> bool:
+  """Whether all rewards of a group are equal up to rounding, so that they give no signal.
+
+  Args:
+    rewards: rewards of a group; None, for an output that could not be judged, is left out.
+    scales: for each reward, the sum of the absolute values of the terms that it is the sum of,
+      which bounds its rounding. None if it is unknown: terms of at least 1 are assumed.
+  """
+  known = [(reward, scale) for reward, scale in zip(
+      rewards, rewards if scales is None else scales, strict=True) if reward is not None]
+  if not known:
+    return True
+  values, sizes = zip(*known, strict=True)
+  scale = max(sizes) if scales is not None else max(1.0, *(abs(value) for value in values))
+  return max(values) - min(values) <= _ROUNDING * scale
+
+
 def group_advantages(
     rewards_S: ArrayLike | Sequence[float | None], group_ids_S: ArrayLike, *,
-    baseline: Baseline = "mean_std", valid_S: ArrayLike | None = None) -> Advantages:
+    baseline: Baseline = "mean_std", valid_S: ArrayLike | None = None,
+    scales_S: ArrayLike | None = None) -> Advantages:
   """Outcome supervision: compares each output's reward with those of its group.
 
-  "mean_std" is (r - mean) / std (R1 eq. 3) and exactly 0 where all rewards are equal. std is the
-  population's, so that a group's advantages have a mean square of 1 whatever its size; as in the
-  paper, no epsilon is added to it. "mean" is r - mean (Dr. GRPO). "leave_one_out" is r - the mean
-  of the other rewards (RLOO), which is G / (G - 1) times "mean" in a group of G.
+  "mean_std" is (r - mean) / std (R1 eq. 3). std is the population's, so that a group's advantages
+  have a mean square of 1 whatever its size; as in the paper, no epsilon is added to it. "mean" is
+  r - mean (Dr. GRPO). "leave_one_out" is r - the mean of the other rewards (RLOO), which is
+  G / (G - 1) times "mean" in a group of G. All of them are exactly 0 where the rewards of a group
+  are equal up to rounding, see `are_equal`.
 
   Args:
     rewards_S: one reward per output; None where the output could not be judged.
@@ -60,19 +81,20 @@ def group_advantages(
     baseline: what a reward is compared with: "mean_std", "mean" or "leave_one_out".
     valid_S: bool. A row where it is false, or whose reward is None, leaves its group: its advantage
       is 0, and it enters neither the mean nor the std. None if all rows are valid.
+    scales_S: for each reward, the sum of the absolute values of its terms, see `are_equal`.
 
   Returns:
     Values of shape [S], and counts of outputs and groups.
 
   Raises:
-    ValueError: for a prompt with only one output, a reward that is not finite, lengths that differ,
-      or an unknown baseline.
+    ValueError: for a prompt with only one output, a reward that is not finite or exceeds 1e20,
+      lengths that differ, or an unknown baseline.
   """
   groups_S = _groups(group_ids_S)
   rewards_S, valid_S = _judged(rewards_S, valid_S)
   require(groups_S.shape == rewards_S.shape,
           f"{rewards_S.size} rewards with {groups_S.size} group ids: give one id for each reward")
-  return _normalise(rewards_S, groups_S, valid_S, baseline)
+  return _normalise(rewards_S, groups_S, valid_S, baseline, scales_S)
 
 
 def process_advantages(
@@ -170,13 +192,32 @@ def _judged(rewards, valid):
     require(np.shape(valid) == judged_N.shape,
             f"valid_S has shape {np.shape(valid)}, expected the rewards' shape {judged_N.shape}")
     judged_N &= np.asarray(valid, bool)
-  rewards_N = np.where(judged_N, np.asarray(rewards, float), 0)
-  require(bool(np.isfinite(rewards_N).all()),
-          "a reward is not finite: give None for an output that cannot be judged")
+  for row in np.flatnonzero(judged_N):
+    require(is_usable(rewards[row]), f"the reward of row {row} is {shown(rewards[row])}, which is "
+            f"not finite or exceeds {LARGEST_REWARD:g}: give None for an output that cannot be "
+            "judged, and smaller rewards otherwise")
+  rewards_N = np.array([float(reward) if judged else 0.0
+                        for reward, judged in zip(rewards, judged_N, strict=True)])
   return rewards_N, judged_N
 
 
-def _normalise(rewards_N, groups_N, valid_N, baseline) -> Advantages:
+def is_usable(reward: float) -> bool:
+  """Whether a reward is finite and at most `LARGEST_REWARD`, as an integer of any size may not be.
+
+  Raises:
+    TypeError: for a reward that is not a number.
+  """
+  return -LARGEST_REWARD <= reward <= LARGEST_REWARD
+
+
+def shown(reward: Any) -> str:
+  """Returns a reward as error messages show it; Python refuses to print integers of any length."""
+  if isinstance(reward, int) and abs(reward) >= 10**30:
+    return f"an integer of {reward.bit_length()} bits"
+  return repr(reward)
+
+
+def _normalise(rewards_N, groups_N, valid_N, baseline, scales_N=None) -> Advantages:
   require(baseline in get_args(Baseline),
           f"baseline={baseline!r} must be one of {get_args(Baseline)}")
   num_groups = groups_N.max(initial=-1) + 1
@@ -185,12 +226,13 @@ def _normalise(rewards_N, groups_N, valid_N, baseline) -> Advantages:
   centred_N = rewards_N - (total(rewards_N) / np.maximum(count, 1))[groups_N]
   variance = total(centred_N**2) / np.maximum(count, 1)
 
-  lowest, highest = np.full(num_groups, np.inf), np.full(num_groups, -np.inf)
-  np.minimum.at(lowest, groups_N[valid_N], rewards_N[valid_N])
-  np.maximum.at(highest, groups_N[valid_N], rewards_N[valid_N])
-  several = count > 1
-  differ = np.zeros(num_groups, bool)
-  differ[several] = (highest - lowest)[several] > _ROUNDING * abs(highest[several])
+  several, differ = count > 1, np.zeros(num_groups, bool)
+  order_N = np.argsort(groups_N, kind="stable")
+  for rows in np.split(order_N, np.cumsum(np.bincount(groups_N, minlength=num_groups))[:-1]):
+    rows = rows[valid_N[rows]]
+    if rows.size > 1:
+      differ[groups_N[rows[0]]] = not are_equal(
+          rewards_N[rows], None if scales_N is None else np.asarray(scales_N, float)[rows])
 
   scale = {"mean_std": 1 / np.sqrt(np.where(differ, variance, 1)), "mean": np.ones(num_groups),
            "leave_one_out": count / np.maximum(count - 1, 1)}[baseline]

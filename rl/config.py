@@ -20,6 +20,10 @@ _ONE_DEVICE = MeshConfig()
 _OPTIMIZER = OptimizerConfig(
     learning_rate=3e-4, schedule="constant", weight_decay=0.0, moments="float32")
 
+_REWARDS = ("accuracy", "format", "language", "tests", "overlong", "random")
+# Fields of `ObjectiveConfig` that replace those of `ObjectiveSpec` with the same name.
+_OVERRIDES = ("epsilon", "epsilon_high", "beta", "aggregation", "kl", "kl_level", "dual_clip",
+              "dual_clip_ratio", "importance", "importance_cap")
 # Baselines of the objectives whose papers do not use GRPO's, "mean_std".
 _BASELINES = {"dr_grpo": "mean", "rloo": "leave_one_out", "reinforce": "leave_one_out"}
 
@@ -32,7 +36,10 @@ class SamplingConfig:
     num_prompts: prompts per rollout.
     num_generations: completions of each prompt, which form a group (R1: 16).
     temperature: sampling temperature, at which all log-probabilities are computed too (R1: 1).
-    max_prompt_length: longest prompt allowed, in tokens; a longer one is an error.
+    max_prompt_length: longest prompt allowed, in tokens.
+    long_prompts: what happens to questions whose prompt is longer. "error": the run ends; of a
+      file, all questions are checked before the first step. "skip": they are left out, and the
+      metric `prompts/skipped` counts them.
     max_completion_length: tokens after which a completion is truncated.
     slots: number of sequences that one device decodes at a time; None for all sequences of that
       device.
@@ -42,6 +49,7 @@ class SamplingConfig:
   num_generations: int = 16
   temperature: float = 1.0
   max_prompt_length: int = 32
+  long_prompts: Literal["error", "skip"] = "error"
   max_completion_length: int = 96
   slots: int | None = None
 
@@ -56,6 +64,37 @@ class SamplingConfig:
   def num_sequences(self) -> int:
     """Sequences per rollout."""
     return self.num_prompts * self.num_generations
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomReward:
+  """A reward function of the user's own.
+
+  Attributes:
+    function: `module:function`, a function with the signature of those in `rl.rewards`,
+      `reward(prompts, completions, **columns) -> list[float | None]`. It is given the task's
+      columns, all those of a file included, and "question", "num_tokens" and "row".
+    weight: the reward's weight.
+  """
+
+  function: str
+  weight: float = 1.0
+
+  def __post_init__(self):
+    module, _, name = self.function.partition(":")
+    require(all(part.isidentifier() for part in (*module.split("."), name)),
+            f"CustomReward.function={self.function!r} must have the form module:function, such as "
+            "my_rewards:brevity")
+
+  @classmethod
+  def parse(cls, text: str) -> "CustomReward":
+    """Returns the reward that a bare `module:function` stands for, with weight 1."""
+    return cls(function=text)
+
+  @property
+  def name(self) -> str:
+    """The reward's name in metrics, which is the function's."""
+    return self.function.partition(":")[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +115,8 @@ class RewardConfig:
     overlong_tokens: number of tokens before `sampling.max_completion_length` over which the
       `overlong` penalty grows.
     random: weight of a random reward of 0 or 1, independent of correctness: a control.
+    custom: reward functions of your own, `module:function` or
+      `CustomReward(function=module:function, weight=0.5)`, separated by commas.
   """
 
   accuracy: float = 1.0
@@ -85,15 +126,21 @@ class RewardConfig:
   overlong: float = 0.0
   overlong_tokens: int = 16
   random: float = 0.0
+  custom: tuple[CustomReward, ...] = ()
 
   def __post_init__(self):
     require_positive(self, "overlong_tokens")
     require(any(self.weights().values()), "RewardConfig: every weight is 0, so nothing is rewarded")
+    names = [*_REWARDS, *(reward.name for reward in self.custom)]
+    twice = {name for name in names if names.count(name) > 1}
+    require(not twice, f"RewardConfig.custom: {', '.join(sorted(twice))} is the name of more than "
+            "one reward: rename the function, as metrics have its name")
 
   def weights(self) -> dict[str, float]:
     """Returns the weights that are not 0, by the reward's name."""
-    names = ("accuracy", "format", "language", "tests", "overlong", "random")
-    return {name: getattr(self, name) for name in names if getattr(self, name)}
+    weights = {name: getattr(self, name) for name in _REWARDS}
+    weights |= {reward.name: reward.weight for reward in self.custom}
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +159,20 @@ class ObjectiveConfig:
       own, which may be none.
     beta: weight of the KL divergence from the reference; None for the objective's own. If the
       objective has no KL, a positive beta adds one to the loss.
+    aggregation: how tokens are averaged, "sequence_mean", "token_mean" or "constant_length", see
+      `rl.objective.ObjectiveSpec`; None for the objective's own. "constant_length", where it is not
+      the objective's own, divides by `sampling.max_completion_length`.
+    kl: the estimator of the KL divergence, "k1", "k2" or "k3"; None for the objective's own.
+    kl_level: the unit of a KL in the loss, "token", "token_sum" or "sequence"; None for the
+      objective's own.
+    dual_clip: bound the loss of tokens with a negative advantage (dual-clip PPO, Ye et al. 2020);
+      None for the objective's own.
+    dual_clip_ratio: the bound of `dual_clip` as a multiple of the advantage, above 1; None for the
+      objective's own.
+    importance: weight each token by the ratio of its probabilities in the trainer and in the
+      sampler, for a sampler that computes other probabilities for the same policy (truncated
+      importance sampling); None for the objective's own.
+    importance_cap: the largest weight of `importance`; None for the objective's own.
     minibatches: number of minibatches, with one optimizer step each, into which a rollout is
       divided (R1: 16).
     inner_epochs: passes over each rollout (R1: 1).
@@ -121,7 +182,13 @@ class ObjectiveConfig:
       0 to keep the initial model as the reference.
     sampler: the model that samples: "policy", the one being trained, or "initial", the one that the
       run started from (offline, for "rft" only).
-    mask_truncated: leave out of the loss completions that were truncated at the length limit.
+    mask_truncated: leave out of the loss completions that were truncated at the length limit, as
+      DAPO's overlong filtering does (arXiv:2503.14476, section 3.4).
+    truncated_in_baseline: whether the rewards of completions that `mask_truncated` leaves out still
+      count in the mean and standard deviation of their group. DAPO describes a mask of the loss
+      only, and TRL's `mask_truncated_completions` computes advantages before it masks: true. If
+      false, a group consists of the completions that ended, so that a truncated one does not raise
+      the advantage of the others.
     resample: largest number of rollouts sampled per RL step in order to replace groups whose
       rewards are all equal (DAPO's dynamic sampling); 1 for no replacement.
     bias_rate: update rate of the routers' load-balancing bias (V3's gamma); 0 freezes the bias.
@@ -140,12 +207,20 @@ class ObjectiveConfig:
   epsilon: float | None = None
   epsilon_high: float | None = None
   beta: float | None = None
+  aggregation: Literal["sequence_mean", "token_mean", "constant_length"] | None = None
+  kl: Literal["k1", "k2", "k3"] | None = None
+  kl_level: Literal["token", "token_sum", "sequence"] | None = None
+  dual_clip: bool | None = None
+  dual_clip_ratio: float | None = None
+  importance: bool | None = None
+  importance_cap: float | None = None
   minibatches: int = 1
   inner_epochs: int = 1
   micro_batch_size: int | None = None
   refresh_every: int = 400
   sampler: Literal["policy", "initial"] = "policy"
   mask_truncated: bool = False
+  truncated_in_baseline: bool = True
   resample: int = 1
   bias_rate: float = 0.0
   sequence_balance: float = 0.0
@@ -167,17 +242,43 @@ class ObjectiveConfig:
     require(self.sampler == "policy" or self.name == "rft",
             f"ObjectiveConfig.sampler='initial' is for name='rft' only: {self.name} must learn "
             "from completions that the policy itself has sampled")
-    self.spec(1)
+    require(self.truncated_in_baseline or self.mask_truncated,
+            "ObjectiveConfig.truncated_in_baseline=False is for mask_truncated=True: a completion "
+            "that is learned from needs a reward relative to its group")
+    require(self.truncated_in_baseline or self.name not in ("ppo", "rft"),
+            f"ObjectiveConfig.truncated_in_baseline=False has no effect: {self.name} compares no "
+            "rewards within a group")
+    self._check_overrides(self.spec(1))
+
+  def _check_overrides(self, spec: ObjectiveSpec) -> None:
+    """Raises ValueError for a field that is set but would change nothing."""
+    unused = {}
+    if self.name == "rft":
+      unused = dict.fromkeys(_OVERRIDES[3:], "name='rft' has no policy ratio and no KL")
+    elif spec.kl_in == "none":
+      unused = dict.fromkeys(("kl", "kl_level"), "there is no KL: set a positive beta")
+    elif self.name == "ppo" and self.kl != "k1":
+      unused["kl"] = "PPO's reward has the KL by k1"
+    if not spec.dual_clip:
+      unused.setdefault("dual_clip_ratio", "it is for dual_clip=True")
+    if not spec.importance:
+      unused.setdefault("importance_cap", "it is for importance=True")
+    for name, reason in unused.items():
+      value = getattr(self, name)
+      require(value is None, f"ObjectiveConfig.{name}={value} would have no effect: {reason}, or "
+              f"leave {name} out")
 
   def spec(self, max_length: int) -> ObjectiveSpec:
     """Returns the objective, for completions of at most `max_length` tokens."""
     if self.name == "rft":
       return ObjectiveSpec(surrogate="none", aggregation="token_mean")
     spec = SPECS[self.name]
-    if self.name == "dr_grpo":
-      spec = spec.replace(max_length=max_length)
-    overrides = {name: getattr(self, name) for name in ("epsilon", "epsilon_high", "beta")}
+    overrides = {name: getattr(self, name) for name in _OVERRIDES}
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    aggregation = overrides.get("aggregation", spec.aggregation)
+    if aggregation == "constant_length" and (
+        self.name == "dr_grpo" or aggregation != spec.aggregation):
+      spec = spec.replace(max_length=max_length)
     if overrides.get("beta") and spec.kl_in == "none":
       overrides["kl_in"] = "loss"
     return spec.replace(**overrides)

@@ -3,8 +3,7 @@
 Shape letters:  P problems  N samples of each
 """
 
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,9 @@ from rl import rewards
 from rl.extraction import lenient_answer, reflects, strict_answer
 from rl.pass_rates import estimate, majority_vote, pass_at_1, pass_at_k
 from rl.sampler import Sampler, Samples
-from rl.tasks.equality import number
+from rl.tasks import get_task
+from rl.tasks.equality import same_answer
+from rl.tasks.problem import Problem
 
 # No training step reaches this number, so evaluation has random keys of its own. They are the same
 # at every evaluation, which removes noise from the difference between two of them.
@@ -51,9 +52,10 @@ def evaluate(
   Returns:
     The figures by name, and the completions. The rates are [estimate, low, high], with a 95 %
     bootstrap interval over questions: "pass@1"; "pass@K" for each K of `ks`; "cons@N", the accuracy
-    of the majority vote of all N = `samples` completions; "lenient_pass@1" and "lenient_cons", with
-    answers found by lenient matching (`rl.extraction.lenient_answer`); "format", the fraction that
-    has the template's format; "length", in tokens; "clipped", the fraction that was truncated; and
+    of the majority vote of all N = `samples` completions, in which the task says which answers are
+    the same (`rl.tasks.problem.Task.same`); "lenient_pass@1" and "lenient_cons", with answers found
+    by lenient matching (`rl.extraction.lenient_answer`); "format", the fraction that has the
+    template's format; "length", in tokens; "clipped", the fraction that was truncated; and
     "reflection", the fraction that takes a step back with "wait". The counts are "unjudged"
     completions; "problems"; "questions", the distinct ones, as several problems may ask the same;
     and "samples" of each problem.
@@ -69,7 +71,7 @@ def evaluate(
 def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
          temperature: float | None = None, top_p: float = 1.0) -> Samples:
   """Samples the completions that `evaluate` judges, with its arguments and errors."""
-  size = sampler.task.size(split)
+  size = sampler.size(split)
   if size is not None and problems > size:
     raise ValueError(f"the split {split!r} has {size} problems, not {problems}: ask for fewer")
   return sampler.sample(variables, split, range(problems), samples, step=_STEP,
@@ -106,14 +108,14 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
   correct, judged = accuracy or verdicts(drawn, samples)
   lenient, _ = verdicts(drawn, samples, rewards.lenient_accuracy)
   well_formed = rewards.well_formed(drawn.prompts, drawn.completions)
-  answers = lambda extract: [[_canonical(extract(text)) for text in row] for row in
-                             np.array(drawn.completions, object).reshape(-1, samples)]
   rates = {
       "pass@1": pass_at_1(correct, judged),
       **{f"pass@{k}": pass_at_k(correct, k, judged) for k in ks if k > 1},
-      f"cons@{samples}": majority_vote(answers(strict_answer), correct, judged),
+      f"cons@{samples}": majority_vote(
+          _votes(drawn, strict_answer, correct), correct, judged),
       "lenient_pass@1": pass_at_1(lenient, judged),
-      "lenient_cons": majority_vote(answers(lenient_answer), lenient, judged),
+      "lenient_cons": majority_vote(
+          _votes(drawn, lenient_answer, lenient), lenient, judged),
       "format": by_problem(well_formed).mean(1),
       "length": by_problem(drawn.lengths_S).mean(1),
       "clipped": 1 - by_problem(drawn.ended_S).mean(1),
@@ -135,7 +137,7 @@ def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[i
   Returns:
     cons@k by k; NaN if no sample could be judged.
   """
-  answers = [_canonical(strict_answer(text)) for text in drawn.completions]
+  answers = [answer for row in _votes(drawn, strict_answer, accuracy.correct_PN) for answer in row]
   samples = accuracy.correct_PN.shape[1]
 
   def rate(k: int) -> float:
@@ -148,10 +150,33 @@ def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[i
   return {k: rate(k) for k in ks}
 
 
-def _canonical(answer: str | None) -> Fraction | str | None:
-  """Maps answers that a vote should count as one, such as 7, 7.0 and 07, to equal values."""
-  if answer is None:
-    return None
-  value = number(answer)
-  return answer.strip() if value is None else value
+def _votes(drawn: Samples, extract: Callable[[str], str | None],
+           correct_PN: np.ndarray) -> list[list[int | None]]:
+  """Returns for each problem the class of each sample's answer; None for a sample without one.
 
+  Two answers are in a class if the problem's task takes them for the same and their verdicts agree.
+  The verdicts decide, since sameness need not be transitive: two decimals may each be a rounding of
+  the reference but not of one another.
+  """
+  samples = correct_PN.shape[1]
+  return [_classes(drawn.problems[i],
+                   [extract(text) for text in drawn.completions[i:i + samples]], correct_N)
+          for i, correct_N in zip(range(0, len(drawn), samples), correct_PN, strict=True)]
+
+
+def _classes(problem: Problem, answers_N: Sequence[str | None],
+             correct_N: np.ndarray) -> list[int | None]:
+  same = get_task(problem.task).same if problem.task else (
+      lambda first, second, _: first.strip() == second.strip() or same_answer(first, second))
+  columns = problem.row()
+  # The reference is the first class, so that all answers that equal it are in one.
+  members, found, classes = [(problem.answer, True)], {}, []
+  for answer, correct in zip(answers_N, correct_N.tolist(), strict=True):
+    if answer is not None and (answer, correct) not in found:
+      known = (at for at, (other, verdict) in enumerate(members)
+               if verdict == correct and same(answer, other, columns))
+      found[answer, correct] = next(known, len(members))
+      if found[answer, correct] == len(members):
+        members.append((answer, correct))
+    classes.append(None if answer is None else found[answer, correct])
+  return classes

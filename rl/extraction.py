@@ -5,14 +5,25 @@ already opened the think block, the completion begins inside it.
 """
 
 import re
+from collections.abc import Sequence
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG = re.compile("|".join(_TAGS))
 _FORM = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DOTALL)
 _ANSWER_AT_END = re.compile(r"<answer>(.*)</answer>\s*\Z", re.DOTALL)
-_ANSWER_WORD = re.compile(r"(?:answer\b|答案)\**\s*(?:is|是|为)?\s*[:：=]?\s*(.*)", re.IGNORECASE)
-_EXPRESSION = re.compile(r"[0-9+\-*/(). ]+")
-_NUMBER = re.compile(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?")
+_SENTENCE = re.compile(r"\W*(?:\w+,? ){0,3}(?:answer\W*?(?:\bis\b|[:：])|答案)", re.IGNORECASE)
+_ANSWER_WORD = re.compile(
+    r"(?:answer\b|答案)[\s*]*(?:is|是|为)?[\s*]*[:：=]?[*]*\s*(.*)", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.])-?[0-9][0-9,]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+(?!\w))?")
+_MINUS = dict.fromkeys(map(ord, "−﹣－"), "-")
+# Mathematics at the start of a sentence: in delimiters, or up to a word, the end of a clause, or
+# the end of the text.
+_DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|`([^`]+)`")
+_CLAUSE_END = re.compile(
+    r"(?<![\\\w{])[^\W\d_]{2,}|(?<=[0-9])\s+[^\W\d_]\b|[.,;!?](?=\s*[^\W\d_]{2})|[.;!?](?=\s)"
+    r"|[。，；！？]")
+_ARITHMETIC = re.compile(r"(?=\D*[0-9])[0-9+\-*/().,% ]+")
+_IS = re.compile(r"\b(?:is|are|equals)\b|[:：=是为]", re.IGNORECASE)
 _REFLECTION = re.compile(r"(?:\bwait\b|等等|等一下)[^\n<]*", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```[a-z]*\n(.*?)\n?```\s*", re.DOTALL)
 
@@ -82,19 +93,28 @@ def lenient_answer(completion: str) -> str | None:
 
   The first of these that is found: the text after the last `<answer>` up to the next tag, if there
   is one; the content of the last `\\boxed{}`; the text after the last word "answer", on its line;
-  the last number. An improvement that `strict_answer` shows and this does not is one of format.
+  the last number. Of a sentence, the mathematics at its start is taken, without delimiters,
+  emphasis and full stop. An improvement that `strict_answer` shows and this does not is one of
+  format.
   """
+  completion = completion.translate(_MINUS)
   _, opened, inside = completion.rpartition("<answer>")
   inside = _TAG.split(inside)[0].strip() if opened else ""
   if inside:
-    return _boxed(inside) or inside
+    stated = _stated(inside) if _SENTENCE.match(inside) else None
+    return _boxed(inside) or stated or _bare(inside) or inside
   text = _TAG.sub("\n", completion)
   if boxed := _boxed(text):
     return boxed
-  if lines := [line.strip() for line in _ANSWER_WORD.findall(text) if line.strip()]:
-    return _value(lines[-1])
+  if stated := _stated(text):
+    return stated
   numbers = _NUMBER.findall(text)
   return numbers[-1].rstrip(",") if numbers else None
+
+
+def joined(tests: str | Sequence[str]) -> str:
+  """Returns unit tests, one text or a list of them, as one text."""
+  return tests if isinstance(tests, str) else "\n".join(tests)
 
 
 def unfenced(text: str) -> str:
@@ -113,8 +133,32 @@ def _boxed(text: str) -> str | None:
   return None
 
 
+def _stated(text: str) -> str | None:
+  """Returns what the text after the last word "answer" states, or None if there is no such word."""
+  lines = [line.strip() for line in _ANSWER_WORD.findall(text) if line.strip(" .*")]
+  return _value(_bare(lines[-1])) if lines else None
+
+
 def _value(line: str) -> str:
-  """Returns the line if it is an arithmetic expression, else its first number, else the line."""
-  line = line.rstrip(". ")
+  """Returns the mathematics with which a line begins, else its first number, else the line."""
+  if match := _DELIMITED.match(line):
+    return next(filter(None, match.groups())).strip()
+  end = _CLAUSE_END.search(line)
+  start = _bare(line[:end.start()] if end else line)
+  if _ARITHMETIC.fullmatch(start) or re.search(r"[\\^_=]|[0-9][a-zA-Z]|[+*/-]", start):
+    return start
+  later = _IS.split(line, maxsplit=1)
+  if not start and len(later) > 1 and later[1].strip():
+    return _value(_bare(later[1]))
   number = _NUMBER.search(line)
-  return line if _EXPRESSION.fullmatch(line) or not number else number[0].rstrip(",")
+  return number[0].rstrip(",") if number else start or line
+
+
+def _bare(text: str) -> str:
+  """Returns a text without emphasis and full stop."""
+  before = None
+  while text != before:
+    before, text = text, text.strip().rstrip(".。,，;；")
+    if "**" not in text.strip("*"):
+      text = text.strip("*")
+  return text

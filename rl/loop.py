@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from model import ModelConfig, Transformer
 from model.checks import require
-from rl.advantages import group_advantages
+from rl.advantages import are_equal, group_advantages
 from rl.config import RLConfig
 from rl.evaluate import evaluate
 from rl.mtp import policy_config, save_mtp, split_mtp
@@ -43,6 +44,7 @@ from train.run_folder import Events, MetricsFile, RunFolder
 from train.signals import Signals
 from train.tokenizer import Tokenizer
 
+_NO_REWARD_STEPS = 5  # steps in succession without any reward, after which a warning is logged
 _MINIBATCHES = 2**31  # added to the seed, so that minibatches and sampling use different keys
 
 
@@ -86,8 +88,9 @@ def train(
   Raises:
     TrainingError: after more than `loop.max_skipped_steps` steps with a non-finite loss or
       gradient.
-    ValueError: for prompts that are too long, sequences longer than the model's context, a reward
-      that fails, or `objective.routing` other than "free" for a model without experts.
+    ValueError: for prompts that are too long (see `SamplingConfig.long_prompts`), sequences longer
+      than the model's context, a reward that fails, or `objective.routing` other than "free" for a
+      model without experts.
     CheckpointError: if a checkpoint cannot be written.
   """
   return _Run(cfg, model_cfg, tokenizer, folder, show).run(variables, max_seconds)
@@ -115,6 +118,7 @@ class _Run:
     self.files = {name: MetricsFile(self.path / f"{name}.jsonl")
                   for name in ("metrics", "evaluations", "completions")}
     self.messages: list[str] = []
+    self.steps_without_reward = 0
 
   def run(self, variables, max_seconds) -> RLResult:
     loop = self.cfg.loop
@@ -132,6 +136,7 @@ class _Run:
     with Signals() as signals, contextlib.ExitStack() as closing:
       for part in (bar, self.events, *self.files.values(), self.cost, self.checkpoints):
         closing.callback(part.close)
+      self.sampler.check_prompts("train")
       if start == 0:
         self._evaluate(state, 0)
       for step in range(start + 1, loop.steps + 1):
@@ -190,6 +195,7 @@ class _Run:
            "learning_rate": float(self.rates[step - 1, -1]),
            "seconds/update": now - rolled, "seconds/step": now - began,
            "tokens_per_second": tokens / (now - began), "time": time.time()}
+    self._warn_without_reward(row, scored)
     check_skipped(step, int(metrics["skipped"]), cfg.loop.max_skipped_steps,
                   "loop.max_skipped_steps", self.checkpoints)
     return state, row
@@ -210,14 +216,23 @@ class _Run:
       seconds["seconds/reward"] += time.monotonic() - sampled
       drawn.append(samples)
       scored.append(judged)
-      signal += [len(set(group) - {None}) > 1
-                 for group in itertools.batched(judged.rewards, sampling.num_generations)]
+      counted = [reward if counts else None for reward, counts in zip(
+          judged.rewards, self._counted(samples), strict=True)]
+      signal += [not are_equal(*group) for group in zip(
+          *(itertools.batched(values, sampling.num_generations)
+            for values in (counted, judged.scales)), strict=True)]
       if sum(signal) >= sampling.num_prompts:
         break
     groups = np.argsort(np.logical_not(signal), kind="stable")[:sampling.num_prompts, None]
     rows = (groups * sampling.num_generations + np.arange(sampling.num_generations)).ravel()
     return (join(drawn).rows(rows), Scored.join(scored).rows(rows),
             {"groups/sampled": len(signal), "groups/equal": signal.count(False), **seconds})
+
+  def _counted(self, drawn: Samples) -> np.ndarray:
+    """Returns whether the reward of each sample counts in its group's baseline, if it has one."""
+    objective = self.cfg.objective
+    every = not objective.mask_truncated or objective.truncated_in_baseline
+    return np.ones(len(drawn), bool) if every else drawn.ended_S
 
   def _experience(self, drawn: Samples, scored: Scored) -> Experience:
     objective = self.cfg.objective
@@ -230,7 +245,8 @@ class _Run:
       advantage_S = np.array([reward or 0.0 for reward in scored.rewards], np.float32)
     else:
       advantage_S = group_advantages(
-          scored.rewards, ids, baseline=objective.group_baseline).values
+          scored.rewards, ids, baseline=objective.group_baseline,
+          valid_S=self._counted(drawn), scales_S=scored.scales).values
     if objective.mask_truncated:
       learned_S &= drawn.ended_S
     return experience(drawn.prompt_tokens, drawn.tokens_SN, drawn.lengths_S, drawn.logprobs_SN,
@@ -241,6 +257,7 @@ class _Run:
     rewards_S = np.array([np.nan if reward is None else reward for reward in scored.rewards])
     by_group = rewards_S.reshape(-1, self.cfg.sampling.num_generations)
     judged = ~np.isnan(by_group).all(1)
+    skip = self.cfg.sampling.long_prompts == "skip"
     return {
         "reward": float(np.nanmean(rewards_S)) if judged.any() else None,
         "reward_std": float(np.nanstd(by_group[judged], axis=1).mean()) if judged.any() else None,
@@ -248,8 +265,23 @@ class _Run:
         "completions/mean_length": float(drawn.lengths_S.mean()),
         "completions/max_length": int(drawn.lengths_S.max()),
         "completions/clipped_ratio": float(1 - drawn.ended_S.mean()),
+        **({"prompts/skipped": self.sampler.skipped["train"]} if skip else {}),
         "completions/learned": int(seen.mask.any(1).sum()),
         "loss/denominator": float(denominator(seen.mask, self.spec))}
+
+  def _warn_without_reward(self, row: dict, scored: Scored) -> None:
+    """Warns once when every reward has been 0, or could not be judged, for several steps."""
+    self.steps_without_reward = 0 if any(scored.rewards) else self.steps_without_reward + 1
+    if self.steps_without_reward == _NO_REWARD_STEPS:
+      means = ", ".join(f"{name} {row[f'rewards/{name}/mean']:.2g}" for name in scored.by_name)
+      logging.warning(
+          "every reward was 0, or could not be judged, in the last %d steps, so that nothing is "
+          "learned. The rewards by name are: %s; %.0f %% of the completions were truncated at "
+          "sampling.max_completion_length. Look at %s: if no completion has the template's format, "
+          "choose another template or a model tuned on it, or add a reward for the format; if none "
+          "ends, raise the limit; if none is correct, take an easier task or a better model.",
+          _NO_REWARD_STEPS, means, 100 * row["completions/clipped_ratio"],
+          self.path / "completions.jsonl")
 
   def _record(self, row: dict, bar: tqdm) -> None:
     self.files["metrics"].append(row)

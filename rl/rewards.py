@@ -6,6 +6,8 @@ be judged: it leaves its group, and nothing is learned from it.
 """
 
 import dataclasses
+import importlib
+import inspect
 import itertools
 import math
 import numbers
@@ -13,9 +15,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from model.checks import require
+from rl.advantages import LARGEST_REWARD, is_usable, shown
 from rl.extraction import (
   is_well_formed,
+  joined,
   lenient_answer,
   opens_thinking,
   reasoning,
@@ -23,7 +29,7 @@ from rl.extraction import (
   unfenced,
 )
 from rl.tasks import get_task
-from rl.tasks.equality import same_answer
+from rl.tasks.equality import same_answers
 
 Reward = Callable[..., list[float | None]]
 _LATEX = re.compile(r"\\[A-Za-z]+")
@@ -139,22 +145,53 @@ def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
   """Returns a reward of 1 for a program that passes its unit tests in the sandbox, else 0.
 
   The program is the text of the answer block, with or without a Markdown fence. The column "tests"
-  holds each row's Python asserts, or None for a row without tests, whose reward is then None.
+  holds each row's tests: Python asserts, as one text or a list of texts, or a list of inputs and
+  outputs (see `rl.sandbox.judge`). The reward is None for a row without tests (None), and for one
+  whose tests are broken.
 
   Args:
     timeout_s: wall-clock limit per program, in seconds.
     memory_mb: memory limit per process, in MiB.
+
+  Raises:
+    ValueError: for limits that the sandbox does not support.
   """
+  from rl.sandbox import check_limits, judge_many
+
+  check_limits(timeout_s=timeout_s, memory_mb=memory_mb)
+
   def reward(prompts, completions, *, tests, **columns):
-    from rl.sandbox import passes_many
+    rows = [i for i, asserts in enumerate(tests) if asserts is not None]
+    verdicts = dict(zip(rows, judge_many(
+        [(unfenced(strict_answer(completions[i]) or ""), _tests(tests[i])) for i in rows],
+        timeout_s=timeout_s, memory_mb=memory_mb), strict=True))
+    passed = [verdicts[i].passed if i in verdicts else None for i in range(len(tests))]
+    return [None if verdict is None else float(verdict) for verdict in passed]
 
-    passed = passes_many(
-        [(unfenced(strict_answer(completion) or "") if asserts else "", asserts)
-         for completion, asserts in zip(completions, tests, strict=True)],
-        timeout_s=timeout_s, memory_mb=memory_mb)
-    return [None if asserts is None else float(verdict)
-            for verdict, asserts in zip(passed, tests, strict=True)]
+  return reward
 
+
+def _tests(tests: Any) -> Any:
+  """Returns tests with a list of asserts as one text."""
+  asserts = isinstance(tests, list) and tests and all(isinstance(one, str) for one in tests)
+  return joined(tests) if asserts else tests
+
+
+def load(name: str) -> Reward:
+  """Returns the reward that `module:function` names, which has the signature of this file's.
+
+  Raises:
+    ValueError: if the module cannot be imported or has no such function.
+  """
+  module, _, function = name.partition(":")
+  try:
+    found = importlib.import_module(module)
+  except ImportError as error:
+    raise ValueError(f"reward {name!r}: the module {module!r} cannot be imported ({error}); it must"
+                     " be installed, or lie in the working directory or on PYTHONPATH") from error
+  reward = getattr(found, function, None)
+  require(callable(reward), f"reward {name!r}: the module {module!r} ({found.__file__}) has no "
+          f"function {function!r}")
   return reward
 
 
@@ -165,22 +202,27 @@ class Scored:
   Attributes:
     rewards: each row's weighted sum of rewards; None if any of its rewards is None.
     by_name: for each reward, by name, the unweighted values of all rows.
+    scales: each row's sum of absolute weighted rewards, of which the rounding of the sum is a
+      fraction, see `rl.advantages.are_equal`; 0 where the reward is None.
   """
 
   rewards: list[float | None]
   by_name: dict[str, list[float | None]]
+  scales: list[float]
 
   def rows(self, chosen: Sequence[int]) -> "Scored":
     """Returns the rewards of the rows with the indices `chosen`, in that order."""
     pick = lambda values: [values[i] for i in chosen]
-    return Scored(pick(self.rewards), {name: pick(row) for name, row in self.by_name.items()})
+    return Scored(pick(self.rewards), {name: pick(row) for name, row in self.by_name.items()},
+                  pick(self.scales))
 
   @classmethod
   def join(cls, parts: Sequence["Scored"]) -> "Scored":
     """Concatenates the rows of all parts, which must have the same rewards."""
     chain = lambda columns: list(itertools.chain.from_iterable(columns))
     return cls(chain(part.rewards for part in parts),
-               {name: chain(part.by_name[name] for part in parts) for name in parts[0].by_name})
+               {name: chain(part.by_name[name] for part in parts) for name in parts[0].by_name},
+               chain(part.scales for part in parts))
 
   def metrics(self) -> dict[str, float]:
     """Returns the metrics of each reward, under the reward's name.
@@ -208,8 +250,8 @@ def combine(functions: Mapping[str, Reward],
   Raises:
     ValueError: for no rewards, weights of other names than the rewards, or weights that are not
       finite. The returned function raises ValueError for columns of another length than the
-      prompts, and, naming the reward, for one that raises or does not return a finite number or
-      None for every row.
+      prompts, and, naming the reward, for one that needs a column that there is not, raises, or
+      does not return None or a number of at most 1e20, weighted or not, for every row.
   """
   weights = dict.fromkeys(functions, 1.0) if weights is None else weights
   require(bool(functions), "combine needs at least one reward")
@@ -223,18 +265,22 @@ def combine(functions: Mapping[str, Reward],
     for name, column in {"completions": completions, **columns}.items():
       require(len(column) == len(prompts),
               f"{name} has {len(column)} rows, but there are {len(prompts)} prompts")
-    by_name = {name: _checked(name, function, prompts, completions, columns)
+    by_name = {name: _checked(name, weights[name], function, prompts, completions, columns)
                for name, function in functions.items()}
     rows = [dict(zip(by_name, row, strict=True)) for row in zip(*by_name.values(), strict=True)]
-    return Scored([None if None in row.values() else
-                   sum(weights[name] * value for name, value in row.items()) for row in rows],
-                  by_name)
+    total = lambda row, size: sum(size(weights[name] * value) for name, value in row.items())
+    judged = lambda size, missing: [missing if None in row.values() else total(row, size)
+                                    for row in rows]
+    return Scored(judged(float, None), by_name, judged(abs, 0.0))
 
   return score
 
 
-def _checked(name: str, function: Reward, prompts: Sequence[str], completions: Sequence[str],
-             columns: Mapping[str, Sequence]) -> list[float | None]:
+def _checked(name: str, weight: float, function: Reward, prompts: Sequence[str],
+             completions: Sequence[str], columns: Mapping[str, Sequence]) -> list[float | None]:
+  missing = _required_columns(function) - columns.keys()
+  require(not missing, f"reward {name!r} needs the column {', '.join(sorted(missing))}, which the "
+          f"task's problems do not have; they have {', '.join(columns) or 'none'}")
   try:
     values = function(prompts, completions, **columns)
   except Exception as error:
@@ -244,9 +290,24 @@ def _checked(name: str, function: Reward, prompts: Sequence[str], completions: S
   require(len(values) == len(prompts),
           f"reward {name!r} returned {len(values)} values for {len(prompts)} completions")
   for row, value in enumerate(values):
-    require(value is None or (isinstance(value, numbers.Real) and math.isfinite(value)),
-            f"reward {name!r} must return finite numbers or None; row {row} is {value!r}")
+    require(value is None or (isinstance(value, numbers.Real | np.bool_) and is_usable(value)
+                              and is_usable(weight * float(value))),
+            f"reward {name!r} must return finite numbers or None, and with its weight {weight} none"
+            f" above {LARGEST_REWARD:g}; row {row} is {shown(value)}")
   return [None if value is None else float(value) for value in values]
+
+
+def _required_columns(function: Reward) -> set[str]:
+  """Returns the keyword arguments without a default that a reward has besides the first two."""
+  try:
+    parameters = list(inspect.signature(function).parameters.values())
+  except (TypeError, ValueError):  # a builtin may have no signature
+    return set()
+  return {parameter.name for parameter in parameters
+          if parameter.default is parameter.empty and (
+              parameter.kind is parameter.KEYWORD_ONLY
+              or (parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in (
+                  "prompts", "completions") and parameters.index(parameter) > 1))}
 
 
 def _judge(extract: Callable[[str], str | None], completions: Sequence[str],
@@ -269,7 +330,7 @@ def _judge(extract: Callable[[str], str | None], completions: Sequence[str],
 
 
 def _compare(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
-  return [same_answer(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+  return same_answers([(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)])
 
 
 def _fraction_in(language: str, text: str) -> float:

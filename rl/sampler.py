@@ -3,6 +3,7 @@
 Shape letters:  S sequences  N new tokens
 """
 
+import collections
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from model import Transformer
+from model.checks import require
 from rl import rewards
 from rl.config import RewardConfig, RLConfig
 from rl.rollout import pad_prompts, rollout, sequence_keys
@@ -21,6 +24,10 @@ from rl.tasks.problem import Problem
 from train.mesh import commit_to_device, make_sharded_model
 from train.templates import get_template
 from train.tokenizer import Tokenizer
+
+# A question of an unlimited split that is too long is replaced by that at an index which no run
+# reaches otherwise.
+_STRIDE, _ATTEMPTS = 2**40, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +75,12 @@ class Samples:
     """Returns the columns that rewards are given, by name.
 
     They are those of `Problem.row`, None in rows whose problem does not have the column;
-    "num_tokens", the completion's length; and "row", the row's index.
+    "question"; "num_tokens", the completion's length; and "row", the row's index.
     """
     given = [problem.row() for problem in self.problems]
     names = dict.fromkeys(name for row in given for name in row)
     return {name: [row.get(name) for row in given] for name in names} | {
+        "question": [problem.question for problem in self.problems],
         "num_tokens": self.lengths_S.tolist(), "row": list(range(len(self)))}
 
 
@@ -97,12 +105,87 @@ class Sampler:
     cfg: the run's configuration, for the task, the template, the sampling limits and the mesh. The
       compiled program always samples `cfg.sampling.num_sequences` sequences; fewer are padded.
     tokenizer: the model's tokenizer.
+
+  Attributes:
+    skipped: for each split, the number of questions left out so far because their prompts are too
+      long (`sampling.long_prompts`); of a finite split, all of them are known at once.
   """
 
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer):
     self.net, self.cfg, self.tokenizer = net, cfg, tokenizer
     self.task, self.template = get_task(cfg.task), get_template(cfg.template)
     self.mesh = make_sharded_model(net.cfg, cfg.mesh)
+    self.skipped: collections.Counter[str] = collections.Counter()
+    self._fitting: dict[str, list[int]] = {}
+
+  def size(self, split: str) -> int | None:
+    """Returns the number of problems of a split; None if it is unlimited.
+
+    With `sampling.long_prompts="skip"`, problems whose prompts are too long are not counted.
+
+    Raises:
+      ValueError: for an unknown split, or if all of its prompts are too long.
+    """
+    size = self.task.size(split)
+    skip = size is not None and self.cfg.sampling.long_prompts == "skip"
+    return len(self._indices(split)) if skip else size
+
+  def check_prompts(self, split: str) -> None:
+    """Checks the prompts of a finite split, so that a run does not end at one that is too long.
+
+    Raises:
+      ValueError: for a prompt that is too long, unless these are skipped.
+    """
+    if self.task.size(split) is not None:
+      self._indices(split)
+
+  def _indices(self, split: str) -> list[int]:
+    """Returns the indices of a finite split's problems whose prompts fit."""
+    if split in self._fitting:
+      return self._fitting[split]
+    sampling, size = self.cfg.sampling, self.task.size(split)
+    problems = [self.task.problem(split, index) for index in range(size)]
+    lengths = np.array([len(tokens) for tokens in self._encode(problems)], int)
+    long = np.flatnonzero(lengths > sampling.max_prompt_length)
+    if long.size:
+      examples = ", ".join(self.task.where(problems[i]) for i in long[:3])
+      which = (f"{long.size} of {size} questions of the split {split!r} have prompts of more than "
+               f"sampling.max_prompt_length={sampling.max_prompt_length} tokens, up to "
+               f"{lengths.max()} (such as {examples})")
+      require(sampling.long_prompts == "skip" and long.size < size,
+              f"{which}: {self._advice(lengths[long[0]], problems[long[0]])}")
+      logging.warning("%s: they are left out", which)
+    self.skipped[split] = int(long.size)
+    self._fitting[split] = np.flatnonzero(lengths <= sampling.max_prompt_length).tolist()
+    return self._fitting[split]
+
+  def _problem(self, split: str, index: int) -> Problem:
+    """Returns the problem at an index; after a finite split's last one, the first follows again."""
+    if self.cfg.sampling.long_prompts == "error":
+      return self.task.problem(split, index)
+    if self.task.size(split) is not None:
+      indices = self._indices(split)
+      return self.task.problem(split, indices[index % len(indices)] if indices else index)
+    for attempt in range(_ATTEMPTS):
+      problem = self.task.problem(split, index + attempt * _STRIDE)
+      if len(self._encode([problem])[0]) <= self.cfg.sampling.max_prompt_length:
+        return problem
+      self.skipped[split] += 1
+    raise ValueError(f"{_ATTEMPTS} questions of the task {self.cfg.task!r} in succession have "
+                     f"prompts that are too long: {self._advice(None, problem)}")
+
+  def _encode(self, problems: Sequence[Problem]) -> list[np.ndarray]:
+    return self.tokenizer.encode_batch(
+        [self.template.render(problem.question) for problem in problems])
+
+  def _advice(self, length: int | None, problem: Problem) -> str:
+    """Returns what is wrong with a prompt that is too long, and what to do."""
+    sampling = self.cfg.sampling
+    length = len(self._encode([problem])[0]) if length is None else length
+    skip = ", or set sampling.long_prompts=skip to leave such questions out" * (
+        sampling.long_prompts == "error")
+    return (f"the prompt of {self.task.where(problem)} has {length} tokens, more than the "
+            f"{sampling.max_prompt_length} allowed: raise max_prompt_length{skip}")
 
   def sample(
       self, variables: dict, split: str, indices: Sequence[int], num_samples: int, *, step: int,
@@ -123,9 +206,12 @@ class Sampler:
     Raises:
       ValueError: for a problem whose prompt is empty or too long, or an unknown split.
     """
-    problems = [self.task.problem(split, index) for index in indices]
+    problems = [self._problem(split, index) for index in indices]
     prompts = [self.template.render(problem.question) for problem in problems]
     tokens = self.tokenizer.encode_batch(prompts)
+    for problem, prompt in zip(problems, tokens, strict=True):
+      require(len(prompt) <= self.cfg.sampling.max_prompt_length,
+              self._advice(len(prompt), problem))
     problem_S = np.repeat(np.arange(len(problems)), num_samples)
     sample_S = np.tile(np.arange(num_samples), len(problems))
     index_S = np.asarray(indices)[problem_S]
@@ -203,12 +289,16 @@ def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards
   Args:
     cfg: the rewards' weights.
     max_tokens: limit on the completions' lengths, in tokens, for the overlong penalty.
+
+  Raises:
+    ValueError: for a reward of the user's own that cannot be imported.
   """
   known = {
       "accuracy": rewards.accuracy, "format": rewards.well_formed,
       "language": rewards.language_consistency, "tests": rewards.unit_tests(),
       "random": _random}
   weights = cfg.weights()
+  known |= {reward.name: rewards.load(reward.function) for reward in cfg.custom if reward.weight}
   if "overlong" in weights:
     known["overlong"] = rewards.overlong(max_tokens, cfg.overlong_tokens)
   return rewards.combine({name: known[name] for name in weights}, weights)

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint on a task: pass@1, pass@k, cons@k, format and length, with intervals."""
 
 import dataclasses
+from typing import Literal
 
 import model
 from experiments import settings
@@ -33,6 +34,7 @@ class EvaluateConfig:
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
     max_prompt_length: longest prompt allowed, in tokens.
+    long_prompts: whether a longer one is an "error" or its question is left out, "skip".
     max_completion_length: number of tokens after which a completion is truncated.
     slots: number of completions that are decoded at a time.
     seed: seed of the sampling.
@@ -49,6 +51,7 @@ class EvaluateConfig:
   temperature: float = 0.6
   top_p: float = 0.95
   max_prompt_length: int = 64
+  long_prompts: Literal["error", "skip"] = "error"
   max_completion_length: int = 128
   slots: int = 256
   seed: int = 0
@@ -81,7 +84,8 @@ def main(options: Options) -> None:
       task=cfg.task, template=template, loop=LoopConfig(seed=cfg.seed),
       sampling=SamplingConfig(
           num_prompts=pairs, num_generations=2, max_prompt_length=cfg.max_prompt_length,
-          max_completion_length=cfg.max_completion_length, slots=cfg.slots))
+          long_prompts=cfg.long_prompts, max_completion_length=cfg.max_completion_length,
+          slots=cfg.slots))
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
   found, drawn = evaluate(

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import re
 from typing import Any
 
 from rl.tasks.arithmetic import Arithmetic
@@ -19,6 +20,7 @@ from rl.tasks.programs import Programs
 GENERATED: dict[str, type[Generated]] = {
     task.name: task for task in (Arithmetic, Columns, Bilingual, Countdown, Programs)}
 _NAMES = (*GENERATED, "file", "gym")
+_SEED = re.compile(r"(.*?)(?::seed=([0-9]+))?", re.DOTALL)  # after the path of a file
 
 
 @functools.cache
@@ -26,8 +28,9 @@ def get_task(spec: str) -> Task:
   """Returns the task that a spec names.
 
   Args:
-    spec: `NAME` or `NAME:field=value,...` for a task of `GENERATED`; `file:PATH` for a JSONL file;
-      `gym:DATASET` or `gym:DATASET:seed=1` for a data set of reasoning-gym.
+    spec: `NAME` or `NAME:field=value,...` for a task of `GENERATED`; `file:PATH` or
+      `file:PATH:seed=1` for a JSONL file; `gym:DATASET` or `gym:DATASET:seed=1` for a data set of
+      reasoning-gym.
 
   Raises:
     ValueError: for an unknown name or field, or an invalid value; the message says what is wrong
@@ -35,7 +38,8 @@ def get_task(spec: str) -> Task:
   """
   name, _, rest = spec.partition(":")
   if name == "file":
-    return File(rest)
+    path, seed = _SEED.fullmatch(rest).groups()
+    return File(path, int(seed or 0))
   if name == "gym":
     dataset, _, settings = rest.partition(":")
     return Gym(dataset, **_settings(Gym, settings, spec, without="dataset"))

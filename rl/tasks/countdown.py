@@ -177,6 +177,10 @@ class Countdown(Generated[Game]):
     spare.subtract(used)
     return value == columns["target"] and min(spare.values()) >= 0
 
+  def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
+    """Whether two expressions differ by spaces at most: `6/2` and `3` use other numbers."""
+    return "".join(first.split()) == "".join(second.split())
+
   def work(self, drawn: Game, write: Writer, detailed: bool) -> str:
     """Writes a line for each move; a detailed solution adds the numbers that are left."""
     parts = [_Part(value, str(value)) for value in drawn.numbers]

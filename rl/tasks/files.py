@@ -1,8 +1,10 @@
-"""A task of questions from a JSONL file, with answers, such as GSM8K, or with tests of programs."""
+"""A task of questions and answers from a JSONL file, such as GSM8K's in its original format."""
 
 import collections
 import dataclasses
+import decimal
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,47 +12,59 @@ from typing import Any, ClassVar
 
 from absl import logging
 
+from rl.extraction import joined
 from rl.sandbox import check_tests
-from rl.tasks.equality import is_parsable, same_answer
+from rl.tasks.equality import are_parsable, same_answer, same_answers
 from rl.tasks.generated import half_of
 from rl.tasks.problem import Problem, Task, require_split
 from rl.tasks.programs import check_programs
 
+# Names of columns that do not come from the file, see `Problem.row` and `rl.sampler.Samples`.
+_RESERVED = frozenset({"task", "prompts", "completions", "num_tokens", "row"})
 TIMEOUT_S, MEMORY_MB = 4.0, 512  # limits of programs; of each pair of input and output
 
 
 @dataclasses.dataclass(frozen=True)
 class File(Task):
-  """Problems from rows with the columns "question" and "answer" or "tests", in the file's order.
+  """Problems from rows with the columns "question" and "answer" or "tests".
 
   Of an answer with reasoning, the part after the last `####` is used, as in GSM8K
   (arXiv:2110.14168). It must be a number, in which thousands may be separated by commas, or LaTeX.
+  All other columns of a row are passed to rewards.
 
   A row with "tests" asks for a program, which is correct if it passes them in the sandbox within
   `TIMEOUT_S` and `MEMORY_MB`; "answer" may hold a program that does. Tests are one of:
-  - Python source with asserts that call the program's functions:
+  - Python source with asserts that call the program's functions, as one text or a list of texts:
     {"question": "Write f(x), the square of x.", "tests": "assert f(3) == 9"}
   - a list of inputs and outputs. The program reads stdin, and what it prints has to equal the
     output up to whitespace at the end of lines and of the whole:
     {"question": "Print the square of each line's number.",
-     "tests": [{"input": "3\n4\n", "output": "9\n16\n"}]}
+     "tests": [{"input": "3\\n4\\n", "output": "9\\n16\\n"}]}
   See `rl.sandbox.judge`.
 
   A tenth of the questions, selected by hash, is the split "heldout", and the others are "train";
-  the split "all" is for files that are a test set as a whole.
+  both are in an order that the seed decides. The split "all", for files that are a test set as a
+  whole, is in the file's order.
 
   Attributes:
     path: path of the JSONL file.
+    seed: seed of the order of "train" and "heldout".
   """
 
   name: ClassVar[str] = "file"
   splits: ClassVar[tuple[str, ...]] = ("train", "heldout", "all")
   path: str
+  seed: int = 0
 
   def __post_init__(self):
     if not pathlib.Path(self.path).is_file():
       raise ValueError(f"task file:{self.path}: there is no such file; give the path of a JSONL "
                        "file")
+
+  @property
+  def spec(self) -> str:
+    """The task's spec, see `rl.tasks.get_task`."""
+    return f"file:{self.path}" + f":seed={self.seed}" * bool(self.seed)
 
   @functools.cached_property
   def excluded(self) -> dict[str, int]:
@@ -72,6 +86,10 @@ class File(Task):
       raise ValueError(f"task file:{self.path} has no row in split {split!r}; use split 'all'")
     return self._by_split[split][index % self.size(split)]
 
+  def where(self, problem: Problem) -> str:
+    """Returns the problem's line in the file, counted from 1."""
+    return f"line {problem.id.rpartition('/')[2]} of {self.path}"
+
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
     """Whether the answer equals the reference as a number or as mathematics; None if unclear.
 
@@ -81,17 +99,24 @@ class File(Task):
 
   def check_all(
       self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
-    """Returns `check` of each answer, running as many programs at a time as there are CPU cores.
+    """Returns `check` of each answer, comparing several and running several programs at a time.
 
     Raises:
       ValueError: if a row has tests, and no sandbox works on this machine.
     """
-    tested = [i for i, row in enumerate(rows) if row.get("tests") is not None]
-    passed = check_programs([answers[i] for i in tested], [rows[i]["tests"] for i in tested],
-                            timeout_s=TIMEOUT_S, memory_mb=MEMORY_MB)
-    verdicts = dict(zip(tested, passed, strict=True))
-    return [verdicts[i] if i in verdicts else same_answer(answer, row["answer"])
-            for i, (answer, row) in enumerate(zip(answers, rows, strict=True))]
+    tested = {i for i, row in enumerate(rows) if row.get("tests") is not None}
+    passed = iter(check_programs(
+        [answers[i] for i in sorted(tested)], [rows[i]["tests"] for i in sorted(tested)],
+        timeout_s=TIMEOUT_S, memory_mb=MEMORY_MB))
+    equal = iter(same_answers([(answer, row["answer"]) for i, (answer, row) in
+                               enumerate(zip(answers, rows, strict=True)) if i not in tested]))
+    return [next(passed if i in tested else equal) for i in range(len(answers))]
+
+  def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
+    """Whether two answers are the same text, or equal as numbers or as mathematics."""
+    if first.strip() == second.strip():
+      return True
+    return columns.get("tests") is None and same_answer(first, second) is True
 
   @functools.cached_property
   def _by_split(self) -> dict[str, list[Problem]]:
@@ -99,27 +124,35 @@ class File(Task):
     summary = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
     if not rows:
       raise ValueError(f"task file:{self.path} has no usable row ({summary or 'it is empty'}); "
-                       'every line should be a row {"question": ..., "answer": ...} or '
-                       '{"question": ..., "tests": ...}')
+                       'every line should be a row {"question": ..., "answer": ...}')
     if summary:
       logging.warning("%s: using %d rows; left out: %s", self.path, len(rows), summary)
     splits = {"all": rows, "train": [], "heldout": []}
-    for row in rows:
+    place = lambda row: hashlib.sha256(f"{self.seed} {row.question}".encode()).digest()
+    for row in sorted(rows, key=place):
       splits[half_of(row.question)].append(row)
     return splits
 
   @functools.cached_property
   def _read(self) -> tuple[list[Problem], collections.Counter[str]]:
-    rows, excluded = [], collections.Counter()
+    rows, excluded, reserved = [], collections.Counter(), set()
     for number, line in self._lines():
       row = _row(line)
       if isinstance(row, str):
         excluded[row] += 1
       else:
-        question, answer, columns = row
-        spec = f"file:{self.path}"
-        rows.append(Problem(f"{spec}/{number}", question, answer, spec, columns))
-    return rows, excluded
+        reserved |= _RESERVED & row[2].keys()
+        columns = {name: value for name, value in row[2].items() if name not in _RESERVED}
+        rows.append(Problem(f"file:{self.path}/{number}", row[0], row[1], self.spec, columns))
+    if reserved:
+      logging.warning("%s: the columns %s are not passed to rewards, as these names have another "
+                      "meaning: rename them", self.path, ", ".join(sorted(reserved)))
+    tested = [row.columns.get("tests") is not None for row in rows]
+    parsable = are_parsable(["0" if skip else row.answer
+                             for row, skip in zip(rows, tested, strict=True)])
+    usable = [row for row, parses in zip(rows, parsable, strict=True) if parses]
+    excluded["with an unparsable answer"] = len(rows) - len(usable)
+    return usable, +excluded
 
   def _lines(self) -> Iterator[tuple[int, bytes]]:
     with open(self.path, "rb") as file:
@@ -127,28 +160,34 @@ class File(Task):
 
 
 def _row(line: bytes) -> tuple[str, str, dict[str, Any]] | str:
-  """Returns a line's question, answer and further columns, or why the line cannot be used."""
+  """Returns a line's question, answer and other columns, or why the line cannot be used."""
   try:
     row = json.loads(line)
   except ValueError:  # including UnicodeDecodeError
     return "broken"
-  question, answer, tests = (row.get(name) if isinstance(row, dict) else None
-                             for name in ("question", "answer", "tests"))
+  question, answer = (row.pop(name, None) if isinstance(row, dict) else None
+                      for name in ("question", "answer"))
   if not isinstance(question, str) or not question.strip():
     return "without a question"
-  if tests is not None:
-    return _with_tests(question.strip(), answer, tests)
+  if row.get("tests") is not None:
+    return _with_tests(question.strip(), answer, row)
   if isinstance(answer, int | float) and not isinstance(answer, bool):
-    answer = str(answer)
+    answer = _digits(answer)
   final = answer.rpartition("####")[2].strip() if isinstance(answer, str) else ""
-  if not final:
-    return "without an answer"
-  return (question.strip(), final, {}) if is_parsable(final) else "with an unparsable answer"
+  return (question.strip(), final, row) if final else "without an answer"
 
 
-def _with_tests(question: str, answer: Any, tests: Any) -> tuple[str, str, dict[str, Any]] | str:
+def _with_tests(question: str, answer: Any, row: dict) -> tuple[str, str, dict[str, Any]] | str:
+  tests = row["tests"]
+  if isinstance(tests, list) and tests and all(isinstance(one, str) for one in tests):
+    tests = joined(tests)
   try:
     check_tests(tests)
   except ValueError:
     return "with broken tests"
-  return question, answer if isinstance(answer, str) else "", {"tests": tests}
+  return question, answer if isinstance(answer, str) else "", row | {"tests": tests}
+
+
+def _digits(value: float) -> str:
+  """Returns a JSON number in digits where Python would write an exponent, as for 0.00001."""
+  return f"{decimal.Decimal(repr(value)):f}" if 1e-20 < abs(value) < 1e30 else repr(value)

@@ -77,6 +77,14 @@ class Generated[Q](Task, abc.ABC):
     """Whether the answer is the same number as the reference answer."""
     return number(answer) == number(columns["answer"])
 
+  def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
+    """Whether two answers are the same text, or the same number for a task of numbers."""
+    if first.strip() == second.strip():
+      return True
+    # Tasks with another `check` have answers such as expressions, whose value is not the answer.
+    return (type(self).check is Generated.check and number(first) is not None
+            and number(first) == number(second))
+
   def size(self, split: str) -> None:
     """Returns None, as the number of problems is unlimited."""
     require_split(self, split)

@@ -65,8 +65,22 @@ class Gym(Task):
 
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool:
     """Whether the data set's scorer gives the answer a score of exactly 1."""
+    return self._accepts(answer, columns["gym_entry"])
+
+  def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
+    """Whether two answers are the same text, or the scorer accepts each as the other's reference.
+
+    Some scorers ignore the reference, as their problems have several solutions. For these, all
+    correct answers are one.
+    """
+    if first.strip() == second.strip():
+      return True
+    entry = lambda answer: {**columns["gym_entry"], "answer": answer}
+    return self._accepts(first, entry(second)) and self._accepts(second, entry(first))
+
+  def _accepts(self, answer: str, entry: Mapping[str, Any]) -> bool:
     try:
-      return float(self._data.score_answer(answer, columns["gym_entry"])) == 1.0
+      return float(self._data.score_answer(answer, entry)) == 1.0
     except Exception:  # scorers raise various exceptions for answers that they cannot parse
       return False
 

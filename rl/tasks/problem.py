@@ -49,6 +49,10 @@ class Task(Protocol):
       ValueError: for a split that is not one of `splits`.
     """
 
+  def where(self, problem: Problem) -> str:
+    """Returns where a problem comes from, for messages."""
+    return f"problem {problem.id}"
+
   def check(self, answer: str, columns: Mapping[str, Any]) -> bool | None:
     """Whether an answer is correct; None if that cannot be decided.
 
@@ -61,6 +65,19 @@ class Task(Protocol):
       self, answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool | None]:
     """Returns `check` of each answer; a task that waits for other processes checks in parallel."""
     return [self.check(answer, row) for answer, row in zip(answers, rows, strict=True)]
+
+  def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
+    """Whether two answers to a problem count as one in a majority vote.
+
+    They do if they are the same text, or if `check` says so; a task whose `check` compares an
+    answer with the reference gives it the other answer as the reference.
+
+    Args:
+      first: an answer's text.
+      second: another answer's text, or the reference answer.
+      columns: the problem's `Problem.row`.
+    """
+    return first.strip() == second.strip()
 
 
 def require_split(task: Task, split: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.advantages import gae, group_advantages, process_advantages
+from rl.advantages import are_equal, gae, group_advantages, process_advantages
+from rl.rewards import combine
 
 BASELINES = ("mean_std", "mean", "leave_one_out")
 each_baseline = pytest.mark.parametrize("baseline", BASELINES)
@@ -75,6 +76,44 @@ def test_rewards_that_differ_by_rounding_only_give_exactly_zero():
   assert 0.1 + 0.2 != 0.3
   result = group_advantages([0.1 + 0.2, 0.3, 0.3], [0] * 3)
   assert not result.values.any() and result.equal == 1
+
+
+@pytest.mark.parametrize(("rewards", "equal"), [
+    ([0.1 + 0.2 - 0.3, 0, 0], True), ([0.3 - 0.2 - 0.1, 0], True), ([100000, 100000.05], False),
+    ([-100000, -100000.05], False), ([-1.0, -1.0 - 1e-15], True), ([0, 1e-9], False),
+    ([1e15, 1e15 + 100], True), ([1.0, None, 1.0 + 1e-15], True), ([None, None], True),
+    ([], True), ([2.0], True)])
+def test_the_tolerance_of_equal_rewards_is_that_of_float64(rewards, equal):
+  assert are_equal(rewards) is equal
+  if len(rewards) > 1 and None not in rewards:
+    result = group_advantages(rewards, [0] * len(rewards))
+    assert result.equal == equal and result.values.any() != equal
+
+
+def test_the_scale_of_rewards_decides_what_their_rounding_is():
+  assert are_equal([1e-10, 0], scales=[1e6, 0]) and not are_equal([1e-10, 0], scales=[1e-10, 0])
+  assert are_equal([1e-30, 0], scales=[1e-10, 0]) and not are_equal([1e-20, 2e-20], [1e-20, 2e-20])
+  result = group_advantages([1e-20, 2e-20, 1e-10, 0], [0, 0, 1, 1], scales_S=[1e-20, 2e-20, 1e6, 0])
+  np.testing.assert_allclose(result.values, [-1, 1, 0, 0], rtol=1e-6)
+  assert result.equal == 1
+
+
+def test_sums_of_weighted_rewards_that_differ_by_rounding_give_no_advantage():
+  values = {"a": [1, 0, 0], "b": [1, 0, 0], "c": [-1, 0, 0]}
+  for factor in (1, 1e-9, 1e9):
+    weights = {"a": 0.1 * factor, "b": 0.2 * factor, "c": 0.3 * factor}
+    scored = combine({name: lambda *_, value=value, **columns: value
+                      for name, value in values.items()}, weights)(["?"] * 3, [""] * 3)
+    assert scored.rewards[0] != 0 or factor > 1
+    result = group_advantages(scored.rewards, [0] * 3, scales_S=scored.scales)
+    assert not result.values.any() and result.equal == 1
+    assert are_equal(scored.rewards, scored.scales)
+
+
+@pytest.mark.parametrize("reward", [1e39, -1e308, 10**400, np.inf])
+def test_rewards_too_large_for_float32_are_refused_by_row(reward):
+  with pytest.raises(ValueError, match=r"the reward of row 1 is .*not finite or exceeds 1e"):
+    group_advantages([0, reward], [0, 0])
 
 
 def test_normalised_advantages_have_a_mean_square_of_one_however_close_the_rewards():

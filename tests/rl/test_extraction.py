@@ -64,7 +64,22 @@ def test_the_strict_answer_is_the_only_answer_block_at_the_end(completion, answe
     ("The answer is 42 apples, not 3.", "42"), ("Answer: (3+4)*2.", "(3+4)*2"),
     ("answer: 5\n**Answer**: yes", "yes"), ("答案是 12", "12"), ("答案：十二", "十二"),
     ("1+1=2 and then 1,234.", "1,234"), ("-7", "-7"), ("nothing", None), ("", None),
-    ("\\boxed{4", "4"), ("<answer></answer> 5", "5")])
+    ("\\boxed{4", "4"), ("<answer></answer> 5", "5"),
+    ("The answer is **5**.", "5"), ("**Answer:** 5", "5"), ("**The answer is 5.**", "5"),
+    ("**Final Answer**\n\n5", "5"), ("### Answer\n12", "12"), ("The answer is `5`.", "5"),
+    ("<answer>The answer is 5</answer>", "5"), ("<answer>So the final answer is: 7.</answer>", "7"),
+    ("<answer>**5**</answer>", "5"), ("<answer>−5</answer>", "-5"), ("Answer: −5", "-5"),
+    ("so −5", "-5"), ("The answer is \\frac{1}{2}.", "\\frac{1}{2}"),
+    ("The answer is -\\frac{3}{4} of it.", "-\\frac{3}{4}"),
+    ("The answer is \\(x^2\\), so", "x^2"), ("The answer is \\[5\\]", "5"),
+    ("The final answer is $\\frac{1}{2}$. I hope it is correct.", "\\frac{1}{2}"),
+    ("The answer to the question is \\frac{1}{2}.", "\\frac{1}{2}"), ("Answer: (2, 3)", "(2, 3)"),
+    ("The answer is x = 5.", "x = 5"), ("Answer: 2x+1", "2x+1"), ("The answer is (B).", "(B)"),
+    ("The answer is 5 m.", "5"), ("The answer is $5.", "5"), ("Answer: 3e-4", "3e-4"),
+    ("The answer is 5. Check: 3+2=5", "5"), ("The answer is about 5 or so", "5"),
+    ("答案是 **12**。", "12"), ("答案：\\frac{1}{2}。", "\\frac{1}{2}"),
+    ("<answer>def f(xs):\n  answer = 0\n  return answer</answer>",
+     "def f(xs):\n  answer = 0\n  return answer")])
 def test_the_lenient_answer_is_found_wherever_it_occurs(completion, answer):
   assert lenient_answer(completion) == answer
 

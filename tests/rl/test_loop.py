@@ -15,18 +15,21 @@ import pytest
 import tiny
 
 import model
+from experiments import settings
 from rl import loop, rewards
-from rl.config import ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
+from rl.config import CustomReward, ObjectiveConfig, RewardConfig, RLConfig, SamplingConfig
 from rl.documents import DocumentsConfig, write_documents
 from rl.loading import TOKENIZER, as_dict, load_model
 from rl.loop import train
 from rl.mtp import split_mtp
+from rl.objective import SPECS
 from rl.sampler import Sampler
 from rl.step import init_rl_state
 from rl.tasks import get_task
 from tests.rl import small
 from tests.train import small as train_small
 from train.checkpoint import read_newest
+from train.config_io import from_dict, to_dict
 from train.run_folder import MetricsFile, RunFolder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -169,6 +172,26 @@ def test_truncated_completions_are_masked_entirely_if_configured(tmp_path, task,
     assert row["completions/learned"] == row["loss/denominator"] == count
 
 
+@pytest.mark.parametrize("counts", [False, True])
+def test_rewards_of_masked_completions_count_in_the_baseline_if_configured(
+    tmp_path, task, learned, counts):
+  cfg = small.config(task, rewards={"accuracy": 1, "overlong": 1}, loop={"steps": 1},
+                     objective={"mask_truncated": True, "truncated_in_baseline": counts})
+  result = small.run(cfg, tmp_path / "run")
+  (args, _), eos, advantages = learned[0], small.tokenizer().eos, []
+  _, tokens_SN, lengths_S, _, advantage_S, _ = args
+  ended_S = tokens_SN[np.arange(16), lengths_S - 1] == eos
+  assert 0 < ended_S.sum() < 16
+  assert advantage_S[~ended_S].any() == counts
+  for group in range(4):
+    rows = np.arange(4 * group, 4 * group + 4)
+    counted = rows if counts else rows[ended_S[rows]]
+    values = advantage_S[counted]
+    assert abs(values.sum()) < 1e-5 and (not values.any() or np.isclose(np.mean(values**2), 1))
+    advantages += [not values.any()]
+  assert result.rows[0]["groups/equal"] == sum(advantages)
+
+
 def test_groups_with_equal_rewards_are_replaced_by_those_of_later_problems(
     tmp_path, task, learned):
   cfg = small.config(task, objective={"resample": 8}, loop={"steps": 3})
@@ -250,6 +273,97 @@ def test_prompts_contexts_and_splits_that_do_not_fit_are_refused(tmp_path, task)
     small.run(small.config(task, loop={"eval_problems": 50}), tmp_path / "heldout")
 
 
+def write_long(folder, count=4):
+  """Writes 60 short questions and `count` long ones; returns the task's spec and their lines."""
+  spec = small.write_task(folder)
+  with open(folder / "task.jsonl", "a") as file:
+    file.writelines(f'{{"question": "{i} is far too long", "answer": 1}}\n' for i in range(count))
+  return spec
+
+
+def test_prompts_that_are_too_long_are_refused_before_the_first_step_by_line(tmp_path):
+  spec = write_long(tmp_path)
+  line = r"line 6[1-4] of \S+task.jsonl"
+  with pytest.raises(ValueError, match=rf"[1-4] of \d\d questions of the split 'train' .*{line}.*"
+                                       rf"the prompt of {line} has 23 tokens, more than the 10 "
+                                       "allowed: raise max_prompt_length, or set "
+                                       "sampling.long_prompts=skip"):
+    small.run(small.config(spec), tmp_path / "run")
+  assert not rows(tmp_path / "run", "evaluations.jsonl")
+
+
+def test_prompts_that_are_too_long_are_skipped_and_counted_if_configured(tmp_path, learned):
+  spec = write_long(tmp_path)
+  cfg = small.config(spec, sampling={"long_prompts": "skip"}, loop={"steps": 20})
+  long = sum("long" in get_task(spec).problem("train", i).question
+             for i in range(get_task(spec).size("train")))
+  result = small.run(cfg, tmp_path / "run")
+  assert long and [row["prompts/skipped"] for row in result.rows] == [long] * 20
+  seen = [small.tokenizer().decode(prompt) for args, _ in learned for prompt in args[0][::4]]
+  fitting = get_task(spec).size("train") - long
+  assert len(set(seen[:fitting])) == fitting == 56 and set(seen[56:60]) == set(seen[:4])
+  assert not any("long" in prompt for prompt in seen)
+
+
+def test_long_questions_of_a_task_without_end_are_replaced(task):
+  cfg = RLConfig(task="arithmetic:terms=4,digits=2", sampling=dataclasses.replace(
+      small.SAMPLING, max_prompt_length=12, long_prompts="skip"))
+  sampler = Sampler(loop.Transformer(small.MODEL), cfg, small.tokenizer())
+  drawn = sampler.sample(small.variables(), "train", range(20), 1, step=1)
+  assert max(map(len, drawn.prompt_tokens)) <= 12 and sampler.skipped["train"] > 0
+  again = Sampler(loop.Transformer(small.MODEL), cfg, small.tokenizer())
+  assert again.sample(small.variables(), "train", range(20), 1, step=1).prompts == drawn.prompts
+  strict = dataclasses.replace(cfg, sampling=dataclasses.replace(
+      cfg.sampling, long_prompts="error"))
+  with pytest.raises(ValueError, match=r"prompt of problem arithmetic.*more than the 12 allowed"):
+    Sampler(loop.Transformer(small.MODEL), strict, small.tokenizer()).sample(
+        small.variables(), "train", range(20), 1, step=1)
+
+
+@pytest.mark.parametrize(("values", "warnings"), [
+    ([0] * 16, 1), ([None] * 16, 1), ([0] * 15 + [0.5], 0), ([-1] * 16, 0)])
+def test_a_run_without_any_reward_warns_once_and_says_what_to_look_at(
+    tmp_path, task, monkeypatch, caplog, values, warnings):
+  reward = lambda prompts, completions, **columns: list(values)
+  monkeypatch.setattr(loop, "reward_function", lambda *_: rewards.combine({"mine": reward}))
+  with caplog.at_level("WARNING"):
+    small.run(small.config(task, loop={"steps": 7}), tmp_path / "run")
+  found = [record.getMessage() for record in caplog.records
+           if "nothing is learned" in record.getMessage()]
+  assert len(found) == warnings
+  assert all("in the last 5 steps" in text and "mine" in text and "completions.jsonl" in text
+             for text in found)
+
+
+def test_a_reward_of_the_users_own_is_given_the_columns_of_the_file(tmp_path, monkeypatch):
+  (tmp_path / "own_rewards.py").write_text(
+      "def level(prompts, completions, *, level, question, **columns):\n"
+      "  assert len(level) == len(question) == len(columns['num_tokens'])\n"
+      "  return [x / 4 if f'Q: {text}\\n' in prompt else None\n"
+      "          for x, text, prompt in zip(level, question, prompts)]\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(f'{{"question": "{i}", "answer": 1, "level": 3}}\n' for i in range(60)))
+  cfg = small.config(f"file:{path}", loop={"steps": 1}, rewards={
+      "accuracy": 0, "custom": (CustomReward("own_rewards:level", 2.0),)})
+  row = small.run(cfg, tmp_path / "run").rows[0]
+  assert row["rewards/level/mean"] == 0.75 and row["reward"] == 1.5
+  with pytest.raises(ValueError, match="'lost:level': the module 'lost' cannot be imported"):
+    small.run(small.config(f"file:{path}", rewards={"custom": (CustomReward("lost:level"),)}),
+              tmp_path / "other")
+
+
+def test_an_objective_is_changed_by_settings_and_trains(tmp_path, task):
+  objective = {"name": "dapo", "importance": True, "dual_clip": True, "dual_clip_ratio": 2.0,
+               "aggregation": "sequence_mean", "beta": 0.1, "kl": "k2", "kl_level": "sequence"}
+  cfg = small.config(task, objective=objective, loop={"steps": 1})
+  row = small.run(cfg, tmp_path / "run").rows[0]
+  assert {"importance/mean", "clip_ratio/dual", "kl_loss"} <= row.keys()
+  plain = small.run(small.config(task, objective={"name": "dapo"}, loop={"steps": 1}),
+                    tmp_path / "plain").rows[0]
+  assert not {"importance/mean", "clip_ratio/dual", "kl_loss"} & plain.keys()
+
+
 SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
 
 
@@ -260,6 +374,22 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
     (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),
     (lambda: ObjectiveConfig(sampler="initial"), "is for name='rft'"),
     (lambda: ObjectiveConfig(epsilon=-0.1), "epsilon=-0.1"),
+    (lambda: ObjectiveConfig(aggregation="mean"), "aggregation='mean' must be one of"),
+    (lambda: ObjectiveConfig(aggregation="token_mean"), "or kl_level='token'"),
+    (lambda: ObjectiveConfig(name="dapo", kl="k2"), "kl=k2 would have no effect: there is no KL"),
+    (lambda: ObjectiveConfig(name="ppo", kl="k3"), "PPO's reward has the KL by k1"),
+    (lambda: ObjectiveConfig(name="rloo", dual_clip=True), "needs surrogate='clip'"),
+    (lambda: ObjectiveConfig(name="rft", importance=True), "no policy ratio"),
+    (lambda: ObjectiveConfig(dual_clip_ratio=2.0), "it is for dual_clip=True"),
+    (lambda: ObjectiveConfig(importance_cap=2.0), "it is for importance=True"),
+    (lambda: ObjectiveConfig(dual_clip=True, dual_clip_ratio=1.0), "must be above 1"),
+    (lambda: ObjectiveConfig(truncated_in_baseline=False), "is for mask_truncated=True"),
+    (lambda: ObjectiveConfig(name="ppo", mask_truncated=True, truncated_in_baseline=False),
+     "ppo compares no rewards within a group"),
+    (lambda: CustomReward("brevity"), "must have the form module:function"),
+    (lambda: CustomReward("my-rewards:brevity"), "must have the form module:function"),
+    (lambda: RewardConfig(custom=(CustomReward("a:format"),)), "format is the name of more"),
+    (lambda: RewardConfig(custom=(CustomReward("a:x"), CustomReward("b:x"))), "x is the name"),
     (lambda: RewardConfig(accuracy=0, format=0), "nothing is rewarded"),
     (lambda: SamplingConfig(slots=0), "slots=0 must be positive"),
     (lambda: SamplingConfig(temperature=0), "temperature=0 must be positive"),
@@ -289,6 +419,26 @@ def test_objectives_default_to_the_values_of_their_papers():
   assert ObjectiveConfig(name="rloo", baseline="mean").group_baseline == "mean"
   spec = ObjectiveConfig(name="dapo", beta=0.1, epsilon=0.3).spec(48)
   assert (spec.kl_in, spec.beta, spec.epsilon, spec.epsilon_high) == ("loss", 0.1, 0.3, 0.28)
+  for name, plain in SPECS.items():
+    own = ObjectiveConfig(name=name).spec(48)
+    assert own == (plain.replace(max_length=48) if name == "dr_grpo" else plain)
+  changed = ObjectiveConfig(name="grpo", aggregation="constant_length", kl="k1").spec(48)
+  assert changed == SPECS["grpo"].replace(aggregation="constant_length", max_length=48, kl="k1")
+  assert ObjectiveConfig(name="reinforce", aggregation="constant_length").spec(48).max_length == 1
+  assert ObjectiveConfig(name="dr_grpo", aggregation="token_mean").spec(48) == (
+      SPECS["dr_grpo"].replace(aggregation="token_mean"))
+
+
+def test_custom_rewards_are_written_and_read_back():
+  cfg = RLConfig(rewards=RewardConfig(custom=(CustomReward("a.b:x", 0.5), CustomReward("c:y"))))
+  assert cfg.rewards.weights() == {"accuracy": 1, "format": 1, "x": 0.5, "y": 1}
+  assert from_dict(RLConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
+  old = to_dict(cfg)
+  del old["rewards"]["custom"], old["sampling"]["long_prompts"], old["objective"]["dual_clip"]
+  assert from_dict(RLConfig, old) == RLConfig()
+  text = "rewards.custom=a.b:x,CustomReward(function=c:y,weight=0.5)"
+  assert settings.apply(RLConfig(), [text]).rewards.custom == (
+      CustomReward("a.b:x"), CustomReward("c:y", 0.5))
 
 
 def test_a_runs_folder_can_be_loaded(tmp_path, task):

@@ -5,7 +5,8 @@ import pytest
 
 from rl.evaluate import Verdicts, judge, majority_at, verdicts
 from rl.sampler import Samples
-from rl.tasks import get_task
+from rl.tasks import get_task, gym
+from rl.tasks.problem import Problem
 
 
 def samples_of(answers) -> Samples:
@@ -32,3 +33,65 @@ def test_known_verdicts_are_not_computed_again():
   assert verdicts(drawn, 4).judged_PN.all() and not verdicts(drawn, 4).correct_PN.any()
   known = Verdicts(np.array([[True] * 4, [False] * 4]), judged)
   assert judge(drawn, 4, accuracy=known)["pass@1"][0] == 1 / 2
+
+
+def judged(problem: Problem, *answers: str) -> dict:
+  """Returns the metrics of a problem's samples with these answers."""
+  count = len(answers)
+  return judge(Samples(
+      [problem] * count, [""] * count, [np.ones(1, int)] * count,
+      [f"<answer>{answer}</answer>" for answer in answers], np.zeros((count, 3), int),
+      np.full(count, 3), np.zeros((count, 3)), np.ones(count, bool)), count)
+
+
+def countdown() -> Problem:
+  return Problem("", "make 3 from 1 2 6", "6/2", "countdown", {"target": 3, "numbers": [1, 2, 6]})
+
+
+@pytest.mark.parametrize(("answers", "expected"), [
+    (("6/2", "3"), 1 / 2), (("6/2", "3", "3"), 0), (("6/2", " 6 / 2 ", "3"), 1),
+    (("6/2", "1+2", "3"), 2 / 3), (("6/2", "2+6", "2+6"), 0)])
+def test_expressions_of_equal_value_are_not_one_answer_to_countdown(answers, expected):
+  metrics = judged(countdown(), *answers)
+  assert metrics[f"cons@{len(answers)}"][0] == pytest.approx(expected)
+  assert metrics["lenient_cons"][0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("gold", "answers", "expected"), [
+    ("90^\\circ", ("90", "90.", "80"), 1), ("90^\\circ", ("90", "80", "80.0"), 0),
+    ("\\frac{1}{3}", ("0.333333", "0.3333336", "1/3", "2", "2.", "2.0"), 1 / 2),
+    ("x^2", ("1+x", "x+1", "x^2"), 0), ("x^2", ("x+1", "x+2", "x^2", "x \\cdot x"), 1),
+    ("7", ("1/2", "0.5", "7"), 0), ("7", ("so", "so", "7"), 0)])
+@pytest.mark.parametrize("task", ["", "file"])
+def test_answers_are_one_if_the_checker_takes_them_for_the_same(
+    tmp_path, gold, answers, expected, task):
+  spec = ""
+  if task:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "?", "answer": 1}')
+    spec = f"file:{path}"
+  metrics = judged(Problem("", "?", gold, spec), *answers)
+  assert metrics[f"cons@{len(answers)}"][0] == pytest.approx(expected)
+
+
+class Exact:
+  """A scorer of reasoning-gym's that compares texts, and one that ignores the reference."""
+
+  def __init__(self, solutions=()):
+    self.solutions = solutions
+
+  def score_answer(self, answer, entry):
+    return float(answer in self.solutions if self.solutions else answer == entry["answer"])
+
+
+@pytest.mark.parametrize(("solutions", "answers", "expected"), [
+    ((), ("2", "2.0"), 1 / 2), ((), ("2", "2.0", "2.0"), 0), ((), ("3", "3.0", "2", "2"), 1),
+    (("2", "1+1"), ("2", "1+1", "3"), 1), (("2", "1+1"), ("2", "3", "3", "4"), 0)])
+def test_scorers_of_reasoning_gym_decide_which_answers_are_one(
+    monkeypatch, solutions, answers, expected):
+  task = object.__new__(gym.Gym)
+  vars(task)["_data"] = Exact(solutions)
+  for module in ("rl.evaluate", "rl.rewards"):
+    monkeypatch.setattr(f"{module}.get_task", lambda spec: task)
+  problem = Problem("", "?", "2", "gym:gcd", {"gym_entry": {"answer": "2"}})
+  assert judged(problem, *answers)[f"cons@{len(answers)}"][0] == pytest.approx(expected)

@@ -161,11 +161,45 @@ def fails(prompts, completions, **columns):
 
 @pytest.mark.parametrize(("function", "message"), [
     (fails, "KeyError: 'target'"), (constant(1), "1 values for 2"), (constant(1, math.nan), "nan"),
-    (constant(1, math.inf), "inf"), (constant(1, "1"), "'1'"), (lambda *_, **__: None, "NoneType"),
+    (constant(1, math.inf), "row 1 is inf"), (constant(1, 1e308), r"row 1 is 1e\+308"),
+    (constant(1e39, 0), r"row 0 is 1e\+39"), (constant(0, 10**400), "row 1 is an integer of 1329"),
+    (constant(0, 10**5000), "row 1 is an integer of"), (constant(1, "1"), "'1'"),
+    (lambda *_, **__: None, "NoneType"),
     (lambda prompts, completions: [0, 0], "TypeError")])
 def test_a_bad_reward_function_is_named(function, message):
   with pytest.raises(ValueError, match=r"reward 'mine'.*" + message):
     rewards.combine({"mine": function})(["?"] * 2, [""] * 2, answer=["7"] * 2)
+
+
+def test_the_weighted_reward_must_not_be_too_large_either():
+  with pytest.raises(ValueError, match=r"reward 'mine'.*weight 1e\+16 none above 1e\+20; row 1"):
+    rewards.combine({"mine": constant(1, 1e6)}, {"mine": 1e16})(["?"] * 2, [""] * 2)
+
+
+def test_booleans_and_numbers_of_numpy_are_rewards():
+  values = constant(True, np.bool_(True), np.float32(0.5), np.int64(3), None, np.False_)
+  assert rewards.combine({"a": values})(["?"] * 6, [""] * 6).rewards == [1, 1, 0.5, 3, None, 0]
+
+
+def test_a_missing_column_is_named():
+  def mine(prompts, completions, *, level, answer, **columns):
+    return [0.0]
+
+  with pytest.raises(ValueError, match=r"reward 'mine' needs the column level, .*they have answer"):
+    rewards.combine({"mine": mine})(["?"], [""], answer=["7"])
+  with pytest.raises(ValueError, match="reward 'language' needs the column language"):
+    rewards.combine({"language": rewards.language_consistency})(["?"], [""], answer=["7"])
+
+
+def test_a_reward_of_the_users_own_is_loaded_by_its_name(tmp_path, monkeypatch):
+  (tmp_path / "my_rewards.py").write_text(
+      "def by_level(prompts, completions, *, level, **columns):\n  return [x / 2 for x in level]\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  assert rewards.load("my_rewards:by_level")(["?"], [""], level=[3]) == [1.5]
+  with pytest.raises(ValueError, match=r"my_rewards.py\) has no function 'by_size'"):
+    rewards.load("my_rewards:by_size")
+  with pytest.raises(ValueError, match=r"'no_rewards' cannot be imported .*PYTHONPATH"):
+    rewards.load("no_rewards:by_size")
 
 
 def test_columns_must_be_as_long_as_the_prompts():

@@ -302,6 +302,53 @@ def test_rows_of_gsm8k_are_read_without_conversion(jsonl):
   assert task.excluded == {}
 
 
+@pytest.mark.parametrize(("answer", "text", "given", "wrong"), [
+    ("0.00001", "0.00001", "10^{-5}", "e-5"), ("1e16", "1" + "0" * 16, "10^{16}", "16e"),
+    ("1.5", "1.5", "3/2", "1"), ("1e-300", "1e-300", "10^{-300}", "0"),
+    ('"1e-05"', "1e-05", "0.00001", "e-5"), ('"\\\\dfrac{7}{3}."', "\\dfrac{7}{3}.", "7/3", "7"),
+    ('"$x^2$."', "$x^2$.", "x^2", "x"), ('"(x+1)^2(x-1)^2"', "(x+1)^2(x-1)^2", "(x^2-1)^2", "x")])
+def test_numbers_and_latex_of_a_file_are_read_as_they_are_meant(jsonl, answer, text, given, wrong):
+  task = jsonl(f'{{"question": "?", "answer": {answer}}}')
+  row = task.problem("all", 0).row()
+  assert row["answer"] == text and task.excluded == {}
+  assert task.check_all([text, given, wrong], [row] * 3) == [True, True, False]
+
+
+def test_all_columns_of_a_file_are_passed_to_rewards_except_reserved_ones(jsonl):
+  task = jsonl({"question": "?", "answer": 2, "language": "en", "level": 3, "task": "algebra"})
+  assert task.problem("all", 0).row() == {
+      "answer": "2", "task": task.spec, "language": "en", "level": 3}
+
+
+@pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
+def test_rows_with_tests_and_without_an_answer_are_programming_problems(jsonl):
+  task = jsonl({"question": "square", "tests": "assert f(3) == 9"},
+               {"question": "double", "tests": ["assert f(3) == 6", "assert f(1) == 2"]},
+               {"question": "neither"})
+  rows = [task.problem("all", i).row() for i in range(2)]
+  assert task.size("all") == 2 and task.excluded == {"without an answer": 1}
+  programs = ["def f(x): return x * x", "```python\ndef f(x): return 2 * x\n```"]
+  assert task.check_all(programs, rows) == [True, True]
+  assert task.check_all(programs[::-1], rows) == [False, False]
+  reward = rewards.unit_tests()(["?"] * 2, [f"<answer>{text}</answer>" for text in programs],
+                                tests=[row["tests"] for row in rows])
+  assert reward == [1, 1]
+
+
+def test_the_seed_decides_the_order_of_a_file_but_not_its_splits(jsonl):
+  task = jsonl(*({"question": f"{i}?", "answer": str(i)} for i in range(100)))
+  other = get_task(f"{task.spec}:seed=1")
+  questions = lambda task, split: [task.problem(split, i).question for i in range(task.size(split))]
+  for split in ("train", "heldout"):
+    orders = [questions(task, split), questions(other, split)]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0], key=lambda text: int(text[:-1]))
+  assert questions(task, "all") == questions(other, "all") == [f"{i}?" for i in range(100)]
+  problem = other.problem("train", 0)
+  assert get_task(problem.task) is other and problem.task.endswith(":seed=1")
+
+
 def test_bad_rows_are_excluded_and_counted(jsonl):
   good = {"question": "Two?", "answer": "2"}
   task = jsonl(good, "{broken", "[1]", {"question": "Q"}, {"question": "Q", "answer": "so\n####"},
@@ -348,7 +395,7 @@ def test_programs_of_a_file_are_rewarded_for_passing_their_tests(jsonl):
 
 def test_rows_with_broken_tests_are_excluded(jsonl):
   bad = ["assert f(1) ==", "", [], 3, [{"input": "1"}], [{"input": 1, "output": 1}], {"input": "1"},
-         ["assert f(1) == 1"], "(" * 1000]
+         ["assert f(1) =="], ["assert f(1)", 2], "(" * 1000]
   task = jsonl(*({"question": "Q", "answer": "1", "tests": tests} for tests in bad),
                {"question": "Q", "answer": "1", "tests": None})
   assert task.size("all") == 1
