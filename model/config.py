@@ -194,6 +194,8 @@ class GQAConfig:
     head_dim: width of a query, key or value head.
     qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
     out_bias: whether the output projection has a bias.
+    qk_norm: whether every query and key head is normalised by an RMSNorm before it is rotated; the
+      heads of a layer share one scale for queries and one for keys (Qwen3).
   """
 
   num_heads: int
@@ -201,6 +203,7 @@ class GQAConfig:
   head_dim: int
   qkv_bias: bool = False
   out_bias: bool = False
+  qk_norm: bool = False
 
   def __post_init__(self):
     require_positive(self, "num_heads", "num_kv_heads", "head_dim")
@@ -231,7 +234,8 @@ class GQAConfig:
 
   def vector_params(self, d_model: int) -> int:
     heads = self.num_heads + 2 * self.num_kv_heads
-    return self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
+    biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
+    return biases + self.qk_norm * 2 * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +322,7 @@ class MTPConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer: V3, V2, Llama and Qwen2 are values of this class.
+  """A decoder-only transformer: V3, V2, Llama, Qwen2 and Qwen3 are values of this class.
 
   Attributes:
     vocab_size: number of rows of the embedding.

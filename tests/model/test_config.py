@@ -71,6 +71,7 @@ def test_counts_are_the_published_numbers():
   # From the model cards.
   assert model.get_config("llama3_8b").param_count() == 8_030_261_248
   assert model.get_config("qwen2_1_5b").param_count() == 1_543_714_304
+  assert model.get_config("qwen3_8b").param_count() == 8_190_735_360
 
 
 @pytest.mark.parametrize(("name", "millions"), [
