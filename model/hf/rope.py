@@ -33,8 +33,8 @@ def parse_rope(reader: Reader, model_type: str) -> RopeConfig | None:
   theta = source.get("rope_theta", float, _THETA)
   nested = [name for name, value in given.items() if isinstance(value, dict)]
   if nested:
-    rope.problems.append(f"{rope.where}: has an object {nested[0]!r}; positions that differ between "
-                         "types of layers are not supported")
+    rope.problems.append(f"{rope.where}: has an object {nested[0]!r}; positions that differ "
+                         "between types of layers are not supported")
   rope.refuse("partial_rotary_factor", unless=1.0)
   reader.refuse("partial_rotary_factor", unless=1.0)
   interleaved = model_type == "deepseek_v2" or (
