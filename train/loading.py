@@ -1,7 +1,6 @@
 """Loads models from run folders of training on text and from Hugging Face folders."""
 
 import dataclasses
-import json
 import os
 import pathlib
 
@@ -10,6 +9,8 @@ from train.checkpoint import read_newest
 from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
 from train.program import Program, first_run
+from train.prompts import PromptFormat
+from train.run_folder import read_json_object
 from train.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -23,11 +24,13 @@ class LoadedModel:
     cfg: the architecture.
     variables: the collections "params" and, with experts, "router".
     tokenizer_path: the folder's `tokenizer.json`; None if it has none.
+    hf_folder: the folder, if it is a Hugging Face folder; None for a run folder.
   """
 
   cfg: model.ModelConfig
   variables: dict
   tokenizer_path: str | None
+  hf_folder: str | None = None
 
   def tokenizer(self, path: str | None = None) -> Tokenizer:
     """Returns the tokenizer at `path` or, if that is None, the model's own.
@@ -39,6 +42,16 @@ class LoadedModel:
     if path is None:
       raise ValueError(f"the checkpoint's folder has no {TOKENIZER}: copy it there")
     return Tokenizer.load(path)
+
+  def prompt_format(self) -> PromptFormat:
+    """Returns how the model is prompted, and which tokens end its text, as its folder says.
+
+    A run folder says nothing about that.
+
+    Raises:
+      ValueError: if the folder's files cannot be read.
+    """
+    return PromptFormat.load(self.hf_folder) if self.hf_folder else PromptFormat()
 
 
 def load_model(path: str | os.PathLike) -> LoadedModel:
@@ -55,18 +68,18 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
     raise ValueError(f"{folder} is not a folder: give one that --experiment=pretrain wrote, or a "
                      "Hugging Face folder")
   if (folder / "checkpoints").is_dir():
-    cfg, variables = _load_run(folder)
+    hf_folder, (cfg, variables) = None, _load_run(folder)
   elif (folder / "config.json").exists():
-    cfg, variables = model.hf.load(folder)
+    hf_folder, (cfg, variables) = str(folder), model.hf.load(folder)
   else:
     raise ValueError(f"{folder} has neither checkpoints/ nor config.json: give a folder that "
                      "--experiment=pretrain wrote, or a Hugging Face folder")
   tokenizer = folder / TOKENIZER
-  return LoadedModel(cfg, variables, str(tokenizer) if tokenizer.exists() else None)
+  return LoadedModel(cfg, variables, str(tokenizer) if tokenizer.exists() else None, hf_folder)
 
 
 def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
-  plain = json.loads((folder / "config.json").read_text())
+  plain = read_json_object(folder / "config.json")
   cfg = from_dict(RunConfig, plain["config"])
   one_device = dataclasses.replace(cfg, mesh=MeshConfig())
   program = Program([one_device] * len(plain["seeds"]), {})
