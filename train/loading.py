@@ -5,11 +5,11 @@ import os
 import pathlib
 
 import model
+from train.chat import PromptFormat
 from train.checkpoint import read_newest
 from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
 from train.program import Program, first_run
-from train.prompts import PromptFormat
 from train.run_folder import read_json_object
 from train.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from train.prompts import PromptFormat
+from train.chat import PromptFormat
 from train.tokenizer import Tokenizer
 
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
@@ -159,6 +159,8 @@ def test_a_broken_file_is_named(files, message, tmp_path):
     ("{{ messages[7].content }}", "cannot be rendered"),
     ("{{ ''.__class__.__mro__ }}", "cannot be rendered"),
     ("{{ messages.append(1) }}", "cannot be rendered"),
+    ("{% set ns = namespace(a=1) %}{% set ns.__class__ = 1 %}", "attribute '__class__'"),
+    ("{% set ns = namespace(__init__=1) %}", "attribute '__init__'"),
 ])
 def test_a_template_that_fails_or_leaves_the_sandbox_is_refused(template, message, tmp_path):
   form = write(tmp_path, chat_template__jinja=template)
