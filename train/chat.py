@@ -181,22 +181,26 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-  """A namespace that refuses names like those of Python's internals, as in transformers."""
+  """A namespace that refuses names like those of Python's internals, as in transformers.
+
+  Looking up an attribute of a namespace gives what a template stored, so that methods are called by
+  the class.
+  """
 
   def __init__(self, /, *args, **fields):
     fields = dict(*args, **fields)
     for name in fields:
-      self._require_public(name)
-    super().__init__(fields)
+      _require_public(name)
+    jinja2.utils.Namespace.__init__(self, fields)
 
   def __setitem__(self, name, value):
-    self._require_public(name)
-    super().__setitem__(name, value)
+    _require_public(name)
+    jinja2.utils.Namespace.__setitem__(self, name, value)
 
-  @staticmethod
-  def _require_public(name):
-    if isinstance(name, str) and name.startswith("_"):
-      raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
+
+def _require_public(name) -> None:
+  if isinstance(name, str) and name.startswith("_"):
+    raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
 
 
 def _environment() -> jinja2.Environment:
