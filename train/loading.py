@@ -10,7 +10,7 @@ from train.checkpoint import read_newest
 from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
 from train.program import Program, first_run
-from train.run_folder import read_json_object
+from train.run_folder import read_json_object, write_json_atomic
 from train.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -91,6 +91,12 @@ def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, dict]:
 
 def export(path: str | os.PathLike, cfg: model.ModelConfig, variables: dict,
            tokenizer: Tokenizer) -> None:
-  """Writes a model and its tokenizer as a Hugging Face folder."""
+  """Writes a model and its tokenizer as a Hugging Face folder.
+
+  A `generation_config.json` names the token that ends a document: without it, transformers would
+  end texts at the ids that are usual for the architecture.
+  """
   model.hf.save(path, cfg, variables)
   tokenizer.save(pathlib.Path(path) / TOKENIZER)
+  write_json_atomic(pathlib.Path(path) / "generation_config.json",
+                    {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad})

@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 
 import model
 from experiments import catalogue, run
+from train.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -177,3 +178,5 @@ def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
                for name in ("run", "exported")]
   assert all(status == 0 for status, _, _ in generated)
   assert generated[0][1] == generated[1][1] and generated[0][1].startswith("abc")
+  ends = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+  assert ends["eos_token_id"] == Tokenizer.load(tmp_path / "exported" / "tokenizer.json").eos
