@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.decoding.cache import Cache
-from model.layers import bias, weight
+from model.layers import RMSNorm, bias, weight
 from model.rope import rotate
 
 
@@ -153,7 +153,7 @@ def _xla(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg):
 class GroupedQueryAttention(nn.Module):
   """Attention whose key and value heads are shared by groups of query heads, with its parameters.
 
-  Queries and keys are rotated over their whole width.
+  Queries and keys are rotated over their whole width, after their norm if there is one.
 
   Attributes:
     cfg: the architecture; its `attention` must be a GQAConfig.
@@ -190,9 +190,13 @@ class GroupedQueryAttention(nn.Module):
         out_BTHK += b_HK.astype(out_BTHK.dtype)
       return checkpoint_name(out_BTHK, "qkv")
 
-    apply_rope = lambda x: rotate(x, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
-    q_BTHK = apply_rope(project("q", attention.num_heads, "heads"))
-    k_BSGK = apply_rope(project("k", attention.num_kv_heads, "kv_heads"))
+    def normed_and_rotated(name, x_BTHK):
+      if attention.qk_norm:
+        x_BTHK = RMSNorm(cfg, name=f"{name}_norm")(x_BTHK)
+      return rotate(x_BTHK, context.cos_BTr, context.sin_BTr, cfg.rope.layout)
+
+    q_BTHK = normed_and_rotated("q", project("q", attention.num_heads, "heads"))
+    k_BSGK = normed_and_rotated("k", project("k", attention.num_kv_heads, "kv_heads"))
     v_BSGK = project("v", attention.num_kv_heads, "kv_heads")
     if cache is not None:
       cache = cache.append(layer, keys=k_BSGK, values=v_BSGK)

@@ -14,8 +14,31 @@ from model.checks import require, require_positive
 from model.numerics import NUMERICS, Numerics
 
 
+def _temperature(factor: float, mscale: float) -> float:
+  """Returns 0.1 mscale ln(factor) + 1, or 1 if the context is not extended."""
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+class _SoftmaxTemperature:
+  """The softmax temperature that DeepSeek's attention has with every type of scaling.
+
+  It is a base of the dataclasses below, whose fields `factor` and `mscale_all_dim` it reads.
+  """
+
+  @property
+  def softmax_scale(self) -> float:
+    """What MLA's softmax scale is multiplied by: the square of sqrt(t) in V3 section 4.3."""
+    return _temperature(self.factor, self.mscale_all_dim) ** 2
+
+  def _require_positive_temperatures(self, *names: str) -> None:
+    for name in names:
+      value = getattr(self, name)
+      require(_temperature(self.factor, value) > 0,
+              f"{type(self).__name__}.{name}={value} makes a temperature that is not positive")
+
+
 @dataclasses.dataclass(frozen=True)
-class YarnScaling:
+class YarnScaling(_SoftmaxTemperature):
   """YaRN context extension (arXiv:2309.00071) with DeepSeek's two temperature terms.
 
   Each is m = 0.1 mscale ln(factor) + 1. The released models set both coefficients to the same value
@@ -28,9 +51,12 @@ class YarnScaling:
     original_seq_len: tokens in the original context.
     beta_fast: frequencies with more rotations than this over the original context are kept.
     beta_slow: frequencies with fewer rotations than this are divided by `factor`; those between
-      `beta_slow` and `beta_fast` are interpolated.
+      `beta_slow` and `beta_fast` are interpolated. If the two are equal (Kimi K2), at most one pair
+      of dimensions is interpolated.
     mscale: coefficient of the temperature of the rotated dimensions.
     mscale_all_dim: coefficient of the temperature of all dimensions.
+    attention_factor: what the rotation is scaled by; None derives it from the temperatures.
+    truncate: whether the first and the last pair that are interpolated are rounded to whole pairs.
   """
 
   factor: float = 40.0
@@ -39,32 +65,29 @@ class YarnScaling:
   beta_slow: float = 1.0
   mscale: float = 1.0
   mscale_all_dim: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
 
   def __post_init__(self):
     require_positive(self, "factor", "original_seq_len", "beta_fast", "beta_slow")
-    require(self.beta_fast > self.beta_slow, "YarnScaling.beta_fast must exceed beta_slow")
-    for name in ("mscale", "mscale_all_dim"):
-      require(self._temperature(getattr(self, name)) > 0,
-              f"YarnScaling.{name}={getattr(self, name)} makes a temperature that is not positive")
-
-  def _temperature(self, mscale: float) -> float:
-    return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+    require(self.beta_fast >= self.beta_slow,
+            f"YarnScaling.beta_fast={self.beta_fast} must not be below beta_slow={self.beta_slow}")
+    self._require_positive_temperatures("mscale", "mscale_all_dim")
+    if self.attention_factor is not None:
+      require_positive(self, "attention_factor")
 
   @property
   def rotation_scale(self) -> float:
     """What cos and sin are multiplied by; the rotated part of the scores gets its square."""
+    if self.attention_factor is not None:
+      return self.attention_factor
     if self.mscale and self.mscale_all_dim:
-      return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
-    return self._temperature(1.0)
-
-  @property
-  def softmax_scale(self) -> float:
-    """What MLA's softmax scale is multiplied by: the square of sqrt(t) in V3 section 4.3."""
-    return self._temperature(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+      return _temperature(self.factor, self.mscale) / _temperature(self.factor, self.mscale_all_dim)
+    return _temperature(self.factor, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
+class Llama3Scaling(_SoftmaxTemperature):
   """Llama 3.1's piecewise frequency scaling.
 
   Attributes:
@@ -74,31 +97,37 @@ class Llama3Scaling:
     high_freq_factor: frequencies with more rotations than this are kept; those between the two are
       interpolated.
     original_seq_len: tokens in the original context.
+    mscale_all_dim: coefficient of MLA's softmax temperature, as in YarnScaling; 0 for none.
   """
 
   factor: float = 8.0
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_seq_len: int = 8192
+  mscale_all_dim: float = 0.0
 
   def __post_init__(self):
     require_positive(self, "factor", "low_freq_factor", "original_seq_len")
     require(self.high_freq_factor > self.low_freq_factor,
             "Llama3Scaling.high_freq_factor must exceed low_freq_factor")
+    self._require_positive_temperatures("mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearScaling:
+class LinearScaling(_SoftmaxTemperature):
   """Position interpolation (arXiv:2306.15595).
 
   Attributes:
     factor: what every frequency is divided by.
+    mscale_all_dim: coefficient of MLA's softmax temperature, as in YarnScaling; 0 for none.
   """
 
   factor: float = 1.0
+  mscale_all_dim: float = 0.0
 
   def __post_init__(self):
     require_positive(self, "factor")
+    self._require_positive_temperatures("mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +223,8 @@ class GQAConfig:
     head_dim: width of a query, key or value head.
     qkv_bias: whether the projections to queries, keys and values have biases (Qwen2).
     out_bias: whether the output projection has a bias.
+    qk_norm: whether every query and key head is normalised by an RMSNorm before it is rotated; the
+      heads of a layer share one scale for queries and one for keys (Qwen3).
   """
 
   num_heads: int
@@ -201,6 +232,7 @@ class GQAConfig:
   head_dim: int
   qkv_bias: bool = False
   out_bias: bool = False
+  qk_norm: bool = False
 
   def __post_init__(self):
     require_positive(self, "num_heads", "num_kv_heads", "head_dim")
@@ -231,7 +263,8 @@ class GQAConfig:
 
   def vector_params(self, d_model: int) -> int:
     heads = self.num_heads + 2 * self.num_kv_heads
-    return self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
+    biases = self.qkv_bias * heads * self.head_dim + self.out_bias * d_model
+    return biases + self.qk_norm * 2 * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +351,7 @@ class MTPConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only transformer: V3, V2, Llama and Qwen2 are values of this class.
+  """A decoder-only transformer: V3, V2, Llama, Qwen2 and Qwen3 are values of this class.
 
   Attributes:
     vocab_size: number of rows of the embedding.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Context, attend
-from model.config import MLAConfig, ModelConfig, YarnScaling
+from model.config import MLAConfig, ModelConfig
 from model.decoding.cache import Cache
 from model.layers import RMSNorm, weight
 from model.rope import rotate
@@ -25,9 +25,11 @@ LATENT_NORM_EPS = 1e-6
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
-  """Returns 1 / sqrt(head width), times YaRN's temperature (V3: 0.1352 with it, 0.0722 without)."""
-  scaling = cfg.rope.scaling
-  temperature = scaling.softmax_scale if isinstance(scaling, YarnScaling) else 1.0
+  """Returns 1 / sqrt(head width), times the temperature of the scaling of RoPE if there is any.
+
+  In V3 it is 0.1352 with YaRN's temperature, and 0.0722 without.
+  """
+  temperature = cfg.rope.scaling.softmax_scale if cfg.rope.scaling else 1.0
   return cfg.attention.score_dim**-0.5 * temperature
 
 

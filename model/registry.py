@@ -118,10 +118,20 @@ def _qwen2_1_5b() -> ModelConfig:
       max_seq_len=4096, tie_embeddings=True, init_std=0.02, numerics=NUMERICS["bf16"])
 
 
+def _qwen3_8b() -> ModelConfig:
+  """Qwen3 8B as R1-0528-Qwen3-8B has it, with YaRN to 128 K positions."""
+  return ModelConfig(
+      vocab_size=151936, d_model=4096, num_layers=36, ffn_dim=12288,
+      attention=GQAConfig(num_heads=32, num_kv_heads=8, head_dim=128, qk_norm=True),
+      rope=RopeConfig(theta=1000000.0, layout="half", scaling=YarnScaling(
+          factor=4.0, original_seq_len=32768, mscale=0.0, mscale_all_dim=0.0)),
+      max_seq_len=131072, init_std=0.02, numerics=NUMERICS["bf16"])
+
+
 CONFIGS = {
     build.__name__.removeprefix("_"): build
     for build in (_deepseek_v3, _deepseek_v2, _deepseek_v2_lite, _nano, _micro, _small, _base,
-                  _llama3_8b, _qwen2_1_5b)
+                  _llama3_8b, _qwen2_1_5b, _qwen3_8b)
 }
 
 

@@ -46,9 +46,13 @@ def _yarn(plain_r: np.ndarray, theta: float, dim: int, cfg: YarnScaling) -> np.n
     """The fractional index of the pair that rotates this often over the original context."""
     return dim * math.log(cfg.original_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-  low = max(math.floor(pair_index(cfg.beta_fast)), 0)
-  high = min(math.ceil(pair_index(cfg.beta_slow)), dim - 1)
-  ramp_r = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+  low, high = pair_index(cfg.beta_fast), pair_index(cfg.beta_slow)
+  if cfg.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
+  # An empty ramp becomes a step, and the clipped bounds of a context that is very short (or very
+  # long) for theta may be in reverse order: both as in the released code and in transformers.
+  ramp_r = np.clip((np.arange(dim // 2) - low) / ((high - low) or 1e-3), 0, 1)
   return plain_r / cfg.factor * ramp_r + plain_r * (1 - ramp_r)
 
 

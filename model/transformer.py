@@ -262,13 +262,16 @@ class Transformer(nn.Module):
       Hidden states, logits and router statistics, and the cache; see `Output`.
 
     Raises:
-      ValueError: if a cache is given together with segments or with MTP.
+      ValueError: if a cache is given together with segments or with MTP, has another number of
+        rows, or has fewer slots than there are tokens.
     """
     if mtp is None:
       mtp = bool(self.mtp) and cache is None
     if cache is not None and (mtp or segment_ids_BT is not None):
       raise ValueError("a cache can be used with neither MTP modules nor segment_ids_BT: leave out "
                        "both, or the cache")
+    if cache is not None:
+      cache.require_fit(*tokens_BT.shape)
     context = self._context(tokens_BT, positions_BT, segment_ids_BT, cache, experts_LBTK)
     embedded_BTD = self.embedding.embed(tokens_BT)
     x_BTD, cache, router = self._trunk(embedded_BTD, context, cache)

@@ -1,6 +1,5 @@
 """Loading a model from an RL run's folder, or from any other that `train.loading` reads."""
 
-import json
 import os
 import pathlib
 
@@ -12,6 +11,7 @@ from train import loading
 from train.checkpoint import read_newest
 from train.config_io import from_dict, to_dict, upgrade
 from train.loading import TOKENIZER, LoadedModel, hf_files
+from train.run_folder import read_json_object
 
 
 def as_dict(cfg: RLConfig, model_cfg: model.ModelConfig) -> dict:
@@ -37,11 +37,11 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
     path: an RL run's folder, a folder of training on text, or a Hugging Face folder.
 
   Raises:
-    ValueError: if the folder is none of these, or has no checkpoint.
+    ValueError: if the folder is none of these, has no checkpoint, or has a damaged `config.json`.
   """
   folder = pathlib.Path(path)
   config = folder / "config.json"
-  plain = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+  plain = read_json_object(config) if config.is_file() else {}
   if "rl" not in plain:
     return loading.load_model(path)
   model_cfg = from_dict(model.ModelConfig, plain["model"])

@@ -1,16 +1,17 @@
 """Loads models from run folders of training on text and from Hugging Face folders."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
 
 import model
+from train.chat import PromptFormat
 from train.checkpoint import read_newest
 from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
 from train.program import Program, split_runs
+from train.run_folder import read_json_object
 from train.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -51,6 +52,14 @@ class LoadedModel:
     if path is None:
       raise ValueError(f"the checkpoint's folder has no {TOKENIZER}: copy it there")
     return Tokenizer.load(path)
+
+  def prompt_format(self) -> PromptFormat:
+    """Returns how the model is prompted, and which tokens end its text, as `hf_files` say.
+
+    Raises:
+      ValueError: if the files cannot be read.
+    """
+    return PromptFormat.load(self.hf_files) if self.hf_files else PromptFormat()
 
 
 def load_model(path: str | os.PathLike) -> LoadedModel:
@@ -112,7 +121,7 @@ def stored_template(folder: str | os.PathLike) -> str | None:
   None for a model that was not trained on prompts, and for a Hugging Face folder.
   """
   path = pathlib.Path(folder) / "config.json"
-  stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  stored = read_json_object(path) if path.exists() else {}
   if "rl" in stored:
     return stored["rl"].get("template")
   if "requested" in stored and "template" in stored["requested"]:  # a base for RL
@@ -131,12 +140,12 @@ def load_seeds(folder: pathlib.Path) -> list[tuple[int, dict]]:
     ValueError: if the folder has no checkpoint.
     CheckpointError: if every checkpoint is damaged.
   """
-  seeds = json.loads((folder / "config.json").read_text())["seeds"]
+  seeds = read_json_object(folder / "config.json")["seeds"]
   return list(zip(seeds, _load_run(folder)[1], strict=True))
 
 
 def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, list[dict]]:
-  plain = json.loads((folder / "config.json").read_text())
+  plain = read_json_object(folder / "config.json")
   cfg = from_dict(RunConfig, plain["config"])
   one_device = dataclasses.replace(cfg, mesh=MeshConfig())
   program = Program([one_device] * len(plain["seeds"]), {})

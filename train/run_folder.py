@@ -58,6 +58,21 @@ def write_json_atomic(path: str | os.PathLike, obj: Any) -> Any:
   return strict
 
 
+def read_json_object(path: str | os.PathLike) -> dict:
+  """Returns the JSON object in a file.
+
+  Raises:
+    ValueError: if the file cannot be read, or holds anything else. The message names it.
+  """
+  try:
+    value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} should hold a JSON object, and holds a {type(value).__name__}")
+  return value
+
+
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
   """Yields the dotted name and value of every scalar of nested dicts and lists.
 

@@ -4,6 +4,7 @@ All of these are objects of the package `tokenizers`, so that a `tokenizer.json`
 them. Special tokens are found by name. Text that spells a special token is encoded as plain text.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,6 +36,7 @@ class Tokenizer:
     vocab_size: one more than the largest id.
     eos: id of the token that ends a document.
     pad: id for unused positions; that of eos if the vocabulary has no padding token.
+    special_tokens: names of the special tokens, the longest first.
     fim_begin, fim_hole, fim_end: ids of the fill-in-the-middle tokens before the prefix, the suffix
       and the middle; None if the vocabulary has none.
     content_hash: hash of everything that determines how the tokenizer encodes and decodes.
@@ -61,6 +63,9 @@ class Tokenizer:
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
+    names = sorted((token["content"] for token in spec["added_tokens"] if token["special"]),
+                   key=len, reverse=True)
+    self.special_tokens = tuple(names)
     self._bytes = _token_bytes(spec, self._tokenizer.get_vocab(with_added_tokens=True))
     self.vocab_size = len(self._bytes)
     self.content_hash = hashlib.blake2b(self._json.encode(), digest_size=16).hexdigest()
@@ -147,6 +152,40 @@ class Tokenizer:
     """Returns `encode` of every text, computed on all cores."""
     encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(one.ids, np.int32) for one in encoded]
+
+  def encode_prompt(self, text: str) -> np.ndarray:
+    """Returns the ids of `text`, int32, with the special tokens that begin or end a text.
+
+    They are those that the post-processor of the `tokenizer.json` adds, such as one for the
+    beginning of a text.
+    """
+    return np.array(self._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
+
+  def encode_rendered(self, rendered: str, guard: str) -> np.ndarray:
+    """Returns the ids of a rendered chat template, int32, in which special tokens count by name.
+
+    Args:
+      rendered: the text. In it, `guard` splits what spells a special token and is only text.
+      guard: a string that is removed before encoding.
+    """
+    # Texts at even indices, and the special tokens between them.
+    split = re.compile(f"({'|'.join(map(re.escape, self.special_tokens)) or '(?!)'})").split
+    parts, text = [part.replace(guard, "") for part in split(rendered)], rendered.replace(guard, "")
+    if parts == split(text):
+      return np.array(self._with_special_tokens.encode(text, add_special_tokens=False).ids,
+                      np.int32)
+    ids = []
+    for i, part in enumerate(parts):
+      ids += [self._tokenizer.token_to_id(part)] if i % 2 else self.encode(part).tolist()
+    return np.array(ids, np.int32)
+
+  @functools.cached_property
+  def _with_special_tokens(self) -> tokenizers.Tokenizer:
+    """The same tokenizer, but for text that spells a special token, which becomes that token."""
+    tokenizer = tokenizers.Tokenizer.from_str(self._json)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`, with special tokens by name, and U+FFFD for invalid UTF-8."""

@@ -2,6 +2,8 @@
 
 import codecs
 import dataclasses
+import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,14 @@ class GenerateConfig:
 
   Attributes:
     checkpoint: the model: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
-    prompt: the beginning of the text.
-    max_new_tokens: largest number of sampled tokens, unless an end-of-document token comes first.
+    prompt: the beginning of the text, or with `chat` the user's message.
+    chat: whether the model is to answer the prompt. The prompt is then rendered by the chat
+      template of the Hugging Face folder.
+    system: with `chat`, the system's message; empty for none, or for the template's own.
+    stop: strings before which the text ends.
+    max_new_tokens: largest number of sampled tokens, unless a token that ends the text comes first:
+      one that the Hugging Face folder names as `eos_token_id`, or else the tokenizer's
+      end-of-document token.
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
     seed: seed of the sampling.
@@ -30,6 +38,9 @@ class GenerateConfig:
 
   checkpoint: str = ""
   prompt: str = "In the beginning"
+  chat: bool = False
+  system: str = ""
+  stop: tuple[str, ...] = ()
   max_new_tokens: int = 200
   temperature: float = 0.8
   top_p: float = 0.95
@@ -39,6 +50,10 @@ class GenerateConfig:
   def __post_init__(self):
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
+    if self.system and not self.chat:
+      raise ValueError(f"system={self.system!r} needs a chat: add --set chat=true")
+    if "" in self.stop:
+      raise ValueError(f"stop={self.stop} has an empty string, before which every text would end")
     require_sampling(self.temperature, self.top_p)
 
 
@@ -58,39 +73,78 @@ def main(options: Options) -> None:
   if not cfg.checkpoint:
     raise ValueError("no model to sample from: give its folder, --set checkpoint=DIR")
   start = load_model(cfg.checkpoint)
-  tokenizer = start.tokenizer(cfg.tokenizer)
-  print(cfg.prompt, end="", flush=True)
-  write_continuation(start.cfg, start.variables, tokenizer, cfg.prompt,
+  tokenizer, form = start.tokenizer(cfg.tokenizer), start.prompt_format()
+  if cfg.chat:
+    prompt_T = form.encode_chat(tokenizer, cfg.prompt, cfg.system)
+  else:
+    # The models of run folders were trained on text that begins with no special token.
+    encode = tokenizer.encode_prompt if start.hf_files else tokenizer.encode
+    prompt_T = encode(cfg.prompt)
+    if form.chat_template:
+      print(f"{cfg.checkpoint} has a chat template: add --set chat=true for an answer instead of a "
+            "continuation", file=sys.stderr)
+    print(cfg.prompt, end="", flush=True)
+  write_continuation(start.cfg, start.variables, tokenizer, prompt_T,
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                     top_p=cfg.top_p, seed=cfg.seed)
+                     top_p=cfg.top_p, seed=cfg.seed, stop_tokens=form.stop_tokens, stop=cfg.stop)
   print()
 
 
 def write_continuation(
-    cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer, prompt: str, *,
-    max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0) -> str:
+    cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer, prompt: str | np.ndarray, *,
+    max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0,
+    stop_tokens: Sequence[int] = (), stop: Sequence[str] = ()) -> str:
   """Prints a continuation of a prompt as it is sampled, and returns it.
 
   Args:
     cfg: the architecture.
     variables: the model's variables.
     tokenizer: the model's tokenizer.
-    prompt: the text to continue; if it is empty, the end-of-document token is continued.
+    prompt: the text to continue, or its token ids; if it is empty, the end-of-document token is
+      continued.
     max_new_tokens: largest number of sampled tokens.
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
     seed: seed of the sampling.
+    stop_tokens: ids of the tokens that end the text; empty for the end-of-document token. They are
+      not a part of the text.
+    stop: strings before which the text ends.
   """
-  prompt_T = tokenizer.encode(prompt)
+  prompt_T = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
   if not len(prompt_T):
     prompt_T = np.array([tokenizer.eos], np.int32)
+  stop_tokens = tuple(stop_tokens) or (tokenizer.eos,)
   network = model.Transformer(dataclasses.replace(cfg, mtp=None))
-  decoder, text = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+  decoder, text, shown = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", 0
   for token in model.stream(
       network, variables, jnp.asarray(prompt_T), max_new_tokens=max_new_tokens,
-      key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=tokenizer.eos):
+      key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=stop_tokens):
+    if token in stop_tokens:
+      break
     # The bytes of a character may be divided between tokens: the decoder waits for the last one.
-    piece = "" if token == tokenizer.eos else decoder.decode(tokenizer.decode_bytes([token]))
-    text += piece
-    print(piece, end="", flush=True)
+    text += decoder.decode(tokenizer.decode_bytes([token]))
+    end, ended = _end(text, shown, stop)
+    print(text[shown:end], end="", flush=True)
+    shown = end
+    if ended:
+      return text[:end]
+  print(text[shown:], end="", flush=True)
   return text
+
+
+def _end(text: str, shown: int, stop: Sequence[str]) -> tuple[int, bool]:
+  """Returns how much of a text can be shown, and whether a stop string ends it there.
+
+  What may be the beginning of a stop string is held back until more is known.
+
+  Args:
+    text: the text so far.
+    shown: how many of its characters have been shown.
+    stop: the stop strings.
+  """
+  found = [at for at in (text.find(string, shown) for string in stop) if at >= 0]
+  if found:
+    return min(found), True
+  begun = (at for at in range(shown, len(text))
+           if any(string.startswith(text[at:]) for string in stop))
+  return next(begun, len(text)), False

@@ -35,6 +35,14 @@ class Cache:
     """Returns the slots of the next `num_tokens` tokens of each row, int32 [B, T]."""
     return self.lengths_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
+  def require_fit(self, batch: int, num_tokens: int) -> None:
+    """Raises ValueError if the cache can never hold `num_tokens` more tokens in `batch` rows."""
+    rows = self.lengths_B.shape[0]
+    if batch != rows or num_tokens > self.num_slots:
+      raise ValueError(f"{batch} row(s) of {num_tokens} token(s) do not fit a cache of {rows} "
+                       f"row(s) of {self.num_slots} slot(s): make one of {batch} row(s) and at "
+                       f"least {num_tokens} slots with init_cache")
+
   def append(self, layer: jax.Array, **entries: jax.Array) -> "Cache":
     """Returns the cache with T more entries in every row of one layer, and unchanged lengths.
 
@@ -66,8 +74,9 @@ def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None) -> Cach
   Args:
     cfg: the architecture.
     batch: B, the number of rows.
-    num_slots: S, the most tokens of a row. Further ones are dropped without an error, so it should
-      be at least the length of the prompt plus the number of tokens to be generated.
+    num_slots: S, the most tokens of a row. Once a row is full, further tokens are dropped without
+      an error, so it should be at least the length of the prompt plus the number of tokens to be
+      generated.
     dtype: format of the entries; None for the compute format.
 
   Raises:

@@ -1,24 +1,31 @@
 """Sampling of text: the prompt is processed in one forward pass, then there is one per new token.
 
-Shape letters:  B rows  T prompt tokens  N new tokens  V vocabulary
+Shape letters:  B rows  T prompt tokens  N new tokens  V vocabulary  K stop tokens
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from model.decoding import checks
 from model.decoding.cache import Cache, init_cache
 from model.transformer import Output, Transformer
+
+# Lower values of these two are raised to it: logits divided by a smaller temperature overflow, and
+# float32 rounds a smaller top-p to 0. Either leaves only the most likely token.
+_SMALLEST = 1e-20
 
 
 class Generated(NamedTuple):
   """Sampled continuations.
 
   Attributes:
-    tokens_BN: int32, the new tokens. A row's stop token is included, and repeated to the row's end.
+    tokens_BN: int32, the new tokens. The stop token that ends a row is included, and repeated to
+      the row's end.
     lengths_B: int32, the number of new tokens, up to and including the stop token.
     logprobs_BN: float32, the log-probability in nats of each token under the distribution from
       which it was sampled; 0 after the stop token.
@@ -32,23 +39,32 @@ class Generated(NamedTuple):
 def prefill(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
 ) -> tuple[jax.Array, Output]:
-  """Processes right-padded prompts in one forward pass.
+  """Processes right-padded prompts, or the next part of them, in one forward pass.
 
   Args:
     model: the network.
     variables: its variables.
-    prompts_BT: int32, token ids.
+    prompts_BT: int32, token ids; those past a prompt's length are ignored.
     lengths_B: int32, the prompts' lengths, in 1..T.
-    cache: an empty cache of at least T slots.
+    cache: a cache of at least T slots, to which the prompts are appended: an empty one, or one with
+      the earlier parts of the rows.
 
   Returns:
-    float32 logits [B, V] of the token after each prompt, and the model's output, whose cache has
-    the prompts' lengths.
+    float32 logits [B, V] of the token after each prompt, and the model's output, whose cache is
+    longer by the prompts' lengths.
+
+  Raises:
+    ValueError: if shapes do not fit, or if a length, a token or the room in the cache is out of
+      range. Values that are traced, as in a jitted function, cannot be checked.
   """
+  prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
+  cache.require_fit(*prompts_BT.shape)
+  checks.check_room(cache, lengths_B)
   output = model.apply(variables, prompts_BT, cache=cache, logits=False)
   last_B1D = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
   logits_BV = model.apply(variables, last_B1D, method="unembed")[:, 0]
-  return logits_BV, output.replace(cache=output.cache.with_lengths(lengths_B))
+  return logits_BV, output.replace(
+      cache=output.cache.with_lengths(cache.lengths_B + lengths_B))
 
 
 def decode_step(
@@ -71,18 +87,24 @@ def sampling_logits(
 
   Args:
     logits_BV: logits of the next token.
-    temperature: divides the logits; above 0.
-    top_p: probability of the nucleus, in (0, 1].
+    temperature: divides the logits; above 0. Below 1e-20 it counts as 1e-20, which leaves a
+      probability only to the most likely token.
+    top_p: probability of the nucleus, in (0, 1]. The most likely token, or all that tie for it, are
+      in the nucleus however small it is.
 
   Returns:
     float32 [B, V].
   """
-  logits_BV = logits_BV.astype(jnp.float32) / temperature
+  logits_BV = _tempered(logits_BV, temperature)
   sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
   mass_before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-  inside_BV = mass_before_BV < top_p
+  inside_BV = mass_before_BV < jnp.maximum(top_p, _SMALLEST)
   threshold_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
   return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def _tempered(logits_BV, temperature):
+  return logits_BV.astype(jnp.float32) / jnp.maximum(temperature, _SMALLEST)
 
 
 def sample_token(
@@ -93,8 +115,8 @@ def sample_token(
   Args:
     logits_BV: logits of the next token.
     keys_B: a jax.random key for each row; ignored if `greedy`.
-    temperature: divides the logits; above 0; ignored if `greedy`.
-    top_p: probability of the nucleus, in (0, 1]; ignored if `greedy` or unless `nucleus`.
+    temperature: as in `sampling_logits`; ignored if `greedy`.
+    top_p: as in `sampling_logits`; ignored if `greedy` or unless `nucleus`.
     greedy: take the most likely token.
     nucleus: sample from the nucleus only, which costs a sort; see `sampling_logits`.
 
@@ -104,7 +126,7 @@ def sample_token(
   """
   if not greedy:
     logits_BV = (sampling_logits(logits_BV, temperature, top_p) if nucleus
-                 else logits_BV.astype(jnp.float32) / temperature)
+                 else _tempered(logits_BV, temperature))
     tokens_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
   else:
     tokens_B = logits_BV.argmax(-1).astype(jnp.int32)
@@ -115,23 +137,25 @@ def sample_token(
 def generate(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
     max_new_tokens: int, key: jax.Array | None = None, temperature: float = 1.0,
-    top_p: float = 1.0, stop_token: int | None = None) -> Generated:
+    top_p: float = 1.0, stop_token: int | Sequence[int] | None = None) -> Generated:
   """Samples continuations of right-padded prompts.
 
   The random key of a row at a step is `fold_in(fold_in(key, row), step)`, so that samples depend
-  neither on the other rows nor on the devices.
+  neither on the other rows nor on the devices. Called within a jitted function, it does not check
+  values that are traced.
 
   Args:
     model: the network; its MTP modules are not used.
     variables: its variables.
     prompts_BT: int32, token ids; those past a prompt's length are ignored.
     lengths_B: int32, the prompts' lengths, in 1..T.
-    max_new_tokens: N, the number of tokens after which a row ends without a stop token.
+    max_new_tokens: N, the number of tokens after which a row ends without a stop token. There is a
+      warning if it may exceed the context, `max_seq_len`.
     key: a jax.random key; needed unless `temperature` is 0.
-    temperature: divides the logits; 0 takes the most likely token.
+    temperature: divides the logits; 0 takes the most likely token. See `sampling_logits`.
     top_p: probability of the nucleus from which tokens are sampled, in (0, 1]; see
       `sampling_logits`.
-    stop_token: id of the token that ends a row; None for none.
+    stop_token: id of the token that ends a row, or ids of several; None for none.
 
   Returns:
     The new tokens, their number in each row, and their log-probabilities.
@@ -139,51 +163,48 @@ def generate(
   Raises:
     ValueError: if an argument is out of range, shapes do not fit, or the key is missing.
   """
-  _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p)
+  greedy = checks.check_sampling(temperature, top_p, max_new_tokens, key)
+  prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
+  stops_K = checks.as_stop_tokens(stop_token)
+  checks.warn_past_context(model.cfg, lengths_B, prompts_BT.shape[1], max_new_tokens)
   key = jax.random.key(0) if key is None else key
-  return _generate(
-      model, variables, prompts_BT, jnp.asarray(lengths_B, jnp.int32), key, temperature, top_p,
-      -1 if stop_token is None else stop_token, max_new_tokens, temperature == 0)
-
-
-def _check(prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p) -> None:
-  if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-    raise ValueError("generate needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
-                     f"{temperature}, {top_p} and {max_new_tokens}")
-  if temperature > 0 and key is None:
-    raise ValueError("sampling at a temperature above 0 needs a key: pass a jax.random key")
-  if prompts_BT.ndim != 2 or prompts_BT.shape[1] < 1 or lengths_B.shape != prompts_BT.shape[:1]:
-    raise ValueError("generate takes prompts of shape [B, T >= 1] and lengths of shape [B], not "
-                     f"{prompts_BT.shape} and {lengths_B.shape}")
+  return _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
+                   int(max_new_tokens), greedy)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
-def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stop_token,
+def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
               max_new_tokens, greedy):
   batch, num_tokens = prompts_BT.shape
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
   cache = init_cache(model.cfg, batch, num_tokens + max_new_tokens)
   logits_BV, output = prefill(model, variables, prompts_BT, lengths_B, cache)
 
+  def is_stop(tokens):
+    return (tokens[..., None] == stops_K).any(-1)
+
   def not_done(state):
     step, *_, done_B = state
     return (step < max_new_tokens) & ~done_B.all()
 
   def advance(state):
-    step, logits_BV, cache, tokens_BN, logprobs_BN, done_B = state
+    step, logits_BV, last_B, cache, tokens_BN, logprobs_BN, done_B = state
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     chosen_B, logprob_B = sample_token(logits_BV, keys, temperature, top_p, greedy)
-    chosen_B = jnp.where(done_B, stop_token, chosen_B)
+    chosen_B = jnp.where(done_B, last_B, chosen_B)
     tokens_BN = tokens_BN.at[:, step].set(chosen_B)
     logprobs_BN = logprobs_BN.at[:, step].set(jnp.where(done_B, 0.0, logprob_B))
     logits_BV, cache = decode_step(model, variables, chosen_B, cache)
-    return step + 1, logits_BV, cache, tokens_BN, logprobs_BN, done_B | (chosen_B == stop_token)
+    done_B |= is_stop(chosen_B)
+    return step + 1, logits_BV, chosen_B, cache, tokens_BN, logprobs_BN, done_B
 
-  state = (jnp.int32(0), logits_BV, output.cache,
-           jnp.full((batch, max_new_tokens), stop_token, jnp.int32),
-           jnp.zeros((batch, max_new_tokens)), jnp.zeros(batch, bool))
-  *_, tokens_BN, logprobs_BN, _ = jax.lax.while_loop(not_done, advance, state)
-  stops_BN = tokens_BN == stop_token
+  state = (jnp.int32(0), logits_BV, jnp.zeros(batch, jnp.int32), output.cache,
+           jnp.zeros((batch, max_new_tokens), jnp.int32), jnp.zeros((batch, max_new_tokens)),
+           jnp.zeros(batch, bool))
+  steps, _, last_B, _, tokens_BN, logprobs_BN, _ = jax.lax.while_loop(not_done, advance, state)
+  written_N = jnp.arange(max_new_tokens) < steps
+  tokens_BN = jnp.where(written_N, tokens_BN, last_B[:, None])
+  stops_BN = is_stop(tokens_BN)
   lengths_B = jnp.where(stops_BN.any(1), stops_BN.argmax(1) + 1, max_new_tokens)
   return Generated(tokens_BN, lengths_B.astype(jnp.int32), logprobs_BN)
 
@@ -191,8 +212,10 @@ def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, 
 def stream(
     model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
     key: jax.Array | None = None, temperature: float = 1.0, top_p: float = 1.0,
-    stop_token: int | None = None) -> Iterator[int]:
-  """Yields the tokens that `generate` samples for one prompt, each as soon as it is known.
+    stop_token: int | Sequence[int] | None = None) -> Iterator[int]:
+  """Returns an iterator over the tokens that `generate` samples for one prompt.
+
+  Each comes as soon as it is known; a stop token is the last.
 
   Args:
     model: the network; its MTP modules are not used.
@@ -201,19 +224,32 @@ def stream(
     max_new_tokens, key, temperature, top_p, stop_token: as in `generate`.
 
   Raises:
-    ValueError: for what `generate` raises it, when the first token is asked for.
+    ValueError: for what `generate` raises it.
   """
-  _check(prompt_T[None], jnp.array([len(prompt_T)]), max_new_tokens, key, temperature, top_p)
-  row_key = jax.random.fold_in(jax.random.key(0) if key is None else key, 0)
-  cache = init_cache(model.cfg, 1, len(prompt_T) + max_new_tokens)
-  logits_BV, cache = _prefill(model, variables, prompt_T[None], jnp.array([len(prompt_T)]), cache)
+  greedy = checks.check_sampling(temperature, top_p, max_new_tokens, key)
+  prompt_T = prompt_T if isinstance(prompt_T, jax.Array) else np.asarray(prompt_T)
+  if prompt_T.ndim != 1 or not prompt_T.size:
+    raise ValueError(f"the prompt should have the shape [T >= 1], and has {prompt_T.shape}")
+  prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompt_T[None], [prompt_T.size])
+  checks.warn_past_context(model.cfg, lengths_B, prompt_T.size, max_new_tokens)
+  stops = frozenset(checks.as_stop_tokens(stop_token).tolist())
+  key = jax.random.key(0) if key is None else key
+  return _stream(model, variables, prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p,
+                 stops, greedy)
+
+
+def _stream(model, variables, prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p, stops,
+            greedy):
+  row_key = jax.random.fold_in(key, 0)
+  cache = init_cache(model.cfg, 1, prompts_BT.shape[1] + max_new_tokens)
+  logits_BV, cache = _prefill(model, variables, prompts_BT, lengths_B, cache)
   for step in range(max_new_tokens):
     keys_B = jax.random.fold_in(row_key, step)[None]
     chosen_B, logits_BV, cache = _advance(
-        model, variables, logits_BV, cache, keys_B, temperature, top_p, temperature == 0)
+        model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy)
     token = int(chosen_B[0])
     yield token
-    if token == stop_token:
+    if token in stops:
       return
 
 

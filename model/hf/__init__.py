@@ -1,5 +1,6 @@
-"""Loading and saving of Hugging Face folders: DeepSeek-V3, DeepSeek-V2, Llama and Qwen2."""
+"""Loading and saving of Hugging Face folders: DeepSeek-V3, DeepSeek-V2, Llama, Qwen2 and Qwen3."""
 
-from model.hf.config import CheckpointError, check_supported
+from model.hf.config import check_supported
 from model.hf.loading import load
+from model.hf.reader import CheckpointError
 from model.hf.saving import save

@@ -1,26 +1,15 @@
 """Converts the `config.json` of Hugging Face folders to ModelConfig, and back.
 
-Four architectures are supported: deepseek_v3, deepseek_v2, llama and qwen2. A key whose value would
-make transformers or the released code compute something else than this model is reported as a
-problem, never ignored.
+The architectures are those of `ARCHITECTURES`. A key whose value would make transformers or the
+released code compute something else than this model is reported as a problem, never ignored.
 """
 
 import dataclasses
 import reprlib
-from collections.abc import Callable
-from typing import Any
 
-from model.config import (
-  GQAConfig,
-  LinearScaling,
-  Llama3Scaling,
-  MLAConfig,
-  ModelConfig,
-  MoEConfig,
-  MTPConfig,
-  RopeConfig,
-  YarnScaling,
-)
+from model.config import GQAConfig, MLAConfig, ModelConfig, MoEConfig, MTPConfig
+from model.hf.reader import Reader
+from model.hf.rope import parse_rope, render_scaling
 from model.numerics import Numerics
 
 ARCHITECTURES = {
@@ -28,98 +17,12 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
 }
+# Names under which an architecture is released, but which transformers does not know.
+_ALIASES = {"kimi_k2": "deepseek_v3"}
 FP8_BLOCK = 128  # rows, and columns, of a matrix that share a scale in V3's release
-
-
-class CheckpointError(ValueError):
-  """A folder that cannot be loaded.
-
-  Attributes:
-    problems: everything that was found wrong with the folder; the message shows the first 40.
-  """
-
-  def __init__(self, path, problems: list[str]):
-    self.problems = list(problems)
-    shown = self.problems[:40]
-    if len(self.problems) > len(shown):
-      shown.append(f"... and {len(self.problems) - len(shown)} more")
-    lines = [f"cannot load {path}: {len(self.problems)} problem(s)", *shown]
-    super().__init__("\n  ".join(lines))
-
-
-class _Reader:
-  """Typed access to a JSON object, which collects problems instead of raising.
-
-  Attributes:
-    values: the JSON object.
-    problems: a list, to which problems are appended.
-    where: what problems call the object.
-    guessed: whether a placeholder was returned for a value that is missing or invalid.
-    unclear: whether such a placeholder may determine shapes of arrays.
-  """
-
-  def __init__(self, values: dict, problems: list[str], where: str = "config.json"):
-    self.values, self.problems, self.where = values, problems, where
-    self.guessed = self.unclear = False
-
-  def get(self, key: str, expected: type, default: Any = ..., *, least: float = 1) -> Any:
-    """Returns the value of a key, or a placeholder and a problem if it is missing or invalid.
-
-    Args:
-      key: a key of the JSON object.
-      expected: type of the value; an integer is also valid where a float is expected.
-      default: returned if the key is missing or null; without it, that is a problem.
-      least: the smallest valid integer. For floats, 1 means that the value must be positive.
-    """
-    value = self.values.get(key)
-    if value is None and default is not ...:
-      return default
-    requirement = self._unmet_requirement(value, expected, least)
-    if requirement is None:
-      return expected(value)
-    self.guessed = True
-    self.unclear |= expected is not float
-    self.problems.append(
-        f"{self.where}: {key} is missing" if value is None
-        else f"{self.where}: {key}={reprlib.repr(value)} should be {requirement}")
-    return expected(1) if expected in (int, float) else expected()
-
-  @staticmethod
-  def _unmet_requirement(value: Any, expected: type, least: float) -> str | None:
-    """Returns what the value should be, or None if it is valid."""
-    if expected in (int, float):
-      numbers = (int, float) if expected is float else int
-      if not isinstance(value, numbers) or isinstance(value, bool):
-        return "a number" if expected is float else "an integer"
-      if expected is int:
-        return None if least <= value < 2**31 else f"in {least}..{2**31 - 1}"
-      within = abs(value) <= 10**30 and (value == 0 or abs(value) >= 1e-30)  # false for NaN
-      if not within or (least == 1 and value <= 0):
-        return "positive and between 1e-30 and 1e30"
-      return None
-    return None if isinstance(value, expected) else f"of type {expected.__name__}"
-
-  def refuse(self, key: str, *, unless: Any, why: str = "is not supported") -> None:
-    """Adds a problem if the key is present and its value is not `unless`."""
-    value = self.values.get(key)
-    alike = value == unless and isinstance(value, bool) == isinstance(unless, bool)
-    if value is not None and not alike:
-      self.problems.append(
-          f"{self.where}: {key}={reprlib.repr(value)} {why}; it should be {unless!r}")
-
-  def build(self, make: Callable, *args, **fields) -> Any:
-    """Returns `make(*args, **fields)`, or None and a problem if that raises ValueError.
-
-    If there are placeholders among the values, the error is not added: it may only be about those.
-    """
-    try:
-      return make(*args, **fields)
-    except ValueError as error:
-      if not self.guessed:
-        self.problems.append(f"{self.where}: {error}")
-      self.guessed = self.unclear = True
-      return None
 
 
 def parse(config: dict, problems: list[str]) -> ModelConfig | None:
@@ -138,8 +41,9 @@ def parse(config: dict, problems: list[str]) -> ModelConfig | None:
     problems.append(f"config.json: unknown architecture model_type={reprlib.repr(model_type)}; "
                     "known: " + ", ".join(ARCHITECTURES))
     return None
-  reader = _Reader(config, problems)
+  reader = Reader(config, problems)
   reader.refuse("architectures", unless=[ARCHITECTURES[model_type]])
+  model_type = _ALIASES.get(model_type, model_type)
   reader.refuse("hidden_act", unless="silu")
   reader.refuse("pretraining_tp", unless=1)
   latent = model_type.startswith("deepseek")
@@ -148,14 +52,15 @@ def parse(config: dict, problems: list[str]) -> ModelConfig | None:
       "num_layers": reader.get("num_hidden_layers", int),
       "ffn_dim": reader.get("intermediate_size", int),
       "max_seq_len": reader.get("max_position_embeddings", int),
-      "norm_eps": reader.get("rms_norm_eps", float),
+      "norm_eps": reader.get("rms_norm_eps", float, 1e-6),
       "tie_embeddings": reader.get("tie_word_embeddings", bool, False),
       "init_std": reader.get("initializer_range", float, 0.02),
-      "rope": _parse_rope(reader, model_type),
-      "attention": _parse_mla(reader) if latent else _parse_gqa(reader, model_type),
+      "rope": parse_rope(reader, model_type),
+      "attention": (_parse_mla(reader.part()) if latent
+                    else _parse_gqa(reader.part(), model_type)),
   }
   if latent:
-    fields["moe"] = _parse_moe(reader, model_type)
+    fields["moe"] = _parse_moe(reader.part(), model_type)
     fields["num_dense_layers"] = reader.get("first_k_dense_replace", int, least=0)
   if model_type == "deepseek_v3":
     depth = reader.get("num_nextn_predict_layers", int, 0, least=0)
@@ -164,59 +69,11 @@ def parse(config: dict, problems: list[str]) -> ModelConfig | None:
   return None if reader.unclear else cfg
 
 
-def _parse_rope(reader: _Reader, model_type: str) -> RopeConfig | None:
-  key = "rope_parameters" if reader.values.get("rope_parameters") is not None else "rope_scaling"
-  given = reader.get(key, dict, {})
-  if not isinstance(reader.values.get(key, {}), dict | None):
-    return None
-  rope = _Reader(given, reader.problems, f"config.json: {key}")
-  theta = (rope if given.get("rope_theta") is not None else reader).get("rope_theta", float)
-  rope.refuse("partial_rotary_factor", unless=1.0)
-  interleaved = model_type == "deepseek_v2" or (
-      model_type == "deepseek_v3" and reader.get("rope_interleave", bool, True))
-  scaling = _parse_scaling(rope)
-  built = rope.build(RopeConfig, theta, "interleaved" if interleaved else "half", scaling)
-  reader.guessed |= rope.guessed
-  return built
-
-
-def _parse_scaling(rope: _Reader) -> YarnScaling | Llama3Scaling | LinearScaling | None:
-  types = {rope.values[key] if isinstance(rope.values[key], str) else reprlib.repr(rope.values[key])
-           for key in ("rope_type", "type") if rope.values.get(key) is not None}
-  if len(types) > 1:
-    rope.problems.append(f"{rope.where}: rope_type and type disagree: {sorted(types)}")
-    return None
-  rope_type = types.pop() if types else "default"
-  match rope_type:
-    case "default":
-      if rope.values.get("factor") is not None:
-        rope.problems.append(f"{rope.where}: has a factor, but rope_type is missing or 'default'")
-      return None
-    case "linear":
-      return rope.build(LinearScaling, rope.get("factor", float))
-    case "llama3":
-      return rope.build(
-          Llama3Scaling, rope.get("factor", float), rope.get("low_freq_factor", float),
-          rope.get("high_freq_factor", float), rope.get("original_max_position_embeddings", int))
-    case "yarn":
-      rope.refuse("truncate", unless=True)
-      if rope.values.get("attention_factor") is not None:
-        rope.problems.append(f"{rope.where}: attention_factor is not supported; "
-                             "use mscale and mscale_all_dim")
-      return rope.build(
-          YarnScaling, rope.get("factor", float), rope.get("original_max_position_embeddings", int),
-          rope.get("beta_fast", float, 32.0), rope.get("beta_slow", float, 1.0),
-          rope.get("mscale", float, 0.0, least=0), rope.get("mscale_all_dim", float, 0.0, least=0))
-  rope.problems.append(
-      f"{rope.where}: rope_type={rope_type!r} is not supported; it should be default, linear, "
-      "llama3 or yarn")
-  return None
-
-
-def _parse_mla(reader: _Reader) -> MLAConfig | None:
+def _parse_mla(reader: Reader) -> MLAConfig | None:
   heads = reader.get("num_attention_heads", int)
   reader.refuse("attention_bias", unless=False)
-  reader.refuse("num_key_value_heads", unless=heads, why="does not fit latent attention")
+  if not reader.guessed:
+    reader.refuse("num_key_value_heads", unless=heads, why="does not fit latent attention")
   return reader.build(
       MLAConfig, num_heads=heads, kv_lora_rank=reader.get("kv_lora_rank", int),
       qk_nope_head_dim=reader.get("qk_nope_head_dim", int),
@@ -224,20 +81,47 @@ def _parse_mla(reader: _Reader) -> MLAConfig | None:
       v_head_dim=reader.get("v_head_dim", int), q_lora_rank=reader.get("q_lora_rank", int, None))
 
 
-def _parse_gqa(reader: _Reader, model_type: str) -> GQAConfig | None:
+def _parse_gqa(reader: Reader, model_type: str) -> GQAConfig | None:
   heads = reader.get("num_attention_heads", int)
-  hidden = reader.values.get("hidden_size")
-  head_dim = hidden // heads if isinstance(hidden, int) else 1
-  reader.refuse("mlp_bias", unless=False)
-  reader.refuse("use_sliding_window", unless=False)
-  bias = model_type == "llama" and reader.get("attention_bias", bool, False)
+  usual = 128 if model_type == "qwen3" else max(1, reader.get("hidden_size", int) // heads)
+  if model_type == "llama":
+    reader.refuse("mlp_bias", unless=False)
+  else:
+    _refuse_sliding_layers(reader)
+  bias = model_type != "qwen2" and reader.get("attention_bias", bool, False)
   return reader.build(
       GQAConfig, num_heads=heads, num_kv_heads=reader.get("num_key_value_heads", int, heads),
-      head_dim=reader.get("head_dim", int, head_dim),
-      qkv_bias=bias or model_type == "qwen2", out_bias=bias)
+      head_dim=reader.get("head_dim", int, usual), qkv_bias=bias or model_type == "qwen2",
+      out_bias=bias, qk_norm=model_type == "qwen3")
 
 
-def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig | None:
+def _refuse_sliding_layers(reader: Reader) -> None:
+  """Adds a problem if a layer attends to a window only.
+
+  `layer_types` says which layers do. Without it, they are those from `max_window_layers` on,
+  provided that `use_sliding_window` is true and that `sliding_window` is not null. The defaults are
+  those of transformers.
+  """
+  enabled = reader.get("use_sliding_window", bool, False)
+  layer_types = reader.get("layer_types", list, None)
+  if layer_types is not None:
+    other = [name for name in layer_types if name != "full_attention"]
+    if other:
+      reader.problems.append(f"{reader.where}: layer_types has {reprlib.repr(other[0])}, which is "
+                             "not supported; every layer should be 'full_attention'")
+    return
+  # A window that is null is none; one that is not given is 4096.
+  if not enabled or reader.values.get("sliding_window", 4096) is None:
+    return
+  first = reader.get("max_window_layers", int, 28, least=0)
+  layers = reader.get("num_hidden_layers", int)
+  if not reader.guessed and first < layers:
+    reader.problems.append(
+        f"{reader.where}: use_sliding_window=True with max_window_layers={first} gives layers "
+        f"{first}..{layers - 1} a sliding window, which is not supported; only full attention is")
+
+
+def _parse_moe(reader: Reader, model_type: str) -> MoEConfig | None:
   v3 = model_type == "deepseek_v3"
   reader.refuse("moe_layer_freq", unless=1)
   reader.refuse("scoring_func", unless="sigmoid" if v3 else "softmax")
@@ -246,17 +130,17 @@ def _parse_moe(reader: _Reader, model_type: str) -> MoEConfig | None:
   else:
     reader.refuse("norm_topk_prob", unless=False,
                   why="means different things in the released code and in transformers")
-  greedy = not v3 and reader.get("topk_method", str) == "greedy"
-  if not (v3 or greedy):
-    reader.refuse("topk_method", unless="group_limited_greedy",
-                  why="is neither 'greedy' nor supported")
-  num_groups = 1 if greedy else reader.get("n_group", int)
+  grouped = v3 or reader.get("topk_method", str) == "group_limited_greedy"
+  if not (grouped or reader.guessed):
+    reader.refuse("topk_method", unless="greedy",
+                  why="is neither 'group_limited_greedy' nor supported")
+  num_groups = reader.get("n_group", int) if grouped else 1
   return reader.build(
       MoEConfig, num_experts=reader.get("n_routed_experts", int),
       experts_per_token=reader.get("num_experts_per_tok", int),
       expert_dim=reader.get("moe_intermediate_size", int),
       num_shared_experts=reader.get("n_shared_experts", int, 0, least=0), num_groups=num_groups,
-      groups_per_token=1 if greedy else reader.get("topk_group", int),
+      groups_per_token=reader.get("topk_group", int) if grouped else 1,
       group_score="top2" if v3 else "max", score="sigmoid" if v3 else "softmax",
       normalize_gates=v3 and reader.get("norm_topk_prob", bool),
       route_scale=reader.get("routed_scaling_factor", float), balancing_bias=v3)
@@ -273,7 +157,7 @@ def is_fp8(config: dict, problems: list[str]) -> bool:
   if not isinstance(quantization, dict):
     problems.append("config.json: quantization_config should be a JSON object")
     return False
-  reader = _Reader(quantization, problems, "config.json: quantization_config")
+  reader = Reader(quantization, problems, "config.json: quantization_config")
   reader.get("quant_method", str)
   reader.get("weight_block_size", list)
   reader.refuse("quant_method", unless="fp8")
@@ -298,7 +182,7 @@ def render(cfg: ModelConfig, dtype: str) -> dict:
     dtype: format of the weights, such as "bfloat16".
 
   Raises:
-    ValueError: if none of the four does; the message says why.
+    ValueError: if none does; the message says why.
   """
   model_type = _architecture(cfg)
   attention = cfg.attention
@@ -309,14 +193,14 @@ def render(cfg: ModelConfig, dtype: str) -> dict:
       "num_attention_heads": attention.num_heads, "hidden_act": "silu",
       "max_position_embeddings": cfg.max_seq_len, "rms_norm_eps": cfg.norm_eps,
       "tie_word_embeddings": cfg.tie_embeddings, "initializer_range": cfg.init_std,
-      "rope_theta": cfg.rope.theta, "rope_scaling": _render_scaling(cfg.rope.scaling),
+      "rope_theta": cfg.rope.theta, "rope_scaling": render_scaling(cfg.rope.scaling),
       "use_cache": True, "attention_dropout": 0.0,
   }
   if isinstance(attention, GQAConfig):
     config |= {"num_key_value_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
-    if model_type == "llama":
-      config |= {"attention_bias": attention.qkv_bias, "mlp_bias": False}
-    return config
+    if model_type != "qwen2":
+      config["attention_bias"] = attention.qkv_bias
+    return config | ({"mlp_bias": False} if model_type == "llama" else {})
   config |= {
       "num_key_value_heads": attention.num_heads, "attention_bias": False,
       "q_lora_rank": attention.q_lora_rank, "kv_lora_rank": attention.kv_lora_rank,
@@ -340,26 +224,6 @@ def render(cfg: ModelConfig, dtype: str) -> dict:
   return config
 
 
-def _render_scaling(scaling) -> dict | None:
-  match scaling:
-    case YarnScaling():
-      temperatures = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-      return {
-          "type": "yarn", "rope_type": "yarn", "factor": scaling.factor,
-          "original_max_position_embeddings": scaling.original_seq_len,
-          "beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow,
-      } | {name: value for name, value in temperatures.items() if value}
-    case Llama3Scaling():
-      return {
-          "rope_type": "llama3", "factor": scaling.factor,
-          "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor,
-          "original_max_position_embeddings": scaling.original_seq_len,
-      }
-    case LinearScaling():
-      return {"rope_type": "linear", "factor": scaling.factor}
-  return None
-
-
 def check_supported(cfg: ModelConfig) -> None:
   """Raises ValueError if no Hugging Face architecture computes what `cfg` does."""
   _architecture(cfg)
@@ -371,6 +235,10 @@ def _architecture(cfg: ModelConfig) -> str:
   if isinstance(cfg.attention, GQAConfig):
     a = cfg.attention
     model_type = "qwen2" if a.qkv_bias and not a.out_bias else "llama"
+    if a.qk_norm:
+      model_type = "qwen3"
+    if a.qk_norm and a.qkv_bias and not a.out_bias:
+      unsupported.append("query and key norms with query, key and value biases, but no output bias")
     if a.out_bias and not a.qkv_bias:
       unsupported.append("an output bias without query, key and value biases")
     if cfg.moe or cfg.mtp:
@@ -379,7 +247,7 @@ def _architecture(cfg: ModelConfig) -> str:
       unsupported.append("grouped-query attention with interleaved rotary dimensions")
   else:
     model_type = _check_deepseek(cfg, unsupported)
-  if model_type != "deepseek_v3" and cfg.d_model % cfg.attention.num_heads:
+  if model_type not in ("deepseek_v3", "qwen3") and cfg.d_model % cfg.attention.num_heads:
     unsupported.append(
         f"a d_model={cfg.d_model} that num_heads={cfg.attention.num_heads} does not divide")
   if unsupported:

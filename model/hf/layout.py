@@ -235,6 +235,9 @@ def _gqa(at: _Builder) -> Iterator[Tensor]:
     if a.qkv_bias:
       piece = at.piece(("attention", f"b_{letter}"), size, (0, 1))
       yield at.tensor(f"self_attn.{letter}_proj.bias", (math.prod(size),), piece)
+    if a.qk_norm and letter != "v":
+      yield at.vector(
+          f"self_attn.{letter}_norm", ("attention", f"{letter}_norm", "scale"), a.head_dim)
   yield at.matrix("self_attn.o_proj", ("attention", "w_o"), (d,), (a.num_heads, a.head_dim))
   if a.out_bias:
     piece = at.piece(("attention", "b_o"), (d,), (0,))

@@ -1,4 +1,4 @@
-"""Loading Hugging Face folders of DeepSeek-V3, DeepSeek-V2, Llama and Qwen2.
+"""Loading Hugging Face folders of DeepSeek-V3, DeepSeek-V2, Llama, Qwen2 and Qwen3.
 
 Everything about a folder that can be checked without reading weights is checked first, and all
 problems are reported together. Then every tensor goes straight to its place, one slice of a file at
@@ -25,7 +25,8 @@ from model.config import ModelConfig
 from model.hf import config as hf_config
 from model.hf import files as hf_files
 from model.hf import layout as hf_layout
-from model.hf.config import FP8_BLOCK, CheckpointError
+from model.hf.config import FP8_BLOCK
+from model.hf.reader import CheckpointError
 from model.variables import abstract_variables, shardings
 
 # The size, in float32, of the slices in which tensors are read, and the size up to which

@@ -56,6 +56,11 @@ CASES = {
     "qwen2": _LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
                        "num_key_value_heads": 6, "num_attention_heads": 6, "head_dim": 4,
                        "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    # Heads whose total width is not the model's, and YaRN with its scale given but not its length.
+    "qwen3": _LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"],
+                       "head_dim": 10, "rope_scaling": {
+                           "rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0,
+                           "attention_factor": 1.3}},
 }
 BATCH, LENGTH = 2, 24
 MTP_WEIGHT = 0.3

@@ -71,6 +71,7 @@ def test_counts_are_the_published_numbers():
   # From the model cards.
   assert model.get_config("llama3_8b").param_count() == 8_030_261_248
   assert model.get_config("qwen2_1_5b").param_count() == 1_543_714_304
+  assert model.get_config("qwen3_8b").param_count() == 8_190_735_360
 
 
 @pytest.mark.parametrize(("name", "millions"), [
@@ -124,7 +125,9 @@ def test_training_flops_are_three_times_forward_and_mtp_adds_its_module_and_head
     (lambda: dataclasses.replace(MLA, q_lora_rank=0), "positive or None"),
     (lambda: model.GQAConfig(num_heads=6, num_kv_heads=4, head_dim=8), "does not divide"),
     (lambda: model.RopeConfig(layout="spiral"), "'interleaved' or 'half'"),
-    (lambda: model.YarnScaling(beta_fast=1, beta_slow=2), "beta_fast must exceed"),
+    (lambda: model.YarnScaling(beta_fast=1, beta_slow=2), "beta_fast=1 must not be below"),
+    (lambda: model.YarnScaling(attention_factor=0.0), "attention_factor=0.0 must be positive"),
+    (lambda: model.LinearScaling(4.0, mscale_all_dim=-8.0), "LinearScaling.mscale_all_dim=-8.0"),
     (lambda: model.MTPConfig(concat="both"), "'hidden_first' or 'embedding_first'"),
     (lambda: model.Numerics(compute="int4"), "must be one of float32"),
 ])

@@ -359,7 +359,7 @@ STRUCTURAL = {
     "missing key": ("single", lambda f: set_config(f, kv_lora_rank=GONE), ["kv_lora_rank"]),
     "null key": ("single", lambda f: set_config(f, kv_lora_rank=None), ["kv_lora_rank"]),
     "several keys of the wrong type": (
-        "single", lambda f: set_config(f, vocab_size="41", hidden_size=21.0, n_group=[3],
+        "single", lambda f: set_config(f, vocab_size="41", hidden_size=21.5, n_group=[3],
                                        norm_topk_prob=1, rms_norm_eps=True, rope_theta="1e4"),
         ["vocab_size", "hidden_size", "n_group", "norm_topk_prob", "rms_norm_eps", "rope_theta"]),
     "several keys that must be positive": (
@@ -825,8 +825,7 @@ FLAGS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias")
 LENGTHS = ("max_position_embeddings", "scaling__original_max_position_embeddings")
 NEEDED = (
     *(key for key in COUNTS if key != "num_key_value_heads"), "model_type",
-    "norm_topk_prob", "routed_scaling_factor", "scaling__factor",
-    "scaling__original_max_position_embeddings", "scaling__low_freq_factor",
+    "norm_topk_prob", "routed_scaling_factor", "scaling__factor", "scaling__low_freq_factor",
     "scaling__high_freq_factor")
 
 
@@ -881,7 +880,7 @@ def value_not_finite(folder, rng):
 @on(*ALL)
 def unknown_architecture(folder, rng):
   set_config(folder, model_type=rng.choice(
-      ["mamba", "", "LLAMA", "llama ", "deepseek_v4", "qwen3", 3, True, None, ["llama"], {}]))
+      ["mamba", "", "LLAMA", "llama ", "deepseek_v4", "qwen3_moe", 3, True, None, ["llama"], {}]))
   return "model_type"
 
 

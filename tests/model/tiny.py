@@ -26,7 +26,10 @@ GQA = dataclasses.replace(
     rope=model.RopeConfig(100.0, "half"), tie_embeddings=True)
 MHA = dataclasses.replace(GQA, attention=model.GQAConfig(num_heads=3, num_kv_heads=3, head_dim=8))
 MQA = dataclasses.replace(GQA, attention=model.GQAConfig(num_heads=3, num_kv_heads=1, head_dim=8))
-ALL = {"v3": V3, "plain mla": PLAIN_MLA, "gqa": GQA, "mha": MHA, "mqa": MQA}
+QK_NORM = dataclasses.replace(
+    GQA, attention=model.GQAConfig(num_heads=4, num_kv_heads=2, head_dim=10, qk_norm=True))
+ALL = {"v3": V3, "plain mla": PLAIN_MLA, "gqa": GQA, "mha": MHA, "mqa": MQA,
+       "qk norm": QK_NORM}
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Sampling treats every prompt independently of its batch, and stops where it should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import tiny
 
 import model
-from model.decoding.generate import sampling_logits
+from model.decoding.generate import prefill, sample_token, sampling_logits
 
 CFG = tiny.PLAIN_MLA
 TRANSFORMER = model.Transformer(CFG)
@@ -79,13 +81,183 @@ def test_sampling_applies_the_temperature_before_the_nucleus():
                              jax.nn.softmax(logits / 2), rtol=1e-6)
 
 
+def test_several_stop_tokens_end_rows_each_by_its_own():
+  v, kwargs = tiny.variables(CFG), {"max_new_tokens": 6, "temperature": 0}
+  free = np.asarray(model.generate(TRANSFORMER, v, prompts(), LENGTHS, **kwargs).tokens_BN)
+  stops = [int(free[0, 1]), int(free[1, 3])]
+  for given in (stops, tuple(stops), np.array(stops), jnp.array(stops), set(stops)):
+    out = model.generate(TRANSFORMER, v, prompts(), LENGTHS, stop_token=given, **kwargs)
+    for row, tokens in enumerate(free.tolist()):
+      at = next((i for i, token in enumerate(tokens) if token in stops), 5)
+      assert int(out.lengths_B[row]) == at + 1
+      want = tokens[:at + 1] + [tokens[at]] * (5 - at)
+      np.testing.assert_array_equal(out.tokens_BN[row], want)
+  for row, length in enumerate(LENGTHS.tolist()):
+    streamed = list(model.stream(TRANSFORMER, v, prompts()[row, :length], stop_token=stops,
+                                 **kwargs))
+    assert streamed == out.tokens_BN[row, :int(out.lengths_B[row])].tolist()
+
+
+@pytest.mark.parametrize("stop", [[], (), None])
+def test_no_stop_tokens_end_no_row(stop):
+  out = model.generate(TRANSFORMER, tiny.variables(CFG), prompts(), LENGTHS, max_new_tokens=6,
+                       temperature=0, stop_token=stop)
+  np.testing.assert_array_equal(out.lengths_B, [6, 6, 6])
+
+
+@pytest.mark.parametrize("kwargs", [
+    {"temperature": 1e-38}, {"temperature": 1e-50}, {"temperature": 1e-9}, {"top_p": 1e-40},
+    {"top_p": 1e-300}, {"temperature": 1e-38, "top_p": 0.5}, {"temperature": 2.0, "top_p": 1e-12}])
+def test_a_tiny_temperature_or_nucleus_leaves_the_most_likely_token(kwargs):
+  logits = jnp.array([[1.0, 3.0, -5.0, 2.9], [40.0, -1e4, 39.9, 0.0]])
+  tokens, logprobs = sample_token(
+      logits, jax.random.split(jax.random.key(0), 2),
+      **({"temperature": 1.0, "top_p": 1.0} | kwargs), greedy=False)
+  assert tokens.tolist() == [1, 0] and logprobs.tolist() == [0, 0]
+  v = tiny.variables(CFG)
+  sampled, greedy = (
+      model.generate(TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=4, **how)
+      for how in (kwargs | {"key": jax.random.key(1)}, {"temperature": 0}))
+  np.testing.assert_array_equal(sampled.tokens_BN, greedy.tokens_BN)
+
+
+def test_a_vanishing_temperature_without_a_nucleus_leaves_the_most_likely_token():
+  tokens, logprobs = sample_token(jnp.array([[1.0, 3.0, 2.9]]), jax.random.key(0)[None],
+                                  1e-38, 1.0, greedy=False, nucleus=False)
+  assert tokens.tolist() == [1] and logprobs.tolist() == [0]
+
+
 @pytest.mark.parametrize(("change", "message"), [
-    ({"temperature": -1.0}, "temperature >= 0"),
-    ({"top_p": 0.0}, "0 < top_p"),
-    ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+    ({"temperature": -1.0}, "temperature=-1.0 should be a number >= 0"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+    ({"temperature": float("inf")}, "temperature=inf"),
+    ({"temperature": "hot"}, "temperature='hot'"),
+    ({"temperature": np.ones(3)}, "temperature="),
+    ({"top_p": 0.0}, "0 < top_p <= 1"),
+    ({"top_p": 1.1}, "top_p=1.1"),
+    ({"top_p": float("nan")}, "top_p=nan"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 should be an integer >= 1"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
     ({"key": None}, "needs a key"),
+    ({"stop_token": -1}, "stop_token=-1"),
+    ({"stop_token": [3, -1]}, r"stop_token=\[3, -1\]"),
+    ({"stop_token": "</s>"}, "stop_token='</s>'"),
+    ({"stop_token": 1.5}, "stop_token=1.5"),
+    ({"stop_token": True}, "stop_token=True"),
 ])
 def test_invalid_arguments_are_refused(change, message):
   kwargs = {"max_new_tokens": 2, "key": jax.random.key(0)} | change
   with pytest.raises(ValueError, match=message):
     model.generate(TRANSFORMER, {}, prompts(), LENGTHS, **kwargs)
+  with pytest.raises(ValueError, match=message):
+    model.stream(TRANSFORMER, {}, prompts()[0], **kwargs)
+
+
+def at(row: int, column: int, value: int) -> jax.Array:
+  return prompts().at[row, column].set(value)
+
+
+INVALID_PROMPTS = {
+    "length 0": (prompts, [5, 0, 7], "row 1: the prompt's length is 0, and must lie in 1..7"),
+    "negative length": (prompts, [5, 2, -3], "row 2: the prompt's length is -3"),
+    "length past the width": (prompts, [8, 2, 7], "row 0: the prompt's length is 8"),
+    "huge length": (prompts, [5, 2, 2**40], "row 2: the prompt's length"),
+    "lengths of other rows": (prompts, [5, 2], r"\(3, 7\) and \(2,\)"),
+    "lengths that are not integers": (prompts, [5.0, 2.0, 7.0], "lengths should be integers"),
+    "token past the vocabulary": (
+        lambda: at(2, 6, 99999), [5, 2, 7], "row 2: token 6 of the prompt is 99999.* 0..36"),
+    "first token past the vocabulary": (lambda: at(0, 0, 37), [5, 2, 7], "row 0: token 0 .* is 37"),
+    "negative token": (lambda: at(1, 1, -100), [5, 2, 7], "row 1: token 1 of the prompt is -100"),
+    "token that wraps in int32": (
+        lambda: np.array(prompts(), np.int64) + 2**32, [5, 2, 7], "row 0: token 0"),
+    "tokens that are not integers": (
+        lambda: prompts().astype(float), [5, 2, 7], "prompts should be integers"),
+    "no tokens": (lambda: prompts()[:, :0], [5, 2, 7], r"\(3, 0\)"),
+    "a single row": (lambda: prompts()[0], [5], r"\(7,\)"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID_PROMPTS)
+def test_invalid_prompts_are_refused_naming_the_row(name):
+  make, lengths, message = INVALID_PROMPTS[name]
+  with pytest.raises(ValueError, match=message):
+    model.generate(TRANSFORMER, {}, make(), lengths, max_new_tokens=2, temperature=0)
+  with pytest.raises(ValueError, match=message):
+    prefill(TRANSFORMER, {}, make(), lengths, model.init_cache(CFG, 3, 9))
+
+
+@pytest.mark.parametrize(("prompt", "message"), [
+    ([], "shape"), ([[1, 2]], r"\(1, 2\)"), ([1, 99999], "token 1 of the prompt is 99999"),
+    ([-100], "is -100"), ([1.5], "prompts should be integers")])
+def test_a_stream_refuses_an_invalid_prompt_when_it_is_made(prompt, message):
+  with pytest.raises(ValueError, match=message):
+    model.stream(TRANSFORMER, {}, prompt, max_new_tokens=2, temperature=0)
+
+
+def test_values_past_a_prompts_length_are_ignored():
+  v, kwargs = tiny.variables(CFG), {"max_new_tokens": 3, "temperature": 0}
+  padded = jnp.where(jnp.arange(7) < LENGTHS[:, None], prompts(), -100)
+  ours = model.generate(TRANSFORMER, v, padded, LENGTHS, **kwargs)
+  np.testing.assert_array_equal(
+      ours.tokens_BN, model.generate(TRANSFORMER, v, prompts(), LENGTHS, **kwargs).tokens_BN)
+
+
+def test_generation_within_a_jitted_function_checks_what_is_not_traced():
+  v = tiny.variables(CFG)
+
+  @jax.jit
+  def run(tokens_BT, lengths_B, temperature, top_p, stop):
+    return model.generate(
+        TRANSFORMER, v, tokens_BT, lengths_B, max_new_tokens=4, key=jax.random.key(5),
+        temperature=temperature, top_p=top_p, stop_token=stop)
+
+  eager = model.generate(TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=4,
+                         key=jax.random.key(5), temperature=0.7, top_p=0.9, stop_token=3)
+  jitted = run(prompts(), LENGTHS, 0.7, 0.9, 3)
+  np.testing.assert_array_equal(jitted.tokens_BN, eager.tokens_BN)
+  greedy = model.generate(TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=4, temperature=0)
+  np.testing.assert_array_equal(
+      run(prompts(), LENGTHS, 0.0, 1.0, jnp.zeros(0, int)).tokens_BN, greedy.tokens_BN)
+  with pytest.raises(ValueError, match="row 1: the prompt's length is 0"):
+    jax.jit(lambda tokens: model.generate(
+        TRANSFORMER, v, tokens, np.array([5, 0, 7]), max_new_tokens=4, temperature=0))(prompts())
+
+
+def test_prefill_appends_the_next_part_of_every_row():
+  v, tokens = tiny.variables(CFG), tiny.tokens(CFG, 2, 9)
+  whole, _ = prefill(TRANSFORMER, v, tokens, jnp.array([9, 8]), model.init_cache(CFG, 2, 12))
+  _, output = prefill(TRANSFORMER, v, tokens[:, :5], jnp.array([5, 3]),
+                      model.init_cache(CFG, 2, 12))
+  rest = jnp.stack([jnp.pad(tokens[0, 5:], (0, 1)), tokens[1, 3:8]])
+  logits, output = prefill(TRANSFORMER, v, rest, jnp.array([4, 5]), output.cache)
+  np.testing.assert_allclose(logits, whole, atol=1e-4 * float(jnp.abs(whole).max()))
+  np.testing.assert_array_equal(output.cache.lengths_B, [9, 8])
+
+
+def test_a_cache_without_room_is_refused():
+  v, tokens = tiny.variables(CFG), tiny.tokens(CFG, 2, 20)
+  small = model.init_cache(CFG, 2, 8)
+  for run in (
+      lambda: prefill(TRANSFORMER, v, tokens, jnp.array([20, 20]), small),
+      lambda: jax.jit(lambda n: prefill(TRANSFORMER, v, tokens, n, small))(jnp.array([8, 8])),
+      lambda: TRANSFORMER.apply(v, tokens, cache=small),
+  ):
+    with pytest.raises(ValueError, match=r"2 row\(s\) of 20 token\(s\) .* 2 row\(s\) of 8 slot"):
+      run()
+  with pytest.raises(ValueError, match=r"1 row\(s\) of 4"):
+    prefill(TRANSFORMER, v, tokens[:1, :4], jnp.array([4]), small)
+  used = small.with_lengths(jnp.array([2, 5]))
+  with pytest.raises(ValueError, match="row 1: the cache holds 5 tokens, and its 8 slots"):
+    prefill(TRANSFORMER, v, tokens[:, :6], jnp.array([6, 4]), used)
+
+
+def test_text_past_the_models_context_is_announced(recwarn):
+  short = model.Transformer(dataclasses.replace(CFG, max_seq_len=9))
+  v, kwargs = tiny.variables(CFG), {"temperature": 0}
+  model.generate(short, v, prompts(), LENGTHS, max_new_tokens=2, **kwargs)
+  model.stream(short, v, prompts()[0], max_new_tokens=2, **kwargs)
+  assert not [w for w in recwarn if "context" in str(w.message)]
+  with pytest.warns(UserWarning, match=r"7 tokens and 3 new .* context of 9 \(max_seq_len\)"):
+    model.generate(short, v, prompts(), LENGTHS, max_new_tokens=3, **kwargs)
+  with pytest.warns(UserWarning, match="7 tokens and 4 new"):
+    model.stream(short, v, prompts()[0], max_new_tokens=4, **kwargs)

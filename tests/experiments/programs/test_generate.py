@@ -1,0 +1,145 @@
+"""The generate program: chats, ends of a text, and what comes before a prompt."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+from tokenizers import processors
+
+import model
+from experiments.options import Options
+from experiments.programs import generate
+from experiments.programs.generate import GenerateConfig, write_continuation
+from train.tokenizer import Tokenizer
+
+MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def chat_tokenizer() -> Tokenizer:
+  plain = tokenizers.Tokenizer.from_str(Tokenizer.bytes()._json)
+  plain.add_special_tokens(MARKS)
+  plain.post_processor = processors.TemplateProcessing(
+      single="<|im_start|> $A", special_tokens=[("<|im_start|>", 261)])
+  return Tokenizer(plain.to_str())
+
+
+TOKENIZER = chat_tokenizer()
+CFG = model.ModelConfig(
+    vocab_size=TOKENIZER.vocab_size, d_model=24, num_layers=2, ffn_dim=22, max_seq_len=512,
+    attention=model.GQAConfig(num_heads=3, num_kv_heads=1, head_dim=8),
+    rope=model.RopeConfig(100.0, "half"))
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict:
+  """Variables with which the model writes "abcabc...", whatever it is given."""
+  values = jax.tree.map(jnp.zeros_like, tiny.variables(CFG))
+  values = jax.tree.map(lambda x: x, values)
+  values["params"]["norm"]["scale"] = jnp.ones(24)
+  table = np.zeros((CFG.vocab_size, 24), np.float32)
+  head = np.zeros((24, CFG.vocab_size), np.float32)
+  table[:, 3] = 1
+  for i, (now, then) in enumerate(zip("abc", "bca", strict=True)):
+    table[ord(now)] = 0
+    table[ord(now), i] = 1
+    head[i, ord(then)] = 1
+  head[3, ord("a")] = 1
+  values["params"]["embedding"] = {"embedding": jnp.asarray(table), "head": jnp.asarray(head)}
+  return values
+
+
+@pytest.fixture
+def folder(tmp_path, variables):
+  model.hf.save(tmp_path, CFG, variables)
+  TOKENIZER.save(tmp_path / "tokenizer.json")
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+  return tmp_path
+
+
+def prompts_of(monkeypatch) -> list[list[int]]:
+  """Returns a list to which every prompt that is streamed is appended."""
+  seen, stream = [], model.stream
+
+  def record(network, variables, prompt_T, **kwargs):
+    seen.append(np.asarray(prompt_T).tolist())
+    return stream(network, variables, prompt_T, **kwargs)
+
+  monkeypatch.setattr(model, "stream", record)
+  return seen
+
+
+def run(folder, *settings) -> None:
+  generate.main(Options("generate", settings=(
+      f"checkpoint={folder}", "temperature=0", "max_new_tokens=8", *settings)))
+
+
+@pytest.mark.parametrize(("stop", "text"), [
+    ((), "abcabcab"), (("c",), "ab"), (("bcab",), "a"), (("cb", "ca"), "ab"), (("abca",), ""),
+    (("abd",), "abcabcab"), (("cabx",), "abcabcab"), (("caba", "bca"), "a")])
+def test_a_stop_string_ends_the_text_before_it(stop, text, variables, capsys):
+  written = write_continuation(CFG, variables, TOKENIZER, "x", max_new_tokens=8, temperature=0,
+                               stop=stop)
+  assert written == text
+  assert capsys.readouterr().out == text
+
+
+def test_each_of_several_stop_tokens_ends_the_text_and_is_not_part_of_it(variables, capsys):
+  for stops, text in (((ord("c"), 5), "ab"), ((5, ord("b")), "a"), ((260,), "abcabcab")):
+    assert write_continuation(CFG, variables, TOKENIZER, "x", max_new_tokens=8, temperature=0,
+                              stop_tokens=stops) == text
+  assert capsys.readouterr().out == "abaabcabcab"
+
+
+@pytest.mark.parametrize(("config", "text"), [
+    ({"eos_token_id": [5, ord("b")]}, "a"), ({"eos_token_id": ord("c")}, "ab"), ({}, "abcabcab")])
+def test_the_folders_eos_ends_the_text(config, text, folder, capsys):
+  (folder / "generation_config.json").write_text(json.dumps(config))
+  run(folder, "prompt=x", "chat=true")
+  assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_chat_is_rendered_by_the_folders_template(folder, monkeypatch, capsys):
+  seen = prompts_of(monkeypatch)
+  run(folder, "prompt='<|im_end|> hi'", "chat=true", "system=Be kind.")
+  start, end = 261, 262
+  assert seen == [[
+      start, *b"system\nBe kind.", end, *b"\n", start, *b"user\n<|im_end|> hi", end, *b"\n", start,
+      *b"assistant\n"]]
+  assert capsys.readouterr().out == "abcabcab\n"
+
+
+def test_a_prompt_begins_as_the_post_processor_says_and_never_has_other_special_tokens(
+    folder, monkeypatch, capsys):
+  seen = prompts_of(monkeypatch)
+  run(folder, "prompt='<|im_start|>x'")
+  assert seen == [[261, *b"<|im_start|>x"]]
+  out, err = capsys.readouterr()
+  assert out == "<|im_start|>xabcabcab\n"
+  assert "has a chat template: add --set chat=true" in err
+
+
+def test_chat_without_a_template_and_broken_files_are_named(folder):
+  (folder / "tokenizer_config.json").write_text("{}")
+  with pytest.raises(ValueError, match="has no chat template"):
+    run(folder, "chat=true")
+  for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+    good = (folder / name).read_text() if (folder / name).exists() else "{}"
+    for broken in (good[:-3] + "!", "[1]", '{"a": "\udcff"}'):
+      (folder / name).write_text(broken, errors="surrogateescape")
+      with pytest.raises(ValueError, match=re.escape(name)):
+        run(folder)
+    (folder / name).write_text(good)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"system": "Be kind."}, "needs a chat: add --set chat=true"), ({"stop": ("a", "")}, "empty")])
+def test_settings_that_make_no_sense_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    GenerateConfig(**changes)
