@@ -138,7 +138,18 @@ def loss_panel(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
           "curves": differences, "first": [baseline, unit, own],
           "label": f"loss − loss of {baseline} (nats per token)",
           "note": "Differences are between runs with the same seed: lines are means, bands go from "
-                  "the lowest to the highest pair."}
+                  "the lowest to the highest pair." + _other_rates(runs)}
+
+
+def _other_rates(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+  """Returns a sentence on arms whose learning rate is not the first arm's; "" for none."""
+  baseline, *others = rates = {arm: by_seed[0].get("learning_rate")
+                               for arm, by_seed in runs.items()}
+  differing = [f"{arm} at {rates[arm]:g}" for arm in others if rates[arm] != rates[baseline]]
+  if not differing:
+    return ""
+  return (f" {baseline} trained at a learning rate of {rates[baseline]:g}, "
+          f"{', '.join(differing)}.")
 
 
 def banded(steps: Sequence[int], curves: Sequence[Sequence[float]]) -> list[list]:

@@ -24,6 +24,13 @@ def test_losses_are_shown_as_differences_from_the_first_arms_run_of_the_same_see
   assert "loss of plain (nats per token)" in panel["label"]
 
 
+def test_arms_that_trained_at_another_learning_rate_are_named():
+  at = lambda rate: [run(0, [4.0, 2.0]) | {"learning_rate": rate}]
+  panel = text_runs.loss_panel({"plain": at(0.005), "same": at(0.005), "other": at(0.002)})
+  assert panel["note"].endswith("plain trained at a learning rate of 0.005, other at 0.002.")
+  assert "rate" not in text_runs.loss_panel({"plain": at(None), "same": at(None)})["note"]
+
+
 def test_the_loss_of_a_single_arm_is_shown_itself():
   panel = text_runs.loss_panel({"plain": [run(0, [4.0, 2.0])]})
   (curves,) = panel["curves"].values()
