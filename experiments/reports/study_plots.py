@@ -61,14 +61,12 @@ def _forest_line(axes: Axes, y: float, line: Comparison) -> None:
 
 
 @drawing.styled
-def forest(comparisons: list[Comparison], path: str | pathlib.Path,
-           note: str = "") -> Figure:
+def forest(comparisons: list[Comparison], path: str | pathlib.Path) -> Figure:
   """Draws every comparison's interval, with its margin, the paper's value and the verdict.
 
   Args:
     comparisons: the lines, from top to bottom.
     path: path of the PNG.
-    note: a sentence that is added to the caption.
   """
   groups: dict[str, list[Comparison]] = {}
   for comparison in comparisons:
@@ -104,7 +102,7 @@ def forest(comparisons: list[Comparison], path: str | pathlib.Path,
   return drawing.save(figure, path, " ".join(filter(None, [
       f"Of {len(verdicts)} claims {found}.",
       "The black line marks no effect, or the claimed threshold.",
-      "A single seed has no interval." * alone, note])))
+      "A single seed has no interval." * alone])))
 
 
 @drawing.styled
@@ -180,7 +178,7 @@ def _late_mean(curve: Curve) -> float:
 @drawing.styled
 def outcomes(
     values: Mapping[str, Mapping[str, Sequence[float]]], path: str | pathlib.Path,
-    thresholds: Mapping[str, float] | None = None, note: str = "") -> Figure:
+    thresholds: Mapping[str, float] | None = None) -> Figure:
   """Draws every arm's metrics, one panel per metric, with a point for each seed.
 
   Args:
@@ -188,7 +186,6 @@ def outcomes(
       baseline.
     path: path of the PNG.
     thresholds: by the metric's label, a threshold that a claim states.
-    note: a sentence that is added to the caption.
   """
   thresholds = thresholds or {}
   arms = list(dict.fromkeys(arm for by_arm in values.values() for arm in by_arm))
@@ -219,4 +216,4 @@ def outcomes(
   return drawing.save(figure, path, " ".join(filter(None, [
       f"Means over seeds (bars): {found}.",
       f"Dashed: the mean of {arms[0]}.",
-      f"Black: the claimed threshold ({claimed})." if claimed else "", note])))
+      f"Black: the claimed threshold ({claimed})." if claimed else ""])))
