@@ -65,6 +65,9 @@ def generated() -> dict[pathlib.Path, str]:
   found = results.summaries()
   files = {results.ROOT / "README.md": results_index.index_page(found, stale),
            _ROOT / "docs" / "configuration.md": config_reference.reference()}
+  for folder in found:
+    report = results.ROOT / folder / "report.md"
+    files[report] = results_index.marked(report.read_text(encoding="utf-8"), stale(folder))
   for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))):
     if path not in files:
       above = "" if path.parent == _ROOT else "../"

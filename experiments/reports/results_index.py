@@ -20,6 +20,7 @@ from experiments.reports.summary import claims_table, estimate, table_text
 
 Summaries = Mapping[str, Mapping[str, Any]]
 _BLOCK = re.compile(r"(<!-- results: (\w+)\s*(.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_STALE = "> **This result is stale:**"  # the beginning of the note in its report
 _RESULTS = "](RESULTS/"  # the beginning of a link, until `fill` knows where the results are
 
 
@@ -113,6 +114,21 @@ def difference(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     return "unknown"
   changed = [name.replace("_", " ") for name in now if then.get(name) != now[name]]
   return f"yes: changed {', '.join(changed)}" if changed else "no"
+
+
+def marked(report: str, stale: str) -> str:
+  """Returns a report with a note below its title if the result is stale, and else without one.
+
+  Args:
+    report: the text of a study's report.md, with or without such a note.
+    stale: as `difference` returns it.
+  """
+  report = re.sub(rf"^{re.escape(_STALE)}.*\n\n", "", report, count=1, flags=re.MULTILINE)
+  answer, _, changed = stale.partition(": changed ")
+  if answer != "yes":
+    return report
+  title, rest = report.split("\n\n", 1)
+  return f"{title}\n\n{_STALE} since it was made, the study's {changed} have changed.\n\n{rest}"
 
 
 def _summary(folder: str, summaries: Summaries) -> Mapping[str, Any]:

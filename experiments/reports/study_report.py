@@ -9,7 +9,7 @@ import math
 import pathlib
 import statistics
 
-from experiments.reports import plots
+from experiments.reports import plots, study_plots
 from experiments.reports.labels import metric_label
 from experiments.reports.markdown import (
   document,
@@ -62,11 +62,11 @@ def _verdicts(comparisons: list[dict]) -> str:
   return "\n\n".join(filter(None, [found, "\n".join(reasons)]))
 
 
-def _forest_lines(comparisons: list[dict]) -> list[plots.Comparison]:
+def _forest_lines(comparisons: list[dict]) -> list[study_plots.Comparison]:
   lines = []
   for c in comparisons:
     claim, threshold = c["claim"], c["claim"].get("threshold")
-    lines.append(plots.Comparison(
+    lines.append(study_plots.Comparison(
         c["name"], _paired(c["paired"]),
         _axis(c["metric"], c.get("baseline")), claim.get("paper"),
         claim.get("margin"), c["verdict"], threshold or 0.0))
@@ -134,9 +134,31 @@ def _study_summary(study: dict) -> str:
 
 
 def _panels(folder: pathlib.Path, drawn: dict) -> str:
-  """Draws a figure with `plots.panels` and returns a reference to it."""
-  draw = functools.partial(plots.panels, doublings=drawn.get("doublings"))
+  """Draws panels of curves, or small multiples, and returns a reference to the figure."""
+  if "label" in drawn:
+    draw = functools.partial(
+        study_plots.multiples, label=drawn["label"], bound=drawn.get("bound"),
+        first=drawn.get("first"), other_scale=drawn.get("other_scale", ()),
+        note=drawn.get("note", ""))
+  else:
+    draw = functools.partial(plots.panels, ratios=drawn.get("ratios"),
+                             shared=drawn.get("shared", ()))
   return figure(folder, drawn["name"], drawn["caption"], draw, drawn["curves"])
+
+
+def _outcomes(folder: pathlib.Path, study: dict) -> str:
+  """Draws the metrics that claims are about by arm, and returns a reference to the figure.
+
+  Logarithms are left out: they are compared as relative errors, far below the spread of seeds.
+  """
+  found, comparisons = study.get("outcomes", {}), study.get("comparisons", [])
+  claimed = dict.fromkeys(c["metric"] for c in comparisons)
+  drawn = {metric_label(metric): found[metric] for metric in claimed
+           if metric in found and not metric.startswith("log_")}
+  thresholds = {metric_label(c["metric"]): c["claim"]["threshold"] for c in comparisons
+                if c["claim"].get("threshold") is not None}
+  draw = functools.partial(study_plots.outcomes, thresholds=thresholds)
+  return figure(folder, "metrics", "Metrics by arm, one point per seed", draw, drawn)
 
 
 def _table(shown: dict) -> str:
@@ -177,8 +199,10 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
         "not_judged": the reason, if there is no verdict}].
       "noise": {metric: seed standard deviation}.
       "detectable": {metric: minimum detectable effect}.
-      "curves": {name: rows for `plots.loss_curves`}.
-      "panels": [{"name", "caption", and "curves" and "doublings" for `plots.panels`}].
+      "panels": [{"name", "caption", "curves", and arguments of `plots.panels` ("ratios" and
+        "shared") or of `study_plots.multiples` ("label", "first", "bound", "other_scale" and
+        "note")}].
+      "outcomes": {metric: {arm: one value per seed}}; those that claims are about are drawn.
       "tables": [{"caption", "header", "rows", "note"}].
       "samples": [{"title", "rows": [{"step", "prompt", "completion", "answer"}]}].
       "bases": [{"name", "arms", "metrics", "cost"}], the models that RL started from.
@@ -193,10 +217,9 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
   return document(folder / "report.md", f"Study {study['name']}", [
       ("", _study_summary(study)),
       ("Verdicts", _verdicts(comparisons)),
-      ("", figure(folder, "forest", "Every comparison with its interval", plots.forest,
+      ("", figure(folder, "forest", "Every comparison with its interval", study_plots.forest,
                    _forest_lines(comparisons))),
-      ("Loss", figure(folder, "loss", "Training loss by arm", plots.loss_curves,
-                       study.get("curves", {}))),
+      ("Metrics by arm", _outcomes(folder, study)),
       *((shown["caption"], _table(shown)) for shown in study.get("tables", [])),
       *((drawn["caption"], _panels(folder, drawn)) for drawn in study.get("panels", [])),
       ("Completions", _samples(study.get("samples", []))),

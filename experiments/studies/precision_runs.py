@@ -3,11 +3,12 @@
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.stats import paired
 from experiments.studies.runs import Task
-from experiments.studies.text_runs import TextRuns
+from experiments.studies.text_runs import TextRuns, banded
 from train.run_folder import RunFolder
 
 _BASELINE = "bf16"
@@ -24,7 +25,8 @@ class PrecisionRuns(TextRuns):
     return runs and [run | {"metrics": run["metrics"] | log_losses(run)} for run in runs]
 
   def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    return super().report_parts(runs) | relative_errors(runs)
+    parts, relative = super().report_parts(runs), relative_errors(runs)
+    return parts | relative | {"panels": parts["panels"] + relative.get("panels", [])}
 
 
 def log_losses(run: Mapping[str, Any]) -> dict[str, float]:
@@ -69,8 +71,15 @@ def relative_errors(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str
           "rows": rows}],
       "panels": [{
           "name": "relative", "caption": "Relative error of the training loss over steps, "
-                                         f"smoothed with decay {_SMOOTHING}, mean over pairs",
-          "curves": _curves(pairs)}]}
+                                         f"smoothed with decay {_SMOOTHING}",
+          "label": f"loss ÷ loss of {_BASELINE} − 1 (%)",
+          "bound": [0.25, "the paper's bound of ±0.25 %"],
+          "other_scale": [_SEEDS],
+          "note": "Lines are means over pairs of runs with the same seed, bands their 95 % "
+                  f"intervals. The panel of {_SEEDS} shows the noise between seeds on its own "
+                  "scale; its band goes from the lowest to the highest pair.",
+          "curves": {name: _relative_curve(by_seed, banded if name == _SEEDS else _with_interval)
+                     for name, by_seed in pairs.items()}}]}
 
 
 def _cells(pairs: Sequence[tuple], metric: str) -> str:
@@ -80,20 +89,21 @@ def _cells(pairs: Sequence[tuple], metric: str) -> str:
   return f"{percent(statistics.fmean(errors))} % ({', '.join(map(percent, errors))})"
 
 
-def _curves(pairs: Mapping[str, Sequence[tuple]]) -> dict[str, dict[str, tuple[list, list]]]:
-  """Returns the curves of two panels: arms and pairs of seeds, and arms alone."""
-  curves = {name: _mean_curve(by_seed) for name, by_seed in pairs.items()}
-  return {"relative error of the loss (%), arms and seeds": curves,
-          "relative error of the loss (%), arms only": {
-              name: curve for name, curve in curves.items() if name != _SEEDS}}
-
-
-def _mean_curve(pairs: Sequence[tuple]) -> tuple[list, list]:
-  """Returns the steps, and the mean over pairs of the relative error of the smoothed loss."""
+def _relative_curve(pairs: Sequence[tuple], with_band: Callable) -> list[list]:
+  """Returns the relative error of the smoothed loss in percent, with a band over pairs."""
   curves = [zip(smoothed(a["curve"]), smoothed(b["curve"]), strict=True) for a, b in pairs]
-  errors = [[100 * (ours / theirs - 1) for ours, theirs in curve] for curve in curves]
-  return ([step for step, _ in pairs[0][0]["curve"]],
-          [statistics.fmean(at_step) for at_step in zip(*errors, strict=True)])
+  return with_band([step for step, _ in pairs[0][0]["curve"]],
+                   [[100 * (ours / theirs - 1) for ours, theirs in curve] for curve in curves])
+
+
+def _with_interval(steps: Sequence[int], curves: Sequence[Sequence[float]]) -> list[list]:
+  """Returns a curve for figures: steps, means, and the bounds of their 95 % intervals."""
+  if len(curves) < 2:
+    return [list(steps), *map(list, curves)]
+  found = [paired(at_step, 0) if all(map(math.isfinite, at_step)) else None
+           for at_step in zip(*curves, strict=True)]
+  return [list(steps), *([one and getattr(one, part) for one in found]
+                         for part in ("mean", "low", "high"))]
 
 
 def smoothed(curve: Iterable[Sequence[float]]) -> list[float]:

@@ -26,16 +26,17 @@ _REFLECTION = {"kept": "accuracy, reflection kept", "cut": "accuracy, reflection
 
 
 def panels(runs: ByArm) -> list[dict[str, Any]]:
-  """Returns panels of curves over training steps and over K, which are means over seeds."""
-  curves = {label: {arm: _mean([run["curves"][key] for run in by_seed])
+  """Returns panels of curves over training steps and over K, with their range over seeds."""
+  curves = {label: {arm: _over_seeds([run["curves"][key] for run in by_seed])
                     for arm, by_seed in runs.items()
                     if all(run["curves"].get(key) for run in by_seed)}
             for key, label in _CURVES.items()}
   return [
-      {"name": "curves", "caption": "Training curves, means over seeds",
+      {"name": "curves", "caption": "Training curves",
        "curves": {label: by_arm for label, by_arm in curves.items() if by_arm}},
       {"name": "by_k", "caption": "pass@K and majority vote of K samples, before and after RL",
-       "doublings": "K (samples per problem)", "curves": _by_k(runs)}]
+       "ratios": "K (samples per problem)", "shared": list(_curves_of_bases(runs).values()),
+       "curves": _by_k(runs)}]
 
 
 def tables(runs: ByArm) -> list[dict[str, Any]]:
@@ -70,23 +71,41 @@ def _name(arm: str, run: Mapping[str, Any]) -> str:
   return f"{arm}, seed {run['seed']}"
 
 
-def _mean(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:
-  """Returns the abscissae and the mean values of curves, cut to the length of the shortest."""
+def _over_seeds(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+  """Returns the abscissae, mean values and, of several curves, the lowest and highest values.
+
+  All curves are cut to the length of the shortest.
+  """
   points = np.array([curve[:min(map(len, curves))] for curve in curves], float)
-  return points[0, :, 0].tolist(), points[..., 1].mean(0).tolist()
+  values = points[..., 1]
+  band = [values.min(0).tolist(), values.max(0).tolist()] if len(values) > 1 else []
+  return [points[0, :, 0].tolist(), values.mean(0).tolist(), *band]
+
+
+def _curves_of_bases(runs: ByArm) -> dict[str, str]:
+  """Returns, by arm, the name of the curve of the bases that it is the first to start from.
+
+  Bases that are among those of another arm have no curve of their own.
+  """
+  bases = {arm: {run["base"]["name"] for run in by_seed} for arm, by_seed in runs.items()}
+  arms = []
+  for arm, of_arm in bases.items():
+    others = [bases[other] for other in bases if other != arm]
+    if not any(of_arm < other for other in others) and of_arm not in [bases[a] for a in arms]:
+      arms.append(arm)
+  return {arm: f"base of {arm}" if i else "base" for i, arm in enumerate(arms)}
 
 
 def _by_k(runs: ByArm) -> dict[str, dict]:
   """Returns panels of pass@K and maj@K, with one curve for the bases that several arms share."""
-  arm_of_bases: dict[tuple, str] = {}
-  for arm, by_seed in runs.items():
-    arm_of_bases.setdefault(tuple(run["base"]["name"] for run in by_seed), arm)
-  drawn = {}
+  drawn: dict[str, dict] = {}
+  bases = _curves_of_bases(runs)
   for key, label in {"pass@K": "pass@K", "cons@K": "maj@K (cons@K in R1)"}.items():
-    before = {"base" if len(arm_of_bases) == 1 else f"base of {arm}":
-              _mean([run["before"][key] for run in runs[arm]]) for arm in arm_of_bases.values()}
-    drawn[label] = before | {arm: _mean([run["after"][key] for run in by_seed])
-                             for arm, by_seed in runs.items()}
+    curves = drawn[label] = {}
+    for arm, by_seed in runs.items():
+      if arm in bases:
+        curves[bases[arm]] = _over_seeds([run["before"][key] for run in by_seed])
+      curves[arm] = _over_seeds([run["after"][key] for run in by_seed])
   return {label: curves for label, curves in drawn.items() if curves}
 
 

@@ -54,8 +54,13 @@ class TextRuns:
              **_curves(result, run)} for task, run in zip(tasks, runs, strict=True)]
 
   def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    return {"curves": {arm: [{"step": step, "loss": loss} for step, loss in by_seed[0]["curve"]]
-                       for arm, by_seed in runs.items() if by_seed}}
+    """Returns the metrics of every arm by seed, and curves of the training loss."""
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    metrics = dict.fromkeys(name for by_seed in runs.values() for run in by_seed
+                            for name in run["metrics"])
+    return {"outcomes": {name: {arm: [run["metrics"][name] for run in by_seed]
+                                for arm, by_seed in runs.items()} for name in metrics},
+            "panels": [loss_panel(runs)] if runs else []}
 
   def _config(self, task: Task) -> RunConfig:
     cfg = fit_vocabulary(self.configs[task.arm], self.data, keep=self.keep_vocabulary)
@@ -107,3 +112,48 @@ def _curves(result: Result, run: int | None) -> dict:
   evaluations = [[e["step"], float(np.mean(list(e["loss"].values()))) if run is None
                   else e["per_seed"]["mean_loss"][run]] for e in result.evaluations]
   return {"curve": binned_curve(result.rows, loss), "validation_curve": evaluations}
+
+
+def loss_panel(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+  """Returns the training loss of the first arm, and the other arms' differences from it.
+
+  Args:
+    runs: by arm, at least one finished run, with their "seed" and "curve".
+
+  Returns:
+    An entry of "panels" for `write_study_report`. Differences are between runs of the same seed.
+  """
+  baseline, *others = runs
+  losses = {arm: {run["seed"]: np.array(run["curve"])[:, 1] for run in by_seed}
+            for arm, by_seed in runs.items()}
+  steps = [step for step, _ in runs[baseline][0]["curve"]]
+  unit = "training loss (nats per token)"
+  own = banded(steps, list(losses[baseline].values()))
+  pairs = {arm: [losses[arm][seed] - losses[baseline][seed] for seed in losses[arm]
+                 if seed in losses[baseline]] for arm in others}
+  differences = {arm: banded(steps, by_seed) for arm, by_seed in pairs.items() if by_seed}
+  if not differences:
+    return {"name": "loss", "caption": "Training loss", "curves": {unit: {baseline: own}}}
+  return {"name": "loss", "caption": f"Training loss of {baseline}, and differences from it",
+          "curves": differences, "first": [baseline, unit, own],
+          "label": f"loss − loss of {baseline} (nats per token)",
+          "note": "Differences are between runs with the same seed: lines are means, bands go from "
+                  "the lowest to the highest pair." + _other_rates(runs)}
+
+
+def _other_rates(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+  """Returns a sentence on arms whose learning rate is not the first arm's; "" for none."""
+  baseline, *others = rates = {arm: by_seed[0].get("learning_rate")
+                               for arm, by_seed in runs.items()}
+  differing = [f"{arm} at {rates[arm]:g}" for arm in others if rates[arm] != rates[baseline]]
+  if not differing:
+    return ""
+  return (f" {baseline} trained at a learning rate of {rates[baseline]:g}, "
+          f"{', '.join(differing)}.")
+
+
+def banded(steps: Sequence[int], curves: Sequence[Sequence[float]]) -> list[list]:
+  """Returns a curve for figures: steps, means and, of several, the lowest and highest values."""
+  values = np.array(curves)
+  band = [values.min(0).tolist(), values.max(0).tolist()] if len(values) > 1 else []
+  return [list(steps), values.mean(0).tolist(), *band]

@@ -61,6 +61,11 @@ _ERRORS = {
     "of_deviation": "largest error ÷ standard deviation",
     "relative": "largest relative error",
     "frobenius": "relative Frobenius norm of the error"}
+_LABELS = {"raw_matmul": "ours, not promoted", "fp8_matmul, promoted": "ours, promoted",
+           "emulated": "emulated, not promoted"}
+_DRAWN = {"normal": "of_deviation", "positive": "relative"}  # errors in the figure, by operands
+_PAPER = 0.02  # section 3.3.2: the largest relative error for random matrices with K = 4096
+_SAME = 0.05  # errors that differ by a smaller fraction cannot be told apart in a figure
 
 
 def implementations(lhs_MK: jax.Array, rhs_NK: jax.Array) -> dict:
@@ -153,7 +158,7 @@ _HEADER = ("operands", "K", "implementation", *_ERRORS.values())
 
 
 def _lines(rows: list[dict]) -> list[list]:
-  return [[row["numbers"], row["width"], row["way"],
+  return [[row["numbers"], row["width"], _label(row["way"]),
            *(_percent(row.get(name)) for name in _ERRORS)] for row in rows]
 
 
@@ -192,13 +197,41 @@ def summary(result: dict) -> dict:
 
 def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
   rows = result["rows"]
-  panels = {
-      label: {
-          name: ([row["width"] for row in rows if (row["numbers"], row["way"]) == (numbers, name)],
-                 [row[metric] for row in rows if (row["numbers"], row["way"]) == (numbers, name)])
-          for name in dict.fromkeys(row["way"] for row in rows)}
-      for numbers, metric, label in (("normal", "of_deviation", "normal: error ÷ σ"),
-                                     ("positive", "relative", "positive: relative error"))}
-  draw = functools.partial(plots.panels, doublings="K (products per sum)", logarithmic=True)
+  series = {name: {numbers: [row for row in rows if (row["numbers"], row["way"]) == (numbers, name)]
+                   for numbers in _NUMBERS}
+            for name in dict.fromkeys(row["way"] for row in rows)}
+  panels = {}
+  for numbers, metric in _DRAWN.items():
+    panels[f"{numbers} operands: {_ERRORS[metric]} (%)"] = {
+        "\n= ".join(map(_label, names)): (
+            [row["width"] for row in series[names[0]][numbers]],
+            [100 * row[metric] for row in series[names[0]][numbers]])
+        for names in _indistinguishable(series)}
+  reference = (100 * _PAPER, "V3, K = 4096: nearly 2 %")
+  draw = functools.partial(
+      plots.panels, ratios="K (products per sum)", logarithmic=True,
+      references={f"positive operands: {_ERRORS['relative']} (%)": reference},
+      note=f"Implementations whose errors differ by at most {100 * _SAME:g} % share a curve (=).")
   return [("Errors over K", figure(folder, "errors", "Errors over K", draw, panels)),
           ("All errors", table(_HEADER, _lines(rows)))]
+
+
+def _indistinguishable(series: dict[str, dict[str, list[dict]]]) -> list[list[str]]:
+  """Returns groups of implementations whose errors agree to within `_SAME` in every figure."""
+  values = {name: np.array([row[_DRAWN[numbers]] for numbers in _DRAWN
+                            for row in by_numbers[numbers]])
+            for name, by_numbers in series.items()}
+  groups: list[list[str]] = []
+  for name in sorted(series, key=lambda name: not _label(name).startswith("ours")):
+    same = [group for group in groups
+            if np.allclose(values[name], values[group[0]], rtol=_SAME, atol=0)]
+    if same:
+      same[0].append(name)
+    else:
+      groups.append([name])
+  return groups
+
+
+def _label(name: str) -> str:
+  """Returns the name of an implementation in reports; result files have those of functions."""
+  return _LABELS.get(name, name)

@@ -296,11 +296,14 @@ def _percent(value: float) -> str:
 def _sections(folder: pathlib.Path, result: dict) -> list[tuple[str, str]]:
   random = result["random"]
   factors = list(dict.fromkeys(row["factor"] for row in random))
-  panels = {f"{product}: {over} tokens": {
-      method: (factors, [errors[method] for errors in _by_factor(random, product, over)])
+  panels = {f"{product}, {over} tokens: relative error (%)": {
+      method: (factors, [100 * errors[method] for errors in _by_factor(random, product, over)])
       for method in GRADIENTS}
             for product in ("input gradient", "weight gradient") for over in ("ordinary", "all")}
-  draw = functools.partial(plots.panels, doublings="factor of outlier tokens", logarithmic=True)
+  draw = functools.partial(
+      plots.panels, ratios="factor of outlier tokens", logarithmic=True,
+      note="The factor is by how much the gradients of outlier tokens are larger; errors are "
+           "Frobenius norms relative to that of the exact gradient.")
   return [
       ("Findings", "\n".join(f"- {line}" for line in verdicts(random, result["trained"]))),
       ("", figure(folder, "errors", "Errors of input and weight gradients", draw, panels))]

@@ -1,5 +1,7 @@
 """Figures show the given data, with labelled axes, legends and a caption computed from the data."""
 
+import functools
+import itertools
 import math
 
 import matplotlib.image
@@ -8,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from experiments import stats
-from experiments.reports import plots
+from experiments.reports import drawing, plots, study_plots
 
 STEPS = np.arange(0, 100, 2)
 RNG = np.random.default_rng(0)
@@ -25,8 +27,9 @@ def rows(level: float = 2.0, seeds: int = 0) -> list[dict]:
   return out
 
 
-def line(name: str, values, axis: str = "bits per byte: difference", **fields) -> plots.Comparison:
-  return plots.Comparison(name, stats.paired(values, 0), axis, **fields)
+def line(name: str, values, axis: str = "bits per byte: difference",
+         **fields) -> study_plots.Comparison:
+  return study_plots.Comparison(name, stats.paired(values, 0), axis, **fields)
 
 
 def curves(axes) -> dict[str, np.ndarray]:
@@ -36,6 +39,7 @@ def curves(axes) -> dict[str, np.ndarray]:
 
 
 def caption(figure) -> str:
+  """Returns the caption on one line, with plain spaces."""
   return " ".join(figure.texts[-1].get_text().split())
 
 
@@ -53,15 +57,23 @@ PANELS = {"reward": {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [0.5, None])},
 LEARNING = {"ours": {"steps": [{"time": 1.0, "mean_reward": 0.5}],
                      "evaluations": [{"time": 0.0, "pass@1": [0.1, 0.0, 0.2]},
                                      {"time": 2.5, "pass@1": [0.8, 0.7, 0.9]}]}}
+BAND = [[0, 1, 2, 3], [0.0, -0.1, -0.1, -0.2], [0.0, -0.2, -0.3, -0.4], [0.0, 0.0, 0.1, 0.0]]
+DIFFERENCES = {"a": BAND, "b": [[0, 1, 2, 3], [0.0, 0.2, 0.1, 0.3]]}
+OUTCOMES = {"MaxVio (max ÷ mean − 1)": {"base": [2.0, 4.0], "a": [0.25, 0.75]},
+            "loss (nats)": {"base": [3.0, 3.2], "a": [3.1, 3.3]}}
+multiples = functools.partial(study_plots.multiples, label="loss − loss of base (nats)",
+                              first=("base", "loss (nats)", ([0, 1], [8.0, 3.0])))
 FIGURES = {
-    "loss": (plots.loss_curves, {"a": rows(), "b": rows(2.2, seeds=3)}),
+    "loss": (plots.training_loss, rows(seeds=3)),
     "max_violation": (plots.max_violation, rows()),
     "learning_rate": (plots.learning_rate, rows()),
     "validation": (plots.validation, EVALUATIONS),
     "panels": (plots.panels, PANELS),
     "learning": (plots.learning, LEARNING),
     "loads": (plots.load_heat_map, {"bible": [[3.0, 1.0]], "python": [[2.0, 2.0]]}),
-    "forest": (plots.forest, [line("a", [1.0, 1.1], verdict="reproduced")])}
+    "forest": (study_plots.forest, [line("a", [1.0, 1.1], verdict="reproduced")]),
+    "multiples": (multiples, DIFFERENCES),
+    "outcomes": (study_plots.outcomes, OUTCOMES)}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -73,9 +85,10 @@ def test_every_figure_is_a_png_800_pixels_wide_with_labelled_axes_and_a_caption(
   assert 0.005 < (image < 0.95).any(-1).mean() < 0.9  # neither nearly blank nor nearly full
   assert caption(figure).endswith(".") and len(caption(figure)) > 20
   for axes in figure.axes:
-    labels = (axes.get_xlabel() or figure.get_supxlabel(), axes.get_ylabel()
-              or figure.get_supylabel())
-    assert name == "forest" or not axes.get_visible() or all(labels), labels
+    if axes.get_visible() and name != "forest":  # whose vertical axes have names as ticks
+      row = [other for other in figure.axes if other.get_ylim() == axes.get_ylim()]
+      assert axes.get_xlabel() or not axes.images
+      assert any(other.get_ylabel() for other in row) or name == "outcomes"
 
 
 def test_the_outermost_pixels_are_white_even_with_long_labels_and_names(path):
@@ -98,29 +111,20 @@ def test_drawing_does_not_change_matplotlibs_settings(name, path):
 # Curves.
 
 
-def test_every_loss_curve_has_its_own_colour_and_its_name_in_the_legend(path):
-  figure = plots.loss_curves({"a": rows(), "b": rows(2.2, seeds=3)}, path)
+def test_the_training_loss_shows_its_moving_average_on_top_of_every_seed(path):
+  figure = plots.training_loss(rows(seeds=3), path)
   (axes,) = figure.axes
-  named = [curve for curve in axes.lines if not curve.get_label().startswith("_")]
-  assert len({to_hex(curve.get_color()) for curve in named}) == 2
-  assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
   faint = [curve for curve in axes.lines if curve.get_alpha()]
-  assert len(faint) == 1 + 3  # one run of a and three seeds of b
+  assert len(faint) == 3 and len(axes.lines) == 4
   assert axes.get_ylabel() == "training loss (nats per token)"
-  assert "a ends lowest, at 2" in caption(figure) and "b highest, at 2.2" in caption(figure)
-
-
-def test_the_axis_of_several_loss_curves_excludes_the_initial_fall_and_that_of_one_does_not(path):
-  (several,) = plots.loss_curves({"a": rows(), "b": rows(2.2)}, path).axes
-  (one,) = plots.loss_curves({"": rows()}, path).axes
-  assert several.get_ylim()[1] < 6 < 7 < one.get_ylim()[1]
+  assert "goes from 7 to 2" in caption(figure) and "the seeds" in caption(figure)
 
 
 def test_a_loss_that_is_not_finite_leaves_a_gap(path):
   broken = rows()
   for i, value in ((3, math.nan), (4, math.inf), (20, None)):
     broken[i]["loss"] = value
-  figure = plots.loss_curves({"": broken}, path)
+  figure = plots.training_loss(broken, path)
   faint, smoothed = (np.asarray(curve.get_xydata(), float) for curve in figure.axes[0].lines)
   assert len(faint) == len(STEPS) - 1  # the row without a value is left out
   for curve in (faint, smoothed):
@@ -176,12 +180,71 @@ def test_a_name_that_only_a_later_panel_has_is_in_the_legend(path):
   assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "late"]
 
 
-def test_powers_of_two_are_evenly_spaced_and_values_may_be_logarithmic(path):
-  drawn = {"pass@K": {"a": ([1, 2, 4, 8], [0.1, 0.2, 0.3, 0.4])}}
-  axes = plots.panels(drawn, path, doublings="K", logarithmic=True).axes[0]
+@pytest.mark.parametrize(("x", "shown"), [
+    ((1, 2, 4, 8), ["1", "2", "4", "8"]), ((1, 10, 100), ["$10^{0}$", "$10^{1}$", "$10^{2}$"])])
+def test_ratios_are_evenly_spaced_with_ticks_at_the_data(x, shown, path):
+  drawn = {"pass@K": {"a": (x, [0.1 * (i + 1) for i in range(len(x))])}}
+  figure = plots.panels(drawn, path, ratios="K", logarithmic=True)
+  axes = figure.axes[0]
   assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("log", "log", "K")
-  positions = axes.transData.transform([[k, 0.1] for k in (1, 2, 4, 8)])[:, 0]
+  positions = axes.transData.transform([[k, 0.1] for k in x])[:, 0]
   np.testing.assert_allclose(np.diff(positions), np.diff(positions)[0])
+  low, high = axes.get_xlim()
+  ticks = {tick.get_text().replace("\\mathdefault{", "").replace("}}$", "}$")
+           for tick, at in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)
+           if low <= at <= high}
+  assert ticks == set(shown)
+  assert "At the largest K: pass@K" in caption(figure)
+
+
+def test_an_axis_is_logarithmic_only_if_few_values_would_hide_the_rest(path):
+  spikes = [0.0, 0.1, 0.2, 145.0, 0.3]
+  figure = plots.panels({"KL": {"a": (range(5), spikes)}, "length": {"a": (range(5), range(5))}},
+                        path)
+  kl, length = figure.axes
+  assert (kl.get_yscale(), length.get_yscale()) == ("log", "linear")
+  assert kl.get_ylim()[0] < 0.1 and kl.get_ylim()[1] > 145
+
+
+def test_bands_are_drawn_around_means_and_explained(path):
+  figure = plots.panels({"reward": {"a": BAND}}, path)
+  (band,) = figure.axes[0].collections
+  vertices = band.get_paths()[0].vertices
+  assert (vertices[:, 1].min(), vertices[:, 1].max()) == (-0.4, 0.1)
+  assert "bands go from the lowest to the highest seed" in caption(figure)
+
+
+def test_many_curves_are_divided_into_columns_with_the_shared_one_in_each(path):
+  names = [f"arm {i}" for i in range(6)]
+  drawn = {label: {name: ([0, 1], [i, i]) for i, name in enumerate([*names, "base"])}
+           for label in ("reward", "length")}
+  figure = plots.panels(drawn, path, shared=["base"])
+  columns = [[list(curves(axes)) for axes in figure.axes[column::2]] for column in (0, 1)]
+  assert columns[0] == [[*names[:3], "base"]] * 2
+  assert columns[1] == [[*names[3:], "base"]] * 2
+  for axes in figure.axes:
+    assert len({curve.get_color() for curve in axes.lines}) == 4
+    base = next(curve for curve in axes.lines if curve.get_label() == "base")
+    assert to_hex(base.get_color()) == "#000000"
+  assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+  for axes, group in zip(figure.axes[:2], (names[:3], names[3:]), strict=True):
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*group, "base"]
+  assert not figure.legends
+
+
+def test_a_reference_is_a_named_line_in_its_panel_alone(path):
+  drawn = {"x": {"a": ([0, 1], [1.0, 3.0])}, "y": {"a": ([0, 1], [1.0, 3.0])}}
+  figure = plots.panels(drawn, path, references={"y": (2.0, "paper: 2")})
+  x, y = figure.axes
+  assert len(x.lines) == 1 and list(y.lines[1].get_ydata()) == [2.0, 2.0]
+  assert [text.get_text() for text in y.texts] == ["paper: 2"] and not x.texts
+
+
+def test_the_caption_has_the_last_values_of_all_panels_with_percent_signs(path):
+  figure = plots.panels({"reward (mean)": {"a": ([0, 1], [0, 2]), "b": ([0, 1], [0, -1])},
+                         "error (%)": {"a": ([0, 1], [0, 5]), "b": ([0, 1], [0, 7])}}, path)
+  assert caption(figure) == (
+      "At the last step: reward −1 (b) to 2 (a); error 5 % (a) to 7 % (b).")
 
 
 def test_an_odd_number_of_panels_leaves_the_last_place_empty(path):
@@ -227,7 +290,7 @@ def test_heat_map_shows_a_layer_without_load_as_a_gap(path):
 
 
 def test_forest_colours_follow_the_verdicts_and_unbounded_intervals_are_points(path):
-  figure = plots.forest([
+  figure = study_plots.forest([
       line("a", [1.0, 1.1], verdict="reproduced", paper=0.9, margin=0.2),
       line("b", [5.0], axis="MaxVio", verdict="unresolved", reference=4.0)], path)
   above, below = figure.axes
@@ -241,11 +304,73 @@ def test_forest_colours_follow_the_verdicts_and_unbounded_intervals_are_points(p
   assert [curve.get_xdata() for curve in above.lines if curve.get_marker() == "D"] == [[0.9]]
   assert (above.get_xlabel(), below.get_xlabel()) == ("bits per byte: difference", "MaxVio")
   names = [text.get_text() for text in figure.legends[0].get_texts()]
-  assert names == ["mean, 95 % interval", "paper", "margin"]
+  assert names == ["mean, 95 % interval", "paper's value", "margin: counts as no difference"]
   assert "Of 2 claims 1 reproduced, 1 unresolved" in caption(figure)
 
 
 def test_forest_grows_with_its_lines(path):
-  heights = [plots.forest([line("name", [1.0, 2.0])] * count, path).get_size_inches()[1]
+  heights = [study_plots.forest([line("name", [1.0, 2.0])] * count, path).get_size_inches()[1]
              for count in (1, 12)]
   assert heights[1] > 3 * heights[0]
+
+
+def test_forest_labels_do_not_overlap(path):
+  name = "a claim whose name is so long that it needs no fewer than four lines of the space it has"
+  figure = study_plots.forest([line(name, [1.0, 2.0])] * 4, path)
+  figure.draw_without_rendering()
+  boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+  assert all(below.y1 <= above.y0 for above, below in itertools.pairwise(boxes))
+
+
+# Small multiples and outcomes of arms.
+
+
+def test_every_difference_has_its_own_panel_on_one_scale_after_the_baseline(path):
+  figure = multiples(DIFFERENCES, path)
+  base, a, b = figure.axes
+  assert [axes.get_title() for axes in figure.axes] == ["base", "a", "b"]
+  assert base.get_ylabel() == "loss (nats)" and base.get_ylim()[1] > 8
+  assert a.get_ylim() == b.get_ylim() and a.get_ylim()[0] < -0.4 and a.get_ylim()[1] > 0.3
+  for axes in (a, b):
+    assert any(list(curve.get_ydata()) == [0, 0] for curve in axes.lines)
+  assert len(a.collections) == 1 and not b.collections
+  assert "a −0.15, b +0.2" in caption(figure) and "cut off" not in caption(figure)
+
+
+def test_a_difference_that_is_large_only_at_first_is_cut_off_and_that_is_stated(path):
+  values = [5.0, *[0.1] * 19]
+  figure = study_plots.multiples({"a": (range(20), values)}, path, "difference (nats)")
+  assert figure.axes[0].get_ylim()[1] < 1
+  assert "Larger differences in the first tenth of the steps are cut off" in caption(figure)
+
+
+def test_the_bound_of_a_claim_is_drawn_and_a_curve_may_have_its_own_scale(path):
+  large = {"a": BAND, "seeds": [[0, 1, 2, 3], [0.0, 9.0, 9.0, 9.0]]}
+  figure = study_plots.multiples(
+      large, path, "loss ÷ loss of base − 1 (%)", bound=(0.25, "the paper's bound"),
+      other_scale=["seeds"])
+  a, seeds = figure.axes
+  dashed = lambda axes: [curve.get_ydata()[0] for curve in axes.lines
+                         if curve.get_linestyle() == "--"]
+  assert dashed(a) == dashed(seeds) == [-0.25, 0.25]
+  assert a.get_ylim()[1] < 1 < 9 < seeds.get_ylim()[1]
+  assert "seeds +9 %. Dashed: the paper's bound" in caption(figure)
+
+
+def test_outcomes_have_a_point_per_seed_the_mean_and_the_claimed_threshold(path):
+  figure = study_plots.outcomes(OUTCOMES, path, {"MaxVio (max ÷ mean − 1)": 0.3})
+  violation, loss = figure.axes
+  assert [label.get_text() for label in violation.get_yticklabels()] == ["base", "a"]
+  points = [list(curve.get_xdata()) for curve in violation.lines if curve.get_marker() == "o"]
+  assert points == [[2.0, 4.0], [0.25, 0.75]]
+  upright = {curve.get_xdata()[0] for curve in violation.lines if curve.get_marker() != "o"}
+  assert upright == {3.0, 0.5, 0.3}  # both means and the threshold
+  assert len(loss.lines) == len(violation.lines) - 1
+  assert "MaxVio 0.5 (a) to 3 (base)" in caption(figure) and "(MaxVio 0.3)" in caption(figure)
+
+
+def test_only_heavy_tails_of_values_that_are_not_negative_count_as_such():
+  assert drawing.heavy_tailed(np.array([0.1, 0.2, 0.1, 50.0, np.nan]))
+  assert not drawing.heavy_tailed(np.array([1.0, 2.0, 3.0]))
+  assert not drawing.heavy_tailed(np.array([-0.1, 0.2, 0.1, 50.0]))
+  assert not drawing.heavy_tailed(np.zeros(4)) and not drawing.heavy_tailed(np.empty(0))

@@ -126,6 +126,17 @@ def test_a_study_is_stale_if_what_decides_its_outcome_changed(change, expected):
   assert results_index.difference(None, now) == "unknown"
 
 
+def test_the_report_of_a_stale_study_says_so_below_its_title_and_only_as_long_as_it_is():
+  report = "# Study a\n\n> A claim.\n\nText.\n"
+  stale = results_index.marked(report, "yes: changed arms, claims")
+  assert stale == (
+      "# Study a\n\n> **This result is stale:** since it was made, the study's arms, claims have "
+      "changed.\n\n> A claim.\n\nText.\n")
+  assert results_index.marked(stale, "yes: changed arms, claims") == stale
+  for answer in ("no", "–", "unknown"):
+    assert results_index.marked(stale, answer) == results_index.marked(report, answer) == report
+
+
 def test_blocks_are_filled_and_the_rest_of_the_text_is_unchanged():
   found = {"bench/bench_moe/cpu": made(
       claims=[summary.claim("slots are fast", "speed-up", 1.5),

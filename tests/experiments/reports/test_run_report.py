@@ -60,7 +60,10 @@ def a_study() -> dict:
           a_comparison("balanced", [0.5], stats.Claim("threshold", -1, threshold=1.0)),
       ],
       "noise": {"bits per byte": 0.0125}, "detectable": {"bits per byte": 0.034},
-      "curves": {"loss-free": some_rows(), "auxiliary": some_rows()},
+      "panels": [{"name": "loss", "caption": "Loss", "label": "difference (nats per token)",
+                  "curves": {"loss-free": [[0, 1, 2, 3], [0.0, -0.2, -0.3, -0.3]]}}],
+      "outcomes": {"bits per byte": {"auxiliary": [2.5], "loss-free": [2.0, 2.2]},
+                   "not claimed": {"auxiliary": [2.5]}},
       "total_cost": COST, "provenance": PROVENANCE}
 
 
@@ -80,7 +83,7 @@ def fixture_of_run_report(tmp_path_factory):
 
 def without_figures(results: dict) -> dict:
   evaluations = [{"step": e["step"], "max_violation": 0.5} for e in results.get("evaluations", [])]
-  return results | {"evaluations": evaluations, "curves": {}, "comparisons": []}
+  return results | {"evaluations": evaluations, "panels": [], "comparisons": []}
 
 
 def test_a_run_report_states_the_numbers_of_the_run(run_report):
@@ -159,7 +162,8 @@ def test_a_study_report_states_the_verdicts_first_and_the_numbers_of_the_study(t
   assert "99" not in text
   assert text.index("## Verdicts") < min(text.index(f"## {name}") for name in (
       "Loss", "Arms", "Noise", "Failed runs", "Cost of all runs", "How to run it again"))
-  assert figures(path) == {"forest.png", "loss.png"}
+  assert figures(path) == {"forest.png", "loss.png", "metrics.png"}
+  assert "not claimed" not in text
 
 
 @pytest.mark.parametrize("part", sorted(a_study().keys() - {"name"}))
@@ -171,7 +175,7 @@ def test_every_part_of_a_study_may_be_absent(part, tmp_path):
 
 
 def test_null_bounds_are_shown_as_infinite(tmp_path):
-  study = a_study() | {"curves": {}}
+  study = a_study() | {"panels": []}
   for comparison in study["comparisons"]:
     comparison["paired"] = {key: value if math.isfinite(value) else None
                             for key, value in comparison["paired"].items()}

@@ -13,7 +13,7 @@ def test_the_report_of_an_rl_study_shows_its_panels_and_bases(tmp_path):
   path = study_report.write_study_report(tmp_path, {
       "name": "invented", "panels": [
           {"name": "curves", "caption": "Over steps", "curves": OVER_STEPS},
-          {"name": "by_k", "caption": "Over K", "doublings": "K (samples)", "curves": OVER_K}],
+          {"name": "by_k", "caption": "Over K", "ratios": "K (samples)", "curves": OVER_K}],
       "bases": [{"name": "f00d-seed0", "arms": ["new", "old"], "cost": COST,
                  "metrics": {"pass@1": 0.25, "length_pays": -3.0, "cons@k": None}}]})
   text = path.read_text()
@@ -26,7 +26,7 @@ def test_the_report_of_an_rl_study_shows_its_panels_and_bases(tmp_path):
 
 def test_axes_of_panels_are_labelled_and_spaced_by_what_they_show(tmp_path):
   steps = plots.panels(OVER_STEPS, tmp_path / "steps.png").axes[0]
-  k = plots.panels(OVER_K, tmp_path / "k.png", doublings="K (samples)").axes[0]
+  k = plots.panels(OVER_K, tmp_path / "k.png", ratios="K (samples)").axes[0]
   assert (steps.get_xlabel(), steps.get_ylabel()) == ("step", "held-out pass@1")
   assert (k.get_xlabel(), k.get_ylabel(), k.get_xscale()) == ("K (samples)", "pass@K", "log")
 

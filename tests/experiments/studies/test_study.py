@@ -244,7 +244,9 @@ def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys
       "device_seconds": 30.0, "flops": 15e9, "tokens": 150, "joules": None}
   where = judged["provenance"]
   assert (where["commit"], where["device"]) == ("c0ffee", {"several": ["1 x cpu", "1 x gpu"]})
-  assert set(judged["curves"]) == {"plain", "new"}
+  (losses,) = judged["panels"]
+  assert losses["first"][0] == "plain" and set(losses["curves"]) == {"new"}
+  assert set(judged["outcomes"]["validation_loss"]) == {"plain", "new"}
   assert json.loads((tmp_path / "results.json").read_text()) == judged
   text = (tmp_path / "report.md").read_text()
   assert "3 reproduced, 1 contradicted, 1 unresolved" in text

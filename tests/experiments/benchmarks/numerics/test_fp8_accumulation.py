@@ -37,6 +37,18 @@ def test_promotion_reduces_the_error_at_every_width_and_is_reported(tmp_path, ca
     assert raw > 2 * promoted
 
 
+def test_implementations_with_nearly_the_same_errors_share_a_curve_named_after_all():
+  rows = [{"numbers": numbers, "width": 128, "way": way, "of_deviation": error, "relative": error}
+          for numbers in ("normal", "positive")
+          for way, error in (("emulated", 0.1), ("XLA's dot", 0.2), ("raw_matmul", 0.104))]
+  by_name = {way: {numbers: [row for row in rows if (row["way"], row["numbers"]) == (way, numbers)]
+                   for numbers in ("normal", "positive")}
+             for way in ("emulated", "XLA's dot", "raw_matmul")}
+  groups = fp8_accumulation._indistinguishable(by_name)
+  assert groups == [["raw_matmul", "emulated"], ["XLA's dot"]]
+  assert fp8_accumulation._label("raw_matmul") == "ours, not promoted"
+
+
 @pytest.mark.skipif(implementations.local_backend() != "mosaic_gpu",
                     reason="runs on an NVIDIA GPU of capability 9.0")
 def test_every_implementation_on_the_gpu_is_within_1_percent_of_the_exact_product():

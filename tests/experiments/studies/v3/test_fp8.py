@@ -96,8 +96,10 @@ def test_relative_errors_of_arms_are_shown_next_to_those_of_two_bfloat16_seeds()
       ["fp8", "+7.500 % (+10.000, +5.000)", "+7.500 % (+10.000, +5.000)", 2],
       ["two seeds of bf16", "+10.000 % (+10.000)", "+10.000 % (+10.000)", 1]]
   panel, = parts["panels"]
-  curves = panel["curves"]["relative error of the loss (%), arms and seeds"]
-  steps, errors = curves["fp8"]
+  assert panel["bound"][0] == 0.25 and panel["other_scale"] == ["two seeds of bf16"]
+  curves = panel["curves"]
+  steps, errors, low, high = curves["fp8"]
+  assert low[0] < 0 < 10 < high[0]  # the 95 % interval of 0 % and 10 %
   assert steps == [1, 2] and errors[0] == pytest.approx((10 + 0) / 2)
   # With a decay of 0.9, the debiased average of two losses weights them 9/19 and 10/19.
   assert curves["two seeds of bf16"][1][1] == pytest.approx(
