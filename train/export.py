@@ -93,6 +93,8 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
         if file.name != "config.json":
           shutil.move(file, folder / file.name)
     ids = {name: given[name] for name in _IDS if name in given}
+    if start.template:
+      ids |= _ends_at(folder, ids, tokenizer.eos)
   else:
     tokenizer.save(folder / TOKENIZER)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
@@ -101,6 +103,23 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
   write_json_atomic(folder / "config.json", config | ids)
   files = sorted({file.name for file in before | set(folder.iterdir())} - {_RECORD})
   write_json_atomic(folder / _RECORD, {"run": run, "files": files})
+
+
+def _ends_at(folder: pathlib.Path, ids: dict, eos: int) -> dict:
+  """Adds the token that ended the fine-tuning's documents to those that end a generation.
+
+  Returns:
+    The ids of `config.json` that change.
+  """
+  path = folder / "generation_config.json"
+  generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  ends = generation.get("eos_token_id", ids.get("eos_token_id"))
+  ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+  if eos in ends:
+    return {}
+  both = [*ends, eos] if ends else eos
+  write_json_atomic(path, generation | {"eos_token_id": both})
+  return {"eos_token_id": both}
 
 
 def _same_tokenizer(files: pathlib.Path | None, tokenizer: Tokenizer) -> pathlib.Path | None:

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ def main(options: Options) -> None:
     prompt_T = form.encode_chat(tokenizer, cfg.prompt, cfg.system)
   else:
     # The models of run folders were trained on text that begins with no special token.
-    encode = tokenizer.encode_prompt if start.hf_files else tokenizer.encode
+    encode = tokenizer.encode if _is_run(cfg.checkpoint) else tokenizer.encode_prompt
     prompt_T = encode(cfg.prompt)
     if form.chat_template:
       print(f"{cfg.checkpoint} has a chat template: add --set chat=true for an answer instead of a "
@@ -86,8 +87,19 @@ def main(options: Options) -> None:
     print(cfg.prompt, end="", flush=True)
   write_continuation(start.cfg, start.variables, tokenizer, prompt_T,
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                     top_p=cfg.top_p, seed=cfg.seed, stop_tokens=form.stop_tokens, stop=cfg.stop)
+                     top_p=cfg.top_p, seed=cfg.seed, stop=cfg.stop,
+                     stop_tokens=_stop_tokens(cfg, form.stop_tokens, tokenizer))
   print()
+
+
+def _is_run(checkpoint: str) -> bool:
+  return (pathlib.Path(checkpoint) / "checkpoints").is_dir()
+
+
+def _stop_tokens(cfg: GenerateConfig, stop_tokens: Sequence[int], tokenizer: Tokenizer,
+                 ) -> tuple[int, ...]:
+  """Returns the tokens that end a text: in a run folder, that of its training documents, too."""
+  return (*stop_tokens, tokenizer.eos) if _is_run(cfg.checkpoint) else tuple(stop_tokens)
 
 
 def write_continuation(
