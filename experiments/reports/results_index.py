@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from experiments.reports.labels import metric_label
-from experiments.reports.markdown import table
+from experiments.reports.markdown import table, uncommitted
 from experiments.reports.summary import claims_table, estimate, table_text
 
 Summaries = Mapping[str, Mapping[str, Any]]
@@ -93,13 +93,13 @@ def hardware(origin: Mapping[str, Any]) -> str:
 
 def code(origin: Mapping[str, Any]) -> str:
   """Returns the hash of the sources that ran, or the commit if no hash was recorded."""
-  sources, commit = origin.get("sources"), origin.get("commit")
+  sources, commits = origin.get("sources"), origin.get("commit")
   if isinstance(sources, str):
     return f"sources {sources}"
-  if not isinstance(commit, str):
-    return "several commits"
-  dirty = " and uncommitted changes" if origin.get("dirty") else ""
-  return f"commit {commit[:9]}{dirty}" if len(commit) >= 9 else "several commits"
+  commits = commits["several"] if isinstance(commits, Mapping) else [commits]
+  known = ", ".join(commit[:9] for commit in commits if commit) or "unknown"
+  return (f"commit{'s' * (len(commits) > 1)} {known}"
+          + uncommitted(origin, " and uncommitted changes"))
 
 
 def difference(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

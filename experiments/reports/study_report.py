@@ -25,6 +25,7 @@ from experiments.reports.run_report import cost_table
 from experiments.stats import Paired
 
 FINISHED = "finished"  # status of the runs that are evaluated
+SWEEP_SEED = 1000  # seeds from here on are for learning-rate sweeps, and are never compared
 
 
 def _paired(fields: dict) -> Paired:
@@ -89,10 +90,14 @@ def _spread(values: list[float]) -> str | None:
   return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}".replace("-", "−")
 
 
-def _arms(arms: list, runs: list[dict]) -> str:
-  """Returns every arm's metrics at every learning rate, over the seeds that finished."""
+def _metrics(names: list[str], runs: list[dict]) -> str:
+  """Returns the metrics of arms at every learning rate, over the seeds that finished.
+
+  Args:
+    names: names of the arms in the order of the rows.
+    runs: the runs.
+  """
   groups: dict[tuple, list[dict]] = {}
-  names = [arm["name"] if isinstance(arm, dict) else arm for arm in arms]
   for run in sorted(runs, key=lambda run: names.index(run["arm"]) if run["arm"] in names else 1e9):
     if run["status"] == FINISHED:
       groups.setdefault((run["arm"], run.get("learning_rate")), []).append(run)
@@ -100,11 +105,25 @@ def _arms(arms: list, runs: list[dict]) -> str:
   lines = [[arm, rate, ", ".join(str(run["seed"]) for run in group),
             *(_spread([run["metrics"].get(metric) for run in group]) for metric in metrics)]
            for (arm, rate), group in groups.items()]
+  return table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
+
+
+def _sweep(arms: list, runs: list[dict]) -> str:
+  """Returns the metrics of the runs that chose learning rates, which no comparison uses."""
+  return _metrics(_names(arms), [run for run in runs if run["seed"] >= SWEEP_SEED])
+
+
+def _names(arms: list) -> list[str]:
+  return [arm["name"] if isinstance(arm, dict) else arm for arm in arms]
+
+
+def _arms(arms: list, runs: list[dict]) -> str:
+  """Returns every arm's metrics over its compared seeds, and the settings that it changes."""
+  results = _metrics(_names(arms), [run for run in runs if run["seed"] < SWEEP_SEED])
   meanings = [f"- **{arm['name']}**: " + ", ".join(f"{key} {value}" for key, value in flat(
       {key: value for key, value in arm.items() if key != "name"}))
               for arm in arms if isinstance(arm, dict) and len(arm) > 1]
-  results = table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
-  note = "Mean ± standard deviation over the seeds that finished." if lines else ""
+  note = "Mean ± standard deviation over the seeds that finished." if results else ""
   return "\n\n".join(filter(None, [results, note, "\n".join(meanings)]))
 
 
@@ -202,6 +221,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       ("Completions", _samples(study.get("samples", []))),
       ("Bases", _bases(study.get("bases", []))),
       ("Arms", _arms(study.get("arms", []), runs)),
+      ("Sweep of the learning rates", _sweep(study.get("arms", []), runs)),
       ("Noise", _sensitivity(study.get("noise", {}), study.get("detectable", {}))),
       ("Failed runs", _failures(runs)),
       ("Cost of all runs", cost_table(study.get("total_cost", {}))),

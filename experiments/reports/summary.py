@@ -13,14 +13,12 @@ that of a study also has its "definition". A claim has
 """
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.reports.labels import metric_label
-from experiments.reports.markdown import table
+from experiments.reports.markdown import plain_command, table
 
-_FLAGS_LEFT_OUT = ("--out", "--max_minutes", "--alsologtostderr")
 _HEADER = ("claim", "metric", "paper or target", "measured", "basis", "verdict")
 
 
@@ -96,20 +94,6 @@ def short_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
   kept = ("commit", "dirty", "sources", "versions", "xla_flags", "device", "cpu", "cores")
   return {"command": plain_command(provenance["command"])} | {
       name: provenance[name] for name in kept if provenance.get(name) is not None}
-
-
-def plain_command(command: str) -> str:
-  """Returns a command without its output folder and time limit."""
-  kept, skip = [], False
-  for word in shlex.split(command):
-    flag, equals, _ = word.partition("=")
-    if skip:
-      skip = False
-    elif flag in _FLAGS_LEFT_OUT:
-      skip = not equals
-    else:
-      kept.append(word)
-  return shlex.join(kept)
 
 
 def backend(provenance: Mapping[str, Any]) -> str:

@@ -59,6 +59,13 @@ def test_a_result_is_in_its_experiments_folder_with_exactly_the_files_that_its_r
   assert not re.search(r"/(tmp|home|root|work|Users)/", text + json.dumps(SUMMARIES[folder]))
 
 
+@pytest.mark.parametrize("folder", SUMMARIES)
+def test_a_result_names_its_commits(folder):
+  commits = SUMMARIES[folder]["provenance"].get("commit")
+  for commit in commits["several"] if isinstance(commits, dict) else [commits]:
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+
+
 def test_generated_files_are_current():
   """The index of results, the configuration reference, and the blocks of README and docs."""
   stale = [path.name for path, text in program.generated().items()
@@ -80,6 +87,8 @@ def made(**fields) -> dict:
 def test_a_command_is_quoted_without_its_output_folder_and_time_limit():
   quoted = summary.plain_command("run --out=/tmp/x --max_minutes 3 --set 'a=b c' --out y --scale=z")
   assert quoted == "run --set 'a=b c' --scale=z"
+  two = summary.plain_command("run --out=x --seeds=3 && run --out=x --arms=b")
+  assert two == "run --seeds=3 && run --arms=b"
 
 
 @pytest.mark.parametrize(("estimate", "bounds", "met"), [
@@ -110,8 +119,10 @@ def test_code_is_identified_by_the_sources_hash_or_else_by_the_commit():
   assert results_index.code(PROVENANCE) == "sources feedbeef"
   del (older := dict(PROVENANCE))["sources"]
   assert results_index.code(older) == "commit 012345678 and uncommitted changes"
-  several = {"commit": {"several": ["a", "b"]}}
-  assert results_index.code(several) == "several commits"
+  several = {"commit": {"several": ["abc", None, "0123456789a"]}}
+  assert results_index.code(several) == "commits abc, 012345678"
+  partly = {"commit": "abc", "dirty": {"several": [False, True]}}
+  assert results_index.code(partly) == "commit abc and uncommitted changes in some runs"
   assert results_index.hardware(PROVENANCE) == "2 cores of CPU; jax 1.2.3"
   devices = {"device": {"several": ["1 x A", "1 x B"]}}
   assert results_index.hardware(devices) == "1 x A, 1 x B"
