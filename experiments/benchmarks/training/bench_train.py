@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import settings
-from experiments.benchmarks.timing import alternate, attempt, describe, speedup
+from experiments.benchmarks.timing import alternate, attempt, describe, require_packages, speedup
 from experiments.benchmarks.training.contenders import (
   Bench,
   BenchConfig,
@@ -82,6 +82,7 @@ def main(options: Options) -> None:
   scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": get_config})
   if cfg.bench.peer:
+    require_packages(cfg.bench.python, ("torch", "transformers"), "bench.python")
     # JAX reads this when it first uses the device, whose memory the contenders share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   params = cfg.model.param_count()
