@@ -79,13 +79,13 @@ def find(name: str) -> Experiment:
   """Returns the experiment called `name`.
 
   Raises:
-    ValueError: if there is no such experiment; the message suggests the most similar name.
+    ValueError: if there is no such experiment; the message suggests a similar name if there is one.
   """
   known = experiments()
   if name not in known:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no experiment {name!r}; did you mean {near!r}? --list shows all "
-                     "experiments")
+    near = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(
+        name, known, n=1)) or ":"
+    raise ValueError(f"there is no experiment {name!r}{near} --list shows all experiments")
   return known[name]
 
 
