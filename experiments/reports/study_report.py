@@ -22,6 +22,7 @@ from experiments.reports.markdown import (
   table,
 )
 from experiments.reports.run_report import cost_table
+from experiments.reports.summary import criterion, is_relative
 from experiments.stats import Paired
 
 FINISHED = "finished"  # status of the runs that are evaluated
@@ -36,22 +37,13 @@ def _paired(fields: dict) -> Paired:
   return Paired(**unbounded | known)
 
 
-def _claim_text(claim: dict) -> str:
-  if claim["kind"] == "equivalent":
-    return f"within ±{number(claim['margin'])}"
-  if claim["kind"] == "threshold":
-    return f"{'above' if claim['sign'] > 0 else 'below'} {number(claim['threshold'])}"
-  bound = claim["sign"] * claim.get("margin", 0.0)
-  return f"{'above' if claim['sign'] > 0 else 'below'} {number(bound or 0)}"
-
-
 def _verdicts(comparisons: list[dict]) -> str:
   lines = []
   for c in comparisons:
     pair = _paired(c["paired"])
     arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
     lines.append([
-        c["name"], c["metric"], arms, _claim_text(c["claim"]), c.get("paper"),
+        c["name"], c["metric"], arms, criterion(c["claim"], c["metric"]), c.get("paper"),
         number(pair.mean, 3), f"{number(pair.low, 3)} to {number(pair.high, 3)}",
         f"{pair.same_sign} of {pair.n} {'>' if pair.sign > 0 else '<'} 0"
         if c["claim"]["kind"] == "sign" else pair.n,
@@ -60,7 +52,10 @@ def _verdicts(comparisons: list[dict]) -> str:
                 "seeds", "minimum detectable effect", "verdict"), lines) if lines else ""
   reasons = [f"- not judged, **{c['name']}**: {c['not_judged']}." for c in comparisons
              if "not_judged" in c]
-  return "\n\n".join(filter(None, [found, "\n".join(reasons)]))
+  note = ("A difference d of the logarithms of losses is a relative difference of the losses of "
+          "exp(d) − 1: 0.0025 is 0.25 %."
+          if any(is_relative(c["metric"]) for c in comparisons) else "")
+  return "\n\n".join(filter(None, [found, note, "\n".join(reasons)]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[plots.Comparison]:

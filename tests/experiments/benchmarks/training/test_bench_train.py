@@ -80,6 +80,16 @@ def test_the_results_of_a_phase_are_saved_before_the_next_phase(tmp_path, monkey
   assert result["phases"] == {"forward_backward": measured}
 
 
+@pytest.mark.parametrize(("name", "short"), [
+    ("ours bf16", "ours bf16"), ("transformers", "transformers"),
+    ("transformers --experts=eager --adamw=fused --compile",
+     "transformers (eager experts, fused AdamW, compiled)"),
+    ("transformers --device=cuda --dtype=bfloat16 --attention=cudnn",
+     "transformers (cudnn attention)")])
+def test_a_peers_flags_are_shown_in_words(name, short):
+  assert bench_train._short(name) == short
+
+
 def test_an_interpreter_that_does_not_exist_is_refused():
   with pytest.raises(ValueError, match="python=nowhere is not a program"):
     bench_train.main(Options("bench_train", settings=(
