@@ -8,11 +8,12 @@ configurations by scale, or `CONFIG`. Modules are only parsed; one is imported w
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import pathlib
 import types
 from typing import Any
+
+from model.checks import did_you_mean
 
 _ROOT = pathlib.Path(__file__).parent
 _FOLDERS = ("programs", "studies", "benchmarks")
@@ -83,9 +84,8 @@ def find(name: str) -> Experiment:
   """
   known = experiments()
   if name not in known:
-    near = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(
-        name, known, n=1)) or ":"
-    raise ValueError(f"there is no experiment {name!r}{near} --list shows all experiments")
+    raise ValueError(f"there is no experiment {name!r}{did_you_mean(name, known)} --list shows all "
+                     "experiments")
   return known[name]
 
 

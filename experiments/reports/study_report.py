@@ -144,7 +144,11 @@ def _study_summary(study: dict) -> str:
   counts = [f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts)]
   source = f" ({study['source']})" if study.get("source") else ""
   counted = f"Of {len(verdicts)} comparisons: {', '.join(counts)}." if verdicts else ""
-  return f"> {study.get('claim', 'No claim stated')}{source}\n\n{counted}".strip()
+  missing = len(study.get("missing") or ())
+  unfinished = (f"**Not finished**: {missing} of the runs that the command asks for "
+                f"{'is' if missing == 1 else 'are'} missing." if missing else "")
+  return "\n\n".join(filter(None, [
+      f"> {study.get('claim', 'No claim stated')}{source}", unfinished, counted]))
 
 
 def _panels(folder: pathlib.Path, drawn: dict) -> str:
@@ -189,6 +193,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       "comparisons": [{"name", "metric", "arm", "baseline", "paired": fields of `stats.Paired`,
         "claim": fields of `stats.Claim`, "verdict", "paper": what the paper reports, in words,
         "not_judged": the reason, if there is no verdict}].
+      "missing": names of the runs that the command asks for and that have not run.
       "noise": {metric: seed standard deviation}.
       "detectable": {metric: minimum detectable effect}.
       "curves": {name: rows for `plots.loss_curves`}.

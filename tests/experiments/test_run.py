@@ -88,7 +88,7 @@ def test_the_catalogue_has_every_module_that_defines_an_experiment():
 @pytest.mark.parametrize(("args", "message"), [
     ((), "name an --experiment"),
     (("--experiment=chek_model",), "did you mean 'check_model'"),
-    (("--experiment=zzzzzzzz",), "there is no experiment 'zzzzzzzz': --list shows all"),
+    (("--experiment=zzzzzzzz",), "there is no experiment 'zzzzzzzz'. --list shows all"),
     (("--list", "--experiment=chek_model"), "did you mean 'check_model'"),
     (("--experiment=check_model", "extra"), "unexpected argument 'extra'"),
     (("load_balancing", "--list"), "did you mean --experiment=load_balancing?"),

@@ -210,7 +210,8 @@ def test_an_invalid_assignment_is_reported_with_what_is_expected(assignment, mes
   assert errors(assignment) == [message]
 
 
-def test_an_unknown_model_is_reported_with_the_nearest_name():
+def test_an_unknown_model_is_reported_with_the_nearest_name_if_one_is_similar():
+  assert errors("model=xyz")[0].startswith("model: no architecture is called 'xyz'. There are: ")
   message, = errors("model=mikro")
   assert message.startswith("model: no architecture is called 'mikro'; did you mean 'micro'?")
 

@@ -418,6 +418,12 @@ def test_missing_runs_are_those_that_the_command_asks_for_and_no_part_has(tmp_pa
   assert runner(tmp_path / "full").missing() == []
 
 
+def test_a_report_says_how_many_runs_are_missing(tmp_path):
+  write_part(tmp_path, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
+  runner(tmp_path, arms=("plain",)).judge()
+  assert "**Not finished**: 2 of the runs" in (tmp_path / "report.md").read_text()
+
+
 def test_an_arm_that_failed_at_every_learning_rate_is_not_missing(tmp_path):
   write_part(tmp_path, "1", a_sweep("plain", (None, None, None)))
   assert runner(tmp_path, arms=("plain",)).missing() == []
