@@ -8,11 +8,12 @@ configurations by scale, or `CONFIG`. Modules are only parsed; one is imported w
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import pathlib
 import types
 from typing import Any
+
+from model.checks import did_you_mean
 
 _ROOT = pathlib.Path(__file__).parent
 _FOLDERS = ("programs", "studies", "benchmarks")
@@ -79,12 +80,11 @@ def find(name: str) -> Experiment:
   """Returns the experiment called `name`.
 
   Raises:
-    ValueError: if there is no such experiment; the message suggests the most similar name.
+    ValueError: if there is no such experiment; the message suggests a similar name if there is one.
   """
   known = experiments()
   if name not in known:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no experiment {name!r}; did you mean {near!r}? --list shows all "
+    raise ValueError(f"there is no experiment {name!r}{did_you_mean(name, known)} --list shows all "
                      "experiments")
   return known[name]
 

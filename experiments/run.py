@@ -14,7 +14,8 @@ from train import signals
 _GPU = pathlib.Path("/dev/nvidiactl")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "name of the experiment; --list shows all")
-_LIST = flags.DEFINE_bool("list", False, "list all experiments, and the cost of every study")
+_LIST = flags.DEFINE_bool("list", False, "list all experiments, or that of --experiment, and the "
+                          "cost of every study")
 _HELP_CONFIG = flags.DEFINE_bool(
     "help_config", False, "describe every setting of --experiment at --scale; without an "
     "--experiment, every setting of all experiments")
@@ -51,8 +52,25 @@ def _fail(message: str) -> None:
   sys.exit(2)
 
 
-def _list() -> None:
-  known = catalogue.experiments().values()
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags, reports invalid ones like other errors, and lets --help succeed."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _fail(" ".join(str(error).split()))
+  except SystemExit:  # absl ends --help with status 1
+    sys.exit(0)
+
+
+def _unexpected(argument: str) -> str:
+  name = f": did you mean --experiment={argument}?" if argument in catalogue.experiments() else (
+      ": every option is a --flag")
+  return f"unexpected argument {argument!r}{name}"
+
+
+def _list(name: str | None) -> None:
+  """Prints all experiments, or the one of that name."""
+  known = [catalogue.find(name)] if name else catalogue.experiments().values()
   width = max(len(entry.name) for entry in known)
   for kind in dict.fromkeys(entry.kind for entry in known):
     print(f"{kind}:")
@@ -116,13 +134,13 @@ def _start_again_tuned_for_cpus() -> None:
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   if len(argv) > 1:
-    _fail(f"unexpected argument {argv[1]!r}: every option is a --flag")
+    _fail(_unexpected(argv[1]))
   name = _EXPERIMENT.value
   # Until a run handles signals itself, Ctrl-C ends the process at once, as SIGTERM does.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     if _LIST.value:
-      _list()
+      _list(name)
       sys.stdout.flush()
       return
     if _HELP_CONFIG.value:
@@ -152,4 +170,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

@@ -29,6 +29,9 @@ from train.config_io import (
   walk,
 )
 
+_MOST_SUGGESTED = 3  # names in an error message
+_CUTOFF = 0.6  # similarity of a name's last part below which it is not suggested
+_SECTION_WEIGHT = 0.5  # of the section's similarity, relative to that of the last part of a name
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _QUOTED = r"'[^']*'|\"[^\"]*\""
 _TOKEN = re.compile(_QUOTED + r"|.", re.DOTALL)
@@ -173,18 +176,38 @@ class _Draft:
     return node
 
   def _unknown(self, cls: type, path: str, dotted: str) -> str:
-    """Returns the message for a setting that does not exist, with the most similar name."""
+    """Returns the message for a setting that does not exist, with similar names if any exist."""
     prefix = f"{path}." if path else ""
     allowed = field_types(cls)
     known = [prefix + name for name in allowed] + [
         name for name, _ in walk(self.cls, self.tree) if not dotted.startswith(f"{name}.")]
-    similar = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-    last = lambda name: name.rpartition(".")[2]  # the section may be misspelt
-    nearest = max(known, key=lambda name: max(similar(dotted, name),
-                                              similar(last(dotted), last(name))))
     names = ", ".join(f"{name} ({type_text(hint)})" for name, hint in allowed.items())
-    return (f"{dotted} does not exist; did you mean {nearest}? "
+    nearest = " or ".join(_nearest(dotted, known))
+    return (f"{dotted} does not exist{f'; did you mean {nearest}?' if nearest else ':'} "
             f"{f'{path} ({cls.__name__})' if path else cls.__name__} has {names}")
+
+
+def _nearest(wanted: str, known: Sequence[str]) -> list[str]:
+  """Returns the names that were probably meant: none if no name is similar.
+
+  A name that ends in the whole of `wanted` lacks only its sections: all of these are returned. Of
+  other names it is the one whose last part is the most similar, preferably in the same section.
+  """
+  if complete := {name for name in known if name.endswith(f".{wanted}")}:
+    return sorted(complete, key=lambda name: (len(name), name))[:_MOST_SUGGESTED]
+  section, _, last = wanted.rpartition(".")
+  found = []
+  for name in known:
+    its_section, _, its_last = name.rpartition(".")
+    if (similarity := _similarity(last, its_last)) >= _CUTOFF:
+      found.append((similarity + _SECTION_WEIGHT * _similarity(section, its_section), name))
+  return [max(found, key=lambda scored: scored[0])[1]] if found else []
+
+
+def _similarity(a: str, b: str) -> float:
+  """Returns the similarity of two names from 0 to 1, which it is for the initials of a name."""
+  initials = "".join(word[:1] for word in b.split("_"))
+  return 1.0 if len(a) > 1 and a == initials else difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def _read_scalar(kind: Any, text: str) -> Any:

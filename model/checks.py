@@ -1,6 +1,14 @@
-"""Checks that configuration dataclasses, here and in `train` and `rl`, make of their fields."""
+"""Checks that configuration dataclasses, here and in `train` and `rl`, make, and suggestions."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns "; did you mean ...?" with the most similar name, or "." if none is similar."""
+  near = difflib.get_close_matches(str(name), list(known), n=1)
+  return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,7 +1,7 @@
 """Named architectures: each is a value of ModelConfig, and no other code depends on the names."""
 
-import difflib
 
+from model.checks import did_you_mean
 from model.config import (
   GQAConfig,
   Llama3Scaling,
@@ -142,8 +142,6 @@ def get_config(name: str) -> ModelConfig:
     ValueError: if there is none; the message lists the names that exist.
   """
   if name not in CONFIGS:
-    near = difflib.get_close_matches(str(name), CONFIGS, n=1, cutoff=0.0)
-    raise ValueError(
-        f"no architecture is called {name!r}; did you mean {near[0]!r}? "
-        f"There are: {', '.join(CONFIGS)}")
+    raise ValueError(f"no architecture is called {name!r}{did_you_mean(name, CONFIGS)} "
+                     f"There are: {', '.join(CONFIGS)}")
   return CONFIGS[name]()

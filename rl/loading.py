@@ -42,6 +42,8 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
   folder = pathlib.Path(path)
   config = folder / "config.json"
   plain = read_json_object(config) if config.is_file() else {}
+  if not (folder / "checkpoints").is_dir() and "model_type" not in plain:
+    _require_no_runs_inside(folder)
   if "rl" not in plain:
     return loading.load_model(path)
   model_cfg = from_dict(model.ModelConfig, plain["model"])
@@ -55,3 +57,15 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
   variables = with_saved_mtp(folder, model_cfg, restored.arrays.train.variables)
   return LoadedModel(
       model_cfg, variables, str(folder / TOKENIZER), cfg.template, hf_files(folder))
+
+
+def _require_no_runs_inside(folder: pathlib.Path) -> None:
+  """Raises ValueError for a folder of several runs, such as a study's; the message names them."""
+  inside = sorted(path.parent for pattern in ("*/checkpoints", "runs/*/checkpoints")
+                  for path in folder.glob(pattern))
+  if inside:
+    raise ValueError(f"{folder} holds several runs and is not a run itself: give one of them, "
+                     f"{', '.join(map(str, inside))}")
+  if (folder / "parts").is_dir():
+    raise ValueError(f"{folder} is the folder of a study that keeps no checkpoints of its runs: "
+                     "give the folder of a run that --experiment=pretrain or r1_zero wrote")

@@ -29,6 +29,7 @@ from train.loading import LoadedModel, keep_hf_files
 from train.loop import train
 from train.run_folder import RunFolder
 from train.stages import close_stage, fit_vocabulary, open_stage, train_on_text
+from train.tokenizer import Tokenizer
 
 # Starts from any folder that this project can load a model from, including RL runs' folders.
 fine_tune = functools.partial(train_on_text, load_model=load_model)
@@ -106,7 +107,8 @@ def run_stages(
 
 def pretrain_base(
     cfg: BaseConfig, start: str | os.PathLike | None = None, *, out: str | os.PathLike,
-    max_seconds: float | None = None) -> pathlib.Path | None:
+    max_seconds: float | None = None,
+    check: Callable[[Tokenizer], None] | None = None) -> pathlib.Path | None:
   """Stage: generates noisy worked solutions and pretrains a base model on them.
 
   Args:
@@ -114,6 +116,8 @@ def pretrain_base(
     start: must be None, as a base is pretrained from random weights.
     out: the run folder, in which the documents are written to `documents.jsonl`.
     max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
+    check: called with the base's tokenizer before training; raises ValueError if what follows could
+      not use the base.
 
   Returns:
     The folder; None if the stage was stopped before its end.
@@ -136,6 +140,8 @@ def pretrain_base(
         cfg.run, data=dataclasses.replace(cfg.run.data, sources=(source,), template="plain"),
         train=dataclasses.replace(cfg.run.train, seed=cfg.seed))
     data = load(run.data)
+    if check:
+      check(data.tokenizer)
     run = fit_vocabulary(run, data, keep=cfg.keep_vocabulary)
     folder.check_config({"config": to_dict(run), "seeds": [cfg.seed], "requested": requested},
                         _upgrade_base)

@@ -164,18 +164,22 @@ class RunFolder:
       upgrade: translates the content of a `config.json` that an earlier version wrote.
 
     Raises:
-      ValueError: if a field differs from the folder's; the message names every such field. Also if
-        `config.json` is not JSON.
+      ValueError: if a field differs from the folder's; the message names every such field, unless
+        the folder holds something of another kind, such as a study. Also if `config.json` is not
+        JSON.
     """
     path = self.path / "config.json"
     if not path.exists():
       write_json_atomic(path, as_dict)
       return
     try:
-      content = json.loads(path.read_text(encoding="utf-8"))
-      stored = dict(leaves(upgrade(content)))
+      content = upgrade(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}): give another --out") from error
+    if _kind(content) != _kind(as_dict):
+      raise ValueError(f"{self.path} holds {_kind(content)}, where this command would write "
+                       f"{_kind(as_dict)}: give another --out")
+    stored = dict(leaves(content))
     asked = dict(leaves(json.loads(json.dumps(as_dict))))  # as it would be read back
     differing = [
         f"  {name}: {_shown(stored, name)} in the folder, {_shown(asked, name)} now"
@@ -194,10 +198,22 @@ class RunFolder:
             or any(self.path.glob("checkpoints/step_*")))
 
 
+def _kind(content: dict[str, Any]) -> str:
+  """Returns in words what a `config.json` belongs to, which its top-level keys tell."""
+  if "study" in content:
+    return f"the study {content['study']}"
+  for key, kind in _KINDS.items():
+    if key in content:
+      return kind
+  return "a run"
+
+
 def _shown(fields: dict[str, Any], name: str) -> str:
   return json.dumps(fields[name]) if name in fields else "absent"
 
 
+_KINDS = {"requested": "a stage of a pipeline, such as a base for RL", "rl": "a run of RL",
+          "config": "a training run"}
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -4,10 +4,11 @@ SFT, evaluation and RL use the same templates, so that a model is asked as it wa
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from model.checks import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,6 @@ def get_template(name: str) -> Template:
     ValueError: for an unknown name; the message suggests the nearest one.
   """
   if name not in TEMPLATES:
-    near = difflib.get_close_matches(name, TEMPLATES, 1, cutoff=0)
-    raise ValueError(f"there is no template {name!r}; did you mean {near[0]!r}? The templates are: "
-                     + ", ".join(TEMPLATES))
+    raise ValueError(f"there is no template {name!r}{did_you_mean(name, TEMPLATES)} The templates "
+                     f"are: {', '.join(TEMPLATES)}")
   return TEMPLATES[name]

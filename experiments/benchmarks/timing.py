@@ -133,6 +133,29 @@ def attempt[C: Contender](contenders: list[C], action: Callable[[C], Any],
       contenders.remove(contender)
 
 
+def require_packages(python: str | None, packages: Iterable[str], setting: str) -> None:
+  """Raises ValueError unless an interpreter can import what a peer needs.
+
+  Args:
+    python: path of the interpreter; None for the present one.
+    packages: names of the packages that the peer imports.
+    setting: the setting that names the interpreter, for the message.
+  """
+  script = ("import importlib.util, sys; "
+            "print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))")
+  try:
+    found = subprocess.run([python or sys.executable, "-c", script, *packages], check=True,
+                           capture_output=True, text=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise ValueError(f"{setting}={python} is not a Python interpreter that runs here: {error}"
+                     ) from error
+  if missing := found.stdout.split():
+    where = python or "this interpreter"
+    raise ValueError(f"the peer needs {' and '.join(missing)}, which {where} does "
+                     f"not have: give an interpreter that has them, --set {setting}=PATH, or leave "
+                     "bench.peer out")
+
+
 class PeerProcess:
   """A peer in its own interpreter, which answers every command line with one line of JSON.
 

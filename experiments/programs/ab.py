@@ -1,7 +1,8 @@
 """Compare two configurations on paired seeds, such as an idea of your own with the defaults.
 
 `--a` and `--b` are settings of the two arms, as for `--set`; an arm without any has the unchanged
-configuration. The learning rate of each arm is swept.
+configuration. The learning rate of each arm is swept over half, once and twice that of the scale,
+on a seed of its own; then both arms train on the seeds that are compared.
 """
 
 import dataclasses
@@ -13,10 +14,13 @@ import numpy as np
 from experiments.options import Options
 from experiments.programs.pretrain import SCALES
 from experiments.stats import Claim
+from experiments.studies.checks import apply_arm
 from experiments.studies.comparing import compared_runs
 from experiments.studies.runner import execute
 from experiments.studies.study import Arm, Comparison, Scale, Study
 
+# Estimated duration of one run in minutes with its evaluations, and the hardware, by scale.
+_MINUTES = {"smoke": (0.5, "2 CPU cores"), "cpu": (7, "2 CPU cores"), "gpu": (12, "one H200")}
 _MARGIN = 0.02  # nats per token; arms that differ by less count as equal
 _EVALUATIONS = 8
 
@@ -29,8 +33,9 @@ def main(options: Options) -> None:
   cfg = SCALES[scale].without_extras()
   cfg = dataclasses.replace(cfg, train=dataclasses.replace(
       cfg.train, eval_every=max(1, cfg.train.steps // _EVALUATIONS)))
-  rate = cfg.optimizer.learning_rate
-  budget = Scale(cfg, (rate / 2, rate, rate * 2), seeds=8, minutes=5, hardware="2 CPU cores")
+  rate, (minutes, hardware) = cfg.optimizer.learning_rate, _MINUTES[scale]
+  budget = Scale(cfg, (rate / 2, rate, rate * 2), seeds=8, minutes=minutes,
+                 hardware=f"{hardware}, estimated for the scale's own settings")
   study = Study(
       name="ab", claim=f"b ({' '.join(options.b) or 'unchanged'}) reaches a lower validation loss "
                        f"than a ({' '.join(options.a) or 'unchanged'})",
@@ -41,7 +46,13 @@ def main(options: Options) -> None:
           Comparison(f"b's loss is within {_MARGIN} nats of a's", "validation_loss", "b", "a",
                      Claim("equivalent", margin=_MARGIN))),
       scales={scale: budget})
+  a, b = (apply_arm(study, budget, options.settings, arm) for arm in study.arms)
+  if a == b:
+    raise ValueError("the arms do not differ: with --a and --b, both have the same configuration; "
+                     "give one of them another value")
   results = execute(study, scale, options)
+  if results["missing"]:
+    return
   print(_speed_up(*(compared_runs(results["runs"], arm, results["best_learning_rates"].get(arm))
                     for arm in "ab")))
 

@@ -5,7 +5,11 @@
 """
 
 import dataclasses
+import json
 import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from experiments import catalogue, settings
 from experiments.options import Options
@@ -22,13 +26,24 @@ class ResultsConfig:
   Attributes:
     keep: folder of a finished study or benchmark whose results are added to the committed ones;
       None to add nothing.
-    name: name of the folder in which they are committed; None for the scale at which they ran.
+    name: name of the folder in which they are committed, of letters, digits, "_", "-" and "."; None
+      for the scale at which they ran. A result that has that name is replaced.
     check: whether to write no generated file, and fail if one is out of date.
   """
 
   keep: str | None = None
   name: str | None = None
   check: bool = False
+
+  def __post_init__(self):
+    if self.name is not None:
+      _require_folder_name(self.name)
+
+
+def _require_folder_name(name: str) -> None:
+  if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
+    raise ValueError(f"name={name!r} must be the name of one folder, of letters, digits, '_', '-' "
+                     "and '.', such as gpu-busy")
 
 
 CONFIG = ResultsConfig()
@@ -56,8 +71,36 @@ def main(options: Options) -> None:
 def _keep(folder: pathlib.Path, name: str | None) -> pathlib.Path:
   """Adds the results in `folder` to the committed ones, and returns where they are."""
   summary = results.read_summary(folder)
-  place = results.ROOT / catalogue.find(summary["experiment"]).results_folder
-  return results.keep(folder, place / (name or summary["scale"]))
+  experiment = catalogue.find(summary["experiment"])
+  if "definition" in summary:
+    _require_study(experiment, summary["scale"], folder)
+  name = name or summary["scale"]
+  _require_folder_name(name)
+  return results.keep(folder, results.ROOT / experiment.results_folder / name)
+
+
+def _require_study(experiment: catalogue.Experiment, scale: str, folder: pathlib.Path) -> None:
+  """Raises ValueError unless a folder of runs is that of a finished study in the catalogue."""
+  if experiment.kind != "studies":
+    raise ValueError(f"{folder} is a comparison by {experiment.name}, whose arms are defined by a "
+                     "command: only studies are kept, so write it as one (docs/how_to_add.md)")
+  scales = experiment.load().STUDY.scales
+  if scale not in scales:
+    raise ValueError(f"{folder} ran at the scale {scale!r}, which {experiment.name} does not have: "
+                     f"there are {', '.join(scales)}")
+  missing = _result(folder).get("missing")
+  if missing is None:
+    raise ValueError(f"{folder} does not say whether runs are missing, as an earlier version wrote "
+                     "it: repeat its command, which adds that without training anything again")
+  if missing:
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    raise ValueError(f"{folder} is not finished: {', '.join(missing[:3])}{more} have not run. "
+                     "Repeat its command, or ask for fewer --arms or --seeds in it")
+
+
+def _result(folder: pathlib.Path) -> Mapping[str, Any]:
+  path = folder / "results.json"
+  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def generated() -> dict[pathlib.Path, str]:
@@ -83,7 +126,10 @@ def stale(folder: str) -> str:
     folder: folder of the result, relative to `results/`.
   """
   summary = results.read_summary(results.ROOT / folder)
-  if "definition" not in summary:
+  experiment = catalogue.find(summary["experiment"])
+  if "definition" not in summary or experiment.kind != "studies":
     return "–"
-  study = catalogue.find(summary["experiment"]).load().STUDY
+  study = experiment.load().STUDY
+  if summary["scale"] not in study.scales:
+    return f"yes: there is no scale {summary['scale']}"
   return results_index.difference(summary["definition"], study.definition(summary["scale"]))

@@ -7,10 +7,13 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from train.run_folder import leaves
 
+_FLAGS_LEFT_OUT = ("--out", "--max_minutes", "--alsologtostderr")
 # A cell of a right-aligned column: a number, possibly with its unit or interval.
 _NUMBER = re.compile(r"[0-9−–∞+][0-9.,e+−]*( ?(%|s|min|h))?( [(\[±][^;]*)?")
 
@@ -84,8 +87,7 @@ def origin(provenance: dict) -> str:
   if not provenance:
     return ""
   commit = _values(provenance.get("commit") or "unknown")
-  dirty = " with uncommitted changes" if provenance.get("dirty") else ""
-  facts = [("commit", commit + dirty)]
+  facts = [("commit", commit + uncommitted(provenance, " with uncommitted changes"))]
   if provenance.get("sources"):
     facts.append(("hash of the sources", _values(provenance["sources"])))
   facts += [(name, _values(provenance[name])) for name in ("xla_flags", "device", "cpu", "cores")
@@ -96,7 +98,28 @@ def origin(provenance: dict) -> str:
   facts += [(name, ", ".join(dict.fromkeys(str(each.get(name, "absent")) for each in several)))
             for name in names]
   lines = "\n".join(f"- {name}: {value}" for name, value in facts)
-  return f"```bash\n{provenance.get('command', 'unknown')}\n```\n\n{lines}"
+  command = plain_command(provenance.get("command", "unknown")).replace(" && ", " && \\\n  ")
+  return f"```bash\n{command}\n```\n\n{lines}"
+
+
+def uncommitted(provenance: Mapping[str, Any], words: str) -> str:
+  """Returns `words` if the code had uncommitted changes, with a note if only some runs had them."""
+  dirty = provenance.get("dirty")
+  return words + " in some runs" * isinstance(dirty, Mapping) if dirty else ""
+
+
+def plain_command(command: str) -> str:
+  """Returns a command, or several that "&&" joins, without output folders and time limits."""
+  kept, skip = [], False
+  for word in shlex.split(command):
+    flag, equals, _ = word.partition("=")
+    if skip:
+      skip = False
+    elif flag in _FLAGS_LEFT_OUT:
+      skip = not equals
+    else:
+      kept.append(word if word == "&&" else shlex.quote(word))
+  return " ".join(kept)
 
 
 def _values(value) -> str:

@@ -80,10 +80,21 @@ def keep(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
   for name in ("report.md", SUMMARY):
     if not (folder / name).exists():
       raise ValueError(f"{folder} has no {name}: give the folder of a finished study or benchmark")
+  destination.parent.mkdir(parents=True, exist_ok=True)
+  # Copied completely before the previous result is removed.
+  with tempfile.TemporaryDirectory(prefix=".", dir=destination.parent) as place:
+    copied = pathlib.Path(place) / destination.name
+    copied.mkdir()
+    _copy(folder, copied)
+    shutil.rmtree(destination, ignore_errors=True)
+    copied.replace(destination)
+  return destination
+
+
+def _copy(folder: pathlib.Path, destination: pathlib.Path) -> None:
+  """Copies the report, its figures and the summary, and archives the rest."""
   report = (folder / "report.md").read_text(encoding="utf-8")
   shown = {folder / name for name in re.findall(r"\]\(([\w.-]+)\)", report)}
-  shutil.rmtree(destination, ignore_errors=True)
-  destination.mkdir(parents=True)
   (destination / "report.md").write_text(_OUT.sub(r"\1DIR", report), encoding="utf-8")
   for path in (folder / SUMMARY, *sorted(shown)):
     shutil.copy(path, destination)
@@ -98,7 +109,6 @@ def keep(folder: pathlib.Path, destination: pathlib.Path) -> pathlib.Path:
         info = tarfile.TarInfo(str(relative))  # without owner and time: equal contents, equal bytes
         info.size = len(content)
         archive.addfile(info, io.BytesIO(content))
-  return destination
 
 
 @contextlib.contextmanager

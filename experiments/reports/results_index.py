@@ -14,9 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from experiments.reports.labels import metric_label
-from experiments.reports.markdown import table
-from experiments.reports.summary import claims_table, estimate, table_text
+from experiments.reports.markdown import table, uncommitted
+from experiments.reports.summary import claims_table, estimate, metric_of, table_text
 
 Summaries = Mapping[str, Mapping[str, Any]]
 _BLOCK = re.compile(r"(<!-- results: (\w+)\s*(.*?) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -94,13 +93,13 @@ def hardware(origin: Mapping[str, Any]) -> str:
 
 def code(origin: Mapping[str, Any]) -> str:
   """Returns the hash of the sources that ran, or the commit if no hash was recorded."""
-  sources, commit = origin.get("sources"), origin.get("commit")
+  sources, commits = origin.get("sources"), origin.get("commit")
   if isinstance(sources, str):
     return f"sources {sources}"
-  if not isinstance(commit, str):
-    return "several commits"
-  dirty = " and uncommitted changes" if origin.get("dirty") else ""
-  return f"commit {commit[:9]}{dirty}" if len(commit) >= 9 else "several commits"
+  commits = commits["several"] if isinstance(commits, Mapping) else [commits]
+  known = ", ".join(commit[:9] for commit in commits if commit) or "unknown"
+  return (f"commit{'s' * (len(commits) > 1)} {known}"
+          + uncommitted(origin, " and uncommitted changes"))
 
 
 def difference(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
@@ -139,12 +138,22 @@ def _summary(folder: str, summaries: Summaries) -> Mapping[str, Any]:
 
 def _claims(arguments: str, summaries: Summaries) -> str:
   folders = arguments.split()
-  claims = [c for folder in folders for c in _summary(folder, summaries)["claims"]]
-  return "\n\n".join([claims_table(claims), _sources(folders, summaries)])
+  found = [(folder, c) for folder in folders for c in _summary(folder, summaries)["claims"]]
+  names = _short_names(folders)
+  return "\n\n".join([
+      claims_table([c for _, c in found], [names[folder] for folder, _ in found]
+                   if len(folders) > 1 else ()), _sources(folders, summaries)])
+
+
+def _short_names(folders: list[str]) -> dict[str, str]:
+  """Returns the parts of folders in which they differ: "cpu" and "gpu" for "a/cpu" and "a/gpu"."""
+  parts = list(zip(*(folder.split("/") for folder in folders), strict=True))
+  return {folder: "/".join(part for part, others in zip(folder.split("/"), parts, strict=True)
+                           if len(set(others)) > 1) for folder in folders}
 
 
 def _rows(arguments: str, summaries: Summaries) -> str:
-  lines, folders = [], []
+  lines = []
   for item in arguments.split(";"):
     folder, _, beginning = item.strip().partition(": ")
     claims = _summary(folder, summaries)["claims"]
@@ -154,10 +163,11 @@ def _rows(arguments: str, summaries: Summaries) -> str:
       raise ValueError(f"{len(found)} claims of {folder} begin with {beginning!r}; its claims: "
                        + "; ".join(c["claim"] for c in summaries[folder]["claims"]))
     c = found[0]
-    lines.append([c["claim"], metric_label(c["metric"]), c["reference"] or None, estimate(c),
-                  f"**{c['verdict']}**", f"[{folder}{_RESULTS}{folder}/report.md)"])
-    folders.append(folder)
-  return table(("result", "metric", "paper or target", "measured", "verdict", "evidence"), lines)
+    lines.append([c["claim"], metric_of(c), c["claimed"] or None, c["reference"] or None,
+                  estimate(c), f"**{c['verdict']}**", f"[{folder}{_RESULTS}{folder}/report.md)"])
+  header = ("result", "metric", "claimed", "paper or baseline", "measured", "verdict", "evidence")
+  used = [i for i in range(len(header)) if any(line[i] is not None for line in lines)]
+  return table([header[i] for i in used], [[line[i] for i in used] for line in lines])
 
 
 def _table(arguments: str, summaries: Summaries) -> str:
@@ -187,6 +197,9 @@ def index_page(summaries: Summaries, stale: Callable[[str], str]) -> str:
       "`report.md` with its figures, and `raw.tar.xz` with the other files of the experiment. A "
       "study is stale if its arms, its claims or the learning rates that it sweeps have changed "
       "since the result was made; a benchmark has no such definition.",
+      "A claim is reproduced, or a target met, only if the whole 95 % interval agrees with it; it "
+      "is contradicted, or missed, only if the whole interval disagrees, and otherwise unresolved. "
+      "What has neither claim nor target is measured.",
       "To add a result: `python -m experiments.run --experiment=results --set keep=FOLDER`, where "
       "FOLDER is the output folder of the experiment.",
       f"There are {len(summaries)} results. Verdicts of all claims: {_counts(summaries.values())}.",

@@ -22,9 +22,11 @@ from experiments.reports.markdown import (
   table,
 )
 from experiments.reports.run_report import cost_table
+from experiments.reports.summary import criterion, is_relative
 from experiments.stats import Paired
 
 FINISHED = "finished"  # status of the runs that are evaluated
+SWEEP_SEED = 1000  # seeds from here on are for learning-rate sweeps, and are never compared
 
 
 def _paired(fields: dict) -> Paired:
@@ -35,22 +37,13 @@ def _paired(fields: dict) -> Paired:
   return Paired(**unbounded | known)
 
 
-def _claim_text(claim: dict) -> str:
-  if claim["kind"] == "equivalent":
-    return f"within ±{number(claim['margin'])}"
-  if claim["kind"] == "threshold":
-    return f"{'above' if claim['sign'] > 0 else 'below'} {number(claim['threshold'])}"
-  bound = claim["sign"] * claim.get("margin", 0.0)
-  return f"{'above' if claim['sign'] > 0 else 'below'} {number(bound or 0)}"
-
-
 def _verdicts(comparisons: list[dict]) -> str:
   lines = []
   for c in comparisons:
     pair = _paired(c["paired"])
     arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
     lines.append([
-        c["name"], c["metric"], arms, _claim_text(c["claim"]), c.get("paper"),
+        c["name"], c["metric"], arms, criterion(c["claim"], c["metric"]), c.get("paper"),
         number(pair.mean, 3), f"{number(pair.low, 3)} to {number(pair.high, 3)}",
         f"{pair.same_sign} of {pair.n} {'>' if pair.sign > 0 else '<'} 0"
         if c["claim"]["kind"] == "sign" else pair.n,
@@ -59,7 +52,10 @@ def _verdicts(comparisons: list[dict]) -> str:
                 "seeds", "minimum detectable effect", "verdict"), lines) if lines else ""
   reasons = [f"- not judged, **{c['name']}**: {c['not_judged']}." for c in comparisons
              if "not_judged" in c]
-  return "\n\n".join(filter(None, [found, "\n".join(reasons)]))
+  note = ("A difference d of the logarithms of losses is a relative difference of the losses of "
+          "exp(d) − 1: 0.0025 is 0.25 %."
+          if any(is_relative(c["metric"]) for c in comparisons) else "")
+  return "\n\n".join(filter(None, [found, note, "\n".join(reasons)]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[study_plots.Comparison]:
@@ -89,10 +85,14 @@ def _spread(values: list[float]) -> str | None:
   return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}".replace("-", "−")
 
 
-def _arms(arms: list, runs: list[dict]) -> str:
-  """Returns every arm's metrics at every learning rate, over the seeds that finished."""
+def _metrics(names: list[str], runs: list[dict]) -> str:
+  """Returns the metrics of arms at every learning rate, over the seeds that finished.
+
+  Args:
+    names: names of the arms in the order of the rows.
+    runs: the runs.
+  """
   groups: dict[tuple, list[dict]] = {}
-  names = [arm["name"] if isinstance(arm, dict) else arm for arm in arms]
   for run in sorted(runs, key=lambda run: names.index(run["arm"]) if run["arm"] in names else 1e9):
     if run["status"] == FINISHED:
       groups.setdefault((run["arm"], run.get("learning_rate")), []).append(run)
@@ -100,11 +100,25 @@ def _arms(arms: list, runs: list[dict]) -> str:
   lines = [[arm, rate, ", ".join(str(run["seed"]) for run in group),
             *(_spread([run["metrics"].get(metric) for run in group]) for metric in metrics)]
            for (arm, rate), group in groups.items()]
+  return table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
+
+
+def _sweep(arms: list, runs: list[dict]) -> str:
+  """Returns the metrics of the runs that chose learning rates, which no comparison uses."""
+  return _metrics(_names(arms), [run for run in runs if run["seed"] >= SWEEP_SEED])
+
+
+def _names(arms: list) -> list[str]:
+  return [arm["name"] if isinstance(arm, dict) else arm for arm in arms]
+
+
+def _arms(arms: list, runs: list[dict]) -> str:
+  """Returns every arm's metrics over its compared seeds, and the settings that it changes."""
+  results = _metrics(_names(arms), [run for run in runs if run["seed"] < SWEEP_SEED])
   meanings = [f"- **{arm['name']}**: " + ", ".join(f"{key} {value}" for key, value in flat(
       {key: value for key, value in arm.items() if key != "name"}))
               for arm in arms if isinstance(arm, dict) and len(arm) > 1]
-  results = table(("arm", "learning rate", "seeds", *metrics), lines) if lines else ""
-  note = "Mean ± standard deviation over the seeds that finished." if lines else ""
+  note = "Mean ± standard deviation over the seeds that finished." if results else ""
   return "\n\n".join(filter(None, [results, note, "\n".join(meanings)]))
 
 
@@ -130,7 +144,11 @@ def _study_summary(study: dict) -> str:
   counts = [f"{verdicts.count(name)} {name}" for name in dict.fromkeys(verdicts)]
   source = f" ({study['source']})" if study.get("source") else ""
   counted = f"Of {len(verdicts)} comparisons: {', '.join(counts)}." if verdicts else ""
-  return f"> {study.get('claim', 'No claim stated')}{source}\n\n{counted}".strip()
+  missing = len(study.get("missing") or ())
+  unfinished = (f"**Not finished**: {missing} of the runs that the command asks for "
+                f"{'is' if missing == 1 else 'are'} missing." if missing else "")
+  return "\n\n".join(filter(None, [
+      f"> {study.get('claim', 'No claim stated')}{source}", unfinished, counted]))
 
 
 def _panels(folder: pathlib.Path, drawn: dict) -> str:
@@ -197,6 +215,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       "comparisons": [{"name", "metric", "arm", "baseline", "paired": fields of `stats.Paired`,
         "claim": fields of `stats.Claim`, "verdict", "paper": what the paper reports, in words,
         "not_judged": the reason, if there is no verdict}].
+      "missing": names of the runs that the command asks for and that have not run.
       "noise": {metric: seed standard deviation}.
       "detectable": {metric: minimum detectable effect}.
       "panels": [{"name", "caption", "curves", and arguments of `plots.panels` ("ratios" and
@@ -225,6 +244,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       ("Completions", _samples(study.get("samples", []))),
       ("Bases", _bases(study.get("bases", []))),
       ("Arms", _arms(study.get("arms", []), runs)),
+      ("Sweep of the learning rates", _sweep(study.get("arms", []), runs)),
       ("Noise", _sensitivity(study.get("noise", {}), study.get("detectable", {}))),
       ("Failed runs", _failures(runs)),
       ("Cost of all runs", cost_table(study.get("total_cost", {}))),

@@ -5,10 +5,12 @@ that of a study also has its "definition". A claim has
 
     "claim"        what is claimed, or what was measured
     "metric"       the metric of the estimate
-    "reference"    the paper's value, or the target, in words
+    "claimed"      the criterion, such as "above 0.02", or the target; empty if there is none
+    "reference"    the value of the paper or of baselines, in words
     "value", "low", "high"    the estimate and its 95 % interval; None if unknown
     "n"            the basis of the estimate, in words, such as "7 rounds"
-    "verdict"      that of a study; "met" or "missed" if there is a target; otherwise "measured"
+    "verdict"      that of a study; "met", "missed" or "unresolved" if there is a target; otherwise
+                   "measured"
     "reason"       why no verdict could be given; otherwise absent
 """
 
@@ -18,25 +20,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.reports.labels import metric_label
-from experiments.reports.markdown import table
+from experiments.reports.markdown import number, plain_command, table
 
-_FLAGS_LEFT_OUT = ("--out", "--max_minutes", "--alsologtostderr")
-_HEADER = ("claim", "metric", "paper or target", "measured", "basis", "verdict")
+_HEADER = ("claim", "metric", "claimed", "paper or baseline", "measured", "basis", "verdict")
+# Set by the command itself where the CPU has these vectors; see `experiments.run`.
+_AUTOMATIC_FLAGS = ("--xla_cpu_prefer_vector_width",)
 
 
 def claim(text: str, metric: str, value: float | None, low: float | None = None,
-          high: float | None = None, *, reference: str = "", n: str = "",
+          high: float | None = None, *, claimed: str = "", reference: str = "", n: str = "",
           verdict: str = "measured", reason: str | None = None) -> dict[str, Any]:
   """Returns a claim, see the top of this file; values that are not finite become None."""
   bound = lambda x: None if x is None or not math.isfinite(x) else x
-  found = {"claim": text, "metric": metric, "reference": reference, "value": bound(value),
-           "low": bound(low), "high": bound(high), "n": n, "verdict": verdict}
+  found = {"claim": text, "metric": metric, "claimed": claimed, "reference": reference,
+           "value": bound(value), "low": bound(low), "high": bound(high), "n": n,
+           "verdict": verdict}
   return found | ({"reason": reason} if reason else {})
 
 
 def target(text: str, metric: str, estimate: Sequence[float], *, at_least: float | None = None,
            at_most: float | None = None, n: str = "") -> dict[str, Any]:
-  """Returns the claim that an estimate, with its whole interval, meets a target.
+  """Returns the claim that an estimate meets a target.
+
+  The target is met if the whole interval reaches it, missed if none of the interval does, and
+  otherwise unresolved.
 
   Args:
     text: what is claimed.
@@ -46,11 +53,21 @@ def target(text: str, metric: str, estimate: Sequence[float], *, at_least: float
     at_most: the target, if it is an upper bound.
     n: the basis of the estimate, in words.
   """
+  verdict, goal = target_verdict(estimate, at_least=at_least, at_most=at_most)
+  return claim(text, metric, *estimate, claimed=goal, n=n, verdict=verdict)
+
+
+def target_verdict(estimate: Sequence[float | None], *, at_least: float | None = None,
+                   at_most: float | None = None) -> tuple[str, str]:
+  """Returns the verdict on a target and the target in words, for the arguments of `target`."""
+  value, *bounds = estimate
+  low, high = bounds or (value, value)
+  low, high = -math.inf if low is None else low, math.inf if high is None else high
   if at_least is not None:
-    met, goal = min(estimate) >= at_least, f"target: at least {at_least:g}"
+    met, missed, goal = low >= at_least, high < at_least, f"at least {at_least:g}"
   else:
-    met, goal = max(estimate) <= at_most, f"target: at most {at_most:g}"
-  return claim(text, metric, *estimate, reference=goal, n=n, verdict="met" if met else "missed")
+    met, missed, goal = high <= at_most, low > at_most, f"at most {at_most:g}"
+  return "met" if met else "missed" if missed else "unresolved", goal
 
 
 def bench_summary(
@@ -75,8 +92,8 @@ def study_summary(result: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the summary of a study, from the content of its results.json."""
   claims = [
       claim(c["name"], c["metric"], c["paired"]["mean"], c["paired"]["low"], c["paired"]["high"],
-            reference=c["paper"], n=_seeds(c["paired"]["n"]), verdict=c["verdict"],
-            reason=c.get("not_judged"))
+            claimed=criterion(c["claim"], c["metric"]), reference=c["paper"],
+            n=_seeds(c["paired"]["n"]), verdict=c["verdict"], reason=c.get("not_judged"))
       | {"arm": c["arm"], "baseline": c["baseline"],
          "minimum_detectable_effect": c["paired"]["detectable"]} for c in result["comparisons"]]
   return {
@@ -92,24 +109,14 @@ def _seeds(count: int) -> str:
 
 
 def short_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what identifies a result's origin; its command without machine-specific flags."""
+  """Returns what identifies a result's origin; its command with the XLA flags that were set."""
   kept = ("commit", "dirty", "sources", "versions", "xla_flags", "device", "cpu", "cores")
-  return {"command": plain_command(provenance["command"])} | {
+  command = plain_command(provenance["command"])
+  flags = provenance.get("xla_flags")
+  if isinstance(flags, str) and not flags.startswith(_AUTOMATIC_FLAGS):
+    command = f"XLA_FLAGS={shlex.quote(flags)} {command}"
+  return {"command": command} | {
       name: provenance[name] for name in kept if provenance.get(name) is not None}
-
-
-def plain_command(command: str) -> str:
-  """Returns a command without its output folder and time limit."""
-  kept, skip = [], False
-  for word in shlex.split(command):
-    flag, equals, _ = word.partition("=")
-    if skip:
-      skip = False
-    elif flag in _FLAGS_LEFT_OUT:
-      skip = not equals
-    else:
-      kept.append(word)
-  return shlex.join(kept)
 
 
 def backend(provenance: Mapping[str, Any]) -> str:
@@ -118,14 +125,50 @@ def backend(provenance: Mapping[str, Any]) -> str:
   return next((name for name in ("cpu", "tpu") if name in device), "gpu")
 
 
-def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
-  """Returns a table of claims with their estimates, and the reasons why some were not judged."""
+def claims_table(claims: Sequence[Mapping[str, Any]], results: Sequence[str] = ()) -> str:
+  """Returns a table of claims with their estimates, and the reasons why some were not judged.
+
+  Columns without any entry are left out.
+
+  Args:
+    claims: the claims.
+    results: the name of each claim's result, for a first column; empty for a single result.
+  """
   if not claims:
     return ""
-  lines = [(c["claim"], metric_label(c["metric"]), c["reference"] or None, estimate(c),
+  lines = [(c["claim"], metric_of(c), c["claimed"] or None, c["reference"] or None, estimate(c),
             c["n"] or None, f"**{c['verdict']}**") for c in claims]
+  header = _HEADER
+  if results:
+    header, lines = ("result", *header), [(name, *line) for name, line in
+                                          zip(results, lines, strict=True)]
+  used = [i for i in range(len(header)) if any(line[i] is not None for line in lines)]
+  shown = table([header[i] for i in used], [[line[i] for i in used] for line in lines])
   reasons = [f"- not judged, **{c['claim']}**: {c['reason']}." for c in claims if c.get("reason")]
-  return "\n\n".join(filter(None, [table(_HEADER, lines), "\n".join(reasons)]))
+  return "\n\n".join(filter(None, [shown, "\n".join(reasons)]))
+
+
+def is_relative(metric: str) -> bool:
+  """Whether a metric is a logarithm, whose differences are shown as relative differences in %."""
+  return metric.startswith("log_")
+
+
+def metric_of(c: Mapping[str, Any]) -> str:
+  """Returns the label of a claim's metric, and whether the claim is about a difference in it."""
+  label = metric_label(c["metric"])
+  if is_relative(c["metric"]):
+    return f"relative difference in {label.removeprefix('log ')}"
+  return f"difference in {label}" if c.get("baseline") else label
+
+
+def criterion(claim: Mapping[str, Any], metric: str) -> str:
+  """Returns the criterion of a claim in words, from the fields of `experiments.stats.Claim`."""
+  shown = (lambda x: f"{number(100 * math.expm1(x), 3)} %") if is_relative(metric) else number
+  if claim["kind"] == "equivalent":
+    return f"within ±{shown(claim['margin'])}"
+  bound = claim["threshold"] if claim["kind"] == "threshold" else (
+      claim["sign"] * claim.get("margin", 0.0))
+  return f"{'above' if claim['sign'] > 0 else 'below'} {shown(bound) if bound else 0}"
 
 
 def table_text(shown: Mapping[str, Any]) -> str:
@@ -138,10 +181,16 @@ def estimate(c: Mapping[str, Any]) -> str:
   """Returns a claim's value and interval as text, to two digits of the interval's width."""
   if c["value"] is None:
     return "–"
-  bounds = [c["low"], c["high"]]
+  values = [c["value"], c["low"], c["high"]]
+  unit = ""
+  if is_relative(c["metric"]):
+    values = [None if value is None else 100 * math.expm1(value) for value in values]
+    unit = " %"
+  value, *bounds = values
   known = None not in bounds
-  width = bounds[1] - bounds[0] if known else abs(c["value"])
+  width = bounds[1] - bounds[0] if known else abs(value)
   digits = 2 if known else 3
   decimals = max(0, digits - 1 - math.floor(math.log10(width))) if width else 0
   shown = lambda x: f"{x:,.{decimals}f}".replace("-", "−") if decimals < 6 else f"{x:.2g}"
-  return shown(c["value"]) + (f" ({shown(bounds[0])} to {shown(bounds[1])})" if known else "")
+  return shown(value) + unit + (
+      f" ({shown(bounds[0])} to {shown(bounds[1])}{unit})" if known else "")

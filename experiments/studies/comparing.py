@@ -5,11 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from experiments.reports.study_report import FINISHED
+from experiments.reports.study_report import FINISHED, SWEEP_SEED
 from experiments.stats import judge, paired
 from experiments.studies.study import Comparison
-
-SWEEP_SEED = 1000  # seeds from here on are for learning-rate sweeps, and are never compared
 
 
 def compared_runs(

@@ -30,13 +30,17 @@ from rl.documents import DocumentsConfig
 from rl.loading import load_model
 from rl.sampler import Sampler
 from rl.stages import BaseConfig, pretrain_base, run_rl
+from rl.tasks import get_task
 from train import cost
 from train.config import RunConfig
 from train.config_io import to_dict
 from train.loading import LoadedModel, stored_template
 from train.run_folder import MetricsFile, RunFolder, write_json_atomic
+from train.templates import get_template
+from train.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
+_PROMPTS_CHECKED = 64  # problems whose prompts are measured before a base is pretrained for them
 _SAMPLES_SHOWN = 4  # completions of a run in the report, at its first and at its last evaluation
 
 
@@ -82,6 +86,14 @@ class RLRuns:
 
   score: ClassVar = Score("pass@1", 1)
   named: ClassVar = {"base.model": model.get_config}
+  learning_rate: ClassVar = "rl.optimizer.learning_rate"
+  ignored: ClassVar = {
+      "rl.loop.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
+      "base.train.seed": "a base has the seed of its run: give --seeds=N or --seeds=FROM:TO",
+      "base.init": "a base is pretrained from random weights: to start RL from a model, set init",
+      "base.data.sources": "a base is pretrained on documents that are generated from rl.task: set "
+                           "documents.*, or init to start RL from a model of your own",
+      "base.data.template": "a base's documents are written in rl.template: set that"}
 
   def __init__(self, base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
                overridden: Collection[str], folder: pathlib.Path):
@@ -182,7 +194,8 @@ class RLRuns:
         return None
       with contextlib.closing(locked):
         folder = pretrain_base(self.base(task), out=path,
-                               max_seconds=remaining_seconds(max_seconds, began))
+                               max_seconds=remaining_seconds(max_seconds, began),
+                               check=lambda tokenizer: _require_prompts_fit(cfg, tokenizer))
       if folder is None:
         return None
     self._starts[path] = load_model(folder)
@@ -232,6 +245,19 @@ def _require_effect(base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
   if ineffective:
     raise ValueError(f"{', '.join(ineffective)} would change a base, but init={base.init} replaces "
                      "the base: leave out one or the other")
+
+
+def _require_prompts_fit(cfg: RLStudyConfig, tokenizer: Tokenizer) -> None:
+  """Raises ValueError if prompts of the first problems are longer than the config allows."""
+  task, template = get_task(cfg.rl.task), get_template(cfg.rl.template)
+  splits = {"train", "heldout", *(("harder",) if cfg.evaluation.harder else ())}
+  prompts = [template.render(task.problem(split, index).question)
+             for split in sorted(splits & {*task.splits}) for index in range(_PROMPTS_CHECKED)]
+  longest = max(map(len, tokenizer.encode_batch(prompts)))
+  limit = cfg.rl.sampling.max_prompt_length
+  require(longest <= limit,
+          f"rl.sampling.max_prompt_length={limit} is too small: prompts of {cfg.rl.task} have up "
+          f"to {longest} tokens; raise it, or choose a task with shorter questions")
 
 
 def _print_outcome(task: Task, before: dict, after: dict) -> None:

@@ -14,17 +14,19 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from experiments import settings
 from experiments.options import Options
 from experiments.reports import provenance, results
-from experiments.reports.study_report import FINISHED, write_study_report
+from experiments.reports.study_report import FINISHED, SWEEP_SEED, write_study_report
 from experiments.reports.summary import study_summary
 from experiments.stats import noise
-from experiments.studies.comparing import SWEEP_SEED, compare, compared_runs, finite
+from experiments.studies.checks import apply_arm, require_effect
+from experiments.studies.commands import reproducing_command
+from experiments.studies.comparing import compare, compared_runs, finite
 from experiments.studies.runs import Task
 from experiments.studies.study import Study
 from train import cost
@@ -79,19 +81,18 @@ class Runner:
       raise ValueError(f"--arms={','.join(sorted(unknown))} does not exist; {study.name} has "
                        + ", ".join(known))
     base = settings.apply(self.scale.config, options.settings, named=study.kind.named)
-    # The settings of all arms are applied before anything runs, so that errors are found early.
-    configs = {arm.name: settings.apply(
-        self.scale.config, (*options.settings, *arm.settings), named=study.kind.named)
-        for arm in study.arms}
-    self.arms = list(options.arms or study.arms_to_run())
+    self.arms, self.options = list(options.arms or study.arms_to_run()), options
+    needed = {*self.arms, *(study.swept_arms(self.scale) if study.one_rate else ())}
+    # The settings of these arms are applied before anything runs, so that errors are found early.
+    configs = {arm.name: apply_arm(study, self.scale, options.settings, arm)
+               for arm in study.arms if arm.name in needed}
+    require_effect(study, self.scale, options.settings, configs)
     self.seeds = options.seed_range(self.scale.seeds)
     if self.seeds.stop > SWEEP_SEED:
       raise ValueError(f"--seeds={options.seeds}: seeds from {SWEEP_SEED} on are reserved for "
                        "learning-rate sweeps")
     folder = options.folder(f"{study.name}-{scale_name}")
-    needed = {*self.arms, *(study.swept_arms(self.scale) if study.one_rate else ())}
-    self.runs = study.kind(base, {arm: cfg for arm, cfg in configs.items() if arm in needed},
-                           settings.assigned(options.settings), folder)
+    self.runs = study.kind(base, configs, settings.assigned(options.settings), folder)
     self.out = RunFolder(folder)
     try:
       self.out.check_config({
@@ -111,6 +112,8 @@ class Runner:
 
     Instead of a definition, it recorded the settings of the arms and a hash of the sources.
     """
+    if "study" not in stored:  # the folder of something else, which cannot be converted
+      return stored
     config = type(self.scale.config)
 
     def rename(setting: str) -> str:
@@ -132,17 +135,41 @@ class Runner:
 
   def run(self) -> bool:
     """Trains all runs that are missing; returns False if the time limit was reached."""
+    if self.missing():
+      cost = self.study.cost(self.scale_name, self.arms, len(self.seeds))
+      print(f"{self.study.name}: {cost}", file=sys.stderr, flush=True)
     self.runs.prepare()
-    if not self.scale.learning_rates:
-      return self._run_all([Task(arm, None, seed) for seed in self.seeds for arm in self.arms])
-    swept = self.study.swept_arms(self.scale) if self.study.one_rate else self.arms
-    sweep = [Task(arm, rate, SWEEP_SEED + i) for arm in swept
-             for rate in self.scale.learning_rates for i in range(self.scale.sweep_seeds)]
-    if not self._run_all(sweep):
+    if not self._run_all(self._sweep()):
       return False
     best = self.best_learning_rates(self.finished())
-    return self._run_all([Task(arm, best[arm], seed) for arm in self.arms for seed in self.seeds
-                          if arm in best])
+    return self._run_all([task for task in self._compared(best)
+                          if task.arm in best or not self.scale.learning_rates])
+
+  def _sweep(self) -> list[Task]:
+    """Returns the runs that choose learning rates."""
+    swept = self.study.swept_arms(self.scale) if self.study.one_rate else self.arms
+    return [Task(arm, rate, SWEEP_SEED + i) for arm in swept
+            for rate in self.scale.learning_rates for i in range(self.scale.sweep_seeds)]
+
+  def _compared(self, best: Mapping[str, float]) -> list[Task]:
+    """Returns the runs that are compared; the learning rate is None where none was chosen."""
+    if not self.scale.learning_rates:
+      return [Task(arm, None, seed) for seed in self.seeds for arm in self.arms]
+    return [Task(arm, best.get(arm), seed) for arm in self.arms for seed in self.seeds]
+
+  def missing(self) -> list[str]:
+    """Returns the names of the runs that this command asks for and that are not recorded.
+
+    Runs of an arm that failed at every learning rate of its sweep are not missing.
+    """
+    done = self.finished()
+    sweep, best = [task for task in self._sweep() if task not in done], self._swept(done)
+    unswept = {task.arm for task in sweep}
+    if not self.scale.learning_rates or (self.study.one_rate and sweep):
+      unswept = set(self.arms)
+    compared = self._compared({arm: rate for arm, (rate, _) in best.items()})
+    return [task.name for task in (*sweep, *compared)
+            if task not in done and (task in sweep or task.arm in {*best, *unswept})]
 
   def best_learning_rates(self, runs: dict[Task, dict]) -> dict[str, float]:
     """Returns the best learning rates of the arms whose sweep is complete.
@@ -224,9 +251,14 @@ class Runner:
     return self.out.path / "runs" / f"vmapped-{digest}"
 
   def where_it_ran(self) -> dict:
-    """Returns the merged provenance of all parts, with the command of this process."""
+    """Returns the merged provenance of all parts, with a command that reproduces all of them."""
+    seeds = {arm: set(self.seeds) for arm in self.arms}
+    for task in self.finished():
+      if task.seed < SWEEP_SEED:
+        seeds.setdefault(task.arm, set()).add(task.seed)
+    command = reproducing_command(self.study, self.scale_name, self.options, seeds)
     return provenance.merged([json.loads(path.read_text())["provenance"]
-                              for path in sorted(self.parts.glob("*.json"))])
+                              for path in sorted(self.parts.glob("*.json"))]) | {"command": command}
 
   def judge(self) -> dict:
     """Writes `outcome` as results.json, its summary and the report, prints it, and returns it."""
@@ -252,13 +284,15 @@ class Runner:
                    if c]
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
+    shown = {*self.arms, *(run["arm"] for run in runs.values())}
     return {
         "name": self.study.name, "claim": self.study.claim, "source": self.study.source,
         "scale": self.scale_name, "definition": self.study.definition(self.scale_name),
         "arms": [{"name": arm.name, "settings": " ".join(arm.settings) or "none",
                   "best learning rate": self._describe_rate(best.get(arm.name))}
-                 for arm in self.study.arms],
-        "best_learning_rates": best, "runs": list(runs.values()), "comparisons": comparisons,
+                 for arm in self.study.arms if arm.name in shown],
+        "best_learning_rates": best, "runs": list(runs.values()), "missing": self.missing(),
+        "comparisons": comparisons,
         "noise": {metric: noise([values[metric] for values in seeds.values()])
                   for metric in metrics if len(seeds) > 1},
         "detectable": {f"{c['name']} ({c['metric']})": c["paired"]["detectable"]
@@ -278,9 +312,10 @@ class Runner:
 
   def _print(self, result: dict) -> None:
     metrics = dict.fromkeys(c.metric for c in self.study.comparisons)
-    print(f"seed standard deviation of {self.study.baseline}: " + (", ".join(
-        f"{metric} {result['noise'][metric]:.2g}" for metric in metrics
-        if metric in result["noise"]) or "needs two seeds"))
+    deviations = ", ".join(f"{metric} {result['noise'][metric]:.2g}" for metric in metrics
+                           if metric in result["noise"])
+    if deviations or not result["missing"]:
+      print(f"seed standard deviation of {self.study.baseline}: {deviations or 'needs two seeds'}")
     for c in result["comparisons"]:
       pair = c["paired"]
       over = "on one seed, which gives no interval" if pair["n"] == 1 else (
@@ -292,5 +327,6 @@ class Runner:
     if result["runs"]:
       spent = result["total_cost"]
       joules = "" if spent["joules"] is None else f", {spent['joules'] / 1e3:.1f} kJ"
-      print(f"{len(result['runs'])} runs cost {spent['device_seconds'] / 60:.1f} device-minutes, "
+      runs = f"{len(result['runs'])} run{'s' * (len(result['runs']) != 1)}"
+      print(f"{runs} cost {spent['device_seconds'] / 60:.1f} device-minutes, "
             f"{spent['flops']:.3g} FLOP{joules}")

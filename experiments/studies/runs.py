@@ -51,10 +51,15 @@ class Runs(Protocol):
   Attributes:
     score: the metric by which learning rates are chosen.
     named: argument `named` of `settings.apply`, for values that are plain words.
+    learning_rate: dotted name of the setting that a sweep replaces.
+    ignored: dotted names of settings that the runs replace or ignore, each with the reason and what
+      to do instead.
   """
 
   score: ClassVar[Score]
   named: ClassVar[Mapping[str, Any]]
+  learning_rate: ClassVar[str]
+  ignored: ClassVar[Mapping[str, str]]
 
   def __init__(self, base: Any, configs: Mapping[str, Any], overridden: Collection[str],
                folder: pathlib.Path):

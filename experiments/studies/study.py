@@ -5,6 +5,7 @@ A study is a module below `experiments/studies/<paper>/` that defines `STUDY`;
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from experiments.stats import Claim
@@ -132,16 +133,25 @@ class Study:
     """Returns the arms that run unless `--arms` names others."""
     return self.default_arms or tuple(arm.name for arm in self.arms)
 
-  def cost(self, scale_name: str) -> str:
-    """Returns the number of runs and the duration of the whole study, in words."""
-    scale, arms = self.scales[scale_name], len(self.arms_to_run())
-    swept = len(self.swept_arms(scale)) * len(scale.learning_rates) * scale.sweep_seeds
-    runs = swept + arms * scale.seeds
+  def cost(self, scale_name: str, arms: Collection[str] | None = None,
+           num_seeds: int | None = None) -> str:
+    """Returns the number of runs and the duration of a study, in words.
+
+    Args:
+      scale_name: name of the scale.
+      arms: names of the arms that run; None for those that run by default.
+      num_seeds: number of compared seeds; None for that of the scale.
+    """
+    scale, names = self.scales[scale_name], arms or self.arms_to_run()
+    arms, num_seeds = len(names), num_seeds or scale.seeds
+    swept = set(self.swept_arms(scale)) & {*names, *((self.baseline,) if self.one_rate else ())}
+    swept = len(swept) * len(scale.learning_rates) * scale.sweep_seeds
+    runs = swept + arms * num_seeds
     minutes = runs / scale.vmapped_runs * scale.minutes + scale.shared_minutes
     count = lambda number, what: f"{number} {what}{'s' * (number != 1)}"
     total = count(round(minutes), "minute") if minutes < 120 else f"{minutes / 60:.1f} hours"
     vmapped = f", {scale.vmapped_runs} at a time" if scale.vmapped_runs > 1 else ""
-    rates, seeds = count(len(scale.learning_rates), "learning rate"), count(scale.seeds, "seed")
+    rates, seeds = count(len(scale.learning_rates), "learning rate"), count(num_seeds, "seed")
     arms = count(arms, "arm")
     if not swept:
       parts = f"{arms} x {seeds}"

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.studies.runs import Score, Task, binned_curve
 from experiments.studies.specialisation import expert_domain_information
+from model.checks import require
 from train.config import RunConfig
 from train.data import Data, load
 from train.loop import Result, train
@@ -27,12 +28,19 @@ class TextRuns:
 
   score: ClassVar = Score("validation_loss", -1)
   named: ClassVar = {}
+  learning_rate: ClassVar = "optimizer.learning_rate"
+  ignored: ClassVar = {
+      "train.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
+      "init": "the runs of a study start from random weights: leave it out"}
 
   def __init__(self, base: RunConfig, configs: Mapping[str, RunConfig],
                overridden: Collection[str], folder: pathlib.Path):
     del folder  # the runs share only the data, which has its own cache
     self.base, self.configs = base, configs
     self.keep_vocabulary = "model.vocab_size" in overridden
+    differing = [arm for arm, cfg in configs.items() if cfg.data != base.data]
+    require(not differing, f"data.* is set by {' and '.join(differing)}, but all arms of a study "
+            "train on the same data: set it for all of them with --set")
 
   def identity(self) -> dict[str, Any]:
     return {}

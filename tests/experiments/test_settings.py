@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import model
 from experiments import settings
+from experiments.studies.r1 import r1_zero
 from model import GQAConfig, LinearScaling, MTPConfig, YarnScaling
 from pallas_kernels import RECIPES
 from pallas_kernels.recipe import Operand
@@ -156,11 +157,12 @@ def test_sources_are_parsed_from_paths_and_from_calls():
      "model.moe (MoEConfig) has num_experts (int), experts_per_token (int)"),
     ("learning_rate=1", "optimizer.learning_rate", "RunConfig has model (ModelConfig)"),
     ("model.steps=1", "train.steps", "mtp (MTPConfig | none)"),
-    ("optimizer.lr=1", "optimizer.", "optimizer (OptimizerConfig) has learning_rate (float)"),
+    ("optimizer.lr=1", "optimizer.learning_rate", "optimizer (OptimizerConfig) has learning_rate"),
     ("optimiser.beta1=1", "optimizer.beta1", "optimizer (OptimizerConfig)"),
     ("data.source=x", "data.sources", "sources (tuple[Source, ...]), tokenizer (str)"),
-    ("model.attention.type=GQAConfig", "", "model.attention (MLAConfig) has num_heads (int)"),
-    ("type=RunConfig", "", "RunConfig has model"),
+    ("train.fim_rates=1", "data.fim_rate", "train (TrainConfig) has steps (int)"),
+    ("balance.weight_decay=1", "optimizer.weight_decay", "balance (BalanceConfig) has bias_rate"),
+    ("num_experts=4", "model.moe.num_experts", "RunConfig has model"),
     ("model.attention=GQAConfig(num_hads=4, num_heads=4, num_kv_heads=2, head_dim=32)",
      "model.attention.num_heads", "model.attention (GQAConfig) has num_heads (int)"),
 ])
@@ -169,6 +171,19 @@ def test_an_unknown_name_is_reported_with_the_nearest_and_the_allowed_names(
   message, = errors(assignment)
   assert re.match(rf"[\w.]+ does not exist; did you mean {nearest}", message)
   assert allowed in message
+
+
+@pytest.mark.parametrize(("assignment", "allowed"), [
+    ("model.attention.type=GQAConfig", "model.attention (MLAConfig) has num_heads (int)"),
+    ("type=RunConfig", "RunConfig has model"), ("train.xyzzy=1", "train (TrainConfig) has steps")])
+def test_no_name_is_suggested_if_none_is_similar(assignment, allowed):
+  message, = errors(assignment)
+  assert f" does not exist: {allowed}" in message and "did you mean" not in message
+
+
+def test_sections_that_were_left_out_are_suggested_completely():
+  with pytest.raises(ValueError, match=r"did you mean rl\.mesh\.fsdp or base\.mesh\.fsdp\?"):
+    settings.apply(r1_zero.STUDY.scales["smoke"].config, ("mesh.fsdp=2",))
 
 
 @pytest.mark.parametrize(("assignment", "message"), [
@@ -195,7 +210,8 @@ def test_an_invalid_assignment_is_reported_with_what_is_expected(assignment, mes
   assert errors(assignment) == [message]
 
 
-def test_an_unknown_model_is_reported_with_the_nearest_name():
+def test_an_unknown_model_is_reported_with_the_nearest_name_if_one_is_similar():
+  assert errors("model=xyz")[0].startswith("model: no architecture is called 'xyz'. There are: ")
   message, = errors("model=mikro")
   assert message.startswith("model: no architecture is called 'mikro'; did you mean 'micro'?")
 

@@ -25,7 +25,7 @@ from experiments import settings
 from experiments.benchmarks.rl import sums
 from experiments.benchmarks.rl.contenders import Bench, OwnTrainer, PeerTrainer, Trainer
 from experiments.benchmarks.rl.report import sections, summary
-from experiments.benchmarks.timing import attempt
+from experiments.benchmarks.timing import attempt, require_packages
 from experiments.options import Options
 from experiments.reports import results
 from rl.pass_rates import interval
@@ -55,6 +55,8 @@ def main(options: Options) -> None:
   if not bench.model:
     raise ValueError("there is no model to train: --set bench.model=DIR, a Hugging Face folder")
   if bench.peer:
+    needed = ("torch", "transformers") + (("trl", "datasets") if bench.peer == "trl" else ())
+    require_packages(bench.peer_python, needed, "bench.peer_python")
     # JAX reads this when it first uses the device, whose memory the contenders share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   folder = options.folder("bench_rl")

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments import settings
-from experiments.benchmarks.timing import alternate, attempt, describe, speedup
+from experiments.benchmarks.timing import alternate, attempt, describe, require_packages, speedup
 from experiments.benchmarks.training.contenders import (
   Bench,
   BenchConfig,
@@ -74,6 +74,9 @@ SCALES = _scales()
 # the bfloat16 peak.
 _TARGETS = {"cpu": {"train": 1.0}, "gpu": {"forward_backward": 2.5, "train": 2.5},
             "v2_lite": {"forward_backward": 1.2, "train": 1.2}}
+# What the flags of `experiments.benchmarks.peers.transformers_train` are called in tables.
+_FLAG_WORDS = {"experts": "{} experts", "adamw": "{} AdamW", "attention": "{} attention",
+               "compile": "compiled"}
 _PEAK_TARGETS = {("v2_lite", "ours bf16"): 0.4}
 
 
@@ -82,6 +85,7 @@ def main(options: Options) -> None:
   scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": get_config})
   if cfg.bench.peer:
+    require_packages(cfg.bench.python, ("torch", "transformers"), "bench.python")
     # JAX reads this when it first uses the device, whose memory the contenders share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   params = cfg.model.param_count()
@@ -240,7 +244,7 @@ def _claims(scale: str, phase: str, timed: dict, rounds: int) -> list[dict]:
   rivals = sorted(timed["speedup"], key=lambda name: -found[name]["tokens_per_second"])
   goal, claims = _TARGETS.get(scale, {}).get(phase), []
   for name in rivals:
-    text, n = f"{_words(phase)}: {first} against {name}", f"{rounds} rounds"
+    text, n = f"{_words(phase)}: {first} against {_short(name)}", f"{rounds} rounds"
     estimate = timed["speedup"][name]
     claims.append(target(text, "speed-up", estimate, at_least=goal, n=n)
                   if goal and name == rivals[0] else claim(text, "speed-up", *estimate, n=n))
@@ -255,9 +259,20 @@ def _table(phase: str, timed: dict) -> dict:
   return {
       "name": phase, "caption": _words(phase),
       "header": ["contender", "tokens/s", "TFLOP/s", "fraction of peak", "peak MB", "start s"],
-      "rows": [[name, row["tokens_per_second"], row["flops_per_second"] / 1e12,
+      "rows": [[_short(name), row["tokens_per_second"], row["flops_per_second"] / 1e12,
                 f"{row['fraction_of_peak']:.1%}", row["peak_mb"], row["start_seconds"]]
                for name, row in timed["contenders"].items()]}
+
+
+def _short(name: str) -> str:
+  """Returns a contender's name with the flags that distinguish a peer's variants in words."""
+  peer, *flags = name.split()
+  if not any(flag.startswith("--") for flag in flags):
+    return name
+  values = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
+  words = [_FLAG_WORDS[flag].format(value) for flag, value in values.items()
+           if flag in _FLAG_WORDS]
+  return f"{peer} ({', '.join(words)})" if words else peer
 
 
 def _words(phase: str) -> str:

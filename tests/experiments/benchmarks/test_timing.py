@@ -80,3 +80,12 @@ def test_a_peer_process_answers_line_by_line_and_is_unavailable_if_too_slow_or_s
   with pytest.raises(timing.Unavailable, match="the peer stopped"):
     peer.ask("stop")
   peer.quit()
+
+
+def test_a_peer_whose_packages_are_missing_is_an_error_that_names_them():
+  timing.require_packages(None, ("json", "numpy"), "bench.python")
+  with pytest.raises(ValueError, match="needs no_such and nor_this, which this interpreter"):
+    timing.require_packages(None, ("no_such", "json", "nor_this"), "bench.python")
+  for python in ("/nowhere/python", "false"):
+    with pytest.raises(ValueError, match=f"bench.python={python} is not a Python interpreter"):
+      timing.require_packages(python, ("json",), "bench.python")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import tarfile
 
@@ -12,6 +13,7 @@ from experiments.benchmarks.rl import report as bench_rl_report
 from experiments.options import Options
 from experiments.programs import results as program
 from experiments.reports import results, results_index, summary
+from experiments.stats import Claim
 from experiments.studies.runner import Runner
 from train.run_folder import write_json_atomic
 
@@ -59,6 +61,13 @@ def test_a_result_is_in_its_experiments_folder_with_exactly_the_files_that_its_r
   assert not re.search(r"/(tmp|home|root|work|Users)/", text + json.dumps(SUMMARIES[folder]))
 
 
+@pytest.mark.parametrize("folder", SUMMARIES)
+def test_a_result_names_its_commits(folder):
+  commits = SUMMARIES[folder]["provenance"].get("commit")
+  for commit in commits["several"] if isinstance(commits, dict) else [commits]:
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+
+
 def test_generated_files_are_current():
   """The index of results, the configuration reference, and the blocks of README and docs."""
   stale = [path.name for path, text in program.generated().items()
@@ -80,15 +89,65 @@ def made(**fields) -> dict:
 def test_a_command_is_quoted_without_its_output_folder_and_time_limit():
   quoted = summary.plain_command("run --out=/tmp/x --max_minutes 3 --set 'a=b c' --out y --scale=z")
   assert quoted == "run --set 'a=b c' --scale=z"
+  two = summary.plain_command("run --out=x --seeds=3 && run --out=x --arms=b")
+  assert two == "run --seeds=3 && run --arms=b"
 
 
-@pytest.mark.parametrize(("estimate", "bounds", "met"), [
-    ((1.2, 1.1, 1.3), {"at_least": 1.1}, True), ((1.2, 1.0, 1.3), {"at_least": 1.1}, False),
-    ((2.0, 1.9, 2.1), {"at_most": 2.0}, False), ((1.9,), {"at_most": 2.0}, True)])
-def test_a_target_is_met_if_the_whole_interval_reaches_it(estimate, bounds, met):
+@pytest.mark.parametrize(("estimate", "bounds", "verdict"), [
+    ((1.2, 1.1, 1.3), {"at_least": 1.1}, "met"), ((1.2, 1.0, 1.3), {"at_least": 1.1}, "unresolved"),
+    ((1.0, 0.9, 1.05), {"at_least": 1.1}, "missed"), ((1.0,), {"at_least": 1.1}, "missed"),
+    ((2.0, 1.9, 2.1), {"at_most": 2.0}, "unresolved"), ((1.9,), {"at_most": 2.0}, "met"),
+    ((2.2, 2.1, 2.3), {"at_most": 2.0}, "missed"), ((1.0, 0.9, 1.0), {"at_most": 2.0}, "met"),
+    ((9.0, None, None), {"at_least": 1.1}, "unresolved"),
+    ((9.0, float("-inf"), float("inf")), {"at_most": 2.0}, "unresolved")])
+def test_a_target_is_met_or_missed_only_by_the_whole_interval(estimate, bounds, verdict):
   found = summary.target("faster", "speed-up", estimate, **bounds)
-  assert found["verdict"] == ("met" if met else "missed")
-  assert found["reference"] == f"target: {'at least 1.1' if 'at_least' in bounds else 'at most 2'}"
+  assert found["verdict"] == verdict
+  assert found["claimed"] == ("at least 1.1" if "at_least" in bounds else "at most 2")
+
+
+@pytest.mark.parametrize(("claim", "metric", "text"), [
+    (Claim("sign", sign=-1), "validation_loss", "below 0"),
+    (Claim("sign", sign=1, margin=0.02), "pass@1", "above 0.02"),
+    (Claim("sign", sign=-1, margin=0.02), "pass@1", "below −0.02"),
+    (Claim("threshold", sign=-1, threshold=0.3), "max_violation", "below 0.3"),
+    (Claim("equivalent", margin=0.02), "validation_loss", "within ±0.02"),
+    (Claim("equivalent", margin=math.log1p(0.0025)), "log_training_loss", "within ±0.25 %")])
+def test_the_criterion_of_a_claim_is_shown_in_words(claim, metric, text):
+  assert summary.criterion(dataclasses.asdict(claim), metric) == text
+
+
+def test_differences_of_log_losses_are_shown_as_relative_differences():
+  found = summary.claim("equal", "log_training_loss", math.log(1.0041), math.log(1.0008),
+                        math.log(1.0073))
+  assert summary.estimate(found) == "0.41 % (0.08 to 0.73 %)"
+  assert summary.metric_of(found) == "relative difference in training loss"
+
+
+def test_a_claim_about_two_arms_is_about_a_difference():
+  claims = [summary.claim("it", "pass@1", 0.5) | {"baseline": baseline}
+            for baseline in (None, "plain")]
+  assert [summary.metric_of(c) for c in claims] == ["pass@1", "difference in pass@1"]
+
+
+def test_columns_that_no_claim_uses_are_left_out_and_several_results_are_named():
+  claims = [summary.claim("a", "speed-up", 1.5, claimed="at least 1", n="7 rounds"),
+            summary.claim("b", "speed-up", 0.5)]
+  assert summary.claims_table(claims).startswith(
+      "| claim | metric | claimed | measured | basis | verdict |")
+  found = {f"r1/r1_zero/{scale}": made(claims=[summary.claim("it", "pass@1", 0.5)])
+           for scale in ("cpu", "gpu")}
+  filled = results_index.fill(
+      "<!-- results: claims r1/r1_zero/cpu r1/r1_zero/gpu -->\n<!-- end of results -->", found)
+  assert "| result | claim | metric |" in filled
+  assert "| cpu | it | pass@1 |" in filled and "| gpu | it | pass@1 |" in filled
+
+
+def test_a_command_has_the_xla_flags_that_were_set_but_not_those_that_it_sets_itself():
+  command = lambda flags: summary.short_provenance(PROVENANCE | {"xla_flags": flags})["command"]
+  plain = "python -m experiments.run --experiment=bench_moe --scale=a"
+  assert command(None) == command("--xla_cpu_prefer_vector_width=512") == plain
+  assert command("--xla_a=true --xla_b=1") == f"XLA_FLAGS='--xla_a=true --xla_b=1' {plain}"
 
 
 @pytest.mark.parametrize(("values", "text"), [
@@ -110,8 +169,10 @@ def test_code_is_identified_by_the_sources_hash_or_else_by_the_commit():
   assert results_index.code(PROVENANCE) == "sources feedbeef"
   del (older := dict(PROVENANCE))["sources"]
   assert results_index.code(older) == "commit 012345678 and uncommitted changes"
-  several = {"commit": {"several": ["a", "b"]}}
-  assert results_index.code(several) == "several commits"
+  several = {"commit": {"several": ["abc", None, "0123456789a"]}}
+  assert results_index.code(several) == "commits abc, 012345678"
+  partly = {"commit": "abc", "dirty": {"several": [False, True]}}
+  assert results_index.code(partly) == "commit abc and uncommitted changes in some runs"
   assert results_index.hardware(PROVENANCE) == "2 cores of CPU; jax 1.2.3"
   devices = {"device": {"several": ["1 x A", "1 x B"]}}
   assert results_index.hardware(devices) == "1 x A, 1 x B"
@@ -149,7 +210,7 @@ def test_blocks_are_filled_and_the_rest_of_the_text_is_unchanged():
   filled = results_index.fill(text, found, "../results")
   assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
   claims, rows, table = results_index.blocks(filled)
-  assert "| blocks are slow | speed-up | – | 0.500 | – | **measured** |" in claims
+  assert "| blocks are slow | speed-up | 0.500 | **measured** |" in claims
   assert "slots are fast" in rows and "blocks" not in rows
   assert "[bench/bench_moe/cpu](../results/bench/bench_moe/cpu/report.md)" in rows
   assert "| slots | 3.5 |\n\nMedians." in table and "--scale=a" in table and "/tmp" not in table

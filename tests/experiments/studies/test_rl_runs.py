@@ -16,6 +16,7 @@ from experiments.studies.rl_runs import RLRuns
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task
 from experiments.studies.study import Scale
+from rl.loading import load_model
 from train.run_folder import MetricsFile, RunFolder
 
 TINY = (
@@ -257,6 +258,37 @@ def test_the_value_models_learning_rate_is_a_multiple_of_the_policys():
   other = runs.config(Task("1", 2e-3, 7)).rl
   assert other.objective.value_learning_rate is None
   assert (other.optimizer.learning_rate, other.loop.seed) == (2e-3, 7)
+
+
+def test_prompts_that_are_too_long_are_an_error_before_a_base_is_trained(tmp_path):
+  base = settings.apply(a_study().scales["tiny"].config, (
+      f"base.data.cache_dir={tmp_path}", "rl.sampling.max_prompt_length=1"))
+  runs = RLRuns(base, {"grpo": base}, (), tmp_path)
+  with pytest.raises(ValueError, match=r"prompt_length=1 is too small: prompts of \S+ have up to "
+                                       r"\d+ tokens"):
+    runs._start(Task("grpo", 1e-3, 0), None)
+  (made,) = (tmp_path / "bases").iterdir()
+  assert not (made / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("setting", [
+    "rl.optimizer.learning_rate=1e-3", "rl.loop.seed=4", "base.train.seed=4", "base.init=runs/x",
+    "base.data.sources=mine.jsonl", "base.data.template=r1"])
+def test_settings_that_an_rl_study_would_overwrite_are_refused(tmp_path, setting):
+  options = Options("rl_maj_pass", out=tmp_path / "out", settings=(setting,))
+  with pytest.raises(ValueError, match=f"{setting.partition('=')[0]} would have no effect: "):
+    Runner(a_study(), "tiny", options)
+
+
+def test_a_studys_folder_is_no_checkpoint_and_the_runs_inside_are_named(tmp_path):
+  (tmp_path / "grpo-seed0" / "checkpoints").mkdir(parents=True)
+  (tmp_path / "config.json").write_text('{"study": "r1_zero"}')
+  with pytest.raises(ValueError, match=r"is not a run itself: give one of them, .*grpo-seed0$"):
+    load_model(tmp_path)
+  (tmp_path / "grpo-seed0" / "checkpoints").rmdir()
+  (tmp_path / "parts").mkdir()
+  with pytest.raises(ValueError, match="keeps no checkpoints of its runs"):
+    load_model(tmp_path)
 
 
 def test_invalid_settings_are_refused_before_anything_runs(tmp_path):

@@ -12,6 +12,7 @@ from experiments.options import Options
 from experiments.programs.ab import flops_to_loss
 from experiments.stats import Claim
 from experiments.studies import runner as studies_runner
+from experiments.studies.commands import reproducing_command
 from experiments.studies.comparing import compare
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task
@@ -367,6 +368,101 @@ def test_the_comparisons_of_load_balancing_refer_to_existing_arms_and_metrics():
     assert (c.baseline is None) == (c.claim.kind == "threshold")
     matching = [name for name in names if name.startswith(c.arm[:-1])]
     assert len(matching) > 1 if c.arm.endswith("*") else c.arm in names
+
+
+# Settings without effect.
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("optimizer.learning_rate=0.1", "invented sweeps the learning rate of every arm over 0.001, "),
+    ("optimizer=OptimizerConfig(learning_rate=0.1)", "invented sweeps the learning rate"),
+    ("train.seed=3", "every run has its own seed: give --seeds"),
+    ("init=runs/mine", "start from random weights"),
+    ("optimizer.beta1=0.7", "cannot apply to the arm plain, which sets optimizer.beta1=0.8")])
+def test_settings_that_a_study_would_overwrite_are_refused(tmp_path, setting, message):
+  with pytest.raises(ValueError) as raised:
+    runner(tmp_path / "out", settings=(setting,))
+  assert message in str(raised.value) and not (tmp_path / "out").exists()
+
+
+def test_without_a_sweep_the_learning_rate_can_be_set(tmp_path):
+  invented = a_study()
+  scale = dataclasses.replace(invented.scales["tiny"], learning_rates=())
+  invented = dataclasses.replace(invented, scales={"tiny": scale})
+  made = runner(tmp_path, invented, settings=("optimizer.learning_rate=0.1",))
+  assert {cfg.optimizer.learning_rate for cfg in made.runs.configs.values()} == {0.1}
+
+
+def test_arms_that_do_not_run_do_not_restrict_the_settings(tmp_path):
+  invented = dataclasses.replace(a_study(), arms=(Arm("plain"), Arm("new", WIDE)))
+  made = runner(tmp_path, invented, settings=("optimizer.beta1=0.7",), arms=("plain",))
+  assert made.runs.configs["plain"].optimizer.beta1 == 0.7
+
+
+def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path):
+  (tmp_path / "config.json").write_text('{"config": {"train": {"steps": 3}}, "seeds": [0]}')
+  with pytest.raises(ValueError) as raised:
+    runner(tmp_path)
+  assert str(raised.value) == (f"{tmp_path} holds a training run, where this command would write "
+                               "the study invented: give another --out")
+
+
+# What is missing, and what reproduces the rest.
+
+def test_missing_runs_are_those_that_the_command_asks_for_and_no_part_has(tmp_path):
+  assert runner(tmp_path / "empty", arms=("plain",)).missing() == [
+      "plain-lr0.001-seed1000", "plain-lr0.002-seed1000", "plain-lr0.004-seed1000",
+      "plain-seed0", "plain-seed1"]
+  fill(tmp_path / "full")
+  made = runner(tmp_path / "full", seeds="6")
+  assert made.missing() == ["plain-lr0.002-seed4", "plain-lr0.002-seed5", "new-lr0.001-seed4",
+                            "new-lr0.001-seed5"]
+  made.out.close()
+  assert runner(tmp_path / "full").missing() == []
+
+
+def test_a_report_says_how_many_runs_are_missing(tmp_path):
+  write_part(tmp_path, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
+  runner(tmp_path, arms=("plain",)).judge()
+  assert "**Not finished**: 2 of the runs" in (tmp_path / "report.md").read_text()
+
+
+def test_an_arm_that_failed_at_every_learning_rate_is_not_missing(tmp_path):
+  write_part(tmp_path, "1", a_sweep("plain", (None, None, None)))
+  assert runner(tmp_path, arms=("plain",)).missing() == []
+
+
+def test_the_command_of_a_result_reproduces_all_of_its_arms_and_seeds(tmp_path):
+  fill(tmp_path)
+  judged = runner(tmp_path, arms=("plain",), seeds="1").judge()
+  base = "python -m experiments.run --experiment=invented --scale=tiny"
+  assert judged["provenance"]["command"] == (
+      f"{base} --arms=plain --seeds=4 && {base} --arms=new --seeds=5")
+  assert f"```bash\n{base} --arms=plain --seeds=4 && \\\n" in (tmp_path / "report.md").read_text()
+
+
+def test_a_result_of_the_default_arms_and_seeds_needs_neither_flag(tmp_path):
+  options = Options("invented", settings=("data.sources=my text.jsonl",))
+  command = lambda **seeds: reproducing_command(a_study(), "tiny", options, seeds)
+  base = ("python -m experiments.run --experiment=invented --scale=tiny "
+          "--set 'data.sources=my text.jsonl'")
+  assert command(plain=[1, 0], new=[0, 1]) == base == command()
+  assert command(plain=[0, 1, 5], new=[0, 1, 5]) == f"{base} && {base} --seeds=5:6"
+
+
+def test_the_seeds_of_a_sweep_are_not_among_the_results_of_an_arm(tmp_path):
+  one_seed(tmp_path)
+  runner(tmp_path).judge()
+  text = (tmp_path / "report.md").read_text()
+  arms, _, sweep = text.partition("## Sweep of the learning rates")
+  assert "| plain | 0.002 | 0 | 2 |" in arms and "1000" not in arms
+  assert "| plain | 0.002 | 1000 | 2 |" in sweep
+
+
+def test_a_report_lists_only_the_arms_that_were_asked_for_or_ran(tmp_path):
+  write_part(tmp_path, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
+  invented = a_study(arms=("plain", "new", "absent"))
+  judged = runner(tmp_path, invented, arms=("new",)).judge()
+  assert [arm["name"] for arm in judged["arms"]] == ["plain", "new"]
 
 
 # FLOPs needed to reach a loss.

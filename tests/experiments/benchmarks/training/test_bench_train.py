@@ -16,7 +16,9 @@ TINY = ("model=nano", "model.mtp=none", "model.num_dense_layers=0", "model.num_l
         "bench.steps=1", "bench.warm_up=1")
 
 
-def test_a_small_run_times_and_profiles_both_phases_and_records_absent_peers(tmp_path, capsys):
+def test_a_small_run_times_and_profiles_both_phases_and_records_absent_peers(
+    tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(bench_train, "require_packages", lambda *args: None)
   bench_train.main(Options("bench_train", scale="v2_lite", out=tmp_path, profile=True, settings=(
       *TINY, "bench.numerics=bf16", "bench.peer=transformers", "bench.python=false",
       "bench.variants=--compile")))
@@ -78,10 +80,29 @@ def test_the_results_of_a_phase_are_saved_before_the_next_phase(tmp_path, monkey
   assert result["phases"] == {"forward_backward": measured}
 
 
+@pytest.mark.parametrize(("name", "short"), [
+    ("ours bf16", "ours bf16"), ("transformers", "transformers"),
+    ("transformers --experts=eager --adamw=fused --compile",
+     "transformers (eager experts, fused AdamW, compiled)"),
+    ("transformers --device=cuda --dtype=bfloat16 --attention=cudnn",
+     "transformers (cudnn attention)")])
+def test_a_peers_flags_are_shown_in_words(name, short):
+  assert bench_train._short(name) == short
+
+
 def test_an_interpreter_that_does_not_exist_is_refused():
   with pytest.raises(ValueError, match="python=nowhere is not a program"):
     bench_train.main(Options("bench_train", settings=(
         "bench.peer=transformers", "bench.python=nowhere")))
+
+
+def test_a_peer_without_torch_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench_train, "OwnTrainer", None)
+  (tmp_path / "python").write_text("#!/bin/sh\necho torch transformers\n")
+  (tmp_path / "python").chmod(0o755)
+  with pytest.raises(ValueError, match="the peer needs torch and transformers, which"):
+    bench_train.main(Options("bench_train", settings=(
+        "bench.peer=transformers", f"bench.python={tmp_path / 'python'}")))
 
 
 def test_a_scale_that_does_not_exist_is_refused():
