@@ -5,6 +5,7 @@ Shape letters:  S sequences  N new tokens
 
 import collections
 import dataclasses
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from model import Transformer
 from model.checks import require
@@ -105,14 +107,16 @@ class Sampler:
     cfg: the run's configuration, for the task, the template, the sampling limits and the mesh. The
       compiled program always samples `cfg.sampling.num_sequences` sequences; fewer are padded.
     tokenizer: the model's tokenizer.
+    show: draw a progress bar on stderr while completions are sampled.
 
   Attributes:
     skipped: for each split, the number of questions left out so far because their prompts are too
       long (`sampling.long_prompts`); of a finite split, all of them are known at once.
   """
 
-  def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer):
-    self.net, self.cfg, self.tokenizer = net, cfg, tokenizer
+  def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer, *,
+               show: bool = False):
+    self.net, self.cfg, self.tokenizer, self.show = net, cfg, tokenizer, show
     self.task, self.template = get_task(cfg.task), get_template(cfg.template)
     self.mesh = make_sharded_model(net.cfg, cfg.mesh)
     self.skipped: collections.Counter[str] = collections.Counter()
@@ -262,7 +266,9 @@ class Sampler:
     variables = (jax.device_put(variables, self.mesh.replicated()) if self.mesh
                  else commit_to_device(variables))
     size, pieces = self.cfg.sampling.num_sequences, []
-    for start in range(0, len(prompts), size):
+    starts = tqdm(range(0, len(prompts), size), "sampling", unit="batch", file=sys.stderr,
+                  disable=not self.show)
+    for start in starts:
       rows = np.arange(start, min(start + size, len(prompts)))
       padded = np.resize(rows, size)
       keys_S = sequence_keys(self.cfg.loop.seed, step, jnp.asarray(index_S[padded]),

@@ -200,13 +200,15 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
 
 TUTORIAL = re.findall(r"^```bash\n(.*?)^```$", PAGES["docs/tutorial.md"], re.M | re.S)
 SMALLER = {"--scale=cpu": "--scale=smoke", "train.steps=200": "train.steps=10",
-           "train.steps=60": "train.steps=4", "--seeds=4": "--seeds=2", "--seeds=3": "--seeds=2"}
+           "train.steps=60": "train.steps=4", "train.steps=100": "train.steps=4",
+           "problems=20": "problems=4", "--out=runs/rl": "--out=runs/rl --set rl.loop.steps=2",
+           "--seeds=4": "--seeds=2", "--seeds=3": "--seeds=2"}
 
 
-def test_the_tutorial_installs_chooses_a_text_and_runs_four_experiments():
+def test_the_tutorial_installs_chooses_a_text_and_runs_five_experiments():
   install, text, *experiments = TUTORIAL
   assert "git clone" in install and "pip install --editable ." in install
-  assert text.startswith("TEXT=") and len(experiments) == 4
+  assert text.startswith("TEXT=") and len(experiments) == 5
   assert all("experiments.run" in block for block in experiments)
 
 
@@ -220,8 +222,9 @@ def test_every_command_of_the_tutorial_runs(tmp_path):
   done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True,
                         env=os.environ | {"JAX_PLATFORMS": "cpu"})
   assert done.returncode == 0, done.stderr[-2000:]
-  for name in ("mine", "ab", "balancing"):
+  for name in ("mine", "ab", "balancing", "sft", "rl"):
     assert (tmp_path / name / "report.md").exists()
+  assert (tmp_path / "exported" / "model.safetensors").exists()
   verdicts = re.findall(r"^(reproduced|contradicted|unresolved) +(.+?):", done.stdout, re.M)
   assert len(verdicts) >= 4, done.stdout
   for shown in re.findall(r"^    (?:un)?re\w+ +(.+?): \.\.\.$", PAGES["docs/tutorial.md"], re.M):

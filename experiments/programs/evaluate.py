@@ -89,7 +89,8 @@ def main(options: Options) -> None:
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
   found, drawn = evaluate(
-      Sampler(model.Transformer(start.cfg), run, tokenizer), start.variables, split=cfg.split,
+      Sampler(model.Transformer(start.cfg), run, tokenizer, show=True), start.variables,
+      split=cfg.split,
       problems=cfg.problems, samples=cfg.samples, ks=ks, temperature=cfg.temperature,
       top_p=cfg.top_p)
   print(f"{drawn.prompts[0]}{drawn.completions[0]}\n")

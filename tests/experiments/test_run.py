@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -17,7 +18,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import model
-from experiments import catalogue, run
+from experiments import catalogue, run, settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -123,10 +124,31 @@ def test_the_catalogue_has_every_module_that_defines_an_experiment():
     (("--experiment=r1_zero", "--set=rl.sampling.num_generations=1"), "at least 2"),
     (("--experiment=r1_zero", "--set=rl.objective.minibatches=3"), "must divide the 16 sequences"),
     (("--experiment=r1_zero", "--set=problems=3"), "set evaluation.problems"),
+    (("--experiment=pretrain", "--out="), "--out is empty"),
+    (("--experiment=pretrain", "--out= "), "--out is empty"),
+    (("--experiment=pretrain", "--set=train.steps=99999999999999999999"), "below 2^31"),
+    (("--experiment=pretrain", "--set=train.steps=3e9"), "below 2^31"),
+    (("--experiment=pretrain", "--set=data.seq_len=4096"), "model.max_seq_len=512: lower"),
+    (("--experiment=pretrain", "--set=model=deepseek_v3", "--set=data.seq_len=64"),
+     "the training state alone needs"),
+    (("--experiment=pretrain", "--set=mesh.fsdp=3"), "mesh.fsdp=3 is a mesh of 3 devices, and"),
+    (("--experiment=pretrain", "--set=data.template=shrot"), "did you mean 'short'"),
+    (("--experiment=pretrain", "--set=optimizer.schedule=wsd"), "decay_steps=0 must be positive"),
+    (("--experiment=pretrain", "--set=extend=true", "--out={folder}/new"), "no run to extend"),
+    (("--experiment=pretrain", "--set=data.cache_dir={folder}", "--out={folder}/new",
+      "--set=data.sources=Source(path={folder}/one.jsonl)"), "give at least two documents"),
+    (("--experiment=pretrain", "--set=data.cache_dir={folder}", "--out={folder}/new",
+      "--set=data.sources=Source(path={folder}/null.jsonl)"), "'text' is null"),
+    (("--experiment=export",), "--set checkpoint=DIR"),
+    (("--experiment=export", "--set=checkpoint=x"), "--set to=DIR"),
+    (("--experiment=export", "--set=checkpoint=x", "--set=to=x"), "is the checkpoint itself"),
+    (("--experiment=export", "--set=checkpoint=/nowhere", "--set=to=x"), "is not a folder"),
 ])
 def test_misuse_is_reported_in_one_line_without_a_traceback(args, message, tmp_path, command):
   (tmp_path / "study" / "parts").mkdir(parents=True)
   (tmp_path / "study" / "config.json").write_text('{"study": "x", "config": {}, "settings": []}')
+  (tmp_path / "one.jsonl").write_text('{"text": "A single document."}\n')
+  (tmp_path / "null.jsonl").write_text('{"text": null}\n')
   status, _, err = command(*(arg.format(folder=tmp_path) for arg in args))
   assert status == 2
   assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -138,6 +160,25 @@ def test_all_invalid_settings_are_reported_together(command):
   assert status != 0
   assert "did you mean model.moe.num_experts?" in err
   assert "train.steps" in err and "abc" in err
+
+
+SLOW = pytest.mark.long("applies every setting to every arm")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(entry.name, marks=SLOW if entry.kind == "studies" else ())
+    for entry in catalogue.experiments().values() if entry.name != "ab"])  # which needs an arm
+def test_settings_of_a_wrong_type_are_refused_before_anything_is_written(
+    name, tmp_path, command, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  configs = list(catalogue.experiments()[name].configs().values())
+  for setting, kind, _ in settings.fields(configs[0]) if configs else []:
+    if "str" in kind or "Source" in kind or "CustomReward" in kind:
+      continue  # any text will do
+    status, _, err = command(f"--experiment={name}", f"--set={setting}=?")
+    assert status == 2 and err.startswith("error: "), (setting, err)
+    assert setting.rpartition(".")[2] in err and "Traceback" not in err, (setting, err)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("flag", "message"), [
@@ -232,6 +273,24 @@ def test_an_export_that_would_fail_is_refused_before_training(tmp_path, command)
   status, _, err = command(*pretraining(tmp_path))
   assert status == 2 and "other files, such as thesis.tex" in err
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_signal_before_the_first_step_ends_the_command_within_seconds(tmp_path):
+  write_documents(tmp_path / "text.jsonl")
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
+                      "JAX_ENABLE_COMPILATION_CACHE": "false"}
+  # Compiling nano's step takes much longer than the limit below.
+  process = subprocess.Popen(
+      [sys.executable, "-m", "experiments.run", *pretraining(tmp_path), "--set=model=nano",
+       "--set=model.num_layers=12"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+  for line in process.stderr:
+    if "evaluating" in line or "compiling" in line:
+      break
+  process.send_signal(signal.SIGINT)
+  began = time.monotonic()
+  _, err = process.communicate(timeout=60)
+  assert time.monotonic() - began < 5
+  assert process.returncode == 130 and "nothing to save" in err
 
 
 def test_a_run_resumes_on_other_data_only_if_asked_to(tmp_path, command):

@@ -88,7 +88,7 @@ def test_batches_and_meshes_that_do_not_fit_the_devices_are_refused(results):
   assert results["rollouts"]["refusal"].startswith("12 sequences do not divide over 8 devices")
   assert results["update"]["refusal"].startswith(
       "4 sequences at a time do not divide over the devices of MeshConfig(data=2, fsdp=4, ")
-  assert "does not fit 8 device(s)" in results["update"]["misfit"]
+  assert "is a mesh of 3 devices, and there are 8" in results["update"]["misfit"]
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "tensor"])
