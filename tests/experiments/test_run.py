@@ -162,11 +162,11 @@ def test_all_invalid_settings_are_reported_together(command):
   assert "train.steps" in err and "abc" in err
 
 
-SLOW = pytest.mark.long("applies every setting to every arm")
+SLOW = pytest.mark.long("applies every setting of studies and benchmarks")
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(entry.name, marks=SLOW if entry.kind == "studies" else ())
+    pytest.param(entry.name, marks=SLOW if entry.kind != "programs" else ())
     for entry in catalogue.experiments().values() if entry.name != "ab"])  # which needs an arm
 def test_settings_of_a_wrong_type_are_refused_before_anything_is_written(
     name, tmp_path, command, monkeypatch):
