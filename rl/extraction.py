@@ -5,7 +5,7 @@ already opened the think block, the completion begins inside it.
 """
 
 import re
-from collections.abc import Sequence
+from typing import Any
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG = re.compile("|".join(_TAGS))
@@ -43,11 +43,6 @@ def reflection_at(completion: str) -> tuple[int, int] | None:
 def reflects(completion: str) -> bool:
   """Whether the completion has a reflection, see `reflection_at`."""
   return reflection_at(completion) is not None
-
-
-def opens_thinking(prompt: str) -> bool:
-  """Whether the prompt ends with `<think>`, so that completions begin inside the think block."""
-  return prompt.rstrip().endswith("<think>")
 
 
 def is_well_formed(completion: str, *, thinking_opened: bool) -> bool:
@@ -112,9 +107,10 @@ def lenient_answer(completion: str) -> str | None:
   return numbers[-1].rstrip(",") if numbers else None
 
 
-def joined(tests: str | Sequence[str]) -> str:
-  """Returns unit tests, one text or a list of them, as one text."""
-  return tests if isinstance(tests, str) else "\n".join(tests)
+def joined(tests: Any) -> Any:
+  """Returns unit tests with a list of texts as one text, and tests in any other form unchanged."""
+  texts = isinstance(tests, list) and tests and all(isinstance(one, str) for one in tests)
+  return "\n".join(tests) if texts else tests
 
 
 def unfenced(text: str) -> str:

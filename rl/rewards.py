@@ -23,13 +23,13 @@ from rl.extraction import (
   is_well_formed,
   joined,
   lenient_answer,
-  opens_thinking,
   reasoning,
   strict_answer,
   unfenced,
 )
 from rl.tasks import get_task
 from rl.tasks.equality import same_answers
+from train.templates import opens_thinking
 
 Reward = Callable[..., list[float | None]]
 _LATEX = re.compile(r"\\[A-Za-z]+")
@@ -163,18 +163,12 @@ def unit_tests(timeout_s: float = 2.0, memory_mb: int = 256) -> Reward:
   def reward(prompts, completions, *, tests, **columns):
     rows = [i for i, asserts in enumerate(tests) if asserts is not None]
     verdicts = dict(zip(rows, judge_many(
-        [(unfenced(strict_answer(completions[i]) or ""), _tests(tests[i])) for i in rows],
+        [(unfenced(strict_answer(completions[i]) or ""), joined(tests[i])) for i in rows],
         timeout_s=timeout_s, memory_mb=memory_mb), strict=True))
     passed = [verdicts[i].passed if i in verdicts else None for i in range(len(tests))]
     return [None if verdict is None else float(verdict) for verdict in passed]
 
   return reward
-
-
-def _tests(tests: Any) -> Any:
-  """Returns tests with a list of asserts as one text."""
-  asserts = isinstance(tests, list) and tests and all(isinstance(one, str) for one in tests)
-  return joined(tests) if asserts else tests
 
 
 def load(name: str) -> Reward:

@@ -15,7 +15,6 @@ import grain
 import numpy as np
 from absl import logging
 
-from train import sources
 from train.config import DataConfig, TrainConfig
 from train.tokenizer import Tokenizer
 from train.tokens import Store, heldout_masks, open_bpe, open_store
@@ -98,8 +97,8 @@ class Data:
 
   def fingerprints(self) -> dict[str, str]:
     """Returns a hash of the content of each source, by its path."""
-    return {source.path: sources.fingerprint(source, self.cfg.template)
-            for source in self.cfg.sources}
+    return {source.path: store.fingerprint
+            for source, store in zip(self.cfg.sources, self.stores, strict=True)}
 
   def summary(self) -> dict:
     """Returns counts for reports.

@@ -5,12 +5,11 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 
 import model
 from train.loading import TOKENIZER, LoadedModel, copy_hf_files
-from train.run_folder import write_json_atomic
+from train.run_folder import read_json_object, write_json_atomic
 from train.templates import get_template
 from train.tokenizer import Tokenizer
 
@@ -83,15 +82,10 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
   """
   folder = pathlib.Path(path)
   model.hf.save(folder, start.cfg, start.variables)
-  config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  before = set(folder.iterdir())
+  config = read_json_object(folder / "config.json")
   if kept := _same_tokenizer(start.hf_files, tokenizer):
-    given = json.loads((kept / "config.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-      copy_hf_files(kept, pathlib.Path(temporary))
-      for file in pathlib.Path(temporary).iterdir():
-        if file.name != "config.json":
-          shutil.move(file, folder / file.name)
+    given = read_json_object(kept / "config.json")
+    copy_hf_files(kept, folder)
     ids = {name: given[name] for name in _IDS if name in given}
     if start.template:
       ids |= _ends_at(folder, ids, tokenizer.eos)
@@ -101,7 +95,7 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
     write_json_atomic(folder / "generation_config.json", ids)
     write_json_atomic(folder / "tokenizer_config.json", _tokenizer_config(start, tokenizer))
   write_json_atomic(folder / "config.json", config | ids)
-  files = sorted({file.name for file in before | set(folder.iterdir())} - {_RECORD})
+  files = sorted({file.name for file in folder.iterdir()} - {_RECORD})
   write_json_atomic(folder / _RECORD, {"run": run, "files": files})
 
 
@@ -112,7 +106,7 @@ def _ends_at(folder: pathlib.Path, ids: dict, eos: int) -> dict:
     The ids of `config.json` that change.
   """
   path = folder / "generation_config.json"
-  generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  generation = read_json_object(path) if path.exists() else {}
   ends = generation.get("eos_token_id", ids.get("eos_token_id"))
   ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
   if eos in ends:
@@ -145,7 +139,6 @@ def _tokenizer_config(start: LoadedModel, tokenizer: Tokenizer) -> dict:
 
 
 def _record(folder: pathlib.Path) -> dict:
-  with contextlib.suppress(OSError, ValueError):
-    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    return record if isinstance(record, dict) else {}
+  with contextlib.suppress(ValueError):
+    return read_json_object(folder / _RECORD)
   return {}

@@ -19,7 +19,7 @@ HF_FILES = "huggingface"  # folder of a run, for the files of the Hugging Face f
 # What a Hugging Face folder says of its tokenizer and of generation.
 _CARRIED = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
             "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-            "chat_template.json", "generation_config.json", "config.json")
+            "chat_template.json", "generation_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ def keep_hf_files(start: LoadedModel | None, folder: pathlib.Path) -> None:
   shutil.rmtree(folder / HF_FILES, ignore_errors=True)
   if start and start.hf_files:
     copy_hf_files(start.hf_files, folder / HF_FILES)
+    shutil.copyfile(start.hf_files / "config.json", folder / HF_FILES / "config.json")
 
 
 def copy_hf_files(source: pathlib.Path, target: pathlib.Path) -> None:

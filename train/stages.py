@@ -18,7 +18,7 @@ from train.data import Data, load
 from train.hardware import memory_bytes
 from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model
 from train.loop import train
-from train.run_folder import RunFolder, write_json_atomic
+from train.run_folder import RunFolder, read_json_object, write_json_atomic
 
 _FINISHED = "finished"  # an empty file that marks the folder of a finished stage
 
@@ -150,7 +150,7 @@ def claim_folder(folder: RunFolder, config: dict, data: Data, *,
   folder.check_config({**config, "contents": contents},
                       lambda stored: {**upgrade_run(stored), "contents": contents})
   path = folder.path / "config.json"
-  stored = json.loads(path.read_text(encoding="utf-8"))
+  stored = read_json_object(path)
   before = stored.get("contents", contents)
   changed = [name for name in contents if before.get(name) != contents[name]]
   if changed and not accept_changed_data and folder.has_begun():

@@ -46,6 +46,7 @@ class Store:
       language in `language_names`.
     domain_names, language_names: distinct names in the order of their first appearance.
     tally: counts of the documents that were read and of those that are unusable.
+    fingerprint: hash of the source's content, see `sources.fingerprint`.
   """
 
   tokens: np.ndarray
@@ -58,6 +59,7 @@ class Store:
   domain_names: tuple[str, ...]
   language_names: tuple[str, ...]
   tally: sources.Tally
+  fingerprint: str = ""
 
   @property
   def lengths_N(self) -> np.ndarray:
@@ -83,12 +85,13 @@ def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_ba
     ValueError: if the source is unusable (`sources.read`, `Tally.check`), or if the cache cannot be
       written.
   """
-  key = _key(sources.fingerprint(source, template), tokenizer.content_hash)
+  fingerprint = sources.fingerprint(source, template)
+  key = _key(fingerprint, tokenizer.content_hash)
   store = _cached(
       cache / f"tokens-{key}", _read_store,
       lambda folder: _write_store(folder, source, tokenizer, max_bad_fraction, template))
   store.tally.check(source.path, max_bad_fraction)
-  return store
+  return dataclasses.replace(store, fingerprint=fingerprint)
 
 
 def open_bpe(all_sources: Sequence[Source], vocab_size: int, heldout_fraction: float,

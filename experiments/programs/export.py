@@ -1,7 +1,6 @@
 """Write a trained model as a Hugging Face folder, with its tokenizer and chat template."""
 
 import dataclasses
-import json
 import pathlib
 
 from experiments import settings
@@ -9,6 +8,7 @@ from experiments.options import Options
 from rl.loading import load_model
 from train.export import check_target, export, run_identity
 from train.loading import load_seeds
+from train.run_folder import read_json_object
 from train.stages import upgrade_run
 
 
@@ -43,8 +43,7 @@ def main(options: Options) -> None:
     raise ValueError(f"to={cfg.to} is the checkpoint itself: give another folder")
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
-  stored = json.loads((pathlib.Path(cfg.checkpoint) / "config.json").read_text(encoding="utf-8"))
-  stored = upgrade_run(stored)
+  stored = upgrade_run(read_json_object(pathlib.Path(cfg.checkpoint) / "config.json"))
   seeds = stored.get("seeds", [None])
   several = len(seeds) > 1
   runs = load_seeds(pathlib.Path(cfg.checkpoint)) if several else [(seeds[0], start.variables)]

@@ -6,7 +6,6 @@ comments in SCALES say how long each scale takes on two CPU cores or one H200.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Collection
@@ -25,7 +24,7 @@ from experiments.reports.summary import bench_summary, claim
 from rl.loading import load_model
 from train import cost
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.config_io import flatten, from_dict, to_dict
+from train.config_io import from_dict, to_dict
 from train.data import Data, load
 from train.export import check_target, export, run_identity
 from train.loading import (
@@ -40,7 +39,7 @@ from train.loop import Result, TrainingError
 from train.loop import train as run_training
 from train.optimizer import schedule_changes
 from train.program import split_runs
-from train.run_folder import RunFolder, write_json_atomic
+from train.run_folder import RunFolder, read_json_object, write_json_atomic
 from train.stages import (
   check_fits,
   claim_folder,
@@ -162,12 +161,12 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
 def _is_finished(path: pathlib.Path, steps: int) -> bool:
   if not (path / "results.json").exists():
     return False
-  results = json.loads((path / "results.json").read_text())
+  results = read_json_object(path / "results.json")
   return results["status"] == "finished" and results["config"]["train"]["steps"] == steps
 
 
-# What may change when a run is extended.
-_EXTENDED = ("train.steps", "optimizer.schedule", "optimizer.decay_steps", "optimizer.final_ratio")
+# Fields of the optimizer that may change when a run is extended.
+_EXTENDED = ("schedule", "decay_steps", "final_ratio")
 
 
 def _extend(cfg: RunConfig, seeds: list[int], out: RunFolder) -> RunConfig:
@@ -182,15 +181,16 @@ def _extend(cfg: RunConfig, seeds: list[int], out: RunFolder) -> RunConfig:
   path = out.path / "config.json"
   if not path.exists():
     raise ValueError(f"extend=true: {out.path} holds no run to extend")
-  stored = upgrade_run(json.loads(path.read_text(encoding="utf-8")))
+  stored = upgrade_run(read_json_object(path))
   before = from_dict(RunConfig, stored["config"])
   done = before.train.steps
   if cfg.train.steps < done:
     raise ValueError(f"extend=true: train.steps={cfg.train.steps} is below the {done} steps of the "
                      f"run in {out.path}")
-  same = settings.apply(cfg, [
-      f"{name}={'none' if value is None else value}" for name, value in flatten(before).items()
-      if name in _EXTENDED])
+  unchanged = {name: getattr(before.optimizer, name) for name in _EXTENDED}
+  same = dataclasses.replace(
+      cfg, train=dataclasses.replace(cfg.train, steps=done),
+      optimizer=dataclasses.replace(cfg.optimizer, **unchanged))
   out.check_config({**stored, "config": to_dict(same), "seeds": seeds}, upgrade_run)
   for change in schedule_changes(before, cfg, done):
     print(f"extending changes the schedule: {change}", file=sys.stderr)

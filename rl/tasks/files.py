@@ -178,9 +178,7 @@ def _row(line: bytes) -> tuple[str, str, dict[str, Any]] | str:
 
 
 def _with_tests(question: str, answer: Any, row: dict) -> tuple[str, str, dict[str, Any]] | str:
-  tests = row["tests"]
-  if isinstance(tests, list) and tests and all(isinstance(one, str) for one in tests):
-    tests = joined(tests)
+  tests = joined(row["tests"])
   try:
     check_tests(tests)
   except ValueError:
