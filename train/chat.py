@@ -129,9 +129,11 @@ class PromptFormat:
       what spells a special token in them.
 
     Raises:
-      ValueError: if the template cannot be rendered.
+      ValueError: if the template cannot be rendered, or a message cannot be encoded as UTF-8.
     """
-    guard = _unused_character("".join([self.chat_template, *(m["content"] for m in messages)]))
+    text = "".join([self.chat_template, *(message["content"] for message in messages)])
+    text.encode()  # JSON can express a lone surrogate
+    guard = _unused_character(text)
     safe = [{"role": message["role"],
              "content": _guarded(message["content"], tokenizer.special_tokens, guard)}
             for message in messages]

@@ -339,7 +339,7 @@ def _texts(row: dict, source: Source, template: Template | ChatTemplate) -> tupl
 def _conversation(messages: list, template: Template | ChatTemplate, what: str) -> tuple:
   try:
     return template.conversation(messages)
-  except UnicodeEncodeError as error:  # JSON can express a lone surrogate
+  except UnicodeEncodeError as error:
     raise _BadError("invalid UTF-8", str(error)) from error
   except ValueError as error:
     raise _BadError(f"with unusable {what}", str(error)) from error

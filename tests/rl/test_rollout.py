@@ -37,9 +37,10 @@ def prompts(count=SEQUENCES) -> Prompts:
   return pad_prompts(rows, PROMPT, keys_S)
 
 
-def roll(cfg, given: Prompts, slots=None, temperature=TEMPERATURE, top_p=1.0) -> Rollout:
+def roll(cfg, given: Prompts, slots=None, temperature=TEMPERATURE, top_p=1.0,
+         stop=STOP) -> Rollout:
   return jax.tree.map(np.asarray, rollout(
-      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=STOP,
+      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=stop,
       temperature=temperature, top_p=top_p, slots=slots))
 
 
@@ -123,6 +124,21 @@ def test_generate_gives_the_same_completions_with_the_same_keys():
   ended_S = want.tokens_BN[np.arange(SEQUENCES), want.lengths_B - 1] == STOP
   want = Rollout(want.tokens_BN, want.lengths_B, want.logprobs_BN, ended_S, 0)
   assert check_same(prompts(), in_20_slots(), want) <= 2
+
+
+def test_each_of_several_stop_tokens_ends_a_completion():
+  """With a slot for each sequence, what is sampled before the end does not depend on the stops."""
+  none, one = roll(MLA, prompts(), stop=None), at_once()
+  assert (none.lengths_S == NEW).all() and not none.ended_S.any()
+  other = int(np.bincount(none.tokens_SN[none.tokens_SN != STOP]).argmax())
+  for stops, out in (((STOP,), one), ((STOP, other), roll(MLA, prompts(), stop=(STOP, other)))):
+    is_stop_SN = np.isin(none.tokens_SN, stops)
+    lengths_S = np.where(is_stop_SN.any(1), is_stop_SN.argmax(1) + 1, NEW)
+    np.testing.assert_array_equal(out.ended_S, is_stop_SN.any(1))
+    np.testing.assert_array_equal(out.lengths_S, lengths_S)
+    np.testing.assert_array_equal(out.tokens_SN[out.mask_SN], none.tokens_SN[out.mask_SN])
+    np.testing.assert_array_equal(out.logprobs_SN[out.mask_SN], none.logprobs_SN[out.mask_SN])
+  assert np.isin([STOP, other], out.tokens_SN[np.arange(SEQUENCES), out.lengths_S - 1]).all()
 
 
 def test_slots_do_not_wait_for_the_longest_completion():
