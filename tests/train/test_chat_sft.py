@@ -16,6 +16,7 @@ from tests.train.chat_model import END, START, TEMPLATE, TOKENIZER
 from train import data
 from train.chat import ChatTemplate, PromptFormat
 from train.config import DataConfig, Source
+from train.config_io import from_dict, to_dict
 from train.export import export
 from train.loading import LoadedModel, prompt_format, stored_prompting, stored_template
 from train.sources import Tally, fingerprint, read
@@ -189,6 +190,13 @@ def test_the_name_chat_of_old_run_folders_is_that_of_the_plain_template(stored, 
   (tmp_path / "config.json").write_text(json.dumps(stored))
   assert stored_prompting(tmp_path) == want
   assert stored_template(tmp_path) == want[0]
+
+
+def test_settings_of_old_run_folders_keep_the_plain_template():
+  rows = [{"path": "a.jsonl", "prompt_field": "question"}]
+  assert from_dict(DataConfig, {"sources": rows, "template": "chat"}).template == "chatml_number"
+  new = DataConfig(template="chat")
+  assert from_dict(DataConfig, to_dict(new)) == new
 
 
 @pytest.mark.skipif(not SMOL.is_dir(), reason=f"needs SmolLM2 in {SMOL}")
