@@ -12,7 +12,7 @@ from model.checks import require, require_positive, require_range
 from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
 from train.config import MeshConfig, OptimizerConfig
-from train.templates import get_template
+from train.templates import check_template
 
 _ONE_DEVICE = MeshConfig()
 # The learning rate is constant, as in R1. The moments are float32: bfloat16 ones would lose small
@@ -337,8 +337,11 @@ class RLConfig:
   Attributes:
     task: spec of the task whose problems are posed, such as `arithmetic:terms=3,digits=2`,
       `file:PATH` or `gym:NAME`; see `rl.tasks.get_task`.
-    template: name of the prompt template, "r1", "short", "short_think" or "chat"; see
-      `train.templates.TEMPLATES`.
+    template: name of the prompt template: "r1", "short", "short_think" or another one of
+      `train.templates.TEMPLATES`; or "chat", the chat template of the model's own Hugging Face
+      folder.
+    system: with the template "chat", the system's message; empty for none, or for the template's
+      own.
     sampling: how a rollout is sampled.
     rewards: weights of the rewards.
     objective: what is maximised, and how many optimizer steps are taken on one rollout.
@@ -352,6 +355,7 @@ class RLConfig:
 
   task: str = "arithmetic"
   template: str = "short"
+  system: str = ""
   sampling: SamplingConfig = SamplingConfig()
   rewards: RewardConfig = RewardConfig()
   objective: ObjectiveConfig = ObjectiveConfig()
@@ -361,7 +365,7 @@ class RLConfig:
 
   def __post_init__(self):
     get_task(self.task)
-    get_template(self.template)
+    check_template(self.template, self.system)
     sampling, objective = self.sampling, self.objective
     require(objective.name in ("rft", "ppo") or sampling.num_generations > 1,
             "sampling.num_generations=1 leaves nothing to compare a reward with: set at least 2")

@@ -26,8 +26,11 @@ def upgrade_config(stored: dict) -> dict:
   study's own folder now holds them.
   """
   dropped = ("init", "problems", "samples", "temperatures")
-  return upgrade({name: value for name, value in stored.items() if name not in dropped},
-                 {"rl": RLConfig, "model": model.ModelConfig})
+  upgraded = upgrade({name: value for name, value in stored.items() if name not in dropped},
+                     {"rl": RLConfig, "model": model.ModelConfig})
+  if isinstance(stored.get("requested"), dict):
+    upgraded["requested"] = upgrade(stored["requested"], {"rl": RLConfig})
+  return upgraded
 
 
 def load_model(path: str | os.PathLike) -> LoadedModel:

@@ -35,6 +35,7 @@ from rl.step import (
   refresh,
 )
 from train import progress
+from train.chat import PromptFormat
 from train.checkpoint import Checkpoints
 from train.cost import CostMeter, total
 from train.loop import check_skipped
@@ -73,7 +74,8 @@ class RLResult:
 
 def train(
     cfg: RLConfig, model_cfg: ModelConfig, variables: dict, tokenizer: Tokenizer,
-    folder: RunFolder, *, show: bool = True, max_seconds: float | None = None) -> RLResult:
+    folder: RunFolder, *, form: PromptFormat | None = None, show: bool = True,
+    max_seconds: float | None = None) -> RLResult:
   """Trains a model on a task's problems, or resumes the run that the folder holds.
 
   Args:
@@ -82,6 +84,8 @@ def train(
     variables: the model's variables at the start of the run; needed for a resume, too.
     tokenizer: the model's tokenizer.
     folder: the run's folder, for metrics, evaluations, completions and checkpoints.
+    form: what the model's Hugging Face folder says about prompts and the end of a text; None if
+      there is none.
     show: draw a progress bar on stderr.
     max_seconds: save a checkpoint and stop once so many seconds have passed; None for no limit.
 
@@ -93,17 +97,17 @@ def train(
       model without experts.
     CheckpointError: if a checkpoint cannot be written.
   """
-  return _Run(cfg, model_cfg, tokenizer, folder, show).run(variables, max_seconds)
+  return _Run(cfg, model_cfg, tokenizer, folder, form, show).run(variables, max_seconds)
 
 
 class _Run:
 
-  def __init__(self, cfg, model_cfg, tokenizer, folder, show):
+  def __init__(self, cfg, model_cfg, tokenizer, folder, form, show):
     require(cfg.objective.routing == "free" or model_cfg.moe is not None,
             f"objective.routing={cfg.objective.routing!r} needs a model with experts; for a dense "
             "model, leave it at 'free'")
     self.cfg, self.path, self.show = cfg, folder.path, show
-    self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer)
+    self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer, form)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
     self.spec = cfg.objective.spec(cfg.sampling.max_completion_length)
     self.update = make_update(model_cfg, cfg)

@@ -5,10 +5,12 @@ slots are free, the next prompts are prefilled as one batch and put into them. W
 each decodes its own part of the sequences without waiting for the others.
 
 Shape letters:  S sequences  B slots  R slots refilled at once  P prompt tokens  N new tokens
-                V vocabulary  T prompt and new tokens  L MoE layers  K experts per token
+                V vocabulary  T prompt and new tokens  L MoE layers  K experts per token; of
+                stops_K, stop tokens
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from model import Cache, Transformer, init_cache
 from model.checks import require
+from model.decoding.checks import as_stop_tokens
 from model.decoding.generate import prefill, sample_token
 
 _REFILLS = 8  # slots are refilled when one in this many is free
@@ -106,7 +109,7 @@ def pad_prompts(prompts: list[np.ndarray], max_length: int, keys_S: jax.Array) -
 
 def rollout(
     model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
-    stop_token: int | None, temperature: float = 1.0, top_p: float = 1.0,
+    stop_token: int | Sequence[int] | None, temperature: float = 1.0, top_p: float = 1.0,
     slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None) -> Rollout:
   """Samples a completion of every prompt.
 
@@ -119,7 +122,8 @@ def rollout(
     variables: the network's variables.
     prompts: prompts to complete, see `pad_prompts`.
     max_new_tokens: tokens after which a completion is truncated.
-    stop_token: token that ends a completion, and is part of it; None if there is none.
+    stop_token: id of the token that ends a completion and is part of it, or ids of several; None
+      for none.
     temperature: sampling temperature; at 0 the most likely token is taken.
     top_p: probability mass of nucleus sampling, in (0, 1].
     slots: sequences that each device decodes at a time; None for all of its sequences.
@@ -145,16 +149,15 @@ def rollout(
           "the number of devices")
   slots = num_sequences // devices if slots is None else min(slots, num_sequences // devices)
   require(slots >= 1, f"slots={slots} must be positive")
-  stop_token = -1 if stop_token is None else stop_token
+  stops_K = as_stop_tokens(stop_token)
   static = (max_new_tokens, slots, temperature == 0, top_p < 1, record_experts)
   if mesh is None:
-    return _rollout(model, variables, prompts, temperature, top_p, stop_token, *static)
-  return _rollout_on_mesh(
-      mesh, model, variables, prompts, temperature, top_p, stop_token, static)
+    return _rollout(model, variables, prompts, temperature, top_p, stops_K, *static)
+  return _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stops_K, static)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "model", "static"))
-def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stop_token, static):
+def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stops_K, static):
   replicated, sharded = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
   def on_one_device(prompts, *args):
@@ -164,7 +167,7 @@ def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stop_t
   # No output is declared to be replicated, so check_vma has nothing to check.
   out = jax.shard_map(
       on_one_device, mesh=mesh, in_specs=(sharded, *[replicated] * 4), out_specs=sharded,
-      check_vma=False)(prompts, variables, temperature, top_p, stop_token)
+      check_vma=False)(prompts, variables, temperature, top_p, stops_K)
   return out._replace(decode_steps=out.decode_steps.max())
 
 
@@ -186,7 +189,7 @@ class _Slots(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=(
     "model", "max_new_tokens", "slots", "greedy", "nucleus", "record"))
-def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_tokens, slots,
+def _rollout(model, variables, prompts, temperature, top_p, stops_K, max_new_tokens, slots,
              greedy, nucleus, record):
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
@@ -228,7 +231,7 @@ def _rollout(model, variables, prompts, temperature, top_p, stop_token, max_new_
     token_B, logp_B = sample_token(s.logits_BV, keys_B, temperature, top_p, greedy, nucleus)
     where = (s.sequence_B, s.position_B)  # out of bounds, and so dropped, for a free slot
     position_B = s.position_B + active_B
-    stopped_B = token_B == stop_token
+    stopped_B = (token_B[:, None] == stops_K).any(1)
     out = Rollout(
         out.tokens_SN.at[where].set(token_B, mode="drop"),
         out.lengths_S.at[s.sequence_B].set(position_B, mode="drop"),

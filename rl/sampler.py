@@ -23,8 +23,9 @@ from rl.config import RewardConfig, RLConfig
 from rl.rollout import pad_prompts, rollout, sequence_keys
 from rl.tasks import get_task
 from rl.tasks.problem import Problem
+from train.chat import ChatTemplate, PromptFormat, require_chat, stop_tokens
 from train.mesh import commit_to_device, make_sharded_model
-from train.templates import get_template
+from train.templates import CHAT, get_template
 from train.tokenizer import Tokenizer
 
 # A question of an unlimited split that is too long is replaced by that at an index which no run
@@ -107,17 +108,30 @@ class Sampler:
     cfg: the run's configuration, for the task, the template, the sampling limits and the mesh. The
       compiled program always samples `cfg.sampling.num_sequences` sequences; fewer are padded.
     tokenizer: the model's tokenizer.
+    form: what the model's Hugging Face folder says about prompts and the end of a text; None if
+      there is none.
     show: draw a progress bar on stderr while completions are sampled.
 
   Attributes:
+    stop_tokens: ids of the tokens each of which ends a completion.
     skipped: for each split, the number of questions left out so far because their prompts are too
       long (`sampling.long_prompts`); of a finite split, all of them are known at once.
+
+  Raises:
+    ValueError: if the template is the model's own chat template, and there is none or it does not
+      work.
   """
 
-  def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer, *,
-               show: bool = False):
+  def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer,
+               form: PromptFormat | None = None, *, show: bool = False):
     self.net, self.cfg, self.tokenizer, self.show = net, cfg, tokenizer, show
-    self.task, self.template = get_task(cfg.task), get_template(cfg.template)
+    self.task, self.stop_tokens = get_task(cfg.task), stop_tokens(tokenizer, form)
+    if cfg.template == CHAT:
+      require_chat(form)
+      self.template = ChatTemplate(form, tokenizer, cfg.system)
+      self.stop_tokens = self.template.stop_tokens
+    else:
+      self.template = get_template(cfg.template)
     self.mesh = make_sharded_model(net.cfg, cfg.mesh)
     self.skipped: collections.Counter[str] = collections.Counter()
     self._fitting: dict[str, list[int]] = {}
@@ -149,7 +163,7 @@ class Sampler:
       return self._fitting[split]
     sampling, size = self.cfg.sampling, self.task.size(split)
     problems = [self.task.problem(split, index) for index in range(size)]
-    lengths = np.array([len(tokens) for tokens in self._encode(problems)], int)
+    lengths = np.array([len(tokens) for tokens in self.prompts(problems)[1]], int)
     long = np.flatnonzero(lengths > sampling.max_prompt_length)
     if long.size:
       examples = ", ".join(self.task.where(problems[i]) for i in long[:3])
@@ -172,20 +186,34 @@ class Sampler:
       return self.task.problem(split, indices[index % len(indices)] if indices else index)
     for attempt in range(_ATTEMPTS):
       problem = self.task.problem(split, index + attempt * _STRIDE)
-      if len(self._encode([problem])[0]) <= self.cfg.sampling.max_prompt_length:
+      if len(self.prompts([problem])[1][0]) <= self.cfg.sampling.max_prompt_length:
         return problem
       self.skipped[split] += 1
     raise ValueError(f"{_ATTEMPTS} questions of the task {self.cfg.task!r} in succession have "
                      f"prompts that are too long: {self._advice(None, problem)}")
 
-  def _encode(self, problems: Sequence[Problem]) -> list[np.ndarray]:
-    return self.tokenizer.encode_batch(
-        [self.template.render(problem.question) for problem in problems])
+  def prompts(self, problems: Sequence[Problem]) -> tuple[list[str], list[np.ndarray]]:
+    """Returns the prompt of each problem, as text and as token ids.
+
+    Raises:
+      ValueError: if the model's chat template cannot render a question; the message names it.
+    """
+    if isinstance(self.template, ChatTemplate):
+      pairs = [self._chat_prompt(problem) for problem in problems]
+      return [text for text, _ in pairs], [tokens for _, tokens in pairs]
+    texts = [self.template.render(problem.question) for problem in problems]
+    return texts, self.tokenizer.encode_batch(texts)
+
+  def _chat_prompt(self, problem: Problem) -> tuple[str, np.ndarray]:
+    try:
+      return self.template.prompt(problem.question)
+    except ValueError as error:
+      raise ValueError(f"the prompt of {self.task.where(problem)}: {error}") from error
 
   def _advice(self, length: int | None, problem: Problem) -> str:
     """Returns what is wrong with a prompt that is too long, and what to do."""
     sampling = self.cfg.sampling
-    length = len(self._encode([problem])[0]) if length is None else length
+    length = len(self.prompts([problem])[1][0]) if length is None else length
     skip = ", or set sampling.long_prompts=skip to leave such questions out" * (
         sampling.long_prompts == "error")
     return (f"the prompt of {self.task.where(problem)} has {length} tokens, more than the "
@@ -211,8 +239,7 @@ class Sampler:
       ValueError: for a problem whose prompt is empty or too long, or an unknown split.
     """
     problems = [self._problem(split, index) for index in indices]
-    prompts = [self.template.render(problem.question) for problem in problems]
-    tokens = self.tokenizer.encode_batch(prompts)
+    prompts, tokens = self.prompts(problems)
     for problem, prompt in zip(problems, tokens, strict=True):
       require(len(prompt) <= self.cfg.sampling.max_prompt_length,
               self._advice(len(prompt), problem))
@@ -282,7 +309,7 @@ class Sampler:
     sampling = self.cfg.sampling
     out = rollout(
         self.net, variables, prompts, max_new_tokens=sampling.max_completion_length,
-        stop_token=self.tokenizer.eos, slots=sampling.slots, top_p=top_p,
+        stop_token=self.stop_tokens, slots=sampling.slots, top_p=top_p,
         temperature=sampling.temperature if temperature is None else temperature,
         record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh)
     kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)

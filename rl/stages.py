@@ -22,13 +22,15 @@ from rl import loop
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig, write_documents
 from rl.loading import TOKENIZER, as_dict, load_model, upgrade_config
+from train.chat import require_chat
 from train.config import RunConfig
 from train.config_io import to_dict, upgrade
 from train.data import load
-from train.loading import LoadedModel, keep_hf_files
+from train.loading import LoadedModel, keep_hf_files, prompt_format
 from train.loop import train
 from train.run_folder import RunFolder
 from train.stages import close_stage, fit_vocabulary, open_stage, train_on_text
+from train.templates import CHAT
 from train.tokenizer import Tokenizer
 
 # Starts from any folder that this project can load a model from, including RL runs' folders.
@@ -179,6 +181,8 @@ def reinforce(
   with open_stage(out, requested, upgrade_config) as folder:
     if folder is None:
       return pathlib.Path(out)
+    if cfg.template == CHAT:
+      require_chat(prompt_format(start))
     result = run_rl(cfg, load_model(start), folder, identity={"requested": requested},
                     max_seconds=max_seconds)
     return close_stage(folder) if result.status == "finished" else None
@@ -204,7 +208,8 @@ def run_rl(cfg: RLConfig, start: LoadedModel, folder: RunFolder, *,
   tokenizer = start.tokenizer()
   tokenizer.save(folder.path / TOKENIZER)
   keep_hf_files(start, folder.path)
-  result = loop.train(cfg, start.cfg, start.variables, tokenizer, folder, max_seconds=max_seconds)
+  result = loop.train(cfg, start.cfg, start.variables, tokenizer, folder,
+                      form=start.prompt_format(), max_seconds=max_seconds)
   for message in result.messages:
     print(f"skipped a damaged checkpoint: {message}", file=sys.stderr)
   return result

@@ -12,7 +12,7 @@ from typing import Literal
 
 from model import ModelConfig
 from model.checks import require, require_positive, require_range
-from train.templates import get_template
+from train.templates import check_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,10 @@ class DataConfig:
     bpe_vocab_size: largest vocabulary of the tokenizer "bpe", special tokens included.
     seq_len: length of a training sequence: the number of tokens that it predicts.
     template: name of the prompt template of sources with a `prompt_field` or a `messages_field`,
-      see `train.templates`. Evaluation and RL of the trained model use it by default, too.
+      see `train.templates`; "chat" is the chat template of the model's own Hugging Face folder, for
+      runs that start from one. Evaluation and RL of the trained model use it by default, too.
+    system: with the template "chat", the system's message in conversations that have none; empty
+      for none, or for the template's own.
     fim_rate: fraction of the documents without a prompt that are rearranged for fill-in-the-middle
       training, in the order prefix, suffix, middle (V3 section 4.1).
     sample_masking: whether documents packed into the same sequence are kept from attending to each
@@ -90,6 +93,7 @@ class DataConfig:
   bpe_vocab_size: int = 2048
   seq_len: int = 256
   template: str = "short"
+  system: str = ""
   fim_rate: float = 0.1
   sample_masking: bool = False
   heldout_fraction: float = 0.07
@@ -100,7 +104,7 @@ class DataConfig:
   def __post_init__(self):
     require(bool(self.sources), "DataConfig.sources must not be empty")
     require_positive(self, "seq_len")
-    get_template(self.template)
+    check_template(self.template, self.system)
     require(self.bpe_vocab_size >= 512,
             f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512, for 256 "
             "bytes, special tokens and some merges")

@@ -15,7 +15,9 @@ import grain
 import numpy as np
 from absl import logging
 
+from train.chat import ChatTemplate, PromptFormat, require_chat
 from train.config import DataConfig, TrainConfig
+from train.templates import CHAT
 from train.tokenizer import Tokenizer
 from train.tokens import Store, heldout_masks, open_bpe, open_store
 
@@ -143,20 +145,32 @@ class Data:
     }
 
 
-def load(cfg: DataConfig) -> Data:
+def load(cfg: DataConfig, form: PromptFormat | None = None) -> Data:
   """Reads, tokenises (once; see `DataConfig.cache_dir`) and splits the sources that `cfg` names.
+
+  Args:
+    cfg: the sources, and how they are turned into training sequences.
+    form: how the model from which training starts is prompted, for the template "chat".
 
   Raises:
     ValueError: if a source, the tokenizer or too many documents are unusable, if a source has no
-      document left for training, if too many rows hold no token to learn, or if `fim_rate` needs
-      tokens that the tokenizer does not have.
+      document left for training, if too many rows hold no token to learn, if `fim_rate` needs
+      tokens that the tokenizer does not have, or if the template is the model's own chat template,
+      and there is none or it does not work.
   """
+  if cfg.template == CHAT:
+    require_chat(form)
   tokenizer = _tokenizer(cfg)
+  template = cfg.template
+  if template == CHAT:
+    template = ChatTemplate(form, tokenizer, cfg.system)
+    template.conversation([{"role": "user", "content": "1+1"},
+                           {"role": "assistant", "content": "2"}])
   if cfg.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
     raise ValueError(f"data.fim_rate={cfg.fim_rate:g} needs fill-in-the-middle tokens, which "
                      f"tokenizer {cfg.tokenizer} does not have: set data.fim_rate=0")
   stores = tuple(
-      open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_fraction, cfg.template)
+      open_store(source, tokenizer, cfg.cache_folder, cfg.max_bad_fraction, template)
       for source in cfg.sources)
   domains = tuple(dict.fromkeys(name for store in stores for name in store.domain_names))
   domains_by_store = [_domain_ids(domains, store)[store.domains_N] for store in stores]

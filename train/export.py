@@ -8,9 +8,10 @@ import pathlib
 import tempfile
 
 import model
+from train.chat import ChatTemplate
 from train.loading import TOKENIZER, LoadedModel, copy_hf_files
 from train.run_folder import read_json_object, write_json_atomic
-from train.templates import get_template
+from train.templates import CHAT, get_template
 from train.tokenizer import Tokenizer
 
 _RECORD = "export.json"  # says which run a folder was exported from, and which files it has
@@ -88,7 +89,7 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
     copy_hf_files(kept, folder)
     ids = {name: given[name] for name in _IDS if name in given}
     if start.template:
-      ids |= _ends_at(folder, ids, tokenizer.eos)
+      ids |= _ends_at(folder, ids, _ends(start, tokenizer))
   else:
     tokenizer.save(folder / TOKENIZER)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
@@ -99,8 +100,15 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
   write_json_atomic(folder / _RECORD, {"run": run, "files": files})
 
 
-def _ends_at(folder: pathlib.Path, ids: dict, eos: int) -> dict:
-  """Adds the token that ended the fine-tuning's documents to those that end a generation.
+def _ends(start: LoadedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Returns the tokens that ended the documents or the answers of the fine-tuning."""
+  if start.template == CHAT:
+    return ChatTemplate(start.prompt_format(), tokenizer).stop_tokens
+  return (tokenizer.eos,)
+
+
+def _ends_at(folder: pathlib.Path, ids: dict, stops: tuple[int, ...]) -> dict:
+  """Adds tokens at which the fine-tuning's texts ended to those that end a generation.
 
   Returns:
     The ids of `config.json` that change.
@@ -109,11 +117,13 @@ def _ends_at(folder: pathlib.Path, ids: dict, eos: int) -> dict:
   generation = read_json_object(path) if path.exists() else {}
   ends = generation.get("eos_token_id", ids.get("eos_token_id"))
   ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-  if eos in ends:
+  more = [stop for stop in stops if stop not in ends]
+  if not more:
     return {}
-  both = [*ends, eos] if ends else eos
-  write_json_atomic(path, generation | {"eos_token_id": both})
-  return {"eos_token_id": both}
+  both = [*ends, *more]
+  value = both if len(both) > 1 else both[0]
+  write_json_atomic(path, generation | {"eos_token_id": value})
+  return {"eos_token_id": value}
 
 
 def _same_tokenizer(files: pathlib.Path | None, tokenizer: Tokenizer) -> pathlib.Path | None:
@@ -133,7 +143,9 @@ def _tokenizer_config(start: LoadedModel, tokenizer: Tokenizer) -> dict:
       "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": start.cfg.max_seq_len,
       "clean_up_tokenization_spaces": False, "eos_token": text(tokenizer.eos),
       "pad_token": text(tokenizer.pad)}
-  if start.template:
+  if start.template == CHAT:
+    config["chat_template"] = start.prompt_format().chat_template
+  elif start.template:
     config["chat_template"] = get_template(start.template).jinja()
   return config
 

@@ -11,6 +11,7 @@ from train.checkpoint import read_newest
 from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
 from train.program import Program, split_runs
+from train.renamed import template_name
 from train.run_folder import read_json_object
 from train.tokenizer import Tokenizer
 
@@ -116,22 +117,37 @@ def copy_hf_files(source: pathlib.Path, target: pathlib.Path) -> None:
       shutil.copyfile(source / name, target / name)
 
 
+def prompt_format(folder: str | os.PathLike) -> PromptFormat:
+  """Returns `LoadedModel.prompt_format` of the model in a folder, without loading it.
+
+  Raises:
+    ValueError: if the files cannot be read.
+  """
+  files = hf_files(pathlib.Path(folder))
+  return PromptFormat.load(files) if files else PromptFormat(source=str(folder))
+
+
 def stored_template(folder: str | os.PathLike) -> str | None:
   """Returns the name of the prompt template that a run folder's model was trained with.
 
   None for a model that was not trained on prompts, and for a Hugging Face folder.
   """
+  return stored_prompting(folder)[0]
+
+
+def stored_prompting(folder: str | os.PathLike) -> tuple[str | None, str]:
+  """Returns `stored_template` of a folder, and the system's message of that training."""
   path = pathlib.Path(folder) / "config.json"
   stored = read_json_object(path) if path.exists() else {}
   if "rl" in stored:
-    return stored["rl"].get("template")
+    return template_name("RLConfig", stored["rl"]), stored["rl"].get("system", "")
   if "requested" in stored and "template" in stored["requested"]:  # a base for RL
-    return stored["requested"]["template"]
+    return template_name("BaseConfig", stored["requested"]), ""
   if "config" not in stored or "seeds" not in stored:
-    return None
+    return None, ""
   data = from_dict(RunConfig, stored["config"]).data
   prompted = any(source.prompt_field or source.messages_field for source in data.sources)
-  return data.template if prompted else None
+  return (data.template, data.system) if prompted else (None, "")
 
 
 def load_seeds(folder: pathlib.Path) -> list[tuple[int, dict]]:

@@ -50,7 +50,23 @@ def translate(cls: type, plain: Mapping[str, Any]) -> dict[str, Any]:
       isinstance(source, Mapping) and source.get("prompt_field")
       for source in translated.get("sources", ())):
     translated["template"] = "plain"  # versions without this setting used prompts as they were
+  if "template" in translated:
+    translated["template"] = template_name(cls.__name__, translated)
   return translated
+
+
+def template_name(owner: str, plain: Mapping[str, Any]) -> str | None:
+  """Returns the present name of the prompt template in plain data of a dataclass.
+
+  Versions whose configurations had no `system` gave the name "chat" to a template of plain text.
+
+  Args:
+    owner: the dataclass' name.
+    plain: what `config_io.to_dict` of any version returned for it.
+  """
+  name = plain.get("template")
+  old = owner == "BaseConfig" or (owner in ("DataConfig", "RLConfig") and "system" not in plain)
+  return "chatml_number" if old and name == "chat" else name
 
 
 def _pop(node: dict[str, Any], path: list[str]) -> tuple[Any, bool]:

@@ -15,11 +15,13 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from array_record.python import array_record_module
 
 from train import corpora
+from train.chat import ChatTemplate
 from train.config import Source
 from train.templates import Template, get_template
 
@@ -41,12 +43,15 @@ class Document:
     prompt: text before it that is not trained on; "" for none.
     domain: name of the domain under which the document is evaluated.
     language: name of its language.
+    tokens: the prompt's and the text's token ids, int32, where a chat template decides which
+      special tokens they have; None where both are plain text.
   """
 
   text: str
   prompt: str
   domain: str
   language: str
+  tokens: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclasses.dataclass
@@ -103,11 +108,11 @@ class _BadError(Exception):
     self.kind, self.reason = kind, reason or kind
 
 
-def read(source: Source, tally: Tally | None = None, template: str = "plain",
+def read(source: Source, tally: Tally | None = None, template: str | ChatTemplate = "plain",
          ) -> Iterator[Document]:
   """Yields the usable documents of `source` in a fixed order, and counts all of them in `tally`.
 
-  `template` is the name of the template of prompts.
+  `template` is the name of the template of prompts, or the chat template of a model's folder.
 
   A text file is one document; a longer one than 64 KiB is split into pieces of at most that size,
   at line ends where possible. Empty pieces are skipped. Each JSONL line, Parquet row and
@@ -119,16 +124,16 @@ def read(source: Source, tally: Tally | None = None, template: str = "plain",
   """
   tally = Tally() if tally is None else tally
   domain, language = source.domain or default_domain(source.path), source.language or "en"
-  style = get_template(template)
+  style = template if isinstance(template, ChatTemplate) else get_template(template)
   for where, row in _rows(source):
     try:
       if isinstance(row, _BadError):
         raise row
-      prompt, text = _texts(row, source, style)
+      prompt, text, *tokens = _texts(row, source, style)
       document = Document(
           text, prompt,
           source.domain or _label(row, "domain") or domain,
-          source.language or _label(row, "language") or language)
+          source.language or _label(row, "language") or language, tuple(tokens) or None)
     except _BadError as bad:
       tally.add_bad(where, bad)
       continue
@@ -160,14 +165,15 @@ def files(source: Source) -> list[pathlib.Path]:
   return usable
 
 
-def fingerprint(source: Source, template: str = "plain") -> str:
+def fingerprint(source: Source, template: str | ChatTemplate = "plain") -> str:
   """Returns a hash of the files' contents and of all settings that determine what `read` yields."""
   total = hashlib.blake2b(digest_size=16)
   *settings, messages_field = dataclasses.astuple(
       dataclasses.replace(source, path=default_domain(source.path), weight=1.0))
   total.update(json.dumps(settings).encode())
   if source.prompt_field or messages_field:
-    total.update(json.dumps([messages_field, get_template(template).text]).encode()
+    style = template.key if isinstance(template, ChatTemplate) else get_template(template).text
+    total.update(json.dumps([messages_field, style]).encode()
                  if messages_field or template != "plain" else b"")
   for path in files(source):
     try:
@@ -309,23 +315,34 @@ def _parse_record(record: bytes, text_field: str) -> dict:
   return {text_field: record}
 
 
-def _texts(row: dict, source: Source, template: Template) -> tuple[str, str]:
-  """Returns the prompt of a row, "" for none, and its text."""
+def _texts(row: dict, source: Source, template: Template | ChatTemplate) -> tuple:
+  """Returns the prompt of a row, "" for none, its text and, from a chat template, their tokens."""
   if name := source.messages_field:
     messages = row.get(name)
     if not isinstance(messages, list):
       raise _BadError(f"without a list {name!r}", f"{name!r} is {type(messages).__name__}")
-    try:
-      prompt, text = template.conversation(messages)
-    except ValueError as error:
-      raise _BadError(f"with unusable {name!r}", str(error)) from error
+    prompt, text, *tokens = _conversation(messages, template, repr(name))
     row = {"prompt": prompt, "text": text}
-    return _field(row, "prompt", may_be_empty=True), _field(row, "text")
+    return _field(row, "prompt", may_be_empty=True), _field(row, "text"), *tokens
   text = _field(row, source.text_field)
   if not source.prompt_field:
     return "", text
   question = _field(row, source.prompt_field, may_be_empty=True)
-  return (template.render(question), template.answer(text)) if question else ("", text)
+  if not question:
+    return "", text
+  if isinstance(template, Template):
+    return template.render(question), template.answer(text)
+  return _conversation([{"role": "user", "content": question},
+                        {"role": "assistant", "content": text}], template, "question or answer")
+
+
+def _conversation(messages: list, template: Template | ChatTemplate, what: str) -> tuple:
+  try:
+    return template.conversation(messages)
+  except UnicodeEncodeError as error:
+    raise _BadError("invalid UTF-8", str(error)) from error
+  except ValueError as error:
+    raise _BadError(f"with unusable {what}", str(error)) from error
 
 
 def _field(row: dict, name: str, may_be_empty: bool = False) -> str:

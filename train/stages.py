@@ -12,13 +12,15 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 
+from train.chat import require_chat
 from train.config import RunConfig
 from train.config_io import to_dict, upgrade
 from train.data import Data, load
 from train.hardware import memory_bytes
-from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model
+from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model, prompt_format
 from train.loop import train
 from train.run_folder import RunFolder, read_json_object, write_json_atomic
+from train.templates import CHAT
 
 _FINISHED = "finished"  # an empty file that marks the folder of a finished stage
 
@@ -91,10 +93,12 @@ def train_on_text(
   with open_stage(out, requested) as folder:
     if folder is None:
       return pathlib.Path(out)
+    if cfg.data.template == CHAT:
+      require_chat(start and prompt_format(start))
     model = None if start is None else load_model(start)
     if model:
       cfg = start_from(cfg, model)
-    data = load(cfg.data)
+    data = load(cfg.data, model and model.prompt_format())
     cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or model is not None)
     check_fits(cfg)
     claim_folder(folder, {"config": to_dict(cfg), "seeds": [cfg.train.seed],
@@ -163,7 +167,10 @@ def claim_folder(folder: RunFolder, config: dict, data: Data, *,
 
 def upgrade_run(stored: dict) -> dict:
   """Returns the `config.json` of a run on text, of any version, as this version would write it."""
-  return upgrade(stored, {"config": RunConfig})
+  upgraded = upgrade(stored, {"config": RunConfig})
+  if isinstance(stored.get("requested"), dict):
+    upgraded["requested"] = upgrade(stored["requested"], {"run": RunConfig})
+  return upgraded
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Prompt templates: the prompt for a question, and the format of a completion.
 
-SFT, evaluation and RL use the same templates, so that a model is asked as it was taught.
+SFT, evaluation and RL use the same templates, so that a model is asked as it was taught. The
+templates here are plain text. `CHAT` names the chat template of a model's own folder, see
+`train.chat`.
 """
 
 import dataclasses
@@ -63,24 +65,11 @@ class Template:
     precedes the first question.
 
     Args:
-      messages: dicts with "role" and "content": optionally one of the system, then turns of the
-        user and the assistant, the last of which is the assistant's.
-
-    Raises:
-      ValueError: for messages in another form or order.
+      messages: see `checked_messages`, which also says what is refused.
     """
-    try:
-      turns = [(str(message["role"]), message["content"]) for message in messages]
-    except (TypeError, KeyError) as error:
-      raise ValueError("a message is not an object with 'role' and 'content'") from error
-    if not all(isinstance(content, str) for _, content in turns):
-      raise ValueError("the content of a message is not a string")
-    system = f"{turns.pop(0)[1]}\n\n" if turns and turns[0][0] == "system" else ""
-    roles = [role for role, _ in turns]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-      raise ValueError("messages must be turns of user and assistant, after at most one of the "
-                       f"system, and their roles are {', '.join(roles) or 'none'}")
-    contents = [content for _, content in turns]
+    turns = checked_messages(messages)
+    system = f"{turns.pop(0)['content']}\n\n" if turns[0]["role"] == "system" else ""
+    contents = [turn["content"] for turn in turns]
     contents[0] = system + contents[0]
     parts = [(self.render(question), self.answer(answer))
              for question, answer in zip(contents[::2], contents[1::2], strict=True)]
@@ -97,6 +86,30 @@ class Template:
     return f"{opening}{thinking}</think>\n<answer>{answer}</answer>"
 
 
+def checked_messages(messages: Sequence[Any]) -> list[dict[str, str]]:
+  """Returns the messages of a conversation that ends with an answer, without other fields.
+
+  Args:
+    messages: dicts with "role" and "content": optionally one of the system, then turns of the
+      user and the assistant, the last of which is the assistant's.
+
+  Raises:
+    ValueError: for messages in another form or order.
+  """
+  try:
+    found = [{"role": str(one["role"]), "content": one["content"]} for one in messages]
+  except (TypeError, KeyError) as error:
+    raise ValueError("a message is not an object with 'role' and 'content'") from error
+  if not all(isinstance(one["content"], str) for one in found):
+    raise ValueError("the content of a message is not a string")
+  roles = [one["role"] for one in found]
+  turns = roles[1:] if roles[:1] == ["system"] else roles
+  if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+    raise ValueError("messages must be turns of user and assistant, after at most one of the "
+                     f"system, and their roles are {', '.join(turns) or 'none'}")
+  return found
+
+
 def opens_thinking(prompt: str) -> bool:
   """Whether the prompt ends with `<think>`, so that completions begin inside the think block."""
   return prompt.rstrip().endswith("<think>")
@@ -110,14 +123,16 @@ _R1 = (
     "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
     "<answer> answer here </answer>. User: {question}. Assistant:")
 
+CHAT = "chat"  # the chat template of the model's own folder
+
 TEMPLATES = {template.name: template for template in (
     Template("r1", _R1),
     Template("short", "Q: {question}\nA:"),
     Template("plain", "{question}"),
     Template("short_think", "Q: {question}\n<think>"),
-    # ChatML's turns, for models tuned on conversations.
-    Template("chat", "<|im_start|>user\nWhat is {question}? Answer with a number only.<|im_end|>\n"
-             "<|im_start|>assistant\n"),
+    # ChatML's turns around a question for sums, whatever the model's own chat template is.
+    Template("chatml_number", "<|im_start|>user\nWhat is {question}? Answer with a number "
+             "only.<|im_end|>\n<|im_start|>assistant\n"),
 )}
 
 
@@ -126,12 +141,29 @@ def get_template(name: str) -> Template:
 
   Args:
     name: "r1", the paper's; "short" or "short_think", for tiny models; "plain", the question
-      itself; or "chat".
+      itself; or "chatml_number", a sum in ChatML.
 
   Raises:
-    ValueError: for an unknown name; the message suggests the nearest one.
+    ValueError: for `CHAT`, which is not plain text, or an unknown name; the message suggests the
+      nearest one.
   """
-  if name not in TEMPLATES:
-    raise ValueError(f"there is no template {name!r}{did_you_mean(name, TEMPLATES)} The templates "
-                     f"are: {', '.join(TEMPLATES)}")
+  check_template(name)
+  if name == CHAT:
+    raise ValueError(f"the template {CHAT!r} is the chat template of a model's own folder, and "
+                     f"there is no model here: choose one of {', '.join(TEMPLATES)}")
   return TEMPLATES[name]
+
+
+def check_template(name: str, system: str = "") -> None:
+  """Checks the name of a template, one of `TEMPLATES` or `CHAT`, and its system message.
+
+  Raises:
+    ValueError: for an unknown name, or a system message for a template that has none.
+  """
+  names = (*TEMPLATES, CHAT)
+  if name not in names:
+    raise ValueError(f"there is no template {name!r}{did_you_mean(name, names)} The templates "
+                     f"are: {', '.join(names)}")
+  if system and name != CHAT:
+    raise ValueError(f"system={system!r} is for the template {CHAT!r} only, not {name!r}: leave "
+                     "out one of them")

@@ -169,8 +169,8 @@ class Tokenizer:
       guard: a string that is removed before encoding.
     """
     # Texts at even indices, and the special tokens between them.
-    split = re.compile(f"({'|'.join(map(re.escape, self.special_tokens)) or '(?!)'})").split
-    parts, text = [part.replace(guard, "") for part in split(rendered)], rendered.replace(guard, "")
+    split, text = self._special_tokens_pattern.split, rendered.replace(guard, "")
+    parts = [part.replace(guard, "") for part in split(rendered)]
     if parts == split(text):
       return np.array(self._with_special_tokens.encode(text, add_special_tokens=False).ids,
                       np.int32)
@@ -178,6 +178,10 @@ class Tokenizer:
     for i, part in enumerate(parts):
       ids += [self._tokenizer.token_to_id(part)] if i % 2 else self.encode(part).tolist()
     return np.array(ids, np.int32)
+
+  @functools.cached_property
+  def _special_tokens_pattern(self) -> re.Pattern:
+    return re.compile(f"({'|'.join(map(re.escape, self.special_tokens)) or '(?!)'})")
 
   @functools.cached_property
   def _with_special_tokens(self) -> tokenizers.Tokenizer:

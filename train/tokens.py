@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from train import sources
+from train.chat import ChatTemplate
 from train.config import Source
 from train.tokenizer import Tokenizer
 
@@ -71,7 +72,7 @@ _ARRAYS = ("offsets", "prompt_tokens_N", "bytes_N", "hashes_N", "domains_N", "la
 
 
 def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_bad_fraction: float,
-               template: str = "plain") -> Store:
+               template: str | ChatTemplate = "plain") -> Store:
   """Returns the tokens of `source`, from the cache or, if they are not there, made and cached.
 
   Args:
@@ -79,7 +80,7 @@ def open_store(source: Source, tokenizer: Tokenizer, cache: pathlib.Path, max_ba
     tokenizer: encodes them.
     cache: the cache folder.
     max_bad_fraction: the largest tolerated fraction of unusable documents.
-    template: name of the template of prompts.
+    template: name of the template of prompts, or the chat template of a model's folder.
 
   Raises:
     ValueError: if the source is unusable (`sources.read`, `Tally.check`), or if the cache cannot be
@@ -199,15 +200,13 @@ class _Names:
 
 
 def _write_store(folder: pathlib.Path, source: Source, tokenizer: Tokenizer,
-                 max_bad_fraction: float, template: str) -> None:
+                 max_bad_fraction: float, template: str | ChatTemplate) -> None:
   tally, domains, languages = sources.Tally(), _Names(), _Names()
   dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
   offsets, columns = [0], []
   with open(folder / "tokens.bin", "wb") as file:
     for chunk in _chunks(sources.read(source, tally, template)):
-      prompts = tokenizer.encode_batch([document.prompt for document in chunk])
-      texts = tokenizer.encode_batch([document.text for document in chunk])
-      for document, prompt, text in zip(chunk, prompts, texts, strict=True):
+      for document, (prompt, text) in zip(chunk, _encoded(chunk, tokenizer), strict=True):
         file.write(prompt.astype(dtype).tobytes() + text.astype(dtype).tobytes())
         offsets.append(offsets[-1] + len(prompt) + len(text))
         columns.append((len(prompt), len(document.text.encode()), _hash(document),
@@ -221,6 +220,15 @@ def _write_store(folder: pathlib.Path, source: Source, tokenizer: Tokenizer,
       "dtype": np.dtype(dtype).name, "num_documents": len(columns), "num_tokens": offsets[-1],
       "domain_names": list(domains.ids), "language_names": list(languages.ids),
       "tally": vars(tally)}))
+
+
+def _encoded(chunk: list[sources.Document], tokenizer: Tokenizer,
+             ) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Returns the tokens of each document's prompt and text."""
+  plain = [document for document in chunk if document.tokens is None]
+  pairs = zip(tokenizer.encode_batch([document.prompt for document in plain]),
+              tokenizer.encode_batch([document.text for document in plain]), strict=True)
+  return [next(pairs) if document.tokens is None else document.tokens for document in chunk]
 
 
 def _chunks(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:

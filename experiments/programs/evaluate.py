@@ -12,7 +12,9 @@ from rl.config import LoopConfig, RLConfig, SamplingConfig
 from rl.evaluate import evaluate
 from rl.loading import load_model
 from rl.sampler import Sampler
-from train.loading import stored_template
+from train.chat import require_chat
+from train.loading import prompt_format, stored_prompting
+from train.templates import CHAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,11 @@ class EvaluateConfig:
   Attributes:
     checkpoint: the model: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
     task: spec of the task, see `rl.tasks.get_task`.
-    template: name of the prompt template, see `train.templates.get_template`; None for the one that
-      the checkpoint was trained with or, if its folder names none, "short".
+    template: name of the prompt template, see `train.templates`; "chat" for the chat template of
+      the model's own Hugging Face folder; None for the one that the checkpoint was trained with or,
+      if its folder names none, "short".
+    system: with the template "chat", the system's message; empty for none, or for the template's
+      own; None for the one that the checkpoint was trained with, if it was with this template.
     split: split of the task that the problems are from: heldout, harder or train.
     problems: number of problems, at least 2.
     samples: number of completions of each problem.
@@ -44,6 +49,7 @@ class EvaluateConfig:
   checkpoint: str = ""
   task: str = "arithmetic"
   template: str | None = None
+  system: str | None = None
   split: str = "heldout"
   problems: int = 200
   samples: int = 16
@@ -76,12 +82,12 @@ def main(options: Options) -> None:
   if options.out:
     options.out.mkdir(parents=True, exist_ok=True)
   ks = [k for k in (4, 16) if k <= cfg.samples] if cfg.ks is None else cfg.ks
-  template = cfg.template or stored_template(cfg.checkpoint) or RLConfig.template
+  template, system = _prompting(cfg)
   # A compiled program samples a fixed number of sequences, at least two for each prompt, as the
   # config requires. More of these pairs than there are completions would only be padding.
   pairs = min(cfg.slots, -(-cfg.problems * cfg.samples // 2))
   run = RLConfig(
-      task=cfg.task, template=template, loop=LoopConfig(seed=cfg.seed),
+      task=cfg.task, template=template, system=system, loop=LoopConfig(seed=cfg.seed),
       sampling=SamplingConfig(
           num_prompts=pairs, num_generations=2, max_prompt_length=cfg.max_prompt_length,
           long_prompts=cfg.long_prompts, max_completion_length=cfg.max_completion_length,
@@ -89,16 +95,34 @@ def main(options: Options) -> None:
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
   found, drawn = evaluate(
-      Sampler(model.Transformer(start.cfg), run, tokenizer, show=True), start.variables,
-      split=cfg.split,
+      Sampler(model.Transformer(start.cfg), run, tokenizer, start.prompt_format(), show=True),
+      start.variables, split=cfg.split,
       problems=cfg.problems, samples=cfg.samples, ks=ks, temperature=cfg.temperature,
       top_p=cfg.top_p)
   print(f"{drawn.prompts[0]}{drawn.completions[0]}\n")
   for line in lines(found):
     print(line)
   if options.out:
-    result = {"config": dataclasses.asdict(dataclasses.replace(cfg, template=template)), **found}
+    settled = dataclasses.replace(cfg, template=template, system=system)
+    result = {"config": dataclasses.asdict(settled), **found}
     print(f"results: {provenance.record(options.out, result)}")
+
+
+def _prompting(cfg: EvaluateConfig) -> tuple[str, str]:
+  """Returns the template of prompts and the system's message.
+
+  Raises:
+    ValueError: if the model has no chat template, and the template is that.
+  """
+  stored, system = stored_prompting(cfg.checkpoint)
+  template = cfg.template or stored or RLConfig.template
+  if template == CHAT:
+    require_chat(prompt_format(cfg.checkpoint))
+  if cfg.system is not None:
+    system = cfg.system
+  elif template != stored:
+    system = ""
+  return template, system
 
 
 def lines(found: dict) -> list[str]:

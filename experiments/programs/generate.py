@@ -14,6 +14,7 @@ import model
 from experiments import settings
 from experiments.options import Options
 from rl.loading import load_model
+from train.chat import ChatTemplate, PromptFormat, stop_tokens
 from train.tokenizer import Tokenizer
 
 
@@ -29,8 +30,8 @@ class GenerateConfig:
     system: with `chat`, the system's message; empty for none, or for the template's own.
     stop: strings before which the text ends.
     max_new_tokens: largest number of sampled tokens, unless a token that ends the text comes first:
-      one that the Hugging Face folder names as `eos_token_id`, or else the tokenizer's
-      end-of-document token.
+      one that the Hugging Face folder names as `eos_token_id`, with `chat` also the one that the
+      chat template writes after an answer, or else the tokenizer's end-of-document token.
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
     seed: seed of the sampling.
@@ -88,7 +89,7 @@ def main(options: Options) -> None:
   write_continuation(start.cfg, start.variables, tokenizer, prompt_T,
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                      top_p=cfg.top_p, seed=cfg.seed, stop=cfg.stop,
-                     stop_tokens=_stop_tokens(cfg, form.stop_tokens, tokenizer))
+                     stop_tokens=_stop_tokens(cfg, form, tokenizer))
   print()
 
 
@@ -96,10 +97,11 @@ def _is_run(checkpoint: str) -> bool:
   return (pathlib.Path(checkpoint) / "checkpoints").is_dir()
 
 
-def _stop_tokens(cfg: GenerateConfig, stop_tokens: Sequence[int], tokenizer: Tokenizer,
-                 ) -> tuple[int, ...]:
+def _stop_tokens(cfg: GenerateConfig, form: PromptFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
   """Returns the tokens that end a text: in a run folder, that of its training documents, too."""
-  return (*stop_tokens, tokenizer.eos) if _is_run(cfg.checkpoint) else tuple(stop_tokens)
+  if cfg.chat:
+    return ChatTemplate(form, tokenizer, cfg.system).stop_tokens
+  return stop_tokens(tokenizer, form) if _is_run(cfg.checkpoint) else form.stop_tokens
 
 
 def write_continuation(

@@ -23,6 +23,7 @@ from experiments.reports.run_report import write_run_report
 from experiments.reports.summary import bench_summary, claim
 from rl.loading import load_model
 from train import cost
+from train.chat import require_chat
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.config_io import from_dict, to_dict
 from train.data import Data, load
@@ -33,6 +34,7 @@ from train.loading import (
   hf_files,
   keep_hf_files,
   load_seeds,
+  prompt_format,
   stored_template,
 )
 from train.loop import Result, TrainingError
@@ -48,6 +50,7 @@ from train.stages import (
   upgrade_run,
   with_seeds,
 )
+from train.templates import CHAT
 from train.tokenizer import Tokenizer
 
 
@@ -113,6 +116,8 @@ def main(options: Options) -> None:
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
   overridden = settings.assigned(options.settings)
   check_fits(cfg, options.num_seeds())
+  if cfg.data.template == CHAT:
+    require_chat(prompt_format(cfg.init) if cfg.init else None)
   start = load_model(cfg.init) if cfg.init else None
   if start:
     cfg = _with_start(cfg, start, overridden)
@@ -122,7 +127,7 @@ def main(options: Options) -> None:
 
 def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options: Options, *,
          keep_vocabulary: bool) -> None:
-  data = load(cfg.data)
+  data = load(cfg.data, start and start.prompt_format())
   cfg = fit_vocabulary(cfg, data, keep=keep_vocabulary or start is not None)
   check_fits(cfg, options.num_seeds())
   if start:

@@ -32,11 +32,12 @@ from rl.sampler import Sampler
 from rl.stages import BaseConfig, pretrain_base, run_rl
 from rl.tasks import get_task
 from train import cost
+from train.chat import require_chat
 from train.config import RunConfig
 from train.config_io import to_dict
-from train.loading import LoadedModel, stored_template
+from train.loading import LoadedModel, prompt_format, stored_prompting
 from train.run_folder import MetricsFile, RunFolder, write_json_atomic
-from train.templates import get_template
+from train.templates import CHAT, get_template
 from train.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
@@ -97,9 +98,12 @@ class RLRuns:
 
   def __init__(self, base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
                overridden: Collection[str], folder: pathlib.Path):
-    if base.init and "rl.template" not in overridden:
-      base = _with_template(base, stored_template(base.init))
-      configs = {arm: _with_template(cfg, base.rl.template) for arm, cfg in configs.items()}
+    if base.init:
+      stored = stored_prompting(base.init)
+      base = _with_prompting(base, *stored, overridden)
+      configs = {arm: _with_prompting(cfg, *stored, overridden) for arm, cfg in configs.items()}
+    if CHAT in {cfg.rl.template for cfg in (base, *configs.values())}:
+      require_chat(prompt_format(base.init) if base.init else None)
     self._scale, self._configs, self._folder = base, configs, folder
     self._keep_vocabulary = "base.model.vocab_size" in overridden
     self._starts: dict[pathlib.Path, LoadedModel] = {}
@@ -127,7 +131,8 @@ class RLRuns:
     if result.status == "stopped":
       return None
     evaluator = Evaluator(
-        cfg.evaluation, Sampler(model.Transformer(start.cfg), cfg.rl, start.tokenizer()))
+        cfg.evaluation, Sampler(model.Transformer(start.cfg), cfg.rl, start.tokenizer(),
+                                start.prompt_format()))
     base = self.base_folder(task)
     before = self._evaluate_base(evaluator, start.variables, base, cfg)
     after = evaluator(result.state.train.variables)
@@ -212,6 +217,7 @@ class RLRuns:
       cfg: the config of the run. The stored evaluation is used if it has the same settings.
     """
     key = {"init": cfg.init, "task": cfg.rl.task, "template": cfg.rl.template,
+           **({"system": cfg.rl.system} if cfg.rl.system else {}),
            "evaluation": to_dict(cfg.evaluation), "sampling": to_dict(cfg.rl.sampling),
            "seed": cfg.rl.loop.seed}
     path = folder / f"evaluation-{_digest(key)}.json"
@@ -228,11 +234,21 @@ class RLRuns:
             "samples": rl_tables.samples(runs), "bases": rl_tables.bases(runs)}
 
 
-def _with_template(cfg: RLStudyConfig, template: str | None) -> RLStudyConfig:
-  """Returns the config with a prompt template, or as it is if that is None."""
-  if template is None:
+def _with_prompting(cfg: RLStudyConfig, template: str | None, system: str,
+                    overridden: Collection[str]) -> RLStudyConfig:
+  """Returns the config with the prompts that the start model was trained with.
+
+  Args:
+    cfg: the config.
+    template: the prompt template of that training; None to leave the config as it is.
+    system: the system's message of that training.
+    overridden: dotted names of settings that the user has set, which are kept.
+  """
+  if template is None or ("rl.template" in overridden and cfg.rl.template != template):
     return cfg
-  return dataclasses.replace(cfg, rl=dataclasses.replace(cfg.rl, template=template))
+  system = cfg.rl.system if "rl.system" in overridden else system
+  return dataclasses.replace(
+      cfg, rl=dataclasses.replace(cfg.rl, template=template, system=system))
 
 
 def _require_effect(base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],

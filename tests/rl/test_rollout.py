@@ -37,9 +37,10 @@ def prompts(count=SEQUENCES) -> Prompts:
   return pad_prompts(rows, PROMPT, keys_S)
 
 
-def roll(cfg, given: Prompts, slots=None, temperature=TEMPERATURE, top_p=1.0) -> Rollout:
+def roll(cfg, given: Prompts, slots=None, temperature=TEMPERATURE, top_p=1.0,
+         stop=STOP) -> Rollout:
   return jax.tree.map(np.asarray, rollout(
-      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=STOP,
+      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=stop,
       temperature=temperature, top_p=top_p, slots=slots))
 
 
@@ -123,6 +124,23 @@ def test_generate_gives_the_same_completions_with_the_same_keys():
   ended_S = want.tokens_BN[np.arange(SEQUENCES), want.lengths_B - 1] == STOP
   want = Rollout(want.tokens_BN, want.lengths_B, want.logprobs_BN, ended_S, 0)
   assert check_same(prompts(), in_20_slots(), want) <= 2
+
+
+def test_each_of_several_stop_tokens_ends_a_completion():
+  """What is sampled before the end does not depend on the stop tokens."""
+  none = roll(MLA, prompts(), stop=None)
+  assert (none.lengths_S == NEW).all() and not none.ended_S.any()
+  other = int(np.bincount(none.tokens_SN[none.tokens_SN != STOP]).argmax())
+  both = roll(MLA, prompts(), stop=(STOP, other))
+  for stops, out in (((STOP,), at_once()), ((STOP, other), both)):
+    is_stop_SN = np.isin(none.tokens_SN, stops)
+    ended_S = is_stop_SN.any(1)
+    want = none._replace(ended_S=ended_S, lengths_S=np.where(
+        ended_S, is_stop_SN.argmax(1) + 1, NEW))
+    want = want._replace(logprobs_SN=np.where(want.mask_SN, want.logprobs_SN, 0))
+    assert check_same(prompts(), want, out) <= 2
+  last_S = both.tokens_SN[np.arange(SEQUENCES), both.lengths_S - 1]
+  assert set(last_S[both.ended_S]) == {STOP, other}
 
 
 def test_slots_do_not_wait_for_the_longest_completion():

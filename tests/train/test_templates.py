@@ -43,7 +43,7 @@ def test_a_template_must_contain_the_question_exactly_once():
 
 
 @pytest.mark.parametrize(("name", "completion"), [
-    ("short", " 5"), ("r1", " 5"), ("plain", "5"), ("short_think", "5"), ("chat", "5")])
+    ("short", " 5"), ("r1", " 5"), ("plain", "5"), ("short_think", "5"), ("chatml_number", "5")])
 def test_an_answer_is_separated_from_its_prompt(name, completion):
   assert get_template(name).answer("5") == completion
   assert get_template(name).answer("\n5") == "\n5"

@@ -126,7 +126,7 @@ class Bench:
     optimizer = OptimizerConfig(learning_rate=self.learning_rate, schedule="constant",
                                 weight_decay=0.0, moments="float32")
     cfg = RLConfig(
-        task=self.task, template="chat", sampling=sampling, optimizer=optimizer,
+        task=self.task, template="chatml_number", sampling=sampling, optimizer=optimizer,
         objective=ObjectiveConfig(name="dapo", micro_batch_size=self.micro_batch_size))
     return dataclasses.replace(cfg, loop=dataclasses.replace(cfg.loop, seed=self.seed))
 

@@ -3,64 +3,25 @@
 import json
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-import tokenizers
-from tokenizers import processors
 
 import model
 from experiments.options import Options
 from experiments.programs import generate
 from experiments.programs.generate import GenerateConfig, write_continuation
-from train.tokenizer import Tokenizer
-
-MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def chat_tokenizer() -> Tokenizer:
-  plain = tokenizers.Tokenizer.from_str(Tokenizer.bytes()._json)
-  plain.add_special_tokens(MARKS)
-  plain.post_processor = processors.TemplateProcessing(
-      single="<|im_start|> $A", special_tokens=[("<|im_start|>", 261)])
-  return Tokenizer(plain.to_str())
-
-
-TOKENIZER = chat_tokenizer()
-CFG = model.ModelConfig(
-    vocab_size=TOKENIZER.vocab_size, d_model=24, num_layers=2, ffn_dim=22, max_seq_len=512,
-    attention=model.GQAConfig(num_heads=3, num_kv_heads=1, head_dim=8),
-    rope=model.RopeConfig(100.0, "half"))
+from tests.train import chat_model
+from tests.train.chat_model import CFG, TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def variables() -> dict:
-  """Variables with which the model writes "abcabc...", whatever it is given."""
-  values = jax.tree.map(jnp.zeros_like, tiny.variables(CFG))
-  values = jax.tree.map(lambda x: x, values)
-  values["params"]["norm"]["scale"] = jnp.ones(24)
-  table = np.zeros((CFG.vocab_size, 24), np.float32)
-  head = np.zeros((24, CFG.vocab_size), np.float32)
-  table[:, 3] = 1
-  for i, (now, then) in enumerate(zip("abc", "bca", strict=True)):
-    table[ord(now)] = 0
-    table[ord(now), i] = 1
-    head[i, ord(then)] = 1
-  head[3, ord("a")] = 1
-  values["params"]["embedding"] = {"embedding": jnp.asarray(table), "head": jnp.asarray(head)}
-  return values
+  return chat_model.variables()
 
 
 @pytest.fixture
-def folder(tmp_path, variables):
-  model.hf.save(tmp_path, CFG, variables)
-  TOKENIZER.save(tmp_path / "tokenizer.json")
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-  return tmp_path
+def folder(tmp_path):
+  return chat_model.write(tmp_path)
 
 
 def prompts_of(monkeypatch) -> list[list[int]]:

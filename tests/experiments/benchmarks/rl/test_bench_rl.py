@@ -92,7 +92,7 @@ def test_rewards_compare_the_sign_of_negative_answers():
 def test_chat_markers_are_single_tokens_and_eos_is_the_end_of_a_turn(folder):
   path = folder / "tokenizer.json"
   tokenizer, plain = chat.ChatTokenizer.load(path), Tokenizer.load(path)
-  prompt = get_template("chat").render("1+2")
+  prompt = get_template("chatml_number").render("1+2")
   ids = tokenizer.encode(prompt)
   assert [MARKS[i] for i in ids if i < 3] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
   assert tokenizer.decode(ids) == prompt
