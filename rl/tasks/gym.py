@@ -1,12 +1,12 @@
 """Tasks from reasoning-gym's data sets, whose own scorers check the answers."""
 
 import dataclasses
-import difflib
 import functools
 import random
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from model.checks import did_you_mean
 from rl.tasks.generated import half_of
 from rl.tasks.problem import Problem, Task, require_split
 
@@ -35,8 +35,9 @@ class Gym(Task):
   def __post_init__(self):
     names = _factory().DATASETS
     if self.dataset not in names:
-      near = difflib.get_close_matches(self.dataset, names, 1, cutoff=0)
-      raise ValueError(f"reasoning-gym has no data set {self.dataset!r}; did you mean {near[0]!r}?")
+      raise ValueError(f"reasoning-gym has no data set {self.dataset!r}"
+                       f"{did_you_mean(self.dataset, names)} Its data sets are: "
+                       f"{', '.join(sorted(names))}")
 
   @property
   def spec(self) -> str:

@@ -372,6 +372,7 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
     (lambda: RLConfig(task="file:nowhere.jsonl"), "there is no such file"),
     (lambda: RLConfig(template="sort"), "no template 'sort'; did you mean 'short'"),
     (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),
+    (lambda: ObjectiveConfig(name="zzz"), r"'zzz' does not exist\. The objectives are: grpo"),
     (lambda: ObjectiveConfig(sampler="initial"), "is for name='rft'"),
     (lambda: ObjectiveConfig(epsilon=-0.1), "epsilon=-0.1"),
     (lambda: ObjectiveConfig(aggregation="mean"), "aggregation='mean' must be one of"),
