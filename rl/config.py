@@ -298,8 +298,9 @@ class LoopConfig:
 
   Attributes:
     steps: number of RL steps; each samples a rollout and updates the policy on it.
-    seed: seed of sampling and of the order of minibatches; the problems have a seed of their own,
-      in the task's spec.
+    seed: seed of sampling, of the order of minibatches and, from the second pass over the questions
+      of a file on, of their order; the problems and the order of the first pass have a seed of
+      their own, in the task's spec.
     eval_every: RL steps between evaluations; 0 to evaluate only before the first and after the last
       step.
     eval_problems: number of held-out problems in an evaluation.

@@ -7,8 +7,11 @@ state.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -94,6 +97,30 @@ def train(
     CheckpointError: if a checkpoint cannot be written.
   """
   return _Run(cfg, model_cfg, tokenizer, folder, show).run(variables, max_seconds)
+
+
+def epoch_index(place: int, size: int | None, seed: int) -> int:
+  """Returns the index of a run's problem: its place, with later epochs in an order of their own.
+
+  The first epoch has the task's own order. The index of a problem differs from epoch to epoch by a
+  multiple of the split's size, and so do the random keys of its samples.
+
+  Args:
+    place: number of problems that the run has drawn before this one.
+    size: number of problems in the split; None or 0 returns the place.
+    seed: the run's seed, which, with the epoch, decides the order.
+  """
+  if not size or place < size:
+    return place
+  epoch, at = divmod(place, size)
+  return epoch * size + _order(seed, epoch, size)[at]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> Sequence[int]:
+  order = list(range(size))
+  random.Random(f"{seed} {epoch}").shuffle(order)
+  return order
 
 
 class _Run:
@@ -206,7 +233,9 @@ class _Run:
     seconds = {"seconds/rollout": 0.0, "seconds/reward": 0.0}
     for _ in range(self.cfg.objective.resample):
       began = time.monotonic()
-      indices = range(self.position, self.position + sampling.num_prompts)
+      size = self.sampler.size("train")
+      indices = [epoch_index(place, size, self.cfg.loop.seed) for place in range(
+          self.position, self.position + sampling.num_prompts)]
       self.position += sampling.num_prompts
       samples = self.sampler.sample(
           variables, "train", indices, sampling.num_generations, step=step)

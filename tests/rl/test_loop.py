@@ -26,6 +26,7 @@ from rl.objective import SPECS
 from rl.sampler import Sampler
 from rl.step import init_rl_state
 from rl.tasks import get_task
+from rl.tasks.generated import half_of
 from tests.rl import small
 from tests.train import small as train_small
 from train.checkpoint import read_newest
@@ -125,6 +126,35 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_run(tmp_path, ta
   again = small.run(cfg, tmp_path / "parts")
   assert (again.status, again.steps, len(again.rows)) == ("finished", 4, 4)
   train_small.assert_same_bits(again.state, result.state)
+
+
+def test_each_epoch_has_every_question_once_and_later_ones_are_shuffled_by_the_seed():
+  epoch = lambda number, seed=0: [
+      loop.epoch_index(place, 50, seed) for place in range(50 * number, 50 * number + 50)]
+  assert epoch(0) == list(range(50)) == epoch(0, seed=1)
+  for number in (1, 2):
+    assert sorted(epoch(number)) == list(range(50 * number, 50 * number + 50))
+  orders = [[index % 50 for index in epoch(*args)] for args in ((0,), (1,), (2,), (1, 1))]
+  assert len({tuple(order) for order in orders}) == 4
+  assert epoch(1) == epoch(1)
+  assert [loop.epoch_index(place, None, 0) for place in (0, 70)] == [0, 70]
+
+
+def test_a_run_of_several_epochs_that_is_stopped_equals_an_uninterrupted_one(tmp_path, learned):
+  of = lambda split: [i for i in range(60) if half_of(str(i)) == split]
+  chosen = of("train")[:8] + of("heldout")[:2]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(f'{{"question": "{i}", "answer": 1}}\n' for i in chosen))
+  cfg = small.config(f"file:{path}", sampling={"long_prompts": "skip"}, loop={"steps": 6})
+  small.run(cfg, tmp_path / "whole")
+  prompts = [tuple(prompt) for args, _ in learned for prompt in args[0][::4]]
+  epochs = [prompts[start:start + 8] for start in (0, 8, 16)]
+  assert [len(set(epoch)) for epoch in epochs] == [8] * 3
+  # Within a step, questions are sorted by whether they have a signal.
+  assert set(epochs[0][:4]) != set(epochs[1][:4]) or set(epochs[0][:4]) != set(epochs[2][:4])
+  for _ in range(6):
+    small.run(cfg, tmp_path / "parts", max_seconds=1e-9)
+  check_same_run(cfg, tmp_path / "parts", tmp_path / "whole")
 
 
 def test_another_seed_gives_another_run(tmp_path, task):
