@@ -192,9 +192,16 @@ class ObjectiveConfig:
       rewards are all equal (DAPO's dynamic sampling); 1 for no replacement.
     bias_rate: update rate of the routers' load-balancing bias (V3's gamma); 0 freezes the bias.
     sequence_balance: weight of V3's sequence-wise balancing loss.
+    entropy_weight: weight of an entropy bonus, the mean over all learned tokens of the policy's
+      entropy in nats, at the sampling temperature and summed exactly over the vocabulary; the
+      metric `loss_entropy` is minus that mean. 0 for no bonus.
     gae_lambda: GAE's lambda, used by "ppo" (R1's appendix A.3: 1 is close to GRPO, 0.95 worse).
     value_learning_rate: peak learning rate of the value model, used by "ppo"; None for the
       policy's learning rate.
+    mtp_learning_rate: peak learning rate of the MTP modules, which then learn to predict the
+      completions that are learned from, by an optimizer of their own and without any effect on the
+      policy; the metric `mtp_loss` is their cross-entropy in nats. None leaves the modules as they
+      are. There is no weight of that loss, as AdamW's steps do not depend on it.
     routing: the experts to which an update's forward pass sends each token. "free": those that its
       own routers choose. "observed": the same, and the metric `routing_agreement` reports the
       fraction of the sampler's choices that they make too. "replayed": those that were chosen
@@ -223,8 +230,10 @@ class ObjectiveConfig:
   resample: int = 1
   bias_rate: float = 0.0
   sequence_balance: float = 0.0
+  entropy_weight: float = 0.0
   gae_lambda: float = 1.0
   value_learning_rate: float | None = None
+  mtp_learning_rate: float | None = None
   routing: Literal["free", "observed", "replayed"] = "free"
 
   def __post_init__(self):
@@ -233,10 +242,13 @@ class ObjectiveConfig:
       raise ValueError(f"ObjectiveConfig.name={self.name!r} does not exist"
                        f"{did_you_mean(self.name, names)} The objectives are: {', '.join(names)}")
     require_positive(self, "minibatches", "inner_epochs", "resample")
-    require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance")
+    require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance",
+                  "entropy_weight")
     require_range(self, 0, 1, "gae_lambda")
-    require(self.value_learning_rate is None or self.value_learning_rate > 0,
-            f"ObjectiveConfig.value_learning_rate={self.value_learning_rate} must be positive")
+    for name in ("value_learning_rate", "mtp_learning_rate"):
+      value = getattr(self, name)
+      require(value is None or value > 0,
+              f"ObjectiveConfig.{name}={value} must be positive, or none")
     require(self.sampler == "policy" or self.name == "rft",
             f"ObjectiveConfig.sampler='initial' is for name='rft' only: {self.name} must learn "
             "from completions that the policy itself has sampled")

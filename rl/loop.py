@@ -41,7 +41,7 @@ from train import progress
 from train.checkpoint import Checkpoints
 from train.cost import CostMeter, total
 from train.loop import check_skipped
-from train.mesh import commit_to_device
+from train.mesh import commit_to_device, make_sharded_model
 from train.optimizer import learning_rate
 from train.run_folder import Events, MetricsFile, RunFolder
 from train.signals import Signals
@@ -129,7 +129,7 @@ class _Run:
     require(cfg.objective.routing == "free" or model_cfg.moe is not None,
             f"objective.routing={cfg.objective.routing!r} needs a model with experts; for a dense "
             "model, leave it at 'free'")
-    self.cfg, self.path, self.show = cfg, folder.path, show
+    self.cfg, self.model_cfg, self.path, self.show = cfg, model_cfg, folder.path, show
     self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
     self.spec = cfg.objective.spec(cfg.sampling.max_completion_length)
@@ -137,8 +137,10 @@ class _Run:
     updates = cfg.objective.updates
     self.rates = jax.vmap(learning_rate(cfg.optimizer, cfg.loop.steps * updates))(
         np.arange(cfg.loop.steps * updates)).reshape(-1, updates)
-    peak = cfg.objective.value_learning_rate
-    self.value_rate = peak / cfg.optimizer.learning_rate if peak else 1.0
+    # Peak learning rates of the value model and the MTP modules, relative to the policy's.
+    self.value_rate, self.mtp_rate = (
+        peak / cfg.optimizer.learning_rate if peak else 1.0
+        for peak in (cfg.objective.value_learning_rate, cfg.objective.mtp_learning_rate))
     self.flops_per_token = model_cfg.flops_per_token(
         cfg.sampling.max_prompt_length + cfg.sampling.max_completion_length)
     self.checkpoints = Checkpoints(self.path / "checkpoints", keep=cfg.loop.keep_checkpoints)
@@ -149,11 +151,10 @@ class _Run:
 
   def run(self, variables, max_seconds) -> RLResult:
     loop = self.cfg.loop
-    if not self.checkpoints.steps():
+    if self.cfg.objective.mtp_learning_rate is None and not self.checkpoints.steps():
       save_mtp(self.path, variables)
-    variables, _ = split_mtp(variables)
     # An offline sampler keeps sampling from the model that the run started from.
-    self.initial = variables
+    self.initial, _ = split_mtp(variables)
     state, start, self.position = self._start(variables)
     self.cost = CostMeter(self.path, self.flops_per_token)
     self.events = Events(self.path / "events", self.files["metrics"].read())
@@ -186,7 +187,7 @@ class _Run:
                     self.files["evaluations"].read(), total(self.path), self.messages)
 
   def _start(self, variables) -> tuple[RLState, int, int]:
-    mesh = self.sampler.mesh
+    mesh = make_sharded_model(self.model_cfg, self.cfg.mesh)
     restored = self.checkpoints.restore(abstract_rl_state(variables, self.cfg, mesh))
     step, position = (restored.step, restored.extra["position"]) if restored else (0, 0)
     if restored:
@@ -205,11 +206,13 @@ class _Run:
     seen = self._experience(drawn, scored)
     rolled = time.monotonic()
     key = jax.random.fold_in(jax.random.key(cfg.loop.seed + _MINIBATCHES), step)
+    rates = {"learning_rate": self.rates[step - 1],
+             "value_learning_rate": self.rates[step - 1] * self.value_rate}
+    if state.mtp is not None:
+      rates["mtp_learning_rate"] = self.rates[step - 1] * self.mtp_rate
     state, metrics = self.update(
-        state, seen, {
-            "learning_rate": self.rates[step - 1],
-            "value_learning_rate": self.rates[step - 1] * self.value_rate, "spec": self.spec,
-            "temperature": cfg.sampling.temperature, "gae_lambda": objective.gae_lambda}, key)
+        state, seen, {**rates, "spec": self.spec, "temperature": cfg.sampling.temperature,
+                      "gae_lambda": objective.gae_lambda}, key)
     metrics = {name: np.asarray(value, np.float64).tolist()
                for name, value in jax.device_get(metrics).items()}
     if state.reference is not None and objective.refresh_every and (

@@ -403,6 +403,8 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
     (lambda: RLConfig(template="sort"), "no template 'sort'; did you mean 'short'"),
     (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),
     (lambda: ObjectiveConfig(name="zzz"), r"'zzz' does not exist\. The objectives are: grpo"),
+    (lambda: ObjectiveConfig(entropy_weight=-0.1), "entropy_weight=-0.1 must lie in 0..inf"),
+    (lambda: ObjectiveConfig(mtp_learning_rate=0), "mtp_learning_rate=0 must be positive, or none"),
     (lambda: ObjectiveConfig(sampler="initial"), "is for name='rft'"),
     (lambda: ObjectiveConfig(epsilon=-0.1), "epsilon=-0.1"),
     (lambda: ObjectiveConfig(aggregation="mean"), "aggregation='mean' must be one of"),
