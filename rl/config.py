@@ -102,7 +102,7 @@ class RewardConfig:
 
   Attributes:
     accuracy: weight of the accuracy reward, 1 for a correct answer in the answer block and else 0
-      (R1: 1).
+      (R1: 1). With 0, a file's rows may have any text as their answer, or none.
     format: weight of the format reward, 1 for one think block followed by one answer block and
       else 0 (R1: 1).
     language: weight of the language-consistency reward, the fraction of the reasoning's words that

@@ -117,7 +117,9 @@ class Sampler:
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer, *,
                show: bool = False):
     self.net, self.cfg, self.tokenizer, self.show = net, cfg, tokenizer, show
-    self.task, self.template = get_task(cfg.task), get_template(cfg.template)
+    # Without the accuracy reward, training checks no answers.
+    self.task = get_task(cfg.task, any_answer=not cfg.rewards.accuracy)
+    self.template = get_template(cfg.template)
     self.mesh = make_sharded_model(net.cfg, cfg.mesh)
     self.skipped: collections.Counter[str] = collections.Counter()
     self._fitting: dict[str, list[int]] = {}

@@ -24,13 +24,14 @@ _SEED = re.compile(r"(.*?)(?::seed=([0-9]+))?", re.DOTALL)  # after the path of 
 
 
 @functools.cache
-def get_task(spec: str) -> Task:
+def get_task(spec: str, *, any_answer: bool = False) -> Task:
   """Returns the task that a spec names.
 
   Args:
     spec: `NAME` or `NAME:field=value,...` for a task of `GENERATED`; `file:PATH` or
       `file:PATH:seed=1` for a JSONL file; `gym:DATASET` or `gym:DATASET:seed=1` for a data set of
       reasoning-gym.
+    any_answer: of a file, use rows whose answer cannot be checked too, see `File.any_answer`.
 
   Raises:
     ValueError: for an unknown name or field, or an invalid value; the message says what is wrong
@@ -39,7 +40,7 @@ def get_task(spec: str) -> Task:
   name, _, rest = spec.partition(":")
   if name == "file":
     path, seed = _SEED.fullmatch(rest).groups()
-    return File(path, int(seed or 0))
+    return File(path, int(seed or 0), any_answer)
   if name == "gym":
     dataset, _, settings = rest.partition(":")
     return Gym(dataset, **_settings(Gym, settings, spec, without="dataset"))

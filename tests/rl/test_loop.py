@@ -383,6 +383,25 @@ def test_a_reward_of_the_users_own_is_given_the_columns_of_the_file(tmp_path, mo
               tmp_path / "other")
 
 
+def test_a_file_of_texts_trains_by_a_reward_of_the_users_own(tmp_path, monkeypatch, learned):
+  (tmp_path / "text_rewards.py").write_text(
+      "def style(prompts, completions, *, answer, style, **columns):\n"
+      "  assert set(answer) <= {'a poem about trees', ''} and set(style) == {'haiku'}\n"
+      "  return [float('1' in text) for text in completions]\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(
+      f'{{"question": "{i}", "answer": "a poem about trees", "style": "haiku"}}\n' if i % 2 else
+      f'{{"question": "{i}", "style": "haiku"}}\n' for i in range(60)))
+  own = {"custom": (CustomReward("text_rewards:style"),)}
+  cfg = small.config(f"file:{path}", loop={"steps": 1}, rewards={"accuracy": 0, **own})
+  result = small.run(cfg, tmp_path / "run")
+  assert 0 < result.rows[0]["rewards/style/mean"] < 1 and result.rows[0]["reward"] > 0
+  assert result.evaluations[-1]["unjudged"] == 6
+  with pytest.raises(ValueError, match=r"no usable row.*set rewards\.accuracy=0"):
+    small.run(small.config(f"file:{path}", rewards=own), tmp_path / "strict")
+
+
 def test_an_objective_is_changed_by_settings_and_trains(tmp_path, task):
   objective = {"name": "dapo", "importance": True, "dual_clip": True, "dual_clip_ratio": 2.0,
                "aggregation": "sequence_mean", "beta": 0.1, "kl": "k2", "kl_level": "sequence"}

@@ -323,6 +323,25 @@ def test_all_columns_of_a_file_are_passed_to_rewards_except_reserved_ones(jsonl)
 
 
 @pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
+def test_any_text_is_an_answer_for_rewards_that_do_not_check_it(jsonl):
+  rows = [{"question": "Poem?", "answer": "Roses are red"}, {"question": "Rate?", "style": "haiku"},
+          {"question": "List?", "answer": ["a", 1]}, {"question": "Two?", "answer": 2.0},
+          {"question": "Write f.", "tests": "assert f(1) == 1"}]
+  with pytest.raises(ValueError, match=r"1 with an unparsable.*rewards of your own: add one to "):
+    jsonl(rows[0]).problem("all", 0)
+  get_task.cache_clear()
+  strict = jsonl(*rows, "{broken")
+  assert strict.size("all") == 2
+  task = get_task(strict.spec, any_answer=True)
+  assert task.excluded == {"broken": 1} and task.spec == strict.spec
+  problems = [task.problem("all", i) for i in range(5)]
+  assert [problem.answer for problem in problems] == [
+      "Roses are red", "", '["a", 1]', "2.0", ""]
+  assert problems[1].row() == {"answer": "", "task": task.spec, "style": "haiku"}
+  assert task.check_all(["Roses are red", "", "x", "2"],
+                        [problem.row() for problem in problems[:4]]) == [None, None, None, True]
+
+
 def test_rows_with_tests_and_without_an_answer_are_programming_problems(jsonl):
   task = jsonl({"question": "square", "tests": "assert f(3) == 9"},
                {"question": "double", "tests": ["assert f(3) == 6", "assert f(1) == 2"]},
