@@ -12,6 +12,7 @@ from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
 from train.config import MeshConfig, OptimizerConfig
 from train.templates import get_template
+from train.trackers import check_names
 
 _ONE_DEVICE = MeshConfig()
 # The learning rate is constant, as in R1. The moments are float32: bfloat16 ones would lose small
@@ -322,6 +323,7 @@ class LoopConfig:
     max_skipped_steps: number of optimizer steps, over the whole run, whose loss or gradient may be
       non-finite; such steps are skipped, and with one more the run stops with an error.
     samples_logged: number of completions written to `completions.jsonl` at each evaluation.
+    log_to: trackers to which metrics are sent besides `metrics.jsonl`, as in `TrainConfig.log_to`.
   """
 
   steps: int = 50
@@ -333,11 +335,13 @@ class LoopConfig:
   keep_checkpoints: int = 2
   max_skipped_steps: int = 5
   samples_logged: int = 4
+  log_to: tuple[str, ...] = ("tensorboard",)
 
   def __post_init__(self):
     require_positive(self, "steps", "eval_problems", "eval_samples", "keep_checkpoints")
     require_range(self, 0, float("inf"), "eval_every", "checkpoint_every", "max_skipped_steps",
                   "samples_logged")
+    check_names(self.log_to, "LoopConfig.log_to")
     require(0 <= self.seed < 2**31, f"LoopConfig.seed={self.seed} must lie in 0..2^31 - 1")
 
 

@@ -39,13 +39,15 @@ from rl.step import (
 )
 from train import progress
 from train.checkpoint import Checkpoints
+from train.config_io import to_dict
 from train.cost import CostMeter, total
 from train.loop import check_skipped
 from train.mesh import commit_to_device, make_sharded_model
 from train.optimizer import learning_rate
-from train.run_folder import Events, MetricsFile, RunFolder
+from train.run_folder import MetricsFile, RunFolder
 from train.signals import Signals
 from train.tokenizer import Tokenizer
+from train.trackers import Trackers, check_installed
 
 _NO_REWARD_STEPS = 5  # steps in succession without any reward, after which a warning is logged
 _MINIBATCHES = 2**31  # added to the seed, so that minibatches and sampling use different keys
@@ -92,8 +94,8 @@ def train(
     TrainingError: after more than `loop.max_skipped_steps` steps with a non-finite loss or
       gradient.
     ValueError: for prompts that are too long (see `SamplingConfig.long_prompts`), sequences longer
-      than the model's context, a reward that fails, or `objective.routing` other than "free" for a
-      model without experts.
+      than the model's context, a reward that fails, a tracker whose package is not installed, or
+      `objective.routing` other than "free" for a model without experts.
     CheckpointError: if a checkpoint cannot be written.
   """
   return _Run(cfg, model_cfg, tokenizer, folder, show).run(variables, max_seconds)
@@ -129,6 +131,7 @@ class _Run:
     require(cfg.objective.routing == "free" or model_cfg.moe is not None,
             f"objective.routing={cfg.objective.routing!r} needs a model with experts; for a dense "
             "model, leave it at 'free'")
+    check_installed(cfg.loop.log_to)
     self.cfg, self.model_cfg, self.path, self.show = cfg, model_cfg, folder.path, show
     self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
@@ -157,12 +160,13 @@ class _Run:
     self.initial, _ = split_mtp(variables)
     state, start, self.position = self._start(variables)
     self.cost = CostMeter(self.path, self.flops_per_token)
-    self.events = Events(self.path / "events", self.files["metrics"].read())
+    self.trackers = Trackers(loop.log_to, self.path, self.files["metrics"].read(),
+                             to_dict(self.cfg))
     bar = progress.bar(loop.steps, start, self.show)
     status, step = "finished", start
     deadline = time.monotonic() + max_seconds if max_seconds else None
     with Signals() as signals, contextlib.ExitStack() as closing:
-      for part in (bar, self.events, *self.files.values(), self.cost, self.checkpoints):
+      for part in (bar, self.trackers, *self.files.values(), self.cost, self.checkpoints):
         closing.callback(part.close)
       self.sampler.check_prompts("train")
       if start == 0:
@@ -317,7 +321,7 @@ class _Run:
 
   def _record(self, row: dict, bar: tqdm) -> None:
     self.files["metrics"].append(row)
-    self.events.append(row)
+    self.trackers.append(row)
     bar.set_postfix({"reward": f"{row['reward']:.3f}" if row["reward"] is not None else "none",
                      "length": f"{row['completions/mean_length']:.0f}",
                      "tok/s": f"{row['tokens_per_second']:,.0f}"}, refresh=False)

@@ -338,8 +338,8 @@ def test_any_text_is_an_answer_for_rewards_that_do_not_check_it(jsonl):
   assert [problem.answer for problem in problems] == [
       "Roses are red", "", '["a", 1]', "2.0", ""]
   assert problems[1].row() == {"answer": "", "task": task.spec, "style": "haiku"}
-  assert task.check_all(["Roses are red", "", "x", "2"],
-                        [problem.row() for problem in problems[:4]]) == [None, None, None, True]
+  assert task.check_all(["Roses are red", "", "2"], [
+      problems[i].row() for i in (0, 1, 3)]) == [None, None, True]
 
 
 def test_rows_with_tests_and_without_an_answer_are_programming_problems(jsonl):
