@@ -7,12 +7,15 @@ import json
 import os
 import random
 import re
+import sys
+import time
 
 import pytest
 
 from rl import rewards
 from rl.extraction import is_well_formed, strict_answer
 from rl.tasks import GENERATED, Noise, get_task
+from rl.tasks import gym as gym_task
 from rl.tasks.columns import Columns
 from rl.tasks.generated import half_of
 from train.templates import get_template
@@ -458,6 +461,45 @@ def test_only_a_full_score_of_reasoning_gym_counts_as_correct():
   assert not any(task.check(wrong, problem.row()) for wrong in (f"it is {problem.answer}", "", "x"))
   questions = [{task.problem(split, i).question for i in range(30)} for split in task.splits]
   assert questions[0].isdisjoint(questions[1])
+
+
+def test_a_scorer_of_reasoning_gym_that_does_not_end_or_fails_is_false(tmp_path, monkeypatch):
+  (tmp_path / "reasoning_gym").mkdir()
+  (tmp_path / "reasoning_gym" / "__init__.py").write_text("")
+  (tmp_path / "reasoning_gym" / "factory.py").write_text("""if True:
+    import os
+    DATASETS = {"loops": None}
+    class Data:
+      def __getitem__(self, index):
+        return {"question": f"What is {index}?", "answer": index, "metadata": {"pair": (1, 2)}}
+      def score_answer(self, answer, entry):
+        assert entry["metadata"]["pair"] == (1, 2)
+        print("a scorer may print")
+        while answer == "loop": pass
+        if answer == "exit": os._exit(1)
+        return float(int(answer) == int(entry["answer"])) or 0.5
+    def create_dataset(name, *, seed, size):
+      return Data()
+  """)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the process in which scorers run
+  for name in [name for name in sys.modules if name.startswith("reasoning_gym")]:
+    monkeypatch.delitem(sys.modules, name)
+  gym_task._forget()
+  task = gym_task.Gym("loops")
+  problem = task.problem("train", 0)
+  check = lambda answer: task.check(answer, problem.row())
+  try:
+    began = time.monotonic()
+    assert [check(answer) for answer in ("loop", problem.answer, "exit", "word", "-1")] == [
+        False, True, False, False, False]
+    assert time.monotonic() - began < 60
+    assert check(problem.answer) and task.same("07", "7", problem.row())
+  finally:
+    gym_task._scorer.kill()
+    gym_task._forget()
+    for name in [name for name in sys.modules if name.startswith("reasoning_gym")]:
+      del sys.modules[name]
 
 
 def test_an_unknown_data_set_of_reasoning_gym_suggests_the_nearest_name():
