@@ -14,7 +14,7 @@ from model.config import (
 )
 from model.decoding.cache import Cache, init_cache
 from model.decoding.generate import Generated, generate, stream
-from model.logprobs import logprob_sum, token_logprobs
+from model.logprobs import logprob_sum, logprobs_and_entropy, token_logprobs
 from model.numerics import NUMERICS, Numerics
 from model.quantized_weights import quantize_weights
 from model.registry import CONFIGS, get_config

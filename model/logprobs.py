@@ -42,6 +42,32 @@ def token_logprobs(
   return _joined(logp_CBt, num_tokens)
 
 
+def logprobs_and_entropy(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *,
+    numerics: Numerics, chunk_size: int = 512,
+    temperature: float | jax.Array = 1.0) -> tuple[jax.Array, jax.Array]:
+  """Returns log P(target), and the entropy of each next-token distribution; both float32 [B, T].
+
+  The entropy is the exact sum over the vocabulary of -p log p, in nats. Logits exist for a chunk of
+  tokens at a time, as in `token_logprobs`, whose arguments these are.
+  """
+  num_tokens = hidden_BTD.shape[1]
+  # Not saved for the backward pass: logits, and probabilities of the same size.
+  of_chunk = jax.checkpoint(
+      functools.partial(_with_entropy, temperature=temperature, numerics=numerics),
+      prevent_cse=num_tokens <= chunk_size)
+  if num_tokens <= chunk_size:
+    return of_chunk(hidden_BTD, head_DV, targets_BT)
+
+  def one(_, chunk):
+    hidden, targets = chunk
+    return None, of_chunk(hidden, head_DV, targets)
+
+  chunks = (_chunked(hidden_BTD, chunk_size), _chunked(targets_BT, chunk_size))
+  _, each = jax.lax.scan(one, None, chunks)
+  return tuple(_joined(x_CBt, num_tokens) for x_CBt in each)
+
+
 def logprob_sum(
     hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *,
     numerics: Numerics, chunk_size: int = 512) -> jax.Array:
@@ -96,6 +122,13 @@ def _dlogits(dlogp_BT, logits_BTV, targets_BT, total_BT):
 def _logprobs(hidden_BTD, head_DV, targets_BT, temperature, numerics):
   target_BT, total_BT = _parts(_logits(hidden_BTD, head_DV, temperature, numerics), targets_BT)
   return target_BT - total_BT
+
+
+def _with_entropy(hidden_BTD, head_DV, targets_BT, *, temperature, numerics):
+  logits_BTV = _logits(hidden_BTD, head_DV, temperature, numerics)
+  target_BT, total_BT = _parts(logits_BTV, targets_BT)
+  surprise_BTV = total_BT[..., None] - logits_BTV
+  return target_BT - total_BT, (jnp.exp(-surprise_BTV) * surprise_BTV).sum(-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,7 +18,7 @@ from model.config import MLAConfig, ModelConfig
 from model.decoding.cache import Cache
 from model.experts import fastest_experts
 from model.layers import Embedding, RMSNorm, SwiGLU, weight
-from model.logprobs import logprob_sum, token_logprobs
+from model.logprobs import logprob_sum, logprobs_and_entropy, token_logprobs
 from model.mla import MultiHeadLatentAttention
 from model.moe import Dispatch, MoE, local_dispatch
 from model.rope import rotation
@@ -316,6 +316,14 @@ class Transformer(nn.Module):
     return token_logprobs(
         hidden_BTD, self.embedding.head_DV(), targets_BT, numerics=self.cfg.numerics,
         chunk_size=chunk_size, temperature=temperature)
+
+  def logprobs_and_entropy(
+      self, hidden_BTD: jax.Array, targets_BT: jax.Array, *,
+      temperature: float | jax.Array = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Computes `model.logprobs.logprobs_and_entropy` with this model's head and numerics."""
+    return logprobs_and_entropy(
+        hidden_BTD, self.embedding.head_DV(), targets_BT, numerics=self.cfg.numerics,
+        temperature=temperature)
 
   def logprob_sum(
       self, hidden_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:

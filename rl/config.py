@@ -5,14 +5,14 @@ small runs, and our own where they do not: learning rate, size of the rollout an
 """
 
 import dataclasses
-import difflib
 from typing import Literal
 
-from model.checks import require, require_positive, require_range
+from model.checks import did_you_mean, require, require_positive, require_range
 from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
 from train.config import MeshConfig, OptimizerConfig
 from train.templates import check_template
+from train.trackers import check_names
 
 _ONE_DEVICE = MeshConfig()
 # The learning rate is constant, as in R1. The moments are float32: bfloat16 ones would lose small
@@ -103,7 +103,7 @@ class RewardConfig:
 
   Attributes:
     accuracy: weight of the accuracy reward, 1 for a correct answer in the answer block and else 0
-      (R1: 1).
+      (R1: 1). With 0, a file's rows may have any text as their answer, or none.
     format: weight of the format reward, 1 for one think block followed by one answer block and
       else 0 (R1: 1).
     language: weight of the language-consistency reward, the fraction of the reasoning's words that
@@ -193,9 +193,16 @@ class ObjectiveConfig:
       rewards are all equal (DAPO's dynamic sampling); 1 for no replacement.
     bias_rate: update rate of the routers' load-balancing bias (V3's gamma); 0 freezes the bias.
     sequence_balance: weight of V3's sequence-wise balancing loss.
+    entropy_weight: weight of an entropy bonus, the mean over all learned tokens of the policy's
+      entropy in nats, at the sampling temperature and summed exactly over the vocabulary; the
+      metric `loss_entropy` is minus that mean. 0 for no bonus.
     gae_lambda: GAE's lambda, used by "ppo" (R1's appendix A.3: 1 is close to GRPO, 0.95 worse).
     value_learning_rate: peak learning rate of the value model, used by "ppo"; None for the
       policy's learning rate.
+    mtp_learning_rate: peak learning rate of the MTP modules, which then learn to predict the
+      completions that are learned from, by an optimizer of their own and without any effect on the
+      policy; the metric `mtp_loss` is their cross-entropy in nats. None leaves the modules as they
+      are. There is no weight of that loss, as AdamW's steps do not depend on it.
     routing: the experts to which an update's forward pass sends each token. "free": those that its
       own routers choose. "observed": the same, and the metric `routing_agreement` reports the
       fraction of the sampler's choices that they make too. "replayed": those that were chosen
@@ -224,21 +231,25 @@ class ObjectiveConfig:
   resample: int = 1
   bias_rate: float = 0.0
   sequence_balance: float = 0.0
+  entropy_weight: float = 0.0
   gae_lambda: float = 1.0
   value_learning_rate: float | None = None
+  mtp_learning_rate: float | None = None
   routing: Literal["free", "observed", "replayed"] = "free"
 
   def __post_init__(self):
     names = (*SPECS, "rft")
     if self.name not in names:
-      near = difflib.get_close_matches(self.name, names, 1, cutoff=0)[0]
-      raise ValueError(f"ObjectiveConfig.name={self.name!r} does not exist; did you mean {near!r}? "
-                       f"The objectives are: {', '.join(names)}")
+      raise ValueError(f"ObjectiveConfig.name={self.name!r} does not exist"
+                       f"{did_you_mean(self.name, names)} The objectives are: {', '.join(names)}")
     require_positive(self, "minibatches", "inner_epochs", "resample")
-    require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance")
+    require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance",
+                  "entropy_weight")
     require_range(self, 0, 1, "gae_lambda")
-    require(self.value_learning_rate is None or self.value_learning_rate > 0,
-            f"ObjectiveConfig.value_learning_rate={self.value_learning_rate} must be positive")
+    for name in ("value_learning_rate", "mtp_learning_rate"):
+      value = getattr(self, name)
+      require(value is None or value > 0,
+              f"ObjectiveConfig.{name}={value} must be positive, or none")
     require(self.sampler == "policy" or self.name == "rft",
             f"ObjectiveConfig.sampler='initial' is for name='rft' only: {self.name} must learn "
             "from completions that the policy itself has sampled")
@@ -300,8 +311,9 @@ class LoopConfig:
 
   Attributes:
     steps: number of RL steps; each samples a rollout and updates the policy on it.
-    seed: seed of sampling and of the order of minibatches; the problems have a seed of their own,
-      in the task's spec.
+    seed: seed of sampling, of the order of minibatches and, from the second pass over the questions
+      of a file on, of their order; the problems and the order of the first pass have a seed of
+      their own, in the task's spec.
     eval_every: RL steps between evaluations; 0 to evaluate only before the first and after the last
       step.
     eval_problems: number of held-out problems in an evaluation.
@@ -311,6 +323,7 @@ class LoopConfig:
     max_skipped_steps: number of optimizer steps, over the whole run, whose loss or gradient may be
       non-finite; such steps are skipped, and with one more the run stops with an error.
     samples_logged: number of completions written to `completions.jsonl` at each evaluation.
+    log_to: trackers to which metrics are sent besides `metrics.jsonl`, as in `TrainConfig.log_to`.
   """
 
   steps: int = 50
@@ -322,11 +335,13 @@ class LoopConfig:
   keep_checkpoints: int = 2
   max_skipped_steps: int = 5
   samples_logged: int = 4
+  log_to: tuple[str, ...] = ("tensorboard",)
 
   def __post_init__(self):
     require_positive(self, "steps", "eval_problems", "eval_samples", "keep_checkpoints")
     require_range(self, 0, float("inf"), "eval_every", "checkpoint_every", "max_skipped_steps",
                   "samples_logged")
+    check_names(self.log_to, "LoopConfig.log_to")
     require(0 <= self.seed < 2**31, f"LoopConfig.seed={self.seed} must lie in 0..2^31 - 1")
 
 

@@ -5,7 +5,7 @@ import pathlib
 
 import model
 from rl.config import RLConfig
-from rl.mtp import with_saved_mtp
+from rl.mtp import join_mtp, with_saved_mtp
 from rl.step import abstract_rl_state
 from train import loading
 from train.checkpoint import read_newest
@@ -57,7 +57,9 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
       folder / "checkpoints", abstract_rl_state(model.abstract_variables(model_cfg), cfg))
   if restored is None:
     raise ValueError(f"{folder} has no checkpoint yet")
-  variables = with_saved_mtp(folder, model_cfg, restored.arrays.train.variables)
+  state = restored.arrays
+  variables = (with_saved_mtp(folder, model_cfg, state.train.variables) if state.mtp is None
+               else join_mtp(state.train.variables, state.mtp.variables))
   return LoadedModel(
       model_cfg, variables, str(folder / TOKENIZER), cfg.template, hf_files(folder))
 

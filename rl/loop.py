@@ -7,8 +7,11 @@ state.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,13 +40,15 @@ from rl.step import (
 from train import progress
 from train.chat import PromptFormat
 from train.checkpoint import Checkpoints
+from train.config_io import to_dict
 from train.cost import CostMeter, total
 from train.loop import check_skipped
-from train.mesh import commit_to_device
+from train.mesh import commit_to_device, make_sharded_model
 from train.optimizer import learning_rate
-from train.run_folder import Events, MetricsFile, RunFolder
+from train.run_folder import MetricsFile, RunFolder
 from train.signals import Signals
 from train.tokenizer import Tokenizer
+from train.trackers import Trackers, check_installed
 
 _NO_REWARD_STEPS = 5  # steps in succession without any reward, after which a warning is logged
 _MINIBATCHES = 2**31  # added to the seed, so that minibatches and sampling use different keys
@@ -93,11 +98,35 @@ def train(
     TrainingError: after more than `loop.max_skipped_steps` steps with a non-finite loss or
       gradient.
     ValueError: for prompts that are too long (see `SamplingConfig.long_prompts`), sequences longer
-      than the model's context, a reward that fails, or `objective.routing` other than "free" for a
-      model without experts.
+      than the model's context, a reward that fails, a tracker whose package is not installed, or
+      `objective.routing` other than "free" for a model without experts.
     CheckpointError: if a checkpoint cannot be written.
   """
   return _Run(cfg, model_cfg, tokenizer, folder, form, show).run(variables, max_seconds)
+
+
+def epoch_index(place: int, size: int | None, seed: int) -> int:
+  """Returns the index of a run's problem: its place, with later epochs in an order of their own.
+
+  The first epoch has the task's own order. The index of a problem differs from epoch to epoch by a
+  multiple of the split's size, and so do the random keys of its samples.
+
+  Args:
+    place: number of problems that the run has drawn before this one.
+    size: number of problems in the split; None or 0 returns the place.
+    seed: the run's seed, which, with the epoch, decides the order.
+  """
+  if not size or place < size:
+    return place
+  epoch, at = divmod(place, size)
+  return epoch * size + _order(seed, epoch, size)[at]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> Sequence[int]:
+  order = list(range(size))
+  random.Random(f"{seed} {epoch}").shuffle(order)
+  return order
 
 
 class _Run:
@@ -106,7 +135,8 @@ class _Run:
     require(cfg.objective.routing == "free" or model_cfg.moe is not None,
             f"objective.routing={cfg.objective.routing!r} needs a model with experts; for a dense "
             "model, leave it at 'free'")
-    self.cfg, self.path, self.show = cfg, folder.path, show
+    check_installed(cfg.loop.log_to)
+    self.cfg, self.model_cfg, self.path, self.show = cfg, model_cfg, folder.path, show
     self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer, form)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
     self.spec = cfg.objective.spec(cfg.sampling.max_completion_length)
@@ -114,8 +144,10 @@ class _Run:
     updates = cfg.objective.updates
     self.rates = jax.vmap(learning_rate(cfg.optimizer, cfg.loop.steps * updates))(
         np.arange(cfg.loop.steps * updates)).reshape(-1, updates)
-    peak = cfg.objective.value_learning_rate
-    self.value_rate = peak / cfg.optimizer.learning_rate if peak else 1.0
+    # Peak learning rates of the value model and the MTP modules, relative to the policy's.
+    self.value_rate, self.mtp_rate = (
+        peak / cfg.optimizer.learning_rate if peak else 1.0
+        for peak in (cfg.objective.value_learning_rate, cfg.objective.mtp_learning_rate))
     self.flops_per_token = model_cfg.flops_per_token(
         cfg.sampling.max_prompt_length + cfg.sampling.max_completion_length)
     self.checkpoints = Checkpoints(self.path / "checkpoints", keep=cfg.loop.keep_checkpoints)
@@ -126,19 +158,19 @@ class _Run:
 
   def run(self, variables, max_seconds) -> RLResult:
     loop = self.cfg.loop
-    if not self.checkpoints.steps():
+    if self.cfg.objective.mtp_learning_rate is None and not self.checkpoints.steps():
       save_mtp(self.path, variables)
-    variables, _ = split_mtp(variables)
     # An offline sampler keeps sampling from the model that the run started from.
-    self.initial = variables
+    self.initial, _ = split_mtp(variables)
     state, start, self.position = self._start(variables)
     self.cost = CostMeter(self.path, self.flops_per_token)
-    self.events = Events(self.path / "events", self.files["metrics"].read())
+    self.trackers = Trackers(loop.log_to, self.path, self.files["metrics"].read(),
+                             to_dict(self.cfg))
     bar = progress.bar(loop.steps, start, self.show)
     status, step = "finished", start
     deadline = time.monotonic() + max_seconds if max_seconds else None
     with Signals() as signals, contextlib.ExitStack() as closing:
-      for part in (bar, self.events, *self.files.values(), self.cost, self.checkpoints):
+      for part in (bar, self.trackers, *self.files.values(), self.cost, self.checkpoints):
         closing.callback(part.close)
       self.sampler.check_prompts("train")
       if start == 0:
@@ -163,7 +195,7 @@ class _Run:
                     self.files["evaluations"].read(), total(self.path), self.messages)
 
   def _start(self, variables) -> tuple[RLState, int, int]:
-    mesh = self.sampler.mesh
+    mesh = make_sharded_model(self.model_cfg, self.cfg.mesh)
     restored = self.checkpoints.restore(abstract_rl_state(variables, self.cfg, mesh))
     step, position = (restored.step, restored.extra["position"]) if restored else (0, 0)
     if restored:
@@ -182,11 +214,13 @@ class _Run:
     seen = self._experience(drawn, scored)
     rolled = time.monotonic()
     key = jax.random.fold_in(jax.random.key(cfg.loop.seed + _MINIBATCHES), step)
+    rates = {"learning_rate": self.rates[step - 1],
+             "value_learning_rate": self.rates[step - 1] * self.value_rate}
+    if state.mtp is not None:
+      rates["mtp_learning_rate"] = self.rates[step - 1] * self.mtp_rate
     state, metrics = self.update(
-        state, seen, {
-            "learning_rate": self.rates[step - 1],
-            "value_learning_rate": self.rates[step - 1] * self.value_rate, "spec": self.spec,
-            "temperature": cfg.sampling.temperature, "gae_lambda": objective.gae_lambda}, key)
+        state, seen, {**rates, "spec": self.spec, "temperature": cfg.sampling.temperature,
+                      "gae_lambda": objective.gae_lambda}, key)
     metrics = {name: np.asarray(value, np.float64).tolist()
                for name, value in jax.device_get(metrics).items()}
     if state.reference is not None and objective.refresh_every and (
@@ -210,7 +244,9 @@ class _Run:
     seconds = {"seconds/rollout": 0.0, "seconds/reward": 0.0}
     for _ in range(self.cfg.objective.resample):
       began = time.monotonic()
-      indices = range(self.position, self.position + sampling.num_prompts)
+      size = self.sampler.size("train")
+      indices = [epoch_index(place, size, self.cfg.loop.seed) for place in range(
+          self.position, self.position + sampling.num_prompts)]
       self.position += sampling.num_prompts
       samples = self.sampler.sample(
           variables, "train", indices, sampling.num_generations, step=step)
@@ -289,7 +325,7 @@ class _Run:
 
   def _record(self, row: dict, bar: tqdm) -> None:
     self.files["metrics"].append(row)
-    self.events.append(row)
+    self.trackers.append(row)
     bar.set_postfix({"reward": f"{row['reward']:.3f}" if row["reward"] is not None else "none",
                      "length": f"{row['completions/mean_length']:.0f}",
                      "tok/s": f"{row['tokens_per_second']:,.0f}"}, refresh=False)

@@ -125,7 +125,9 @@ class Sampler:
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer,
                form: PromptFormat | None = None, *, show: bool = False):
     self.net, self.cfg, self.tokenizer, self.show = net, cfg, tokenizer, show
-    self.task, self.stop_tokens = get_task(cfg.task), stop_tokens(tokenizer, form)
+    # Without the accuracy reward, training checks no answers.
+    self.task = get_task(cfg.task, any_answer=not cfg.rewards.accuracy)
+    self.stop_tokens = stop_tokens(tokenizer, form)
     if cfg.template == CHAT:
       require_chat(form)
       self.template = ChatTemplate(form, tokenizer, cfg.system)

@@ -21,7 +21,7 @@ import model
 from model import Transformer, balance
 from model.checks import require
 from rl.config import ObjectiveConfig, RLConfig
-from rl.mtp import policy_config, split_mtp
+from rl.mtp import MTPObjective, policy_config, require_mtp, split_mtp
 from rl.objective import ObjectiveSpec, denominator, policy_loss
 from rl.value import ValueObjective, init_value, ppo_advantages, predict, value_decays
 from train.losses import AuxOutputs, Sums
@@ -39,11 +39,14 @@ class RLState:
     train: parameters, router biases and optimizer state of the policy.
     reference: variables of the reference policy of the KL; None if the objective has no KL.
     value: parameters and optimizer state of PPO's value model; None for other objectives.
+    mtp: parameters, router biases and optimizer state of the MTP modules; None if they are not
+      trained.
   """
 
   train: TrainState
   reference: dict | None
   value: TrainState | None = None
+  mtp: TrainState | None = None
 
 
 @flax.struct.dataclass
@@ -139,12 +142,16 @@ def sequence_logprobs(
     temperature: the temperature at which the tokens were sampled.
     experts: [S, T, L, K], experts to use instead of the routers' choices; None for these.
   """
-  chosen = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
-  output = net.apply(variables, tokens[:, :-1], segment_ids_BT=token_mask.astype(jnp.int32),
-                     logits=False, mtp=False, experts_LBTK=chosen)
+  output = _forward(net, variables, tokens, token_mask, experts)
   logp = net.apply(variables, output.hidden_BTD, tokens[:, 1:], temperature=temperature,
                    method="token_logprobs")
   return logp, output.router
+
+
+def _forward(net, variables, tokens, token_mask, experts) -> model.Output:
+  chosen = None if experts is None else jnp.moveaxis(experts, 2, 0).astype(jnp.int32)
+  return net.apply(variables, tokens[:, :-1], segment_ids_BT=token_mask.astype(jnp.int32),
+                   logits=False, mtp=False, experts_LBTK=chosen)
 
 
 class PolicyObjective:
@@ -154,29 +161,44 @@ class PolicyObjective:
     net: the network.
     temperature: the temperature at which the tokens were sampled.
     replay: whether to use the experts that the sampler chose instead of the routers' choices.
+    entropy: whether there is a term "entropy", minus the entropy of the policy at each learned
+      token, in nats. It is exact: the sum over the vocabulary.
   """
 
-  def __init__(self, net: Transformer, temperature: float | jax.Array, replay: bool = False):
-    self.net, self.temperature, self.replay = net, temperature, replay
+  def __init__(self, net: Transformer, temperature: float | jax.Array, replay: bool = False,
+               entropy: bool = False):
+    self.net, self.temperature, self.replay, self.entropy = net, temperature, replay, entropy
 
   def denominators(self, batch: _Batch) -> Sums:
     """Returns the terms' denominators over a minibatch, whose leading axis is micro-batches."""
     whole = batch.experience
-    return {"policy": jnp.maximum(denominator(whole.mask, batch.spec), 1),
-            "sequence_balance": jnp.maximum(whole.token_mask.any(-1).sum(), 1).astype(jnp.float32)}
+    counts = {
+        "policy": jnp.maximum(denominator(whole.mask, batch.spec), 1),
+        "sequence_balance": jnp.maximum(whole.token_mask.any(-1).sum(), 1).astype(jnp.float32)}
+    if self.entropy:
+      counts["entropy"] = jnp.maximum(whole.mask.sum(), 1).astype(jnp.float32)
+    return counts
 
   def sums(self, variables: dict, batch: _Batch) -> tuple[Sums, AuxOutputs]:
     """Returns the summed loss terms and the metrics of one micro-batch."""
     seen = batch.experience
-    logp, router = sequence_logprobs(
-        self.net, variables, seen.tokens, seen.token_mask, self.temperature,
-        seen.experts if self.replay else None)
+    total = lambda x: jnp.where(seen.mask, x, 0).sum()
+    operands = (self.net, variables, seen.tokens, seen.token_mask)
+    experts, sums = seen.experts if self.replay else None, {}
+    if self.entropy:
+      output = _forward(*operands, experts)
+      router = output.router
+      logp, entropy = self.net.apply(
+          variables, output.hidden_BTD, seen.tokens[:, 1:], temperature=self.temperature,
+          method="logprobs_and_entropy")
+      sums["entropy"] = -total(entropy)
+    else:
+      logp, router = sequence_logprobs(*operands, self.temperature, experts)
     fixed = jax.lax.stop_gradient(logp)
     old = fixed if batch.logp_old is None else batch.logp_old
     loss, _, means = policy_loss(
         logp, old, batch.logp_reference, seen.advantage, seen.mask, batch.spec,
         logp_sampler=seen.logp_sampler)
-    total = lambda x: jnp.where(seen.mask, x, 0).sum()
     tokens = seen.mask.sum().astype(jnp.float32)
     # The mean of -log pi over sampled tokens is an estimate of the entropy, unbiased if the policy
     # itself sampled them.
@@ -184,7 +206,8 @@ class PolicyObjective:
               "sampling_gap": (total(jnp.abs(old - seen.logp_sampler)), tokens)}
     if seen.experts is not None and not self.replay:
       means["routing_agreement"] = _agreement(router["moe_layers"].experts_BTK, seen)
-    sums, real_S = {"policy": loss}, seen.token_mask.any(-1)
+    real_S = seen.token_mask.any(-1)
+    sums["policy"] = loss
     chosen = self.net.cfg.moe.experts_per_token if router else 0
     sums["sequence_balance"] = sum(
         ((balance.sequence_balance_loss(stats, chosen) * real_S).sum()
@@ -209,31 +232,44 @@ def init_rl_state(
   """Returns the state before the first step, whose reference is the model that it starts from.
 
   Args:
-    variables: variables of that model. Those of its MTP modules are not part of the state.
+    variables: variables of that model. Those of its MTP modules are part of the state only if
+      `cfg.objective.mtp_learning_rate` is set.
     cfg: the run's configuration.
-    mesh: the mesh over which the state is sharded; None to leave it on the variables' device.
+    mesh: the mesh over which the state is sharded, with the model's whole architecture; None to
+      leave it on the variables' device.
+
+  Raises:
+    ValueError: if MTP modules are to be trained and there are none.
   """
-  variables, _ = split_mtp(variables)
   variables = {"params": variables["params"], "router": variables.get("router", {})}
+  train_mtp = cfg.objective.mtp_learning_rate is not None
+  if train_mtp:
+    require_mtp(variables)
+  variables, modules = split_mtp(variables)
   if mesh:
     variables = jax.device_put(variables, {"router": {}} | split_mtp(mesh.variables())[0])
   needs_reference = cfg.objective.spec(1).kl_in != "none"
   reference = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
   value = init_value(variables, cfg.optimizer) if cfg.objective.name == "ppo" else None
   state = RLState(
-      init_state(variables, cfg.optimizer), reference if needs_reference else None, value)
+      init_state(variables, cfg.optimizer), reference if needs_reference else None, value,
+      init_state(modules, cfg.optimizer) if train_mtp else None)
   return jax.device_put(state, state_shardings(state, mesh)) if mesh else state
 
 
 def state_shardings(state: RLState, mesh: ShardedModel) -> RLState:
   """Returns a NamedSharding for every array of a state; the state may consist of shapes only."""
+  mtp = state.mtp
+  if mtp is not None:
+    modules = split_mtp({"router": {}} | mesh.variables())[1]
+    mtp = mesh.train_state(mtp, modules["params"]).replace(router=modules["router"])
   mesh = dataclasses.replace(mesh, cfg=policy_config(mesh.cfg))
   variables, value = {"router": {}} | mesh.variables(), state.value
   if value is not None:
     head = jax.tree.map(lambda _: mesh.replicated(), value.params["head"])
     value = mesh.train_state(value, {"net": variables["params"], "head": head})
   return RLState(mesh.train_state(state.train),
-                 None if state.reference is None else variables, value)
+                 None if state.reference is None else variables, value, mtp)
 
 
 def abstract_rl_state(
@@ -258,10 +294,11 @@ def make_update(
   """Returns the jitted function `update(state, experience, hyper, key) -> state, metrics`.
 
   It takes `cfg.objective.updates` optimizer steps on minibatches, which it draws with the key, of
-  an experience of `cfg.sampling.num_sequences` rows. `hyper` holds "learning_rate" and
-  "value_learning_rate", an array each with a value per optimizer step; "spec", the objective;
-  "temperature"; and "gae_lambda". The metrics are means over the optimizer steps, but "skipped",
-  the number of steps skipped so far. The state is donated.
+  an experience of `cfg.sampling.num_sequences` rows. `hyper` holds "learning_rate",
+  "value_learning_rate" and, if MTP modules are trained, "mtp_learning_rate", an array each with a
+  value per optimizer step; "spec", the objective; "temperature"; and "gae_lambda". The metrics are
+  means over the optimizer steps, but "skipped", the number of steps skipped so far. The state is
+  donated.
 
   If `cfg.mesh` has several devices, the state has to be on the mesh of
   `train.mesh.make_sharded_model`, sharded as by `state_shardings`, and remains so. Every
@@ -275,7 +312,9 @@ def make_update(
     ValueError: if the mesh does not fit the number of devices, or a micro-batch does not divide
       over them.
   """
-  model_cfg = policy_config(model_cfg)
+  train_mtp = cfg.objective.mtp_learning_rate is not None
+  if not train_mtp:
+    model_cfg = policy_config(model_cfg)
   mesh = make_sharded_model(model_cfg, cfg.mesh)
   micro = cfg.objective.micro_batch_size or (
       cfg.sampling.num_sequences // cfg.objective.minibatches)
@@ -284,7 +323,8 @@ def make_update(
           "objective.micro_batch_size or sampling.num_prompts")
   objective = ObjectiveConfig(**{name: getattr(cfg.objective, name) for name in (
       "minibatches", "inner_epochs", "micro_batch_size", "bias_rate", "sequence_balance",
-      "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo")
+      "entropy_weight", "routing")}, name="ppo" if cfg.objective.name == "ppo" else "grpo",
+      mtp_learning_rate=1.0 if train_mtp else None)  # its value is data
   return _compiled(model_cfg, mesh, objective, without_data_fields(cfg.optimizer, "optimizer"))
 
 
@@ -296,15 +336,36 @@ def _compiled(model_cfg, mesh, objective, optimizer):
              donate_argnums=0)
 
 
+def _train_mtp(net, decays, optimizer, num_micro, temperature, replay):
+  """Returns `train(modules, policy, batch, hyper)`, an optimizer step of the MTP modules."""
+  decays = split_mtp({"params": decays})[1]["params"]
+
+  def train(modules, policy, batch, hyper):
+    fixed = policy.variables
+    prepare = lambda params: model.quantize_weights(net.cfg, fixed["params"] | params)
+    step = make_train_step(MTPObjective(net, fixed, temperature, replay), optimizer,
+                           decays, num_micro, prepare=prepare)
+    modules, metrics = step(modules, batch, hyper)
+    return modules, {"mtp_loss": metrics["loss_mtp"], "mtp/grad_norm": metrics["grad_norm"]}
+
+  return train
+
+
 def _update(net, decays, optimizer, objective, state, seen, hyper, key):
   sequences = len(seen.tokens)
   micro = objective.micro_batch_size or sequences // objective.minibatches
   num_micro = sequences // objective.minibatches // micro
   temperature = hyper["temperature"]
   replay = objective.routing == "replayed"
+  train_mtp = _train_mtp(net, decays, optimizer, num_micro, temperature, replay)
+  net, decays = net.clone(cfg=policy_config(net.cfg)), split_mtp({"params": decays})[0]["params"]
   quantize = functools.partial(model.quantize_weights, net.cfg)
-  step = make_train_step(PolicyObjective(net, temperature, replay), optimizer, decays, num_micro,
-                         prepare=quantize)
+  policy_weights = {"policy": 1.0, "sequence_balance": objective.sequence_balance}
+  if objective.entropy_weight:
+    policy_weights["entropy"] = objective.entropy_weight
+  step = make_train_step(
+      PolicyObjective(net, temperature, replay, "entropy" in policy_weights), optimizer, decays,
+      num_micro, prepare=quantize)
   spec = hyper["spec"]
 
   def logprobs(variables, experts=None):
@@ -330,30 +391,34 @@ def _update(net, decays, optimizer, objective, state, seen, hyper, key):
   value_step = make_train_step(ValueObjective(net), optimizer, value_decays(decays), num_micro)
 
   def one(carry, at):
-    policy, critic = carry
-    rows, learning_rate, value_learning_rate = at
+    policy, critic, modules = carry
+    rows, learning_rate, value_learning_rate, mtp_learning_rate = at
     part = jax.tree.map(lambda x: _split(x[rows], num_micro, micro), batch)
     part = part.replace(spec=jax.tree.map(lambda x: jnp.full(num_micro, x, jnp.float32), spec))
     with_weights = lambda rate, weights: {
         "learning_rate": rate, "bias_rate": jnp.float32(objective.bias_rate), "weights": weights,
         "num_micro_batches": num_micro}
-    policy, metrics = step(policy, part, with_weights(
-        learning_rate, {"policy": 1.0, "sequence_balance": objective.sequence_balance}))
+    before = policy
+    policy, metrics = step(policy, part, with_weights(learning_rate, policy_weights))
+    if modules is not None:
+      modules, mtp_metrics = train_mtp(
+          modules, before, part.experience, with_weights(mtp_learning_rate, {"mtp": 1.0}))
+      metrics |= mtp_metrics
     if ppo:
       critic, critic_metrics = value_step(
           critic, (part.experience, _split(returns[rows], num_micro, micro)),
           with_weights(value_learning_rate, {"value": 1.0}))
       metrics |= {"value/loss": critic_metrics["loss_value"],
                   "value/grad_norm": critic_metrics["grad_norm"]}
-    return (policy, critic), metrics
+    return (policy, critic, modules), metrics
 
-  (policy, critic), metrics = jax.lax.scan(
-      one, (state.train, state.value),
+  (policy, critic, modules), metrics = jax.lax.scan(
+      one, (state.train, state.value, state.mtp),
       (_minibatches(sequences, objective, key), hyper["learning_rate"],
-       hyper["value_learning_rate"]))
+       hyper["value_learning_rate"], hyper.get("mtp_learning_rate")))
   skipped = metrics.pop("skipped")[-1]
   metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-  return state.replace(train=policy, value=critic), {**metrics, "skipped": skipped}
+  return state.replace(train=policy, value=critic, mtp=modules), {**metrics, "skipped": skipped}
 
 
 def _split(tree, first: int, second: int):

@@ -13,6 +13,7 @@ from typing import Literal
 from model import ModelConfig
 from model.checks import require, require_positive, require_range
 from train.templates import check_template
+from train.trackers import check_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +277,8 @@ class TrainConfig:
       see `model.attention.attend`.
     unroll: layers per iteration of the loop over layers, compiled one after another; on a CPU,
       unrolling makes the steps of a shallow model 10 % faster, but compilation slower.
+    log_to: trackers to which metrics are sent besides `metrics.jsonl`, some of "tensorboard",
+      "wandb" and "mlflow", separated by commas; the latter two need the extra of their name.
   """
 
   steps: int = 200
@@ -294,12 +297,14 @@ class TrainConfig:
   remat: Literal["none", "v3", "dots", "full"] = "none"
   attend: Literal["xla", "cudnn"] | None = None
   unroll: int = 1
+  log_to: tuple[str, ...] = ("tensorboard",)
 
   def __post_init__(self):
     require_positive(self, "steps", "batch_size", "keep_checkpoints", "batch_ramp_start", "unroll")
     require_range(self, 0, 1, "batch_ramp_fraction", "batch_ramp_start", "mtp_fraction")
     require_range(self, 0, float("inf"), "mtp_weight", "mtp_late_weight", "eval_every",
                   "checkpoint_every", "max_skipped_steps")
+    check_names(self.log_to, "TrainConfig.log_to")
     require(self.steps < 2**31, f"TrainConfig.steps={self.steps} must be below 2^31")
     require(0 <= self.seed < 2**31, f"TrainConfig.seed={self.seed} must lie in 0..2^31 - 1")
     micro = self.micro_batch_size

@@ -17,13 +17,15 @@ import numpy as np
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
+from train.config_io import to_dict
 from train.cost import CostMeter, total
 from train.data import Data
 from train.program import Program, mean_evaluation
 from train.progress import Progress
-from train.run_folder import Events, MetricsFile, RunFolder
+from train.run_folder import MetricsFile, RunFolder
 from train.signals import Signals
 from train.step import TrainState
+from train.trackers import Trackers, check_installed
 
 
 class TrainingError(ValueError):
@@ -98,8 +100,8 @@ def train(
   Raises:
     TrainingError: if too many steps were skipped because their loss or gradient was not finite.
     CheckpointError: if a checkpoint cannot be written, or none of those in the folder can be read.
-    ValueError: if the folder's checkpoints are those of another model or optimizer, or if nothing
-      is held out for validation.
+    ValueError: if the folder's checkpoints are those of another model or optimizer, if nothing is
+      held out for validation, or if the package of a tracker is not installed.
   """
   if not data.heldout:
     paths = ", ".join(source.path for source in data.cfg.sources)
@@ -112,6 +114,7 @@ class _Run:
   """A run in progress: its program, its files, and what it has evaluated so far."""
 
   def __init__(self, configs, data, folder, show, profile, on_evaluation):
+    check_installed(configs[0].train.log_to)
     self.cfg, self.data, self.path = configs[0], data, folder.path
     self.seeds = [cfg.train.seed for cfg in configs]
     self.program = Program(configs, data.heldout)
@@ -128,14 +131,15 @@ class _Run:
     state, start, position = self._start(variables)
     train = self.cfg.train
     self.cost = CostMeter(self.path, self.cfg.flops_per_token, len(self.seeds))
-    self.events = Events(self.path / "events", [
-        *self.metrics.read(), *map(_validation_scalars, self.evaluations.read())])
+    self.trackers = Trackers(train.log_to, self.path, [
+        *self.metrics.read(), *map(_validation_scalars, self.evaluations.read())],
+        to_dict(self.cfg))
     self.progress = Progress(self.cfg, len(self.seeds), start, self.show)
     status = "finished"
     deadline = time.monotonic() + max_seconds if max_seconds else None
     with Signals() as signals, contextlib.ExitStack() as closing:
       trace = _Trace(self.path / "profile", range(start + 4, start + 7) if self.profile else [])
-      for part in (self.progress, self.events, self.metrics, self.evaluations, self.cost,
+      for part in (self.progress, self.trackers, self.metrics, self.evaluations, self.cost,
                    self.checkpoints, trace):
         closing.callback(part.close)
       if start == 0:
@@ -193,7 +197,7 @@ class _Run:
       averaged = self.program.evaluate({**state.variables, "params": state.ema})
       row["ema"] = mean_evaluation(averaged)
     self.evaluations.append(row)
-    self.events.append(_validation_scalars(row))
+    self.trackers.append(_validation_scalars(row))
     self.last_evaluation = evaluation
     self.progress.note(f"{float(np.mean(evaluation.mean_bits_per_byte)):.3f} bits per byte")
     if self.on_evaluation:
@@ -214,7 +218,7 @@ class _Run:
       metrics = jax.device_get(metrics)
       row = self._row(step, metrics, seen)
       self.metrics.append(row)
-      self.events.append(row)
+      self.trackers.append(row)
       self.progress.update(row)
       check_skipped(step, int(np.max(metrics["skipped"])), self.cfg.train.max_skipped_steps,
                     "train.max_skipped_steps", self.checkpoints)
@@ -234,7 +238,7 @@ class _Run:
 
 
 def _validation_scalars(row: dict) -> dict:
-  """Returns the numbers of an evaluation for TensorBoard, named `validation/bits_per_byte/DOMAIN`.
+  """Returns the numbers of an evaluation for trackers, named `validation/bits_per_byte/DOMAIN`.
 
   Args:
     row: a row of `evaluations.jsonl`.

@@ -90,7 +90,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 _BEFORE_CHECKPOINT = {
     "lock", "config.json", "tokenizer.json", "huggingface", "mtp_modules", "documents.jsonl",
     "checkpoints", "metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "events", "cost",
-    "profile"}
+    "profile", "trackers.json", "wandb"}
 
 
 class RunFolder:

@@ -1,11 +1,11 @@
 """Tasks, named by specs such as `arithmetic:terms=3,digits=2`, `file:PATH` or `gym:NAME`."""
 
 import dataclasses
-import difflib
 import functools
 import re
 from typing import Any
 
+from model.checks import did_you_mean
 from rl.tasks.arithmetic import Arithmetic
 from rl.tasks.bilingual import Bilingual
 from rl.tasks.columns import Columns
@@ -24,28 +24,29 @@ _SEED = re.compile(r"(.*?)(?::seed=([0-9]+))?", re.DOTALL)  # after the path of 
 
 
 @functools.cache
-def get_task(spec: str) -> Task:
+def get_task(spec: str, *, any_answer: bool = False) -> Task:
   """Returns the task that a spec names.
 
   Args:
     spec: `NAME` or `NAME:field=value,...` for a task of `GENERATED`; `file:PATH` or
       `file:PATH:seed=1` for a JSONL file; `gym:DATASET` or `gym:DATASET:seed=1` for a data set of
       reasoning-gym.
+    any_answer: of a file, use rows whose answer cannot be checked too, see `File.any_answer`.
 
   Raises:
     ValueError: for an unknown name or field, or an invalid value; the message says what is wrong
-      and suggests the nearest name.
+      and suggests a similar name if there is one.
   """
   name, _, rest = spec.partition(":")
   if name == "file":
     path, seed = _SEED.fullmatch(rest).groups()
-    return File(path, int(seed or 0))
+    return File(path, int(seed or 0), any_answer)
   if name == "gym":
     dataset, _, settings = rest.partition(":")
     return Gym(dataset, **_settings(Gym, settings, spec, without="dataset"))
   if name not in GENERATED:
-    raise ValueError(f"there is no task {name!r}; did you mean {_nearest(name, _NAMES)!r}? The "
-                     f"tasks are: {', '.join(_NAMES)}")
+    raise ValueError(f"there is no task {name!r}{did_you_mean(name, _NAMES)} The tasks are: "
+                     f"{', '.join(_NAMES)}")
   return GENERATED[name](**_settings(GENERATED[name], rest, spec))
 
 
@@ -58,8 +59,8 @@ def _settings(cls: type, text: str, spec: str, without: str = "") -> dict[str, A
     if not found:
       raise ValueError(f"task {spec!r}: {setting!r} should have the form field=value")
     if name not in fields:
-      raise ValueError(f"task {spec!r}: {cls.name} has no field {name!r}; did you mean "
-                       f"{_nearest(name, fields)!r}? Its fields are: {', '.join(fields)}")
+      raise ValueError(f"task {spec!r}: {cls.name} has no field {name!r}"
+                       f"{did_you_mean(name, fields)} Its fields are: {', '.join(fields)}")
     if name in values:
       raise ValueError(f"task {spec!r}: {name} is set twice")
     try:
@@ -68,7 +69,3 @@ def _settings(cls: type, text: str, spec: str, without: str = "") -> dict[str, A
       raise ValueError(f"task {spec!r}: the value in {name}={value} should be "
                        f"{fields[name].__name__}") from error
   return values
-
-
-def _nearest(name: str, names: Any) -> str:
-  return difflib.get_close_matches(name, names, 1, cutoff=0)[0]

@@ -6,87 +6,26 @@ alarms, and computer algebra catches the exception where it happens to arrive in
 
 import atexit
 import concurrent.futures
-import contextlib
 import json
 import os
 import pathlib
 import queue
-import select
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable
 
+from rl.tasks.child import Child
+
 _CHILD = pathlib.Path(__file__).with_name("algebra_child.py")
-_START_SECONDS = 120
-# The process limits its own CPU time to far less. This limit is for a process that hangs otherwise,
-# and allows for a machine that is busy.
-_WALL_SECONDS = 60
 _PROCESSES = min(8, os.cpu_count() or 1)
 _CACHED = 200_000
-
-
-class _Process:
-  """A process that compares answers, started when it is first needed and again after a kill."""
-
-  def __init__(self):
-    self._process = None
-
-  def same(self, given: str, gold: str) -> bool | None:
-    request = json.dumps([given, gold]).encode() + b"\n"
-    try:
-      try:
-        self._send(request)
-      except BrokenPipeError:  # something else has killed the process since the last request
-        self.kill()
-        self._send(request)
-      reply = self._line(_WALL_SECONDS)
-    except BaseException:  # such as KeyboardInterrupt: the reply would be taken for the next one's
-      self.kill()
-      raise
-    if not reply:
-      self.kill()
-      return False
-    return json.loads(reply)
-
-  def kill(self) -> None:
-    process, self._process = self._process, None
-    if process is not None:
-      process.kill()
-      with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-      process.stdout.close()
-      process.wait()
-
-  def _send(self, request: bytes) -> None:
-    if self._process is None:
-      self._start()
-    self._process.stdin.write(request)
-    self._process.stdin.flush()
-
-  def _start(self) -> None:
-    # A session of its own, so that Ctrl-C in a terminal interrupts the trainer only.
-    self._process = subprocess.Popen(
-        [sys.executable, "-P", str(_CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, start_new_session=True)
-    if not self._line(_START_SECONDS):
-      self.kill()
-      raise RuntimeError("the process that compares answers did not start: run `"
-                         f"{sys.executable} -P {_CHILD}` to see why, which should print null")
-
-  def _line(self, seconds: float) -> bytes | None:
-    """Returns the next line; None after the time limit or the process's end."""
-    if not select.select([self._process.stdout], [], [], seconds)[0]:
-      return None
-    return self._process.stdout.readline()
 
 
 class _Pool:
   """Processes for several threads, and the verdicts so far."""
 
   def __init__(self):
-    self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
-    self._all = [_Process() for _ in range(_PROCESSES)]
+    self._idle: queue.LifoQueue[Child] = queue.LifoQueue()
+    self._all = [Child(_CHILD) for _ in range(_PROCESSES)]
     for process in self._all:
       self._idle.put(process)
     self._verdicts: dict[tuple[str, str], bool | None] = {}
@@ -99,7 +38,8 @@ class _Pool:
         return self._verdicts[key]
     process = self._idle.get()
     try:
-      verdict = process.same(given, gold)
+      reply = process.ask(json.dumps([given, gold]).encode())
+      verdict = json.loads(reply) if reply else False
     finally:
       self._idle.put(process)
     with self._lock:

@@ -21,6 +21,9 @@ from rl.tasks.programs import check_programs
 
 # Names of columns that do not come from the file, see `Problem.row` and `rl.sampler.Samples`.
 _RESERVED = frozenset({"task", "prompts", "completions", "num_tokens", "row"})
+_UNPARSABLE = "with an unparsable answer"
+_ADVICE = (". Answers that are neither numbers nor LaTeX are for rewards of your own: add one to "
+           "rewards.custom, and set rewards.accuracy=0")
 TIMEOUT_S, MEMORY_MB = 4.0, 512  # limits of programs; of each pair of input and output
 
 
@@ -29,8 +32,8 @@ class File(Task):
   """Problems from rows with the columns "question" and "answer" or "tests".
 
   Of an answer with reasoning, the part after the last `####` is used, as in GSM8K
-  (arXiv:2110.14168). It must be a number, in which thousands may be separated by commas, or LaTeX.
-  All other columns of a row are passed to rewards.
+  (arXiv:2110.14168). It must be a number, in which thousands may be separated by commas, or LaTeX,
+  unless `any_answer` is set. All other columns of a row are passed to rewards.
 
   A row with "tests" asks for a program, which is correct if it passes them in the sandbox within
   `TIMEOUT_S` and `MEMORY_MB`; "answer" may hold a program that does. Tests are one of:
@@ -49,12 +52,16 @@ class File(Task):
   Attributes:
     path: path of the JSONL file.
     seed: seed of the order of "train" and "heldout".
+    any_answer: use rows whose answer is any text, or missing, for rewards that do not ask `check`,
+      which is None for them. A missing answer is "", and one that is neither text nor a number is
+      its JSON.
   """
 
   name: ClassVar[str] = "file"
   splits: ClassVar[tuple[str, ...]] = ("train", "heldout", "all")
   path: str
   seed: int = 0
+  any_answer: bool = False
 
   def __post_init__(self):
     if not pathlib.Path(self.path).is_file():
@@ -124,9 +131,11 @@ class File(Task):
     summary = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
     if not rows:
       raise ValueError(f"task file:{self.path} has no usable row ({summary or 'it is empty'}); "
-                       'every line should be a row {"question": ..., "answer": ...}')
+                       'every line should be a row {"question": ..., "answer": ...}'
+                       + _ADVICE * (_UNPARSABLE in excluded))
     if summary:
-      logging.warning("%s: using %d rows; left out: %s", self.path, len(rows), summary)
+      logging.warning("%s: using %d rows; left out: %s%s", self.path, len(rows), summary,
+                      _ADVICE * (_UNPARSABLE in excluded))
     splits = {"all": rows, "train": [], "heldout": []}
     place = lambda row: hashlib.sha256(f"{self.seed} {row.question}".encode()).digest()
     for row in sorted(rows, key=place):
@@ -137,7 +146,7 @@ class File(Task):
   def _read(self) -> tuple[list[Problem], collections.Counter[str]]:
     rows, excluded, reserved = [], collections.Counter(), set()
     for number, line in self._lines():
-      row = _row(line)
+      row = _row(line, self.any_answer)
       if isinstance(row, str):
         excluded[row] += 1
       else:
@@ -147,11 +156,13 @@ class File(Task):
     if reserved:
       logging.warning("%s: the columns %s are not passed to rewards, as these names have another "
                       "meaning: rename them", self.path, ", ".join(sorted(reserved)))
+    if self.any_answer:
+      return rows, +excluded
     tested = [row.columns.get("tests") is not None for row in rows]
     parsable = are_parsable(["0" if skip else row.answer
                              for row, skip in zip(rows, tested, strict=True)])
     usable = [row for row, parses in zip(rows, parsable, strict=True) if parses]
-    excluded["with an unparsable answer"] = len(rows) - len(usable)
+    excluded[_UNPARSABLE] = len(rows) - len(usable)
     return usable, +excluded
 
   def _lines(self) -> Iterator[tuple[int, bytes]]:
@@ -159,7 +170,7 @@ class File(Task):
       yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _row(line: bytes) -> tuple[str, str, dict[str, Any]] | str:
+def _row(line: bytes, any_answer: bool) -> tuple[str, str, dict[str, Any]] | str:
   """Returns a line's question, answer and other columns, or why the line cannot be used."""
   try:
     row = json.loads(line)
@@ -173,8 +184,10 @@ def _row(line: bytes) -> tuple[str, str, dict[str, Any]] | str:
     return _with_tests(question.strip(), answer, row)
   if isinstance(answer, int | float) and not isinstance(answer, bool):
     answer = _digits(answer)
+  if any_answer and not isinstance(answer, str):
+    return question.strip(), "" if answer is None else json.dumps(answer), row
   final = answer.rpartition("####")[2].strip() if isinstance(answer, str) else ""
-  return (question.strip(), final, row) if final else "without an answer"
+  return (question.strip(), final, row) if final or any_answer else "without an answer"
 
 
 def _with_tests(question: str, answer: Any, row: dict) -> tuple[str, str, dict[str, Any]] | str:

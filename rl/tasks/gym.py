@@ -1,17 +1,27 @@
 """Tasks from reasoning-gym's data sets, whose own scorers check the answers."""
 
+import atexit
+import base64
 import dataclasses
-import difflib
 import functools
+import json
+import os
+import pathlib
+import pickle
 import random
+import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from model.checks import did_you_mean
+from rl.tasks.child import Child
 from rl.tasks.generated import half_of
 from rl.tasks.problem import Problem, Task, require_split
 
 _INDICES = 2**31
 _ATTEMPTS = 1000
+_CHILD = pathlib.Path(__file__).with_name("gym_child.py")
+_scorer, _lock = Child(_CHILD), threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +29,10 @@ class Gym(Task):
   """A data set of reasoning-gym with its default settings, such as `gym:chain_sum`.
 
   An answer is correct only if its score is 1, as the scorers give partial credit for incorrect
-  answers. The scorers are third-party code, and some pass answers to a computer algebra system: if
-  the results matter, or the answers may be adversarial, prefer this package's own tasks.
+  answers. The scorers are third-party code, and some evaluate answers or pass them to a computer
+  algebra system. They run in a process that is killed after 5 s of CPU time, or beyond 4 GiB of
+  memory, for an answer, which is then incorrect. It is not a sandbox: if the results matter, or the
+  answers may be adversarial, prefer this package's own tasks.
 
   Attributes:
     dataset: name of the data set in reasoning-gym.
@@ -35,8 +47,9 @@ class Gym(Task):
   def __post_init__(self):
     names = _factory().DATASETS
     if self.dataset not in names:
-      near = difflib.get_close_matches(self.dataset, names, 1, cutoff=0)
-      raise ValueError(f"reasoning-gym has no data set {self.dataset!r}; did you mean {near[0]!r}?")
+      raise ValueError(f"reasoning-gym has no data set {self.dataset!r}"
+                       f"{did_you_mean(self.dataset, names)} Its data sets are: "
+                       f"{', '.join(sorted(names))}")
 
   @property
   def spec(self) -> str:
@@ -79,10 +92,10 @@ class Gym(Task):
     return self._accepts(first, entry(second)) and self._accepts(second, entry(first))
 
   def _accepts(self, answer: str, entry: Mapping[str, Any]) -> bool:
-    try:
-      return float(self._data.score_answer(answer, entry)) == 1.0
-    except Exception:  # scorers raise various exceptions for answers that they cannot parse
-      return False
+    request = pickle.dumps((self.dataset, self.seed, _INDICES, answer, dict(entry)))
+    with _lock:
+      reply = _scorer.ask(base64.b64encode(request))
+    return bool(reply) and json.loads(reply)
 
   @functools.cached_property
   def _data(self) -> Any:
@@ -96,3 +109,13 @@ def _factory() -> Any:
     raise ValueError("tasks gym:NAME need the package reasoning-gym: install it by pip install "
                      "reasoning-gym") from error
   return reasoning_gym.factory
+
+
+def _forget() -> None:
+  """Leaves the process to the parent: two that share it would read each other's replies."""
+  global _scorer, _lock
+  _scorer, _lock = Child(_CHILD), threading.Lock()
+
+
+atexit.register(lambda: _scorer.kill())
+os.register_at_fork(after_in_child=_forget)

@@ -39,6 +39,31 @@ def test_values_and_gradients_do_not_depend_on_the_chunk_size(chunk_size):
                ours, reference)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 11, 64])
+def test_entropies_and_their_gradients_are_those_of_the_full_logits(chunk_size):
+  hidden, head, targets = inputs(2, 11, 6, 19)
+  weights = jnp.arange(44.0).reshape(2, 2, 11)
+
+  def of_all_logits(h, w):
+    logp = jax.nn.log_softmax(jnp.matmul(h, w, precision="highest") / 0.7)
+    entropy = -(jnp.exp(logp) * logp).sum(-1)
+    return (weights * jnp.stack([from_all_logits(h, w, targets, 0.7), entropy])).sum()
+
+  chunked = lambda h, w: (weights * jnp.stack(model.logprobs_and_entropy(
+      h, w, targets, numerics=FP32, chunk_size=chunk_size, temperature=0.7))).sum()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4),
+               jax.value_and_grad(chunked, (0, 1))(hidden, head),
+               jax.value_and_grad(of_all_logits, (0, 1))(hidden, head))
+
+
+def test_the_entropy_of_a_certain_token_is_zero_with_a_finite_gradient():
+  entropy = lambda h: model.logprobs_and_entropy(
+      h, jnp.eye(4), jnp.zeros((1, 1), jnp.int32), numerics=FP32)[1].sum()
+  certain, uniform = jnp.array([[[1e6, 0, 0, 0]]]), jnp.zeros((1, 1, 4))
+  assert entropy(certain) == 0 and jnp.isfinite(jax.grad(entropy)(certain)).all()
+  np.testing.assert_allclose(entropy(uniform), np.log(4), rtol=1e-6)
+
+
 @pytest.mark.cpu
 def test_the_full_logits_are_never_materialised_forward_or_backward():
   batch, length, vocab, chunk = 2, 1024, 8192, 64
@@ -47,6 +72,8 @@ def test_the_full_logits_are_never_materialised_forward_or_backward():
   chunked = lambda h, w, t: model.token_logprobs(h, w, t, numerics=FP32, chunk_size=chunk).sum()
   summed = lambda h, w, t: model.logprob_sum(
       h, w, t, jnp.ones(t.shape), numerics=FP32, chunk_size=chunk)
+  entropies = lambda h, w, t: sum(x.sum() for x in model.logprobs_and_entropy(
+      h, w, t, numerics=FP32, chunk_size=chunk))
   whole = lambda h, w, t: from_all_logits(h, w, t).sum()
   temporary_bytes = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(
       *shapes).compile().memory_analysis().temp_size_in_bytes
@@ -54,6 +81,7 @@ def test_the_full_logits_are_never_materialised_forward_or_backward():
   assert temporary_bytes(whole) >= all_logits
   assert temporary_bytes(chunked) < 5 * all_logits * chunk // length
   assert temporary_bytes(summed) < 5 * all_logits * chunk // length
+  assert temporary_bytes(entropies) < 5 * all_logits * chunk // length
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 11, 64])

@@ -17,6 +17,7 @@ import tiny
 
 import model
 from rl.config import ObjectiveConfig, RLConfig, SamplingConfig
+from rl.mtp import split_mtp
 from rl.rollout import Prompts, Rollout, rollout
 from rl.step import abstract_rl_state, experience, init_rl_state, make_update
 from tests.rl import small, test_rollout
@@ -26,6 +27,7 @@ from train.mesh import make_mesh, make_sharded_model
 
 MESH = {"data": 2, "fsdp": 4}
 MOE = dataclasses.replace(train_small.MOE, mtp=None, d_model=32, max_seq_len=32)
+WITH_MTP = dataclasses.replace(MOE, mtp=model.MTPConfig(depth=1))
 WIDE = dataclasses.replace(small.MODEL, d_model=64, ffn_dim=256, vocab_size=MOE.vocab_size)
 SEQUENCES, LENGTH = 32, 12
 
@@ -65,7 +67,8 @@ def config(micro: int = 8, **mesh) -> RLConfig:
   return RLConfig(
       sampling=SamplingConfig(num_prompts=8, num_generations=4, max_completion_length=20),
       objective=ObjectiveConfig(name="grpo", minibatches=2, micro_batch_size=micro, bias_rate=0.01,
-                                sequence_balance=0.5, routing="observed"),
+                                sequence_balance=0.5, routing="observed", entropy_weight=0.01,
+                                mtp_learning_rate=1e-2),
       optimizer=train_small.OPTIMIZER, loop=small.LOOP,
       mesh=MeshConfig(**mesh))
 
@@ -87,6 +90,8 @@ def arguments(network: model.ModelConfig, cfg: RLConfig, given) -> tuple:
   rates = np.full(cfg.objective.updates, 1e-2, np.float32)
   hyper = {"learning_rate": rates, "value_learning_rate": rates, "spec": cfg.objective.spec(LENGTH),
            "temperature": np.float32(0.7), "gae_lambda": np.float32(1)}
+  if cfg.objective.mtp_learning_rate:
+    hyper["mtp_learning_rate"] = rates
   mesh = make_sharded_model(network, cfg.mesh)
   return init_rl_state(tiny.variables(network), cfg, mesh), given, hyper, jax.random.key(0)
 
@@ -102,10 +107,10 @@ def flops(**mesh) -> float:
 
 def updated(cfg: RLConfig):
   """Returns the state and metrics after an update, and whether the state kept its shardings."""
-  mesh = make_sharded_model(MOE, cfg.mesh)
-  state, metrics = make_update(MOE, cfg)(*arguments(MOE, cfg, sampled()))
+  mesh = make_sharded_model(WITH_MTP, cfg.mesh)
+  state, metrics = make_update(WITH_MTP, cfg)(*arguments(WITH_MTP, cfg, sampled()))
   same_sharding = lambda x, a: a.sharding is None or x.sharding.is_equivalent_to(a.sharding, x.ndim)
-  abstract = abstract_rl_state(tiny.variables(MOE), cfg, mesh)
+  abstract = abstract_rl_state(tiny.variables(WITH_MTP), cfg, mesh)
   return state, metrics, all(jax.tree.leaves(jax.tree.map(same_sharding, state, abstract)))
 
 
@@ -120,12 +125,18 @@ def update() -> dict:
   return {
       "train": train_small.max_rel_diff((eight.train.params, eight.train.moments),
                                        (one.train.params, one.train.moments)),
+      "mtp": train_small.max_rel_diff((eight.mtp.params, eight.mtp.moments),
+                                      (one.mtp.params, one.mtp.moments)),
+      "mtp_router": train_small.max_rel_diff(eight.mtp.router, one.mtp.router),
+      "mtp_moved": train_small.max_rel_diff(
+          one.mtp.params, split_mtp(tiny.variables(WITH_MTP))[1]["params"]),
       "reference": train_small.max_rel_diff(eight.reference, one.reference),
       "router": train_small.max_rel_diff(eight.train.router, one.train.router),
       "copies_equal": all((copy == copies[0]).all() for copy in copies),
       "metrics": {name: float(np.abs(np.asarray(metrics[name]) - one_metrics[name]).max()
                               / max(1, magnitude(name).max())) for name in one_metrics},
-      "moved": train_small.max_rel_diff(one.train.params, tiny.variables(MOE)["params"]),
+      "moved": train_small.max_rel_diff(
+          one.train.params, split_mtp(tiny.variables(WITH_MTP))[0]["params"]),
       "flops": [flops(), flops(**MESH)], "stays": stays,
       "shard": list(w_down.addressable_shards[0].data.shape), "whole": list(w_down.shape),
       "refusal": refusal(make_update, MOE, config(micro=4, **MESH)),

@@ -26,6 +26,7 @@ from rl.objective import SPECS
 from rl.sampler import Sampler
 from rl.step import init_rl_state
 from rl.tasks import get_task
+from rl.tasks.generated import half_of
 from tests.rl import small
 from tests.train import small as train_small
 from train.checkpoint import read_newest
@@ -125,6 +126,35 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_run(tmp_path, ta
   again = small.run(cfg, tmp_path / "parts")
   assert (again.status, again.steps, len(again.rows)) == ("finished", 4, 4)
   train_small.assert_same_bits(again.state, result.state)
+
+
+def test_each_epoch_has_every_question_once_and_later_ones_are_shuffled_by_the_seed():
+  epoch = lambda number, seed=0: [
+      loop.epoch_index(place, 50, seed) for place in range(50 * number, 50 * number + 50)]
+  assert epoch(0) == list(range(50)) == epoch(0, seed=1)
+  for number in (1, 2):
+    assert sorted(epoch(number)) == list(range(50 * number, 50 * number + 50))
+  orders = [[index % 50 for index in epoch(*args)] for args in ((0,), (1,), (2,), (1, 1))]
+  assert len({tuple(order) for order in orders}) == 4
+  assert epoch(1) == epoch(1)
+  assert [loop.epoch_index(place, None, 0) for place in (0, 70)] == [0, 70]
+
+
+def test_a_run_of_several_epochs_that_is_stopped_equals_an_uninterrupted_one(tmp_path, learned):
+  of = lambda split: [i for i in range(60) if half_of(str(i)) == split]
+  chosen = of("train")[:8] + of("heldout")[:2]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(f'{{"question": "{i}", "answer": 1}}\n' for i in chosen))
+  cfg = small.config(f"file:{path}", sampling={"long_prompts": "skip"}, loop={"steps": 6})
+  small.run(cfg, tmp_path / "whole")
+  prompts = [tuple(prompt) for args, _ in learned for prompt in args[0][::4]]
+  epochs = [prompts[start:start + 8] for start in (0, 8, 16)]
+  assert [len(set(epoch)) for epoch in epochs] == [8] * 3
+  # Within a step, questions are sorted by whether they have a signal.
+  assert set(epochs[0][:4]) != set(epochs[1][:4]) or set(epochs[0][:4]) != set(epochs[2][:4])
+  for _ in range(6):
+    small.run(cfg, tmp_path / "parts", max_seconds=1e-9)
+  check_same_run(cfg, tmp_path / "parts", tmp_path / "whole")
 
 
 def test_another_seed_gives_another_run(tmp_path, task):
@@ -301,7 +331,8 @@ def test_prompts_that_are_too_long_are_skipped_and_counted_if_configured(tmp_pat
   assert long and [row["prompts/skipped"] for row in result.rows] == [long] * 20
   seen = [small.tokenizer().decode(prompt) for args, _ in learned for prompt in args[0][::4]]
   fitting = get_task(spec).size("train") - long
-  assert len(set(seen[:fitting])) == fitting == 56 and set(seen[56:60]) == set(seen[:4])
+  assert len(set(seen[:fitting])) == fitting == 56
+  assert len(set(seen[56:])) == 24 and set(seen[56:]) < set(seen[:56])
   assert not any("long" in prompt for prompt in seen)
 
 
@@ -353,6 +384,25 @@ def test_a_reward_of_the_users_own_is_given_the_columns_of_the_file(tmp_path, mo
               tmp_path / "other")
 
 
+def test_a_file_of_texts_trains_by_a_reward_of_the_users_own(tmp_path, monkeypatch, learned):
+  (tmp_path / "text_rewards.py").write_text(
+      "def style(prompts, completions, *, answer, style, **columns):\n"
+      "  assert set(answer) <= {'a poem about trees', ''} and set(style) == {'haiku'}\n"
+      "  return [float('1' in text) for text in completions]\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(
+      f'{{"question": "{i}", "answer": "a poem about trees", "style": "haiku"}}\n' if i % 2 else
+      f'{{"question": "{i}", "style": "haiku"}}\n' for i in range(60)))
+  own = {"custom": (CustomReward("text_rewards:style"),)}
+  cfg = small.config(f"file:{path}", loop={"steps": 1}, rewards={"accuracy": 0, **own})
+  result = small.run(cfg, tmp_path / "run")
+  assert 0 < result.rows[0]["rewards/style/mean"] < 1 and result.rows[0]["reward"] > 0
+  assert result.evaluations[-1]["unjudged"] == 6
+  with pytest.raises(ValueError, match=r"no usable row.*set rewards\.accuracy=0"):
+    small.run(small.config(f"file:{path}", rewards=own), tmp_path / "strict")
+
+
 def test_an_objective_is_changed_by_settings_and_trains(tmp_path, task):
   objective = {"name": "dapo", "importance": True, "dual_clip": True, "dual_clip_ratio": 2.0,
                "aggregation": "sequence_mean", "beta": 0.1, "kl": "k2", "kl_level": "sequence"}
@@ -372,6 +422,9 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
     (lambda: RLConfig(task="file:nowhere.jsonl"), "there is no such file"),
     (lambda: RLConfig(template="sort"), "no template 'sort'; did you mean 'short'"),
     (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),
+    (lambda: ObjectiveConfig(name="zzz"), r"'zzz' does not exist\. The objectives are: grpo"),
+    (lambda: ObjectiveConfig(entropy_weight=-0.1), "entropy_weight=-0.1 must lie in 0..inf"),
+    (lambda: ObjectiveConfig(mtp_learning_rate=0), "mtp_learning_rate=0 must be positive, or none"),
     (lambda: ObjectiveConfig(sampler="initial"), "is for name='rft'"),
     (lambda: ObjectiveConfig(epsilon=-0.1), "epsilon=-0.1"),
     (lambda: ObjectiveConfig(aggregation="mean"), "aggregation='mean' must be one of"),

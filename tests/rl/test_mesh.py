@@ -49,6 +49,7 @@ def test_an_update_on_eight_devices_equals_that_on_one(results):
   assert run["train"] < 2e-5 and max(run["metrics"].values()) < 2e-5
   assert run["moved"] > 1e-2
   assert run["reference"] == 0
+  assert run["mtp"] < 2e-5 and run["mtp_router"] == 0 and run["mtp_moved"] > 1e-2
 
 
 def test_devices_divide_the_work_of_an_update(results):

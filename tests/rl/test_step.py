@@ -178,6 +178,36 @@ def test_the_gradient_is_that_of_the_mean_log_probability_at_the_sampling_temper
   assert train_small.max_rel_diff(first_gradient, gradient(params, 1.0)) > 0.1
 
 
+@pytest.mark.parametrize("micro", [None, 2])
+def test_the_entropy_bonus_is_the_mean_entropy_of_the_policy_at_all_learned_tokens(micro):
+  given = sampled(np.zeros(SEQUENCES), learned_S=np.arange(SEQUENCES) != 3)
+
+  def loss(params):
+    hidden = model.Transformer(DENSE).apply(
+        {"params": params}, given.tokens[:, :-1],
+        segment_ids_BT=given.token_mask.astype(jnp.int32)).logits_BTV
+    logp_STV = jax.nn.log_softmax(hidden / TEMPERATURE)
+    entropy_ST = -(jnp.exp(logp_STV) * logp_STV).sum(-1)
+    return -jnp.where(given.mask, entropy_ST, 0).sum() / given.mask.sum()
+
+  wanted, gradient = jax.jit(jax.value_and_grad(loss))(tiny.variables(DENSE)["params"])
+  state, metrics = update(
+      given, cfg_=config(entropy_weight=0.5, micro_batch_size=micro), beta=0.0)
+  ours = jax.tree.map(lambda mu: mu / (1 - OPTIMIZER.beta1), state.train.moments.mu)
+  assert train_small.max_rel_diff(ours, jax.tree.map(lambda g: 0.5 * g, gradient)) < ROUNDING
+  np.testing.assert_allclose(metrics["loss_entropy"], wanted, rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss"], 0.5 * wanted, rtol=1e-5)
+
+
+def test_an_entropy_bonus_raises_the_entropy_and_without_one_nothing_is_computed():
+  given, state, losses = sampled(np.zeros(SEQUENCES)), None, []
+  for _ in range(5):
+    state, metrics = update(given, state, cfg_=config(entropy_weight=1.0), beta=0.0)
+    losses.append(metrics["loss_entropy"])
+  assert losses[-1] < losses[0] - 1e-3
+  assert "loss_entropy" not in update(given)[1]
+
+
 def test_both_policies_in_the_ratio_use_the_sampling_temperature():
   several = config(minibatches=2, inner_epochs=2)
   _, metrics = update(sampled(), cfg_=several, rates=np.zeros(4))

@@ -7,12 +7,15 @@ import json
 import os
 import random
 import re
+import sys
+import time
 
 import pytest
 
 from rl import rewards
 from rl.extraction import is_well_formed, strict_answer
 from rl.tasks import GENERATED, Noise, get_task
+from rl.tasks import gym as gym_task
 from rl.tasks.columns import Columns
 from rl.tasks.generated import half_of
 from train.templates import get_template
@@ -253,7 +256,9 @@ def test_a_row_with_broken_tests_is_not_judged_and_does_not_stop_the_others():
     ("programs:memory_mb=63", "memory_mb"), ("programs:memory_mb=65537", "memory_mb"),
     ("programs:timeout_s=0", "timeout_s"), ("programs:timeout_s=nan", "timeout_s"),
     ("programs:timeout_s=inf", "timeout_s"), ("programs:conditions=0", "conditions"),
-    ("arithmetik", "did you mean 'arithmetic'"), ("", "no task ''"),
+    ("arithmetik", "did you mean 'arithmetic'"), ("", r"no task ''\. The tasks are"),
+    ("poetry", r"no task 'poetry'\. The tasks are"),
+    ("arithmetic:zzz=2", r"no field 'zzz'\. Its fields are: terms"),
     ("arithmetic:digit=2", "did you mean 'digits'"), ("arithmetic:digits=two", "should be int"),
     ("arithmetic:digits", "field=value"), ("arithmetic:digits=1,digits=2", "set twice"),
     ("arithmetic:digits=0", r"must lie in 1\.\.9"), ("arithmetic:operators=+/", "some of"),
@@ -321,6 +326,25 @@ def test_all_columns_of_a_file_are_passed_to_rewards_except_reserved_ones(jsonl)
 
 
 @pytest.mark.skipif(NO_SANDBOX, reason="rl.sandbox does not exist")
+def test_any_text_is_an_answer_for_rewards_that_do_not_check_it(jsonl):
+  rows = [{"question": "Poem?", "answer": "Roses are red"}, {"question": "Rate?", "style": "haiku"},
+          {"question": "List?", "answer": ["a", 1]}, {"question": "Two?", "answer": 2.0},
+          {"question": "Write f.", "tests": "assert f(1) == 1"}]
+  with pytest.raises(ValueError, match=r"1 with an unparsable.*rewards of your own: add one to "):
+    jsonl(rows[0]).problem("all", 0)
+  get_task.cache_clear()
+  strict = jsonl(*rows, "{broken")
+  assert strict.size("all") == 2
+  task = get_task(strict.spec, any_answer=True)
+  assert task.excluded == {"broken": 1} and task.spec == strict.spec
+  problems = [task.problem("all", i) for i in range(5)]
+  assert [problem.answer for problem in problems] == [
+      "Roses are red", "", '["a", 1]', "2.0", ""]
+  assert problems[1].row() == {"answer": "", "task": task.spec, "style": "haiku"}
+  assert task.check_all(["Roses are red", "", "2"], [
+      problems[i].row() for i in (0, 1, 3)]) == [None, None, True]
+
+
 def test_rows_with_tests_and_without_an_answer_are_programming_problems(jsonl):
   task = jsonl({"question": "square", "tests": "assert f(3) == 9"},
                {"question": "double", "tests": ["assert f(3) == 6", "assert f(1) == 2"]},
@@ -437,6 +461,45 @@ def test_only_a_full_score_of_reasoning_gym_counts_as_correct():
   assert not any(task.check(wrong, problem.row()) for wrong in (f"it is {problem.answer}", "", "x"))
   questions = [{task.problem(split, i).question for i in range(30)} for split in task.splits]
   assert questions[0].isdisjoint(questions[1])
+
+
+def test_a_scorer_of_reasoning_gym_that_does_not_end_or_fails_is_false(tmp_path, monkeypatch):
+  (tmp_path / "reasoning_gym").mkdir()
+  (tmp_path / "reasoning_gym" / "__init__.py").write_text("")
+  (tmp_path / "reasoning_gym" / "factory.py").write_text("""if True:
+    import os
+    DATASETS = {"loops": None}
+    class Data:
+      def __getitem__(self, index):
+        return {"question": f"What is {index}?", "answer": index, "metadata": {"pair": (1, 2)}}
+      def score_answer(self, answer, entry):
+        assert entry["metadata"]["pair"] == (1, 2)
+        print("a scorer may print")
+        while answer == "loop": pass
+        if answer == "exit": os._exit(1)
+        return float(int(answer) == int(entry["answer"])) or 0.5
+    def create_dataset(name, *, seed, size):
+      return Data()
+  """)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the process in which scorers run
+  for name in [name for name in sys.modules if name.startswith("reasoning_gym")]:
+    monkeypatch.delitem(sys.modules, name)
+  gym_task._forget()
+  task = gym_task.Gym("loops")
+  problem = task.problem("train", 0)
+  check = lambda answer: task.check(answer, problem.row())
+  try:
+    began = time.monotonic()
+    assert [check(answer) for answer in ("loop", problem.answer, "exit", "word", "-1")] == [
+        False, True, False, False, False]
+    assert time.monotonic() - began < 60
+    assert check(problem.answer) and task.same("07", "7", problem.row())
+  finally:
+    gym_task._scorer.kill()
+    gym_task._forget()
+    for name in [name for name in sys.modules if name.startswith("reasoning_gym")]:
+      del sys.modules[name]
 
 
 def test_an_unknown_data_set_of_reasoning_gym_suggests_the_nearest_name():
