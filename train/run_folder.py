@@ -93,6 +93,10 @@ _BEFORE_CHECKPOINT = {
     "checkpoints", "metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "events", "cost",
     "profile"}
 
+# Any of these shows that a folder holds a run, a study or results.
+_MARKS = {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "results.json", "parts",
+          "runs"}
+
 
 def _is_preparation(path: pathlib.Path) -> bool:
   """Whether a run's folder may hold an entry, which may be a folder, before any training."""
@@ -107,8 +111,8 @@ class RunFolder:
   """A run's folder, created if it does not exist, and locked for other processes.
 
   It stays locked until `close` or the end of this process. A run that is refused before it has
-  trained anything leaves nothing: `close` then removes what has been written to a folder that had
-  no `config.json` before.
+  trained anything leaves nothing: `close` then removes what has been written to a folder that held
+  no run before.
 
   Attributes:
     path: the folder.
@@ -166,8 +170,8 @@ class RunFolder:
   def close(self) -> None:
     """Unlocks the folder, so that other processes can use it.
 
-    If nothing has been trained, a folder that had no `config.json` before is left as it was: what
-    has been written to it is removed, and so is the folder itself if it was made for this object.
+    If nothing has been trained, a folder that held no run before is left as it was: what has been
+    written to it is removed, and so is the folder itself if it was made for this object.
     """
     if not self._lock.closed:
       with contextlib.suppress(OSError):
@@ -176,7 +180,7 @@ class RunFolder:
 
   def _remove_preparations(self) -> None:
     new = set(os.listdir(self.path)) - self._before
-    claimed = "config.json" not in self._before and all(
+    claimed = not self._before & _MARKS and all(
         _is_preparation(self.path / name) for name in new)
     if new != {"lock"} and not claimed:
       return

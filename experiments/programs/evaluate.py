@@ -5,7 +5,7 @@ from typing import Literal
 
 import model
 from experiments import settings
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.programs.generate import require_sampling
 from experiments.reports import provenance
 from rl.config import LoopConfig, RLConfig, SamplingConfig
@@ -74,13 +74,12 @@ class EvaluateConfig:
 CONFIG = EvaluateConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
   if not cfg.checkpoint:
     raise ValueError("no model to evaluate: give its folder, --set checkpoint=DIR")
-  if options.out:
-    options.out.mkdir(parents=True, exist_ok=True)
   ks = [k for k in (4, 16) if k <= cfg.samples] if cfg.ks is None else cfg.ks
   template, system = _prompting(cfg)
   # A compiled program samples a fixed number of sequences, at least two for each prompt, as the
