@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,7 +183,7 @@ def _reason(error: BaseException) -> str:
 def read_newest(folder: str | os.PathLike, abstract: Any) -> Restored | None:
   """Returns the newest intact checkpoint of a folder, or None if there is no checkpoint at all.
 
-  The folder is not changed.
+  The folder is not changed. Newer checkpoints that are damaged are named on stderr.
 
   Args:
     folder: the folder of a `Checkpoints`, which another process may be using.
@@ -205,6 +206,9 @@ def read_newest(folder: str | os.PathLike, abstract: Any) -> Restored | None:
     _check_same_tree(checkpoint, manifest["leaves"], _described(leaves))
     arrays = _read_arrays(checkpoint, leaves)
     ordered = [arrays[name] for name in leaves]
+    for message in damaged:
+      print(f"skipped a damaged checkpoint: {message}; step {step} is used instead",
+            file=sys.stderr, flush=True)
     return Restored(manifest["step"], jax.tree.unflatten(jax.tree.structure(abstract), ordered),
                     manifest["extra"], damaged)
   if damaged:

@@ -48,13 +48,18 @@ def _strict(value: Any, replace: Callable[[float], Any]) -> Any:
   return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_data(obj: Any) -> Any:
+  """Returns an object as `write_json_atomic` writes it."""
+  return _strict(obj, lambda number: None)
+
+
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> Any:
   """Writes an object as indented JSON by `write_text_atomic`, with null for NaN and infinities.
 
   Returns:
     The object as it was written.
   """
-  strict = _strict(obj, lambda number: None)
+  strict = json_data(obj)
   write_text_atomic(path, json.dumps(strict, indent=2, allow_nan=False) + "\n")
   return strict
 
@@ -71,6 +76,26 @@ def read_json_object(path: str | os.PathLike) -> dict:
     raise ValueError(f"{path} cannot be read as JSON: {error}") from error
   if not isinstance(value, dict):
     raise ValueError(f"{path} should hold a JSON object, and holds a {type(value).__name__}")
+  return value
+
+
+def read_run_json(path: str | os.PathLike, **fields: type) -> dict:
+  """Returns the JSON object in a file of a run's folder, which must have certain fields.
+
+  Args:
+    path: the file.
+    **fields: the type of every field that is needed.
+
+  Raises:
+    ValueError: if the file cannot be read, or lacks a field of that type. The message names it.
+  """
+  value = read_json_object(path)
+  for name, kind in fields.items():
+    if not isinstance(value.get(name), kind):
+      found = f"a {type(value[name]).__name__}" if name in value else "absent"
+      raise ValueError(f"{path} is damaged or belongs to something else: {name!r} should be a "
+                       f"{kind.__name__}, and is {found}. Restore the file from a copy, or use "
+                       "another folder")
   return value
 
 

@@ -131,11 +131,13 @@ def halve(path):
 @pytest.mark.parametrize("damage", [flip_a_byte, halve, pathlib.Path.unlink])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_reported_renamed_and_skipped(
-    two_saved, tmp_path, file, damage):
+    two_saved, tmp_path, file, damage, capsys):
   folder = shutil.copytree(two_saved, tmp_path / "checkpoints")
   victim = sorted((folder / "step_00000002").glob(file))[0]
   damage(victim)
   assert read_newest(folder, SMALL).step == 1
+  warning = capsys.readouterr().err
+  assert f"{folder}/step_00000002: " in warning and "; step 1 is used instead\n" in warning
   assert sorted(os.listdir(folder)) == ["step_00000001", "step_00000002"]
   checkpoints = Checkpoints(folder, keep=2)
   restored = checkpoints.restore(SMALL)
