@@ -18,7 +18,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,28 @@ from train.run_folder import fsync, write_text_atomic
 
 _UNFINISHED = "tmp."  # prefix of folders that are not checkpoints and may be deleted at any time
 _SHOWN = 5  # how many differing leaves an error message lists
-
 # Orbax logs the traceback of a failed write from its own threads. That would only repeat the
 # failure, which is raised as a CheckpointError.
 logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname))
+# On a full disk, the writes of all arrays fail, and asyncio would log every error but the first.
+logging.getLogger("asyncio").addFilter(
+    lambda record: not all(part in record.getMessage() for part in ("never retrieved", "orbax")))
+
+
+def _ignore_closed_loops(hook: Callable[[Any], Any] = sys.unraisablehook) -> None:
+  """Keeps TensorStore from printing a traceback for each write that ends after a failed save.
+
+  It notifies the event loop of that save, which Orbax has closed by then.
+  """
+  def filtered(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  sys.unraisablehook = filtered
+
+
+_ignore_closed_loops()
 
 
 class CheckpointError(OSError):

@@ -66,6 +66,11 @@ class EvaluateConfig:
   def __post_init__(self):
     if self.problems < 2 or self.samples < 1 or self.slots < 1:
       raise ValueError("problems must be at least 2, samples and slots at least 1")
+    if self.max_prompt_length < 1 or self.max_completion_length < 1:
+      raise ValueError(f"max_prompt_length={self.max_prompt_length} and max_completion_length="
+                       f"{self.max_completion_length} must be positive")
+    if not 0 <= self.seed < 2**31:
+      raise ValueError(f"seed={self.seed} must lie in 0..2^31 - 1")
     require_sampling(self.temperature, self.top_p)
     if self.ks and not 1 <= min(self.ks) <= max(self.ks) <= self.samples:
       raise ValueError(f"ks={self.ks} must lie in 1..samples={self.samples}")

@@ -58,3 +58,11 @@ def test_the_same_experiment_may_replace_its_results(tmp_path):
   (tmp_path / "config.json").unlink()
   with pytest.raises(ValueError, match=r"holds results.json of something else than recor: give"):
     record(Options("recor", out=tmp_path))
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("seed=-1", "^seed=-1 must"), ("max_prompt_length=0", "^max_prompt_length=0 and"),
+    ("max_completion_length=0", "max_completion_length=0 must be positive")])
+def test_messages_name_the_settings_of_this_program(setting, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate.main(Options("evaluate", settings=("checkpoint=missing", setting)))

@@ -1,4 +1,4 @@
-"""A run's folder: what a refused run leaves, and what is said of one that is damaged or finished."""
+"""Run folders: what a refused run leaves, and what is said of damaged and finished ones."""
 
 import json
 import shutil
