@@ -270,6 +270,12 @@ def test_prompts_that_are_too_long_are_an_error_before_a_base_is_trained(tmp_pat
   assert not (tmp_path / "bases").exists()
 
 
+def test_a_reward_that_cannot_be_imported_is_an_error_before_a_base_is_trained(tmp_path):
+  base = settings.apply(a_study().scales["tiny"].config, ("rl.rewards.custom=nowhere:brevity",))
+  with pytest.raises(ValueError, match="'nowhere' cannot be imported"):
+    RLRuns(base, {"grpo": base}, (), tmp_path).prepare()
+
+
 @pytest.mark.parametrize("setting", [
     "rl.optimizer.learning_rate=1e-3", "rl.loop.seed=4", "base.train.seed=4", "base.init=runs/x",
     "base.data.sources=mine.jsonl", "base.data.template=r1"])
