@@ -1,8 +1,13 @@
 """The values of the command line's flags, as a dataclass."""
 
+import contextlib
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection
+
+from train.run_folder import RunFolder, read_json_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +83,36 @@ class Options:
       if getattr(self, name):
         flag = "set" if name == "settings" else name
         raise ValueError(f"--{flag} is not supported by --experiment={self.experiment}")
+
+
+def writes_results(main: Callable[[Options], None]) -> Callable[[Options], None]:
+  """Decorates the main function of an experiment that only writes results to `--out`.
+
+  The folder is locked while the function runs, and later belongs to this experiment: what the same
+  experiment has written there is replaced. Without `--out`, the function is called as it is.
+  """
+  @functools.wraps(main)
+  def claiming(options: Options) -> None:
+    if options.out is None:
+      main(options)
+      return
+    with contextlib.closing(RunFolder(options.out)) as folder:
+      if not (folder.path / "config.json").exists():
+        _require_results_of(options.experiment, folder.path)
+      folder.check_config({"results_of": options.experiment})
+      main(options)
+
+  return claiming
+
+
+def _require_results_of(experiment: str, folder: pathlib.Path) -> None:
+  """Raises ValueError if a folder holds results of another experiment, but no `config.json`."""
+  path = folder / "results.json"
+  found = next((name for name in ("checkpoints", "parts", "summary.json", "report.md")
+                if (folder / name).exists()), None)
+  if path.exists():
+    command = str(read_json_object(path).get("command"))
+    found = None if re.search(rf"--?experiment[= ]{experiment}(\s|$)", command) else path.name
+  if found:
+    raise ValueError(f"{folder} holds {found} of something else than {experiment}: give another "
+                     "--out")

@@ -9,9 +9,9 @@ from rl.mtp import join_mtp, with_saved_mtp
 from rl.step import abstract_rl_state
 from train import loading
 from train.checkpoint import read_newest
-from train.config_io import from_dict, to_dict, upgrade
-from train.loading import TOKENIZER, LoadedModel, hf_files
-from train.run_folder import read_json_object
+from train.config_io import to_dict, upgrade
+from train.loading import TOKENIZER, LoadedModel, hf_files, parse_config
+from train.run_folder import read_json_object, read_run_json
 
 
 def as_dict(cfg: RLConfig, model_cfg: model.ModelConfig) -> dict:
@@ -49,10 +49,11 @@ def load_model(path: str | os.PathLike) -> LoadedModel:
     _require_no_runs_inside(folder)
   if "rl" not in plain:
     return loading.load_model(path)
-  model_cfg = from_dict(model.ModelConfig, plain["model"])
+  read_run_json(config, rl=dict, model=dict)
+  model_cfg = parse_config(config, model.ModelConfig, plain["model"])
   # The default task stands in for the run's own: the weights do not depend on it, and can then be
   # loaded where the task's file or package is missing.
-  cfg = from_dict(RLConfig, plain["rl"] | {"task": RLConfig.task})
+  cfg = parse_config(config, RLConfig, plain["rl"] | {"task": RLConfig.task})
   restored = read_newest(
       folder / "checkpoints", abstract_rl_state(model.abstract_variables(model_cfg), cfg))
   if restored is None:

@@ -170,7 +170,7 @@ class Sampler:
     if long.size:
       examples = ", ".join(self.task.where(problems[i]) for i in long[:3])
       which = (f"{long.size} of {size} questions of the split {split!r} have prompts of more than "
-               f"sampling.max_prompt_length={sampling.max_prompt_length} tokens, up to "
+               f"max_prompt_length={sampling.max_prompt_length} tokens, up to "
                f"{lengths.max()} (such as {examples})")
       require(sampling.long_prompts == "skip" and long.size < size,
               f"{which}: {self._advice(lengths[long[0]], problems[long[0]])}")
@@ -216,7 +216,7 @@ class Sampler:
     """Returns what is wrong with a prompt that is too long, and what to do."""
     sampling = self.cfg.sampling
     length = len(self.prompts([problem])[1][0]) if length is None else length
-    skip = ", or set sampling.long_prompts=skip to leave such questions out" * (
+    skip = ", or set long_prompts=skip to leave such questions out" * (
         sampling.long_prompts == "error")
     return (f"the prompt of {self.task.where(problem)} has {length} tokens, more than the "
             f"{sampling.max_prompt_length} allowed: raise max_prompt_length{skip}")

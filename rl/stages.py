@@ -208,8 +208,5 @@ def run_rl(cfg: RLConfig, start: LoadedModel, folder: RunFolder, *,
   tokenizer = start.tokenizer()
   tokenizer.save(folder.path / TOKENIZER)
   keep_hf_files(start, folder.path)
-  result = loop.train(cfg, start.cfg, start.variables, tokenizer, folder,
-                      form=start.prompt_format(), max_seconds=max_seconds)
-  for message in result.messages:
-    print(f"skipped a damaged checkpoint: {message}", file=sys.stderr)
-  return result
+  return loop.train(cfg, start.cfg, start.variables, tokenizer, folder,
+                    form=start.prompt_format(), max_seconds=max_seconds)

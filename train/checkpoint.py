@@ -17,7 +17,8 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,11 +29,28 @@ from train.run_folder import fsync, write_text_atomic
 
 _UNFINISHED = "tmp."  # prefix of folders that are not checkpoints and may be deleted at any time
 _SHOWN = 5  # how many differing leaves an error message lists
-
 # Orbax logs the traceback of a failed write from its own threads. That would only repeat the
 # failure, which is raised as a CheckpointError.
 logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname))
+# On a full disk, the writes of all arrays fail, and asyncio would log every error but the first.
+logging.getLogger("asyncio").addFilter(
+    lambda record: not all(part in record.getMessage() for part in ("never retrieved", "orbax")))
+
+
+def _ignore_closed_loops(hook: Callable[[Any], Any] = sys.unraisablehook) -> None:
+  """Keeps TensorStore from printing a traceback for each write that ends after a failed save.
+
+  It notifies the event loop of that save, which Orbax has closed by then.
+  """
+  def filtered(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  sys.unraisablehook = filtered
+
+
+_ignore_closed_loops()
 
 
 class CheckpointError(OSError):
@@ -182,7 +200,7 @@ def _reason(error: BaseException) -> str:
 def read_newest(folder: str | os.PathLike, abstract: Any) -> Restored | None:
   """Returns the newest intact checkpoint of a folder, or None if there is no checkpoint at all.
 
-  The folder is not changed.
+  The folder is not changed. Newer checkpoints that are damaged are named on stderr.
 
   Args:
     folder: the folder of a `Checkpoints`, which another process may be using.
@@ -205,6 +223,9 @@ def read_newest(folder: str | os.PathLike, abstract: Any) -> Restored | None:
     _check_same_tree(checkpoint, manifest["leaves"], _described(leaves))
     arrays = _read_arrays(checkpoint, leaves)
     ordered = [arrays[name] for name in leaves]
+    for message in damaged:
+      print(f"skipped a damaged checkpoint: {message}; step {step} is used instead",
+            file=sys.stderr, flush=True)
     return Restored(manifest["step"], jax.tree.unflatten(jax.tree.structure(abstract), ordered),
                     manifest["extra"], damaged)
   if damaged:

@@ -221,7 +221,10 @@ def _tokenizer(cfg: DataConfig) -> Tokenizer:
   if cfg.tokenizer == "bpe":
     return open_bpe(cfg.sources, cfg.bpe_vocab_size, cfg.heldout_fraction,
                     cfg.cache_folder, cfg.max_bad_fraction, cfg.template)
-  return Tokenizer.load(cfg.tokenizer)
+  try:
+    return Tokenizer.load(cfg.tokenizer)
+  except ValueError as error:
+    raise ValueError(f"{error}; data.tokenizer may also be bytes, bpe or deepseek") from error
 
 
 def _heldout(cfg: DataConfig, tokenizer: Tokenizer, stores: Sequence[Store],

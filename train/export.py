@@ -5,7 +5,10 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
+
+from safetensors import SafetensorError
 
 import model
 from train.chat import ChatTemplate
@@ -30,7 +33,8 @@ def run_identity(config: dict, seed: int | None = None) -> str:
   return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def check_target(path: str | os.PathLike, *runs: str, overwrite: bool = False) -> None:
+def check_target(path: str | os.PathLike, *runs: str, overwrite: bool = False,
+                 setting: str = "export") -> None:
   """Checks that a model can be exported to a folder, which may not exist yet.
 
   Args:
@@ -38,13 +42,15 @@ def check_target(path: str | os.PathLike, *runs: str, overwrite: bool = False) -
     *runs: identities of the run that is exported, and of the run that it extends.
     overwrite: whether a folder that holds other files is allowed. They are not deleted, except
       those that an export replaces.
+    setting: name of the setting that gives the folder, for the messages.
 
   Raises:
     ValueError: if the folder holds anything but an export of this run, or cannot be written to.
   """
   folder = pathlib.Path(path)
-  if folder.exists() and not folder.is_dir():
-    raise ValueError(f"export={path} is a file: give a folder")
+  if os.path.lexists(folder) and not folder.is_dir():
+    what = "a file" if folder.exists() else "a symbolic link to nothing"
+    raise ValueError(f"{setting}={path} is {what}: give a folder")
   if folder.is_dir() and not overwrite:
     there = {file.name for file in folder.iterdir() if not file.name.startswith(".saving-")}
     recorded = _record(folder)
@@ -52,14 +58,14 @@ def check_target(path: str | os.PathLike, *runs: str, overwrite: bool = False) -
     if there and (recorded.get("run") not in runs or foreign):
       what = ("the export of another run" if recorded and not foreign else
               f"other files, such as {(foreign or sorted(there))[0]}")
-      raise ValueError(f"export={path} holds {what}: give an empty or a new folder, or set "
+      raise ValueError(f"{setting}={path} holds {what}: give an empty or a new folder, or set "
                        "overwrite_export=true to write over it")
-  existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
   try:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     with tempfile.NamedTemporaryFile(dir=existing):
       pass
   except OSError as error:
-    raise ValueError(f"export={path} cannot be written ({error.strerror}): give another folder"
+    raise ValueError(f"{setting}={path} cannot be written ({error.strerror}): give another folder"
                      ) from error
 
 
@@ -79,9 +85,29 @@ def export(path: str | os.PathLike, start: LoadedModel, tokenizer: Tokenizer,
     run: identity of the run that is exported, see `run_identity`.
 
   Raises:
-    ValueError: if no Hugging Face architecture computes what the model does.
+    ValueError: if no Hugging Face architecture computes what the model does, if the tokenizer has
+      more tokens than the model, or if the folder cannot be written, such as on a full disk. A
+      folder that did not exist is then removed.
   """
+  if tokenizer.vocab_size > start.cfg.vocab_size:
+    raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
+                     f"vocabulary of {start.cfg.vocab_size}")
   folder = pathlib.Path(path)
+  is_new = not os.path.lexists(folder)
+  try:
+    _write(folder, start, tokenizer, run)
+  except BaseException as error:
+    if is_new:
+      shutil.rmtree(folder, ignore_errors=True)
+    if isinstance(error, OSError | SafetensorError):
+      reason = getattr(error, "strerror", None) or error
+      raise ValueError(f"the model could not be exported to {folder} ({reason}): free space, or "
+                       "give another folder") from error
+    raise
+
+
+def _write(folder: pathlib.Path, start: LoadedModel, tokenizer: Tokenizer,
+           run: str | None) -> None:
   model.hf.save(folder, start.cfg, start.variables)
   config = read_json_object(folder / "config.json")
   if kept := _same_tokenizer(start.hf_files, tokenizer):

@@ -12,7 +12,7 @@ from train.config import MeshConfig, RunConfig
 from train.config_io import from_dict
 from train.program import Program, split_runs
 from train.renamed import template_name
-from train.run_folder import read_json_object
+from train.run_folder import read_json_object, read_run_json
 from train.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -47,12 +47,19 @@ class LoadedModel:
     """Returns the tokenizer at `path` or, if that is None, the model's own.
 
     Raises:
-      ValueError: if there is neither, or if it cannot be read.
+      ValueError: if there is neither, if it cannot be read, or if it has more tokens than the
+        model.
     """
     path = path or self.tokenizer_path
     if path is None:
       raise ValueError(f"the checkpoint's folder has no {TOKENIZER}: copy it there")
-    return Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    more = tokenizer.vocab_size - self.cfg.vocab_size
+    if more > 0:
+      raise ValueError(f"the tokenizer {path} has {tokenizer.vocab_size} tokens, {more} more than "
+                       f"the model's vocabulary of {self.cfg.vocab_size}: give the tokenizer that "
+                       "the model was trained with")
+    return tokenizer
 
   def prompt_format(self) -> PromptFormat:
     """Returns how the model is prompted, and which tokens end its text, as `hf_files` say.
@@ -139,13 +146,16 @@ def stored_prompting(folder: str | os.PathLike) -> tuple[str | None, str]:
   """Returns `stored_template` of a folder, and the system's message of that training."""
   path = pathlib.Path(folder) / "config.json"
   stored = read_json_object(path) if path.exists() else {}
+  if stored:
+    parts = {"rl", "requested", "config"} & stored.keys()
+    read_run_json(path, **dict.fromkeys(parts, dict))
   if "rl" in stored:
     return template_name("RLConfig", stored["rl"]), stored["rl"].get("system", "")
   if "requested" in stored and "template" in stored["requested"]:  # a base for RL
     return template_name("BaseConfig", stored["requested"]), ""
   if "config" not in stored or "seeds" not in stored:
     return None, ""
-  data = from_dict(RunConfig, stored["config"]).data
+  data = parse_config(path, RunConfig, stored["config"]).data
   prompted = any(source.prompt_field or source.messages_field for source in data.sources)
   return (data.template, data.system) if prompted else (None, "")
 
@@ -157,13 +167,25 @@ def load_seeds(folder: pathlib.Path) -> list[tuple[int, dict]]:
     ValueError: if the folder has no checkpoint.
     CheckpointError: if every checkpoint is damaged.
   """
-  seeds = read_json_object(folder / "config.json")["seeds"]
+  seeds = read_run_json(folder / "config.json", seeds=list)["seeds"]
   return list(zip(seeds, _load_run(folder)[1], strict=True))
 
 
+def parse_config[T](path: pathlib.Path, cls: type[T], plain: dict) -> T:
+  """Returns a configuration that a file of a run's folder holds, as its dataclass.
+
+  Raises:
+    ValueError: if it is not valid; the message names the file.
+  """
+  try:
+    return from_dict(cls, plain)
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+
+
 def _load_run(folder: pathlib.Path) -> tuple[model.ModelConfig, list[dict]]:
-  plain = read_json_object(folder / "config.json")
-  cfg = from_dict(RunConfig, plain["config"])
+  plain = read_run_json(folder / "config.json", config=dict, seeds=list)
+  cfg = parse_config(folder / "config.json", RunConfig, plain["config"])
   one_device = dataclasses.replace(cfg, mesh=MeshConfig())
   program = Program([one_device] * len(plain["seeds"]), {})
   restored = read_newest(folder / "checkpoints", program.abstract_state())

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import tensorboardX
 
@@ -47,13 +48,18 @@ def _strict(value: Any, replace: Callable[[float], Any]) -> Any:
   return replace(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_data(obj: Any) -> Any:
+  """Returns an object as `write_json_atomic` writes it."""
+  return _strict(obj, lambda number: None)
+
+
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> Any:
   """Writes an object as indented JSON by `write_text_atomic`, with null for NaN and infinities.
 
   Returns:
     The object as it was written.
   """
-  strict = _strict(obj, lambda number: None)
+  strict = json_data(obj)
   write_text_atomic(path, json.dumps(strict, indent=2, allow_nan=False) + "\n")
   return strict
 
@@ -70,6 +76,26 @@ def read_json_object(path: str | os.PathLike) -> dict:
     raise ValueError(f"{path} cannot be read as JSON: {error}") from error
   if not isinstance(value, dict):
     raise ValueError(f"{path} should hold a JSON object, and holds a {type(value).__name__}")
+  return value
+
+
+def read_run_json(path: str | os.PathLike, **fields: type) -> dict:
+  """Returns the JSON object in a file of a run's folder, which must have certain fields.
+
+  Args:
+    path: the file.
+    **fields: the type of every field that is needed.
+
+  Raises:
+    ValueError: if the file cannot be read, or lacks a field of that type. The message names it.
+  """
+  value = read_json_object(path)
+  for name, kind in fields.items():
+    if not isinstance(value.get(name), kind):
+      found = f"a {type(value[name]).__name__}" if name in value else "absent"
+      raise ValueError(f"{path} is damaged or belongs to something else: {name!r} should be a "
+                       f"{kind.__name__}, and is {found}. Restore the file from a copy, or use "
+                       "another folder")
   return value
 
 
@@ -92,11 +118,26 @@ _BEFORE_CHECKPOINT = {
     "checkpoints", "metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "events", "cost",
     "profile", "trackers.json", "wandb"}
 
+# Any of these shows that a folder holds a run, a study or results.
+_MARKS = {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "results.json", "parts",
+          "runs"}
+
+
+def _is_preparation(path: pathlib.Path) -> bool:
+  """Whether a run's folder may hold an entry, which may be a folder, before any training."""
+  if path.is_dir() and not path.is_symlink():
+    return path.name in _BEFORE_CHECKPOINT - {"checkpoints"} or (
+        not path.name.startswith("step_") and all(map(_is_preparation, path.iterdir())))
+  return path.name in _BEFORE_CHECKPOINT and not (
+      path.name == "metrics.jsonl" and path.stat().st_size)
+
 
 class RunFolder:
   """A run's folder, created if it does not exist, and locked for other processes.
 
-  It stays locked until `close` or the end of this process.
+  It stays locked until `close` or the end of this process. A run that is refused before it has
+  trained anything leaves nothing: `close` then removes what has been written to a folder that held
+  no run before.
 
   Attributes:
     path: the folder.
@@ -108,49 +149,74 @@ class RunFolder:
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
-    if self.path.exists() and not self.path.is_dir():
-      raise ValueError(f"the run's folder {self.path} is a file: give another --out")
-    self._is_new = not self.path.exists()
     try:
+      if self.path.exists() and not self.path.is_dir():
+        raise ValueError(f"the run's folder {self.path} is a file: give another --out")
+      self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
       self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+      self._before = set(os.listdir(self.path))
+      self._lock = self._open_lock()
     except OSError as error:
       raise ValueError(f"the run's folder {self.path} cannot be made or written to "
                        f"({error.strerror}): change its permissions, or give another --out"
                        ) from error
-    # Otherwise worker processes that outlive a killed run would keep its folder locked.
-    os.register_at_fork(after_in_child=self._lock.close)
-    try:
-      self._acquire()
-    except BaseException:
-      self._lock.close()
-      raise
 
-  def _acquire(self) -> None:
+  def _open_lock(self) -> TextIO:
+    while True:
+      lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+      # Otherwise worker processes that outlive a killed run would keep its folder locked.
+      os.register_at_fork(after_in_child=lock.close)
+      try:
+        self._acquire(lock)
+        # The process that held the lock before may have deleted the file since it was opened.
+        with contextlib.suppress(FileNotFoundError):
+          if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / "lock")):
+            return lock
+      except BaseException:
+        lock.close()
+        raise
+      lock.close()
+
+  def _acquire(self, lock: TextIO) -> None:
     try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      self._lock.seek(0)
+      lock.seek(0)
       raise ValueError(
-          f"the run's folder {self.path} is in use by process {self._lock.read().strip() or '?'}: "
+          f"the run's folder {self.path} is in use by process {lock.read().strip() or '?'}: "
           "wait for it or stop it, or give another --out") from error
     except OSError as error:
       raise ValueError(f"the run's folder {self.path} cannot be locked ({error.strerror}): give an "
                        "--out on a file system with locks") from error
-    self._lock.truncate(0)
-    self._lock.write(f"{os.getpid()}\n")
-    self._lock.flush()
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
 
   def close(self) -> None:
     """Unlocks the folder, so that other processes can use it.
 
-    A folder that was made for this object and into which nothing has been written is removed.
+    If nothing has been trained, a folder that held no run before is left as it was: what has been
+    written to it is removed, and so is the folder itself if it was made for this object.
     """
-    if self._is_new and not self._lock.closed and os.listdir(self.path) == ["lock"]:
-      (self.path / "lock").unlink()
+    if not self._lock.closed:
       with contextlib.suppress(OSError):
-        self.path.rmdir()
+        self._remove_preparations()
     self._lock.close()
+
+  def _remove_preparations(self) -> None:
+    new = set(os.listdir(self.path)) - self._before
+    claimed = not self._before & _MARKS and all(
+        _is_preparation(self.path / name) for name in new)
+    if new != {"lock"} and not claimed:
+      return
+    for name in sorted(new, key="lock".__eq__):  # the lock last
+      path = self.path / name
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+      else:
+        path.unlink()
+    for folder in self._created:
+      folder.rmdir()
 
   def check_config(
       self, as_dict: dict, upgrade: Callable[[dict], dict] = lambda stored: stored) -> None:
@@ -173,8 +239,8 @@ class RunFolder:
       write_json_atomic(path, as_dict)
       return
     try:
-      content = upgrade(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+      content = upgrade(read_json_object(path))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise ValueError(f"{path} is damaged ({error}): give another --out") from error
     if _kind(content) != _kind(as_dict):
       raise ValueError(f"{self.path} holds {_kind(content)}, where this command would write "
@@ -202,10 +268,12 @@ def _kind(content: dict[str, Any]) -> str:
   """Returns in words what a `config.json` belongs to, which its top-level keys tell."""
   if "study" in content:
     return f"the study {content['study']}"
+  if "results_of" in content:
+    return f"the results of {content['results_of']}"
   for key, kind in _KINDS.items():
     if key in content:
       return kind
-  return "a run"
+  return "something unknown"
 
 
 def _shown(fields: dict[str, Any], name: str) -> str:
@@ -213,7 +281,7 @@ def _shown(fields: dict[str, Any], name: str) -> str:
 
 
 _KINDS = {"requested": "a stage of a pipeline, such as a base for RL", "rl": "a run of RL",
-          "config": "a training run"}
+          "config": "a training run", "model_type": "a model in Hugging Face's format"}
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -7,7 +7,6 @@ SFT are the same stage with different configurations.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -191,7 +190,7 @@ def open_stage(
     if not (folder.path / _FINISHED).exists():
       yield folder
       return
-    config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder.path / "config.json")
     folder.check_config(upgrade(config) | {"requested": requested}, upgrade)
     yield None
 

@@ -133,8 +133,8 @@ class Tokenizer:
     try:
       definition = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"tokenizer {path} cannot be read: {error}. data.tokenizer must be bytes, "
-                       "bpe, deepseek or the path of a tokenizer.json") from error
+      raise ValueError(f"tokenizer {path} cannot be read: {error}. Give the path of a "
+                       "tokenizer.json") from error
     try:
       return cls(definition)
     except ValueError as error:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import model
 from experiments import settings
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.programs.generate import require_sampling
 from experiments.reports import provenance
 from rl.config import LoopConfig, RLConfig, SamplingConfig
@@ -66,6 +66,11 @@ class EvaluateConfig:
   def __post_init__(self):
     if self.problems < 2 or self.samples < 1 or self.slots < 1:
       raise ValueError("problems must be at least 2, samples and slots at least 1")
+    if self.max_prompt_length < 1 or self.max_completion_length < 1:
+      raise ValueError(f"max_prompt_length={self.max_prompt_length} and max_completion_length="
+                       f"{self.max_completion_length} must be positive")
+    if not 0 <= self.seed < 2**31:
+      raise ValueError(f"seed={self.seed} must lie in 0..2^31 - 1")
     require_sampling(self.temperature, self.top_p)
     if self.ks and not 1 <= min(self.ks) <= max(self.ks) <= self.samples:
       raise ValueError(f"ks={self.ks} must lie in 1..samples={self.samples}")
@@ -74,13 +79,12 @@ class EvaluateConfig:
 CONFIG = EvaluateConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
   if not cfg.checkpoint:
     raise ValueError("no model to evaluate: give its folder, --set checkpoint=DIR")
-  if options.out:
-    options.out.mkdir(parents=True, exist_ok=True)
   ks = [k for k in (4, 16) if k <= cfg.samples] if cfg.ks is None else cfg.ks
   template, system = _prompting(cfg)
   # A compiled program samples a fixed number of sequences, at least two for each prompt, as the

@@ -1,6 +1,7 @@
 """Write a trained model as a Hugging Face folder, with its tokenizer and chat template."""
 
 import dataclasses
+import os
 import pathlib
 
 from experiments import settings
@@ -39,7 +40,7 @@ def main(options: Options) -> None:
   for name, what in (("checkpoint", "model to export"), ("to", "folder to export it to")):
     if not getattr(cfg, name):
       raise ValueError(f"no {what}: give it by --set {name}=DIR")
-  if pathlib.Path(cfg.to).resolve() == pathlib.Path(cfg.checkpoint).resolve():
+  if os.path.realpath(cfg.to) == os.path.realpath(cfg.checkpoint):
     raise ValueError(f"to={cfg.to} is the checkpoint itself: give another folder")
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
@@ -50,6 +51,6 @@ def main(options: Options) -> None:
   for seed, variables in runs:
     folder = pathlib.Path(cfg.to) / f"seed{seed}" if several else pathlib.Path(cfg.to)
     run = run_identity(stored, seed)
-    check_target(folder, run, overwrite=cfg.overwrite_export)
+    check_target(folder, run, overwrite=cfg.overwrite_export, setting="to")
     export(folder, dataclasses.replace(start, variables=variables), tokenizer, run)
     print(f"exported to {folder}")

@@ -25,7 +25,7 @@ from rl.loading import load_model
 from train import cost
 from train.chat import require_chat
 from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.config_io import from_dict, to_dict
+from train.config_io import to_dict
 from train.data import Data, load
 from train.export import check_target, export, run_identity
 from train.loading import (
@@ -34,6 +34,7 @@ from train.loading import (
   hf_files,
   keep_hf_files,
   load_seeds,
+  parse_config,
   prompt_format,
   stored_template,
 )
@@ -41,7 +42,13 @@ from train.loop import Result, TrainingError
 from train.loop import train as run_training
 from train.optimizer import schedule_changes
 from train.program import split_runs
-from train.run_folder import RunFolder, read_json_object, write_json_atomic
+from train.run_folder import (
+  MetricsFile,
+  RunFolder,
+  json_data,
+  read_run_json,
+  write_json_atomic,
+)
 from train.stages import (
   check_fits,
   claim_folder,
@@ -135,14 +142,19 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
   run_cfg = cfg.without_extras()
   seeds = [cfg.train.seed + i for i in range(options.num_seeds())]
   shorter = _extend(run_cfg, seeds, out) if cfg.extend else run_cfg
+  finished = _finished(out.path, cfg.train.steps)
+  if finished:
+    _warn_of_missing(out.path)
   claim_folder(out, {"config": to_dict(run_cfg), "seeds": seeds}, data,
                accept_changed_data=cfg.accept_changed_data)
   _check_export(cfg, seeds, shorter)
   data.tokenizer.save(out.path / TOKENIZER)
   keep_hf_files(start, out.path)
-  if _is_finished(out.path, cfg.train.steps):
-    print(f"{out.path} is finished, nothing is left to train; the report is "
-          f"{out.path / 'report.md'}")
+  if finished:
+    report = out.path / "report.md"
+    if not report.exists():
+      report = write_run_report(out.path, finished, MetricsFile(out.path / "metrics.jsonl").read())
+    print(f"{out.path} is finished, nothing is left to train; the report is {report}")
     if cfg.export:
       _export(cfg, out.path, dict(load_seeds(out.path)), data)
     return
@@ -153,21 +165,36 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
         max_seconds=options.max_minutes and 60 * options.max_minutes, profile=options.profile,
         on_evaluation=_print_evaluation)
   except TrainingError:
-    _record(out.path, cfg, data, {"status": "failed", "cost": cost.total(out.path)})
+    write_json_atomic(out.path / "results.json", _results(
+        cfg, data, {"status": "failed", "cost": cost.total(out.path)}))
     raise
-  for message in result.messages:
-    print(f"skipped a damaged checkpoint: {message}", file=sys.stderr)
   if result.status == "stopped":
     print(f"stopped after step {result.steps}, which is saved; rerun the same command to resume")
     return
   _finish(cfg, options.scale_of(SCALES), data, out.path, result)
 
 
-def _is_finished(path: pathlib.Path, steps: int) -> bool:
+def _finished(path: pathlib.Path, steps: int) -> dict | None:
+  """Returns the content of results.json if the run in a folder has finished with these steps."""
   if not (path / "results.json").exists():
-    return False
-  results = read_json_object(path / "results.json")
-  return results["status"] == "finished" and results["config"]["train"]["steps"] == steps
+    return None
+  results = read_run_json(path / "results.json", status=str, config=dict)
+  try:
+    done = results["config"]["train"]["steps"]
+  except (KeyError, TypeError) as error:
+    raise ValueError(f"{path / 'results.json'} is damaged: it has no config.train.steps. Delete "
+                     "it, and the same command finishes the run again") from error
+  return results if results["status"] == "finished" and done == steps else None
+
+
+def _warn_of_missing(path: pathlib.Path) -> None:
+  """Says which parts of a finished run are gone, so that it cannot be used as before."""
+  if not any(path.glob("checkpoints/step_*")):
+    print(f"warning: {path} has no checkpoints any more: its model cannot be evaluated, exported "
+          "or extended", file=sys.stderr)
+  if not (path / "config.json").exists():
+    print(f"warning: {path / 'config.json'} is missing: whether the run had the configuration of "
+          "this command is not checked, and the file is written again from it", file=sys.stderr)
 
 
 # Fields of the optimizer that may change when a run is extended.
@@ -186,8 +213,8 @@ def _extend(cfg: RunConfig, seeds: list[int], out: RunFolder) -> RunConfig:
   path = out.path / "config.json"
   if not path.exists():
     raise ValueError(f"extend=true: {out.path} holds no run to extend")
-  stored = upgrade_run(read_json_object(path))
-  before = from_dict(RunConfig, stored["config"])
+  stored = upgrade_run(read_run_json(path, config=dict, seeds=list))
+  before = parse_config(path, RunConfig, stored["config"])
   done = before.train.steps
   if cfg.train.steps < done:
     raise ValueError(f"extend=true: train.steps={cfg.train.steps} is below the {done} steps of the "
@@ -279,9 +306,11 @@ def _finish(cfg: PretrainConfig, scale: str, data: Data, path: pathlib.Path,
   if "max_violation" in last:
     print(f"MaxVio of a batch: {first['max_violation']:.2f} at the first step, "
           f"{last['max_violation']:.2f} at the last")
-  run = _record(path, cfg, data, record)
+  run = json_data(_results(cfg, data, record))
   write_json_atomic(path / SUMMARY, summary(run))
-  print(f"report: {write_run_report(path, run, result.rows)}")
+  report = write_run_report(path, run, result.rows)
+  write_json_atomic(path / "results.json", run)  # last, as it marks the run as finished
+  print(f"report: {report}")
 
 
 def _export_folder(cfg: PretrainConfig, seed: int, several: bool) -> pathlib.Path:
@@ -317,11 +346,10 @@ def _export(cfg: PretrainConfig, path: pathlib.Path, runs: dict[int, dict], data
     print(f"exported to {folder}")
 
 
-def _record(path: pathlib.Path, cfg: PretrainConfig, data: Data, more: dict) -> dict:
-  """Writes results.json, and returns its content."""
-  run = {"provenance": provenance.describe(), "config": to_dict(cfg),
-         "data": data.summary() | {"epochs": data.epochs(cfg.train)}, **more}
-  return write_json_atomic(path / "results.json", run)
+def _results(cfg: PretrainConfig, data: Data, more: dict) -> dict:
+  """Returns the content of results.json."""
+  return {"provenance": provenance.describe(), "config": to_dict(cfg),
+          "data": data.summary() | {"epochs": data.epochs(cfg.train)}, **more}
 
 
 def _baselines(cfg: PretrainConfig, data: Data) -> dict[str, dict[str, float]]:

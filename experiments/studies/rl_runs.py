@@ -24,7 +24,7 @@ from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import gains, metrics_of_rows
 from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
 from model.checks import require, require_positive
-from rl import loop
+from rl import loop, rewards
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
 from rl.loading import load_model
@@ -115,7 +115,9 @@ class RLRuns:
     return {"config": to_dict(_without_cache(self._scale))}
 
   def prepare(self) -> None:
-    pass
+    for cfg in self._configs.values():  # before a base is trained
+      for reward in cfg.rl.rewards.custom:
+        rewards.load(reward.function)
 
   def program(self, task: Task) -> Task:
     return task

@@ -8,7 +8,6 @@ small file in `parts/`: to merge the results of several machines, copy these fil
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -32,7 +31,9 @@ from experiments.studies.study import Study
 from train import cost
 from train.config_io import renamed_setting, upgrade
 from train.loop import TrainingError
-from train.run_folder import RunFolder, write_json_atomic
+from train.run_folder import RunFolder, read_run_json, write_json_atomic
+
+_RUN_FIELDS = {"arm", "learning_rate", "seed", "status", "cost", "metrics"}
 
 
 def main(study: Study, options: Options) -> None:
@@ -58,6 +59,25 @@ def execute(study: Study, scale_name: str, options: Options) -> dict:
     return judged
   finally:
     runner.out.close()
+
+
+def _read_part(path: pathlib.Path) -> dict:
+  """Returns the content of a file in `parts/`.
+
+  Raises:
+    ValueError: if it is damaged; the message names the file.
+  """
+  try:
+    part = read_run_json(path, provenance=dict, runs=list)
+    for run in part["runs"]:
+      if not (isinstance(run, dict) and isinstance(run.get("metrics"), dict)
+              and run.keys() >= _RUN_FIELDS):
+        raise ValueError(f"a run in {path} should be an object with "
+                         + ", ".join(sorted(_RUN_FIELDS)))
+  except ValueError as error:
+    raise ValueError(f"{error}. This file holds finished runs: restore it from a copy, or delete "
+                     "it, and its runs train again") from error
+  return part
 
 
 class Runner:
@@ -129,9 +149,12 @@ class Runner:
 
   def finished(self) -> dict[Task, dict]:
     """Returns all runs that are recorded in `parts/`, including those that failed."""
-    runs = [run for path in sorted(self.parts.glob("*.json"))
-            for run in json.loads(path.read_text())["runs"]]
-    return {Task(run["arm"], run["learning_rate"], run["seed"]): run for run in runs}
+    return {Task(run["arm"], run["learning_rate"], run["seed"]): run
+            for part in self._recorded() for run in part["runs"]}
+
+  def _recorded(self) -> list[dict]:
+    """Returns the contents of `parts/`."""
+    return [_read_part(path) for path in sorted(self.parts.glob("*.json"))]
 
   def run(self) -> bool:
     """Trains all runs that are missing; returns False if the time limit was reached."""
@@ -257,8 +280,8 @@ class Runner:
       if task.seed < SWEEP_SEED:
         seeds.setdefault(task.arm, set()).add(task.seed)
     command = reproducing_command(self.study, self.scale_name, self.options, seeds)
-    return provenance.merged([json.loads(path.read_text())["provenance"]
-                              for path in sorted(self.parts.glob("*.json"))]) | {"command": command}
+    return provenance.merged([part["provenance"] for part in self._recorded()]) | {
+        "command": command}
 
   def judge(self) -> dict:
     """Writes `outcome` as results.json, its summary and the report, prints it, and returns it."""

@@ -317,7 +317,7 @@ def test_prompts_that_are_too_long_are_refused_before_the_first_step_by_line(tmp
   with pytest.raises(ValueError, match=rf"[1-4] of \d\d questions of the split 'train' .*{line}.*"
                                        rf"the prompt of {line} has 23 tokens, more than the 10 "
                                        "allowed: raise max_prompt_length, or set "
-                                       "sampling.long_prompts=skip"):
+                                       "long_prompts=skip"):
     small.run(small.config(spec), tmp_path / "run")
   assert not rows(tmp_path / "run", "evaluations.jsonl")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -131,11 +132,13 @@ def halve(path):
 @pytest.mark.parametrize("damage", [flip_a_byte, halve, pathlib.Path.unlink])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_reported_renamed_and_skipped(
-    two_saved, tmp_path, file, damage):
+    two_saved, tmp_path, file, damage, capsys):
   folder = shutil.copytree(two_saved, tmp_path / "checkpoints")
   victim = sorted((folder / "step_00000002").glob(file))[0]
   damage(victim)
   assert read_newest(folder, SMALL).step == 1
+  warning = capsys.readouterr().err
+  assert f"{folder}/step_00000002: " in warning and "; step 1 is used instead\n" in warning
   assert sorted(os.listdir(folder)) == ["step_00000001", "step_00000002"]
   checkpoints = Checkpoints(folder, keep=2)
   restored = checkpoints.restore(SMALL)
@@ -192,6 +195,23 @@ def test_a_failed_save_is_raised_once_by_the_next_call(checkpoints):
   checkpoints.save(3, small(3), {})
   checkpoints.wait()
   assert checkpoints.steps() == [1, 3]
+
+
+def test_a_full_disk_is_reported_once_and_without_tracebacks(checkpoints, capfd):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  arrays = {f"x{i}": jax.random.normal(jax.random.key(i), (100, 100)) for i in range(30)}
+  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+  try:
+    with pytest.raises(CheckpointError, match=r"step 1 could not be saved .* \(File too large\)"):
+      checkpoints.save(1, arrays, {})
+      checkpoints.wait()
+    time.sleep(0.5)  # in which the writes that were in progress end
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert "Traceback" not in capfd.readouterr().err
+  checkpoints.save(1, arrays, {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [1]
 
 
 def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):

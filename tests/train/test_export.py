@@ -5,6 +5,7 @@ import json
 
 import pytest
 import tiny
+from safetensors import SafetensorError
 
 from train import export as exporting
 from train.export import check_target, export
@@ -34,6 +35,38 @@ def test_a_model_of_this_project_gets_its_special_tokens_and_chat_template(tmp_p
   assert tokenizer["model_max_length"] == CFG.max_seq_len
   assert "Q: " in tokenizer["chat_template"]
   assert load_model(tmp_path / "out").cfg.param_count(mtp=True) == CFG.param_count(mtp=True)
+
+
+@pytest.mark.parametrize("error", [
+    SafetensorError("No space left on device (os error 28)"),
+    OSError(28, "No space left on device")])
+def test_a_folder_that_could_not_be_written_is_removed(tmp_path, start, monkeypatch, error):
+  def full(folder, *_):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").touch()
+    raise error
+
+  monkeypatch.setattr(exporting.model.hf, "save", full)
+  with pytest.raises(ValueError, match=r"out \(No space left on device.*\): free space"):
+    export(tmp_path / "out", start, BYTES)
+  assert not (tmp_path / "out").exists()
+  (tmp_path / "old").mkdir()
+  with pytest.raises(ValueError, match="free space"):
+    export(tmp_path / "old", start, BYTES)
+  assert (tmp_path / "old").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, start):
+  small = dataclasses.replace(start, cfg=dataclasses.replace(CFG, vocab_size=BYTES.vocab_size - 1))
+  with pytest.raises(ValueError, match=f"{BYTES.vocab_size} tokens, more than the model's vocab"):
+    export(tmp_path / "out", small, BYTES)
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_links_to_itself_is_refused_by_its_setting(tmp_path):
+  (tmp_path / "loop").symlink_to("loop")
+  with pytest.raises(ValueError, match=r"^to=.*loop is a symbolic link to nothing: give a folder"):
+    check_target(tmp_path / "loop", "a", setting="to")
 
 
 def test_the_chat_template_writes_what_sft_reads(start):

@@ -60,8 +60,9 @@ def test_a_folder_that_cannot_be_used_is_an_error(tmp_path):
     RunFolder(tmp_path / "file")
   with pytest.raises(ValueError, match="cannot be made or written to"):
     RunFolder(tmp_path / "file" / "run")
-  with pytest.raises(ValueError, match="cannot be made or written to"):
-    RunFolder("/proc/self/run")
+  for path in ("/proc/self/run", tmp_path / ("x" * 300)):
+    with pytest.raises(ValueError, match=r"cannot be made or written to .*another --out"):
+      RunFolder(path)
 
 
 CONFIG = {"train": {"steps": 200, "rate": 0.1}, "data": {"sources": ({"path": "a"},), "dir": None}}
@@ -120,9 +121,49 @@ def test_a_folder_that_nothing_was_written_to_is_removed(tmp_path):
   assert (tmp_path / "old").exists()
 
 
-def test_a_damaged_configuration_is_an_error(tmp_path):
+def prepare(path):
+  """Returns the folder of a run that has written everything that precedes its first step."""
+  folder = RunFolder(path)
+  folder.check_config({"config": 1, "seeds": [0]})
+  for name in ("events", "checkpoints", "parts", "runs/arm", "huggingface"):
+    (folder.path / name).mkdir(parents=True)
+  for name in ("tokenizer.json", "huggingface/a.model", "metrics.jsonl", "runs/arm/config.json"):
+    (folder.path / name).touch()
+  (folder.path / "evaluations.jsonl").write_text('{"step": 0}\n')
+  return folder
+
+
+def test_a_run_that_is_refused_before_training_leaves_its_folder_as_it_was(tmp_path):
+  prepare(tmp_path / "new" / "run").close()
+  assert os.listdir(tmp_path) == []
+  (tmp_path / "thesis.txt").touch()
+  prepare(tmp_path).close()
+  assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", [
+    "metrics.jsonl", "runs/arm/metrics.jsonl", "parts/1.json", "checkpoints/step_00000001/a",
+    "results.json", "finished"])
+def test_a_run_that_has_trained_keeps_its_folder(tmp_path, name):
+  folder = prepare(tmp_path / "run")
+  (folder.path / name).parent.mkdir(exist_ok=True)
+  (folder.path / name).write_text("{}\n")
+  folder.close()
+  assert (folder.path / "config.json").exists() and (folder.path / name).exists()
+
+
+def test_a_refused_command_does_not_change_a_folder_with_a_configuration(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+  with contextlib.closing(RunFolder(tmp_path)) as folder, pytest.raises(
+      ValueError, match=r"holds a model in Hugging Face's format, .* write a training run"):
+    folder.check_config({"config": 1, "seeds": [0]})
+  assert os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("content", ['{"train": ', "[]", "null", "3"])
+def test_a_damaged_configuration_is_an_error(tmp_path, content):
   folder = RunFolder(tmp_path)
-  (tmp_path / "config.json").write_text('{"train": ')
+  (tmp_path / "config.json").write_text(content)
   with pytest.raises(ValueError, match=r"config.json is damaged"):
     folder.check_config(CONFIG)
   folder.close()

@@ -18,7 +18,7 @@ import numpy as np
 from experiments import settings
 from experiments.benchmarks.kernels.cases import SHAPES, Case, cases
 from experiments.benchmarks.timing import CallTimer, alternate, describe, paired_rounds, speedup
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.markdown import number, table
 from experiments.reports.summary import bench_summary, claim, target, target_verdict
@@ -56,6 +56,7 @@ class BenchConfig:
 CONFIG = BenchConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)

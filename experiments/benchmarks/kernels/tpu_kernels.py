@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from experiments import settings
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import provenance, results
 from experiments.reports.markdown import collapsed, table
 from experiments.reports.summary import bench_summary, claim
@@ -182,6 +182,7 @@ def cycles(program: str) -> int | None:
 CONFIG = TpuConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)

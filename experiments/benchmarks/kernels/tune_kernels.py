@@ -21,7 +21,7 @@ import pallas_kernels as ops
 from experiments import settings
 from experiments.benchmarks.kernels.cases import group_sizes, normal
 from experiments.benchmarks.timing import CallTimer, alternate
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.markdown import table
 from experiments.reports.summary import backend, bench_summary
@@ -83,6 +83,7 @@ _EXPERTS = ((65536, 64, 2048, 1408), (98304, 64, 2048, 2816), (98304, 64, 1408, 
 CONFIG = TuneConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from experiments import settings
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import plots, provenance, results
 from experiments.reports.markdown import figure, table
 from experiments.reports.summary import backend, bench_summary, claim
@@ -104,6 +104,7 @@ def errors(ours: np.ndarray, exact: np.ndarray, numbers: str) -> dict[str, float
 CONFIG = AccumulationConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)

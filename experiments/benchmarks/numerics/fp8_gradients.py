@@ -24,7 +24,7 @@ import numpy as np
 
 import model
 from experiments import settings
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import plots, results
 from experiments.reports.markdown import figure, number
 from experiments.reports.summary import backend, bench_summary, claim
@@ -91,6 +91,7 @@ _KINDS = {"attention": "attention", "ffn/shared": "shared expert", "dense_layers
 CONFIG = GradientsConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)

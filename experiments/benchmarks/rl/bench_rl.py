@@ -26,7 +26,7 @@ from experiments.benchmarks.rl import sums
 from experiments.benchmarks.rl.contenders import Bench, OwnTrainer, PeerTrainer, Trainer
 from experiments.benchmarks.rl.report import sections, summary
 from experiments.benchmarks.timing import attempt, require_packages
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import results
 from rl.pass_rates import interval
 from train.config_io import to_dict
@@ -50,6 +50,11 @@ CONFIG = BenchConfig()
 
 
 def main(options: Options) -> None:
+  _measure(dataclasses.replace(options, out=options.folder("bench_rl")))
+
+
+@writes_results
+def _measure(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   bench = settings.apply(CONFIG, options.settings).bench
   if not bench.model:
@@ -59,13 +64,11 @@ def main(options: Options) -> None:
     require_packages(bench.peer_python, needed, "bench.peer_python")
     # JAX reads this when it first uses the device, whose memory the contenders share.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  folder = options.folder("bench_rl")
-  folder.mkdir(parents=True, exist_ok=True)
   result: dict[str, Any] = {"bench": to_dict(bench), "failed": {}}
 
   def save() -> None:
     # Overwrites earlier results: the folder holds those of a single run.
-    results.record(folder, result, summary, sections)
+    results.record(options.out, result, summary, sections)
 
   ours = OwnTrainer(bench)
   result["params"] = ours.cfg.param_count()
@@ -87,7 +90,7 @@ def main(options: Options) -> None:
     finally:
       for peer in peers:
         peer.quit()
-  print((folder / "report.md").read_text(encoding="utf-8"))
+  print((options.out / "report.md").read_text(encoding="utf-8"))
 
 
 def _warm(ours: OwnTrainer, peers: Sequence[PeerTrainer],

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import settings
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim
 from model import ModelConfig, Transformer, get_config, init_on_host
@@ -84,11 +84,10 @@ class BenchConfig:
 CONFIG = BenchConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings, named={"model": get_config})
-  if options.out:
-    options.out.mkdir(parents=True, exist_ok=True)
   variables = init_on_host(cfg.model, cfg.rl.loop.seed)
   seen = _roll_out(cfg, variables, 0)
   updates = {name: _Update(cfg, name, variables, seen) for name in cfg.bench.objectives}

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from experiments.benchmarks.timing import alternate
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim
 from model.experts import EXPERTS, ExpertWeights, dense_experts, slot_experts
@@ -107,6 +107,7 @@ def _error(ours, reference) -> float:
              for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True))
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "settings", "seeds", "a", "b", "arms", "profile",
                             "max_minutes")

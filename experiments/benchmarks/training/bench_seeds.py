@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import settings
 from experiments.benchmarks.timing import alternate, median_interval
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim, target
 from model import ModelConfig, get_config
@@ -39,6 +39,7 @@ class SeedsConfig(RunConfig):
 CONFIG = SeedsConfig()
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("scale", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings, named={"model": get_config})

@@ -27,7 +27,7 @@ from experiments.benchmarks.training.contenders import (
   PeerTrainer,
   Trainer,
 )
-from experiments.options import Options
+from experiments.options import Options, writes_results
 from experiments.reports import markdown, results
 from experiments.reports.summary import bench_summary, claim, target
 from model import NUMERICS, get_config
@@ -80,6 +80,7 @@ _FLAG_WORDS = {"experts": "{} experts", "adamw": "{} AdamW", "attention": "{} at
 _PEAK_TARGETS = {("v2_lite", "ours bf16"): 0.4}
 
 
+@writes_results
 def main(options: Options) -> None:
   options.require_supported("seeds", "a", "b", "arms", "max_minutes")
   scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(SCALES)
@@ -167,7 +168,6 @@ def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> Non
       text += "\n" + markdown.table((title, "ms per step", "fraction", "runs"), rows) + "\n"
     print(text)
     if options.out:
-      options.out.mkdir(parents=True, exist_ok=True)
       name = f"{phase}-{own.name}".replace(" ", "-")
       (options.out / f"profile-{name}.md").write_text(text, encoding="utf-8")
 

@@ -267,8 +267,13 @@ def test_prompts_that_are_too_long_are_an_error_before_a_base_is_trained(tmp_pat
   with pytest.raises(ValueError, match=r"prompt_length=1 is too small: prompts of \S+ have up to "
                                        r"\d+ tokens"):
     runs._start(Task("grpo", 1e-3, 0), None)
-  (made,) = (tmp_path / "bases").iterdir()
-  assert not (made / "checkpoints").exists()
+  assert not (tmp_path / "bases").exists()
+
+
+def test_a_reward_that_cannot_be_imported_is_an_error_before_a_base_is_trained(tmp_path):
+  base = settings.apply(a_study().scales["tiny"].config, ("rl.rewards.custom=nowhere:brevity",))
+  with pytest.raises(ValueError, match="'nowhere' cannot be imported"):
+    RLRuns(base, {"grpo": base}, (), tmp_path).prepare()
 
 
 @pytest.mark.parametrize("setting", [

@@ -315,10 +315,29 @@ def test_without_runs_nothing_is_compared_and_the_report_says_that_no_sweep_is_f
 # Definitions.
 
 def test_a_folder_refuses_another_definition_of_its_study(tmp_path):
-  runner(tmp_path).out.close()
+  first = runner(tmp_path)
+  write_part(tmp_path, "1", [a_run("plain", 0.1, 0, 1.0)])
+  first.out.close()
   other = a_study(question("new", "plain", claim=Claim("sign", sign=1)))
   with pytest.raises(ValueError, match=r"definition\.claims\.0"):
     runner(tmp_path, other)
+
+
+def test_a_study_without_finished_runs_does_not_claim_its_folder(tmp_path):
+  runner(tmp_path / "study").out.close()
+  assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe", b'{"runs": 3}', b'{"provenance": {}, "runs": 3}',
+    b'{"provenance": {}, "runs": [3]}', b'{"provenance": {}, "runs": [{"arm": 1}]}',
+    b'{"runs": []}'])
+def test_a_damaged_part_is_an_error_that_names_the_file(tmp_path, content):
+  study = runner(tmp_path)
+  (tmp_path / "parts" / "7.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"parts/7\.json .*restore it from a copy, or delete it"):
+    study.outcome()
+  study.out.close()
 
 
 def test_a_definition_has_what_decides_the_outcome_but_not_the_wording():
