@@ -5,6 +5,7 @@ import time
 import pytest
 
 from rl.tasks.equality import is_parsable, number, same_answer
+from rl.tasks.files import File
 
 EQUAL = {
     "roots": [
@@ -129,3 +130,14 @@ def test_long_answers_take_no_more_time_than_others(given):
   began = time.monotonic()
   same_answer(given, "5")
   assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("0.333333", "1/3"), ("\\frac{1}{3}", "0.333333"), ("50%", "0.5"), ("50", "50%"), ("5m", "5 m"),
+    ("x=2", "2"), ("5 apples", "5"), ("7", "8"), ("y=2", "x=2")])
+def test_it_does_not_matter_which_of_two_votes_is_first(tmp_path, first, second):
+  path = tmp_path / "rows.jsonl"
+  path.write_text("")
+  task = File(path=str(path))
+  assert task.same(first, second, {}) is task.same(second, first, {})
+  assert task.same(first, second, {}) is (first not in ("7", "y=2"))
