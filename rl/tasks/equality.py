@@ -29,6 +29,7 @@ _CHARACTERS = _FULL_WIDTH | _DASHES | _SPACES | _INVISIBLE
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*"),
                ("```", "```"), ("`", "`"))
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)(?<!\\)\$|\\\((.+?)\\\)")
+_UNIMPORTANT_SPACE = re.compile(r"(?<!\w)\s+|\s+(?!\w)|(?<=[0-9])\s+(?=[a-zA-Z])")
 _EQUALS = re.compile(r"(?:(?:=|≈|\\approx(?![a-zA-Z]))\s*)+")
 
 _INTEGER = r"[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,|\\ | )[0-9]{3})+|[0-9]+"
@@ -202,7 +203,7 @@ def _compared(given: str, gold: str) -> bool | tuple[str, str]:
   reference = _answer(gold)
   # In the reference `5m` is a product, but in an answer to `5` or `5 m` it is a unit.
   guess = _answer(given, adjacent=bool(reference.number))
-  if "".join(given.split()) == "".join(gold.split()):
+  if _UNIMPORTANT_SPACE.sub("", given) == _UNIMPORTANT_SPACE.sub("", gold):
     return True
   if (units.differ(guess.unit, reference.unit) or not guess.latex
       or (guess.variable and reference.variable and guess.variable != reference.variable)):
