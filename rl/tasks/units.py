@@ -43,7 +43,8 @@ _NO_UNITS = re.compile(
     r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+(?:teen|ty)|"
     r"\w*(?:hundred|thousand|illion)s?|\w+(?:fth|xth|nth|hth|dth)s?)", re.IGNORECASE)
 
-_TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|operatorname)\s*\{[^{}]*\}"
+_TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|operatorname)\s*" \
+    r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _SPACE = r"(?:\s|~|\\[,;:! ]|\\quad)"
 _WORD = rf"(?:{_TEXT}|\^\{{\\circ\}}|\^?\\circ|\\?[$%]|[€£¥₹¢°Ω]|(?:US\\?\$)|[a-zA-Z]++\.?)"
 _POWER = r"(?:\s*\^\s*(?:-?[0-9]|\{\s*-?[0-9]\s*\}))?"
@@ -127,7 +128,8 @@ def _canonical(words: str, singular: bool = False) -> str | None:
     singular: whether a word that is not in the list of units may be one without a final `s`.
   """
   spelled = re.sub(_TEXT, lambda text: f" {text[0][text[0].index('{') + 1:-1]} ", words)
-  if re.search(r"[^\sa-zA-Z0-9\\^{}/*$€£¥₹¢°Ω%.,;:!~-]", spelled):
+  spelled = re.sub(r"\b([ap])\.\s*m\b", r"\1m", spelled)
+  if re.search(r"[^\sa-zA-Z0-9()\\^{}/*$€£¥₹¢°Ω%.,;:!~-]", spelled):
     return None
   factors, sign, power = {}, 1, 1
   tokens = _TOKEN.findall(re.sub(r"\\cdot|\\quad", " ", spelled))

@@ -28,7 +28,9 @@ EQUAL = {
         ("5", "5 apples"), ("2", "2 hours"), ("20", "20 percent"), ("0.2", "20 percent"),
         ("60", "60 mph"), ("5", "5 cm"), ("10\\pi", "10\\pi\\text{ cm}"), ("90", "90^\\circ"),
         ("1000", "1,000\\text{ people}"), ("5x", "5x\\text{ dollars}"), ("17", "17\\text{th}"),
-        ("18.90", "\\$18.90"), ("6", "6\\text{ ways}"), ("5 m", "5m")],
+        ("18.90", "\\$18.90"), ("6", "6\\text{ ways}"), ("5 m", "5m"),
+        ("20", "20\\,\\mathrm{m\\,s^{-1}}"), ("20", "20\\,\\mathrm{m\\cdot s^{-1}}"),
+        ("7", "7\\text{ (cm)}"), ("3", "3\\text{ p.m.}"), ("60", "60~\\text{km}")],
     "spellings of a unit": [
         ("60 miles per hour", "60 mph"), ("60 kph", "60 km/h"), ("10 m", "10 meters"),
         ("10m", "10 m"), ("10 cm²", "10 cm^2"), ("10 square centimeters", "10 cm^2"),
