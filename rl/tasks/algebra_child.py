@@ -6,6 +6,7 @@ takes too long. This file imports nothing of this project: the process starts in
 """
 
 import contextlib
+import dataclasses
 import fractions
 import functools
 import itertools
@@ -75,15 +76,62 @@ def _same(given: str, gold: str) -> bool | None:
   if given == gold:
     return True
   parsed = _parse(given)
-  return bool(parsed) and math_verify.verify(reference, parsed, timeout_seconds=None)
+  if not parsed:
+    return False
+  return math_verify.verify(*_with_imaginary_unit(reference, parsed), timeout_seconds=None,
+                            allow_set_relation_comp=True)
 
 
 @functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> list:
+  """Returns the expressions that LaTeX may stand for; none if it contradicts itself.
+
+  A chain of equations contradicts itself if two of its sides are different constants, as in
+  `x=43=42`. If all are constants, as in `2+3=5`, it stands for the last one.
+  """
+  sides = _sides(text)
+  if len(sides) < 2:
+    return _parse_one(text)
+  parsed = [_parse_one(side) for side in sides]
+  constants = [side[0] for side in parsed if side and getattr(side[0], "is_number", False)]
+  if any(_same_number(constants[0], other) is not True for other in constants[1:]):
+    return []
+  return parsed[-1] if len(constants) == len(sides) else _parse_one(text)
+
+
+def _sides(text: str) -> list[str]:
+  """Returns the sides of an equation or a chain of equations, and other texts as they are."""
+  if "=" not in text or any(mark in text for mark in (",", ";", "&")):
+    return [text]
+  sides, depth, start = [], 0, 0
+  for at, char in enumerate(text):
+    depth += {"{": 1, "}": -1}.get(char, 0)
+    if char == "=" and not depth and text[at - 1:at] not in ("<", ">", "!", "\\"):
+      sides.append(text[start:at])
+      start = at + 1
+  return [*sides, text[start:]]
+
+
+def _parse_one(text: str) -> list:
   import math_verify
+  config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
+  # The caller has removed units. math-verify takes any of `m`, `t`, `d`, ... at the end for one.
+  config = dataclasses.replace(config, normalization_config=dataclasses.replace(
+      config.normalization_config, units=False))
   return math_verify.parse(
-      rf"\boxed{{{text}}}", [math_verify.LatexExtractionConfig(boxed_match_priority=0)],
-      fallback_mode="no_fallback", parsing_timeout=None)
+      rf"\boxed{{{text}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def _with_imaginary_unit(*answers: list) -> tuple[list, ...]:
+  """Returns answers with `i` as the imaginary unit; unchanged if one compares `i` by its size."""
+  import sympy
+  unit = {sympy.Symbol("i", **kind): sympy.I for kind in ({}, {"real": True}, {"real": False})}
+  has_unit = lambda one: not unit.keys().isdisjoint(getattr(one, "free_symbols", ()))
+  try:
+    return tuple([one.xreplace(unit) if has_unit(one) else one for one in answer]
+                 for answer in answers)
+  except (TypeError, ValueError):
+    return answers
 
 
 @functools.lru_cache(maxsize=4096)

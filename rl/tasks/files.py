@@ -120,10 +120,14 @@ class File(Task):
     return [next(passed if i in tested else equal) for i in range(len(answers))]
 
   def same(self, first: str, second: str, columns: Mapping[str, Any]) -> bool:
-    """Whether two answers are the same text, or equal as numbers or as mathematics."""
+    """Whether two answers are the same text, or equal as numbers or as mathematics.
+
+    They are equal if either is correct with the other as the reference, in which order is free.
+    """
     if first.strip() == second.strip():
       return True
-    return columns.get("tests") is None and same_answer(first, second) is True
+    return columns.get("tests") is None and (
+        same_answer(first, second) is True or same_answer(second, first) is True)
 
   @functools.cached_property
   def _by_split(self) -> dict[str, list[Problem]]:
