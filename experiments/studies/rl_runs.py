@@ -28,7 +28,7 @@ from rl import loop
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
 from rl.loading import load_model
-from rl.sampler import Sampler
+from rl.sampler import Sampler, reward_function
 from rl.stages import BaseConfig, pretrain_base, run_rl
 from rl.tasks import get_task
 from train import cost
@@ -104,6 +104,8 @@ class RLRuns:
       configs = {arm: _with_prompting(cfg, *stored, overridden) for arm, cfg in configs.items()}
     if CHAT in {cfg.rl.template for cfg in (base, *configs.values())}:
       require_chat(prompt_format(base.init) if base.init else None)
+    for cfg in configs.values():  # so that a missing reward is found before a base is pretrained
+      reward_function(cfg.rl.rewards, cfg.rl.sampling.max_completion_length)
     self._scale, self._configs, self._folder = base, configs, folder
     self._keep_vocabulary = "base.model.vocab_size" in overridden
     self._starts: dict[pathlib.Path, LoadedModel] = {}
