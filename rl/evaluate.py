@@ -72,6 +72,8 @@ def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, sample
          temperature: float | None = None, top_p: float = 1.0) -> Samples:
   """Samples the completions that `evaluate` judges, with its arguments and errors."""
   size = sampler.size(split)
+  if size == 0:
+    sampler.task.problem(split, 0)  # raises an error that says why
   if size is not None and problems > size:
     raise ValueError(f"the split {split!r} has {size} problems, not {problems}: ask for fewer")
   return sampler.sample(variables, split, range(problems), samples, step=_STEP,

@@ -136,7 +136,7 @@ def test_the_catalogue_has_every_module_that_defines_an_experiment():
     (("--experiment=pretrain", "--set=optimizer.schedule=wsd"), "decay_steps=0 must be positive"),
     (("--experiment=pretrain", "--set=extend=true", "--out={folder}/new"), "no run to extend"),
     (("--experiment=pretrain", "--set=data.cache_dir={folder}", "--out={folder}/new",
-      "--set=data.sources=Source(path={folder}/one.jsonl)"), "give at least two documents"),
+      "--set=data.sources=Source(path={folder}/one.jsonl)"), "at least two different documents"),
     (("--experiment=pretrain", "--set=data.cache_dir={folder}", "--out={folder}/new",
       "--set=data.sources=Source(path={folder}/null.jsonl)"), "'text' is null"),
     (("--experiment=export",), "--set checkpoint=DIR"),
