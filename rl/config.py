@@ -5,10 +5,9 @@ small runs, and our own where they do not: learning rate, size of the rollout an
 """
 
 import dataclasses
-import difflib
 from typing import Literal
 
-from model.checks import require, require_positive, require_range
+from model.checks import did_you_mean, require, require_positive, require_range
 from rl.advantages import LARGEST_REWARD
 from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
@@ -235,9 +234,8 @@ class ObjectiveConfig:
   def __post_init__(self):
     names = (*SPECS, "rft")
     if self.name not in names:
-      near = difflib.get_close_matches(self.name, names, 1, cutoff=0)[0]
-      raise ValueError(f"ObjectiveConfig.name={self.name!r} does not exist; did you mean {near!r}? "
-                       f"The objectives are: {', '.join(names)}")
+      raise ValueError(f"ObjectiveConfig.name={self.name!r} does not exist"
+                       f"{did_you_mean(self.name, names)} The objectives are: {', '.join(names)}")
     require_positive(self, "minibatches", "inner_epochs", "resample")
     require_range(self, 0, float("inf"), "refresh_every", "bias_rate", "sequence_balance")
     require_range(self, 0, 1, "gae_lambda")

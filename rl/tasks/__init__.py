@@ -1,11 +1,11 @@
 """Tasks, named by specs such as `arithmetic:terms=3,digits=2`, `file:PATH` or `gym:NAME`."""
 
 import dataclasses
-import difflib
 import functools
 import re
 from typing import Any
 
+from model.checks import did_you_mean
 from rl.tasks.arithmetic import Arithmetic
 from rl.tasks.bilingual import Bilingual
 from rl.tasks.columns import Columns
@@ -44,8 +44,8 @@ def get_task(spec: str) -> Task:
     dataset, _, settings = rest.partition(":")
     return Gym(dataset, **_settings(Gym, settings, spec, without="dataset"))
   if name not in GENERATED:
-    raise ValueError(f"there is no task {name!r}; did you mean {_nearest(name, _NAMES)!r}? The "
-                     f"tasks are: {', '.join(_NAMES)}")
+    raise ValueError(f"there is no task {name!r}{did_you_mean(name, _NAMES)} The tasks are: "
+                     f"{', '.join(_NAMES)}")
   return GENERATED[name](**_settings(GENERATED[name], rest, spec))
 
 
@@ -58,8 +58,8 @@ def _settings(cls: type, text: str, spec: str, without: str = "") -> dict[str, A
     if not found:
       raise ValueError(f"task {spec!r}: {setting!r} should have the form field=value")
     if name not in fields:
-      raise ValueError(f"task {spec!r}: {cls.name} has no field {name!r}; did you mean "
-                       f"{_nearest(name, fields)!r}? Its fields are: {', '.join(fields)}")
+      raise ValueError(f"task {spec!r}: {cls.name} has no field {name!r}"
+                       f"{did_you_mean(name, fields)} Its fields are: {', '.join(fields)}")
     if name in values:
       raise ValueError(f"task {spec!r}: {name} is set twice")
     try:
@@ -69,6 +69,3 @@ def _settings(cls: type, text: str, spec: str, without: str = "") -> dict[str, A
                        f"{fields[name].__name__}") from error
   return values
 
-
-def _nearest(name: str, names: Any) -> str:
-  return difflib.get_close_matches(name, names, 1, cutoff=0)[0]

@@ -369,6 +369,7 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: RLConfig(task="aritmetic"), "no task 'aritmetic'; did you mean 'arithmetic'"),
+    (lambda: ObjectiveConfig(name="xyz"), r"'xyz' does not exist\. The objectives are"),
     (lambda: RLConfig(task="file:nowhere.jsonl"), "there is no such file"),
     (lambda: RLConfig(template="sort"), "no template 'sort'; did you mean 'short'"),
     (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),
