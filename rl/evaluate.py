@@ -15,10 +15,12 @@ from rl.sampler import Sampler, Samples
 from rl.tasks import get_task
 from rl.tasks.equality import same_answer
 from rl.tasks.problem import Problem
+from train.hardware import host_memory_bytes
 
 # No training step reaches this number, so evaluation has random keys of its own. They are the same
 # at every evaluation, which removes noise from the difference between two of them.
 _STEP = 2**31 - 1
+_TOKEN_BYTES = 8  # an int32 id and a float32 log-probability
 
 
 class Verdicts(NamedTuple):
@@ -68,9 +70,25 @@ def evaluate(
   return judge(drawn, samples, ks), drawn
 
 
+def require_memory(problems: int, samples: int, max_length: int) -> None:
+  """Raises ValueError if this machine's memory does not hold the completions of an evaluation.
+
+  Args:
+    problems: number of problems.
+    samples: completions of each problem.
+    max_length: largest length of a completion, in tokens.
+  """
+  needed, available = problems * samples * max_length * _TOKEN_BYTES, host_memory_bytes()
+  if available is not None and needed > available:
+    raise ValueError(
+        f"{problems:,} problems with {samples:,} samples of up to {max_length:,} tokens need "
+        f"{needed / 1e9:,.0f} GB, and this machine has {available / 1e9:,.0f}: ask for fewer")
+
+
 def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
          temperature: float | None = None, top_p: float = 1.0) -> Samples:
   """Samples the completions that `evaluate` judges, with its arguments and errors."""
+  require_memory(problems, samples, sampler.cfg.sampling.max_completion_length)
   size = sampler.size(split)
   if size == 0:
     sampler.task.problem(split, 0)  # raises an error that says why

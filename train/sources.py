@@ -383,7 +383,11 @@ def _label(row: dict, name: str) -> str | None:
   value = row.get(name)
   if isinstance(value, bytes):
     value = value.decode(errors="replace")
-  return value if isinstance(value, str) and value else None
+  if not isinstance(value, str) or not value:
+    return None
+  if not value.isprintable():  # terminals and reports show it
+    raise BadRowError(f"with control characters in {name!r}", f"{name!r} is {value!r:.80}")
+  return value
 
 
 def _decode(data: bytes) -> str:
