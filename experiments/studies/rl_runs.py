@@ -279,7 +279,7 @@ def _check_before_pretraining(configs: Mapping[str, RLStudyConfig],
     if not cfg.init:
       require_context(rl.sampling, cfg.base.model.max_seq_len)
   names = sorted({cfg.rl.objective.name for cfg in configs.values()})
-  unused = sorted(overridden & {f"rl.objective.{name}" for name in (
+  unused = sorted({*overridden} & {f"rl.objective.{name}" for name in (
       "gae_lambda", "value_learning_rate")})
   require(not unused or "ppo" in names, f"{', '.join(unused)} would have no effect: it is for the "
           f"objective ppo, and the arms have {', '.join(names)}; leave it out")
