@@ -252,7 +252,7 @@ def broken(prompts, completions, **columns):
 
 
 @pytest.mark.parametrize(("reward", "message"), [
-    (broken, "reward 'format' failed: KeyError"),
+    (broken, "step 1: reward 'format' failed .*KeyError"),
     (lambda prompts, completions, **columns: [0.0], "reward 'format' returned 1 values for 16"),
     (lambda prompts, completions, **columns: [float("nan")] * 16, "reward 'format' must return")])
 def test_a_failing_reward_is_named(tmp_path, task, monkeypatch, reward, message):
