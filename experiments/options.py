@@ -10,6 +10,11 @@ from collections.abc import Callable, Collection
 from train.run_folder import RunFolder, read_json_object
 
 
+def _is_count(text: str) -> bool:
+  """Whether a text is a whole number that a seed, which has 31 bits, can be."""
+  return text.isdecimal() and len(text) <= 10 and int(text) < 2**31
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """The values of the flags of `experiments.run`, which documents them.
@@ -52,8 +57,8 @@ class Options:
     """
     if self.seeds is None:
       return default
-    if not self.seeds.isdecimal() or int(self.seeds) < 1:
-      raise ValueError(f"--seeds={self.seeds} must be a positive number for "
+    if not _is_count(self.seeds) or int(self.seeds) < 1:
+      raise ValueError(f"--seeds={self.seeds:.40} must be a positive number for "
                        f"--experiment={self.experiment}")
     return int(self.seeds)
 
@@ -66,11 +71,12 @@ class Options:
     Raises:
       ValueError: if `--seeds` has neither form, or is empty.
     """
-    first, colon, last = (self.seeds or str(default)).partition(":")
+    first, colon, last = (str(default) if self.seeds is None else self.seeds).partition(":")
     if not colon:
       first, last = "0", first
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-      raise ValueError(f"--seeds={self.seeds} must be a number N > 0, or a range A:B with A < B")
+    if not (_is_count(first) and _is_count(last) and int(first) < int(last)):
+      raise ValueError(f"--seeds={self.seeds:.40} must be a number N > 0, or a range A:B with "
+                       "A < B")
     return range(int(first), int(last))
 
   def require_supported(self, *unsupported: str) -> None:

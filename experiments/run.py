@@ -1,9 +1,15 @@
 """The command line: `python -m experiments.run --experiment=NAME`."""
 
+import math
 import os
 import pathlib
 import signal
 import sys
+
+if __name__ == "__main__":
+  # Until a run handles signals itself, Ctrl-C ends the process at once, as SIGTERM does: also
+  # during the imports, which take a second.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 
@@ -34,6 +40,9 @@ _ARMS = flags.DEFINE_list("arms", [], "studies: run only these arms, separated b
 _MAX_MINUTES = flags.DEFINE_float(
     "max_minutes", None, "save and stop after this many minutes; the same command resumes",
     lower_bound=0.01)
+flags.register_validator(
+    "max_minutes", lambda minutes: minutes is None or math.isfinite(minutes),
+    message="it must be a finite number of minutes")
 _PROFILE = flags.DEFINE_bool("profile", False, "pretrain: write a profiler trace of a few steps to "
                              "--out; bench_train: show where the time of a step goes")
 
@@ -136,7 +145,6 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     _fail(_unexpected(argv[1]))
   name = _EXPERIMENT.value
-  # Until a run handles signals itself, Ctrl-C ends the process at once, as SIGTERM does.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     if _LIST.value:

@@ -32,6 +32,8 @@ from train.config_io import (
 _MOST_SUGGESTED = 3  # names in an error message
 _CUTOFF = 0.6  # similarity of a name's last part below which it is not suggested
 _SECTION_WEIGHT = 0.5  # of the section's similarity, relative to that of the last part of a name
+# Names of text settings for which empty text has a meaning of its own, such as "no system message".
+_MAY_BE_EMPTY = {"system", "prompt", "only"}
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _QUOTED = r"'[^']*'|\"[^\"]*\""
 _TOKEN = re.compile(_QUOTED + r"|.", re.DOTALL)
@@ -116,7 +118,11 @@ class _Draft:
       # The key is not `name`, which may be "type": that key names the dataclass of a union.
       node[f"--set {full_name}"] = Invalid(self._unknown(cls, path, full_name))
     elif not rest:
-      node[name] = self._read(hint, text.strip(), dotted)
+      node[name] = value = self._read(hint, text.strip(), dotted)
+      empty = isinstance(value, str) and not value.strip()
+      if empty and str in alternatives(hint) and name not in _MAY_BE_EMPTY:
+        node[name] = Invalid(f"{dotted} is empty, perhaps from a variable that is not set: give a "
+                             "value" + ", or none" * (type(None) in alternatives(hint)))
     else:
       # A field that is absent has its default.
       inner = node.setdefault(name, to_plain(getattr(cls, name, None), hint))

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from model.checks import did_you_mean, require, require_positive, require_range
+from rl.advantages import LARGEST_REWARD
 from rl.objective import SPECS, ObjectiveSpec
 from rl.tasks import get_task
 from train.config import MeshConfig, OptimizerConfig
@@ -131,6 +132,9 @@ class RewardConfig:
   def __post_init__(self):
     require_positive(self, "overlong_tokens")
     require(any(self.weights().values()), "RewardConfig: every weight is 0, so nothing is rewarded")
+    total = sum(map(abs, self.weights().values()))
+    require(total <= LARGEST_REWARD, f"RewardConfig: the weights add up to {total:g}, and rewards "
+            f"above {LARGEST_REWARD:g} are not supported: choose smaller weights")
     names = [*_REWARDS, *(reward.name for reward in self.custom)]
     twice = {name for name in names if names.count(name) > 1}
     require(not twice, f"RewardConfig.custom: {', '.join(sorted(twice))} is the name of more than "

@@ -15,10 +15,12 @@ from rl.sampler import Sampler, Samples
 from rl.tasks import get_task
 from rl.tasks.equality import same_answer
 from rl.tasks.problem import Problem
+from train.hardware import host_memory_bytes
 
 # No training step reaches this number, so evaluation has random keys of its own. They are the same
 # at every evaluation, which removes noise from the difference between two of them.
 _STEP = 2**31 - 1
+_TOKEN_BYTES = 8  # an int32 id and a float32 log-probability
 
 
 class Verdicts(NamedTuple):
@@ -68,10 +70,28 @@ def evaluate(
   return judge(drawn, samples, ks), drawn
 
 
+def require_memory(problems: int, samples: int, max_length: int) -> None:
+  """Raises ValueError if this machine's memory does not hold the completions of an evaluation.
+
+  Args:
+    problems: number of problems.
+    samples: completions of each problem.
+    max_length: largest length of a completion, in tokens.
+  """
+  needed, available = problems * samples * max_length * _TOKEN_BYTES, host_memory_bytes()
+  if available is not None and needed > available:
+    raise ValueError(
+        f"{problems:,} problems with {samples:,} samples of up to {max_length:,} tokens need "
+        f"{needed / 1e9:,.0f} GB, and this machine has {available / 1e9:,.0f}: ask for fewer")
+
+
 def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
          temperature: float | None = None, top_p: float = 1.0) -> Samples:
   """Samples the completions that `evaluate` judges, with its arguments and errors."""
+  require_memory(problems, samples, sampler.cfg.sampling.max_completion_length)
   size = sampler.size(split)
+  if size == 0:
+    sampler.task.problem(split, 0)  # raises an error that says why
   if size is not None and problems > size:
     raise ValueError(f"the split {split!r} has {size} problems, not {problems}: ask for fewer")
   return sampler.sample(variables, split, range(problems), samples, step=_STEP,
@@ -167,16 +187,17 @@ def _votes(drawn: Samples, extract: Callable[[str], str | None],
 def _classes(problem: Problem, answers_N: Sequence[str | None],
              correct_N: np.ndarray) -> list[int | None]:
   same = get_task(problem.task).same if problem.task else (
-      lambda first, second, _: first.strip() == second.strip() or same_answer(first, second))
+      lambda first, second, _: first.strip() == second.strip()
+      or same_answer(first, second) is True or same_answer(second, first) is True)
   columns = problem.row()
   # The reference is the first class, so that all answers that equal it are in one.
-  members, found, classes = [(problem.answer, True)], {}, []
-  for answer, correct in zip(answers_N, correct_N.tolist(), strict=True):
-    if answer is not None and (answer, correct) not in found:
-      known = (at for at, (other, verdict) in enumerate(members)
-               if verdict == correct and same(answer, other, columns))
-      found[answer, correct] = next(known, len(members))
-      if found[answer, correct] == len(members):
-        members.append((answer, correct))
-    classes.append(None if answer is None else found[answer, correct])
-  return classes
+  members, found = [(problem.answer, True)], {}
+  votes_N = list(zip(answers_N, correct_N.tolist(), strict=True))
+  # Sorted, so that the classes do not depend on the order of the samples.
+  for answer, correct in sorted({vote for vote in votes_N if vote[0] is not None}):
+    known = (at for at, (other, verdict) in enumerate(members)
+             if verdict == correct and same(answer, other, columns))
+    found[answer, correct] = next(known, len(members))
+    if found[answer, correct] == len(members):
+      members.append((answer, correct))
+  return [None if answer is None else found[answer, correct] for answer, correct in votes_N]

@@ -251,7 +251,10 @@ class _Run:
       samples = self.sampler.sample(
           variables, "train", indices, sampling.num_generations, step=step)
       sampled = time.monotonic()
-      judged = self.score(samples.prompts, samples.completions, **samples.columns())
+      try:
+        judged = self.score(samples.prompts, samples.completions, **samples.columns())
+      except ValueError as error:
+        raise ValueError(f"step {step}: {error}") from error
       seconds["seconds/rollout"] += sampled - began
       seconds["seconds/reward"] += time.monotonic() - sampled
       drawn.append(samples)

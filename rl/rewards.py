@@ -12,6 +12,7 @@ import itertools
 import math
 import numbers
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -175,7 +176,7 @@ def load(name: str) -> Reward:
   """Returns the reward that `module:function` names, which has the signature of this file's.
 
   Raises:
-    ValueError: if the module cannot be imported or has no such function.
+    ValueError: if the module cannot be imported, whatever it raises, or has no such function.
   """
   module, _, function = name.partition(":")
   try:
@@ -183,9 +184,14 @@ def load(name: str) -> Reward:
   except ImportError as error:
     raise ValueError(f"reward {name!r}: the module {module!r} cannot be imported ({error}); it must"
                      " be installed, or lie in the working directory or on PYTHONPATH") from error
+  except (Exception, SystemExit) as error:  # a module may raise anything, or end the program
+    raise ValueError(f"reward {name!r}: the module {module!r} cannot be imported: "
+                     f"{_described(error)}") from error
+  # Modules that are built into Python have no __file__, and namespace packages have None.
+  file = getattr(found, "__file__", None) or "which has no file"
   reward = getattr(found, function, None)
-  require(callable(reward), f"reward {name!r}: the module {module!r} ({found.__file__}) has no "
-          f"function {function!r}")
+  require(callable(reward),
+          f"reward {name!r}: the module {module!r} ({file}) has no function {function!r}")
   return reward
 
 
@@ -277,8 +283,9 @@ def _checked(name: str, weight: float, function: Reward, prompts: Sequence[str],
           f"task's problems do not have; they have {', '.join(columns) or 'none'}")
   try:
     values = function(prompts, completions, **columns)
-  except Exception as error:
-    raise ValueError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
+  except (Exception, SystemExit) as error:  # sys.exit would end the run without a message
+    raise ValueError(f"reward {name!r} failed on a batch of {len(prompts)} completions: "
+                     f"{_described(error)}") from error
   require(isinstance(values, list), f"reward {name!r} must return a list, not "
                                     f"{type(values).__name__}")
   require(len(values) == len(prompts),
@@ -289,6 +296,15 @@ def _checked(name: str, weight: float, function: Reward, prompts: Sequence[str],
             f"reward {name!r} must return finite numbers or None, and with its weight {weight} none"
             f" above {LARGEST_REWARD:g}; row {row} is {shown(value)}")
   return [None if value is None else float(value) for value in values]
+
+
+def _described(error: BaseException) -> str:
+  """Returns the type and the message of an error of the user's code, and its line."""
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  place = f" (at {frame.filename}:{frame.lineno})" * (not frame.filename.startswith("<frozen"))
+  if isinstance(error, SystemExit):
+    return f"it calls sys.exit({error.code!r}){place}; raise an exception instead"
+  return f"{type(error).__name__}: {error}{place}"
 
 
 def _required_columns(function: Reward) -> set[str]:

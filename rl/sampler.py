@@ -19,7 +19,7 @@ from tqdm import tqdm
 from model import Transformer
 from model.checks import require
 from rl import rewards
-from rl.config import RewardConfig, RLConfig
+from rl.config import RewardConfig, RLConfig, SamplingConfig
 from rl.rollout import pad_prompts, rollout, sequence_keys
 from rl.tasks import get_task
 from rl.tasks.problem import Problem
@@ -119,7 +119,7 @@ class Sampler:
 
   Raises:
     ValueError: if the template is the model's own chat template, and there is none or it does not
-      work.
+      work; or if prompts and completions may be longer than the model's context.
   """
 
   def __init__(self, net: Transformer, cfg: RLConfig, tokenizer: Tokenizer,
@@ -134,6 +134,7 @@ class Sampler:
       self.stop_tokens = self.template.stop_tokens
     else:
       self.template = get_template(cfg.template)
+    require_context(cfg.sampling, net.cfg.max_seq_len)
     self.mesh = make_sharded_model(net.cfg, cfg.mesh)
     self.skipped: collections.Counter[str] = collections.Counter()
     self._fitting: dict[str, list[int]] = {}
@@ -316,6 +317,14 @@ class Sampler:
         record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh)
     kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)
     return tuple(np.asarray(part)[:count] for part in kept if part is not None)
+
+
+def require_context(sampling: SamplingConfig, max_seq_len: int) -> None:
+  """Raises ValueError if prompts and completions may be longer than a model's context."""
+  require(sampling.max_prompt_length + sampling.max_completion_length <= max_seq_len,
+          f"prompts of max_prompt_length={sampling.max_prompt_length} and completions of "
+          f"max_completion_length={sampling.max_completion_length} tokens are longer than the "
+          f"model's context of {max_seq_len}: lower a limit, or raise max_seq_len")
 
 
 def reward_function(cfg: RewardConfig, max_tokens: int) -> Callable[..., rewards.Scored]:

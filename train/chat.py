@@ -107,7 +107,9 @@ class PromptFormat:
     return tokenizer.encode_rendered(rendered, guard)
 
   def require_template(self) -> None:
-    """Raises ValueError if there is no chat template."""
+    """Raises ValueError if there is no chat template, or an empty one."""
+    if self.chat_template is not None and not self.chat_template.strip():
+      raise ValueError(f"the chat template of {self.source} is empty")
     if self.chat_template is None:
       raise ValueError(f"{self.source} has no chat template, neither {_TEMPLATE} nor in "
                        f"{_TOKENIZER_CONFIG}: the model can only continue text")

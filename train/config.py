@@ -15,6 +15,10 @@ from model.checks import require, require_positive, require_range
 from train.templates import check_template
 from train.trackers import check_names
 
+# A byte-pair encoding is trained on at most 4 MB (`train.tokens.open_bpe`). The library that trains
+# it reserves memory for the whole vocabulary, and aborts the process where there is none.
+_MOST_MERGES = 2**22
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -51,6 +55,11 @@ class Source:
             "Source.prompt_field and Source.messages_field exclude each other: the prompt of a "
             "conversation is its earlier turns")
     require_positive(self, "weight")
+    for name in ("domain", "language"):
+      value = getattr(self, name)
+      require(value is None or value.isprintable(),
+              f"Source.{name}={value!r} must not have control characters, as terminals and reports "
+              "show it")
 
   @classmethod
   def parse(cls, text: str) -> "Source":
@@ -106,9 +115,10 @@ class DataConfig:
     require(bool(self.sources), "DataConfig.sources must not be empty")
     require_positive(self, "seq_len")
     check_template(self.template, self.system)
-    require(self.bpe_vocab_size >= 512,
+    require(512 <= self.bpe_vocab_size <= _MOST_MERGES,
             f"DataConfig.bpe_vocab_size={self.bpe_vocab_size} must be at least 512, for 256 "
-            "bytes, special tokens and some merges")
+            f"bytes, special tokens and some merges, and at most {_MOST_MERGES:,}, as the text "
+            "that it is trained on has no more")
     require_range(self, 0, 1, "fim_rate", "max_bad_fraction")
     require_range(self, 0, 0.5, "heldout_fraction")
     require_range(self, 0, float("inf"), "heldout_bytes")
@@ -211,7 +221,7 @@ class OptimizerConfig:
             "precision: set moments=float32, or beta2 to at most 0.98")
     require(self.warmup_steps is None or self.warmup_steps >= 1,
             f"OptimizerConfig.warmup_steps={self.warmup_steps} must be at least 1, or none")
-    require((self.decay_steps > 0) == (self.schedule == "wsd"),
+    require(self.decay_steps > 0 if self.schedule == "wsd" else self.decay_steps == 0,
             f"OptimizerConfig.decay_steps={self.decay_steps} must be positive with schedule=wsd, "
             "and 0 with the other schedules")
     require(self.schedule != "v3" or self.warmup_fraction <= 0.5,

@@ -47,6 +47,11 @@ def memory_bytes() -> int | None:
   if jax.default_backend() != "cpu":
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.devices()]
     return None if None in limits else sum(limits)
+  return host_memory_bytes()
+
+
+def host_memory_bytes() -> int | None:
+  """Returns the memory of the machine, without that of accelerators; None if unknown."""
   try:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   except (ValueError, OSError, AttributeError):

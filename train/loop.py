@@ -105,8 +105,9 @@ def train(
   """
   if not data.heldout:
     paths = ", ".join(source.path for source in data.cfg.sources)
-    raise ValueError(f"nothing of {paths} is held out for validation: give at least two documents "
-                     "of a domain, and a positive data.heldout_fraction")
+    raise ValueError(f"nothing of {paths} is held out for validation: give at least two "
+                     "different documents of a domain, as equal ones are held out together or not "
+                     "at all, and a positive data.heldout_fraction")
   return _Run(configs, data, folder, show, profile, on_evaluation).run(variables, max_seconds)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import model
+from model.checks import require
 from train.config import OptimizerConfig, RunConfig
 
 # V3 section 4.2, as fractions of its 14.8 T tokens: constant until 10 T, a cosine to a tenth over
@@ -95,7 +96,12 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
   Args:
     cfg: the kind of schedule, its peak and its fractions.
     steps: number of optimizer steps of the run.
+
+  Raises:
+    ValueError: if the decay is longer than the run.
   """
+  require(cfg.decay_steps <= steps, f"optimizer.decay_steps={cfg.decay_steps} must be at most the "
+          f"{steps} optimizer steps of the run")
   peak = cfg.learning_rate
   warmup = cfg.warmup_steps or max(1, round(cfg.warmup_fraction * steps))
   ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1)

@@ -28,6 +28,7 @@ from train.templates import Template, get_template
 PIECE_BYTES = 64 * 1024  # longest document that is made of a text file
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet", ".arrayrecord")
 BUILTIN = "builtin:"
+BOM = b"\xef\xbb\xbf"  # the byte-order mark with which some programs begin files in UTF-8
 
 _OPEN_JSONL = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 _ROWS_AT_ONCE = 256
@@ -68,12 +69,23 @@ class Tally:
   bad: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
-  def add_bad(self, where: str, bad: "_BadError") -> None:
+  def add_bad(self, where: str, bad: "BadRowError") -> None:
     """Counts an unusable document at `where`, a `file:line`."""
     self.bad[bad.kind] += 1
     examples = self.examples.setdefault(bad.kind, [])
     if len(examples) < _EXAMPLES:
       examples.append(f"{where}: {bad.reason}")
+
+  @property
+  def kinds(self) -> str:
+    """The kinds of defects with their counts, as text."""
+    return ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
+
+  @property
+  def first_examples(self) -> str:
+    """The examples as text; they must not be empty."""
+    return "For example " + "; ".join(
+        example for few in self.examples.values() for example in few)
 
   def check(self, path: str, max_bad_fraction: float) -> None:
     """Checks that a source has documents, and that not too many of them are unusable.
@@ -92,15 +104,13 @@ class Tally:
       raise ValueError(f"{path} holds no documents: every file is empty")
     if self.good and num_bad <= max_bad_fraction * total:
       return
-    kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad.most_common())
-    examples = "; ".join(example for few in self.examples.values() for example in few)
     raise ValueError(
-        f"{path}: {num_bad} of {total} documents are unusable ({kinds}), more than "
-        f"data.max_bad_fraction={max_bad_fraction:g} allows. For example {examples}. Repair them, "
+        f"{path}: {num_bad} of {total} documents are unusable ({self.kinds}), more than "
+        f"data.max_bad_fraction={max_bad_fraction:g} allows. {self.first_examples}. Repair them, "
         "check the source's text_field and prompt_field, or raise data.max_bad_fraction")
 
 
-class _BadError(Exception):
+class BadRowError(Exception):
   """A row cannot be used. It is counted under `kind`; `reason` describes it in more detail."""
 
   def __init__(self, kind: str, reason: str | None = None):
@@ -127,14 +137,14 @@ def read(source: Source, tally: Tally | None = None, template: str | ChatTemplat
   style = template if isinstance(template, ChatTemplate) else get_template(template)
   for where, row in _rows(source):
     try:
-      if isinstance(row, _BadError):
+      if isinstance(row, BadRowError):
         raise row
       prompt, text, *tokens = _texts(row, source, style)
       document = Document(
           text, prompt,
           source.domain or _label(row, "domain") or domain,
           source.language or _label(row, "language") or language, tuple(tokens) or None)
-    except _BadError as bad:
+    except BadRowError as bad:
       tally.add_bad(where, bad)
       continue
     tally.good += 1
@@ -197,8 +207,8 @@ def _ending(path: pathlib.Path) -> str | None:
   return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
-def _rows(source: Source) -> Iterator[tuple[str, "dict | _BadError"]]:
-  """Yields `file:line` with a row's fields, or with the _BadError that says why there are none."""
+def _rows(source: Source) -> Iterator[tuple[str, "dict | BadRowError"]]:
+  """Yields `file:line` with a row's fields, or with a BadRowError that says why it has none."""
   if source.path == BUILTIN + "arithmetic":
     for i, text in enumerate(corpora.arithmetic()):
       yield f"{source.path}:{i}", {source.text_field: text}
@@ -213,14 +223,14 @@ def _rows(source: Source) -> Iterator[tuple[str, "dict | _BadError"]]:
       raise ValueError(f"{path} cannot be read: {error}. Replace it, or leave it out") from error
 
 
-def _text_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
+def _text_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | BadRowError"]]:
   line, rest = 1, b""
   with open(path, "rb") as file:
     while block := rest + file.read(PIECE_BYTES - len(rest)):
       cut = len(block) if len(block) < PIECE_BYTES else _cut(block)
       piece, rest = block[:cut], block[cut:]
-      row = _parsed(_decode, piece.removeprefix(b"\xef\xbb\xbf") if line == 1 else piece)
-      if isinstance(row, _BadError):
+      row = _parsed(_decode, piece.removeprefix(BOM) if line == 1 else piece)
+      if isinstance(row, BadRowError):
         yield line, row
       elif row.strip():
         yield line, {source.text_field: row} | ({source.prompt_field: ""}
@@ -238,14 +248,14 @@ def _cut(block: bytes) -> int:
   return cut
 
 
-def _jsonl_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
+def _jsonl_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | BadRowError"]]:
   del source
   with _OPEN_JSONL[_ending(path)](path, "rb") as file:
     for number, line in enumerate(file, 1):
       if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(BOM)
       if line.strip():
-        yield number, _parsed(_parse_json, line)
+        yield number, _parsed(parse_row, line)
 
 
 def _parquet_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, dict]]:
@@ -271,7 +281,7 @@ def _as_bytes(field: pyarrow.Field) -> pyarrow.Field:
   return field.with_type(binary.get(field.type, field.type))
 
 
-def _record_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | _BadError"]]:
+def _record_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dict | BadRowError"]]:
   reader = array_record_module.ArrayRecordReader(str(path))
   total = reader.num_records()
   # A damaged file opens without an error, has no records, and cannot be closed.
@@ -288,29 +298,34 @@ def _record_rows(path: pathlib.Path, source: Source) -> Iterator[tuple[int, "dic
 
 
 def _parsed(parse, *args):
-  """Returns the result of `parse(*args)`, or the _BadError that it raised."""
+  """Returns the result of `parse(*args)`, or the BadRowError that it raised."""
   try:
     return parse(*args)
-  except _BadError as bad:
+  except BadRowError as bad:
     return bad
 
 
-def _parse_json(line: bytes) -> dict:
+def parse_row(line: bytes) -> dict:
+  """Returns the row of a JSONL line.
+
+  Raises:
+    BadRowError: if the line is no JSON object, or not in UTF-8.
+  """
   text = _decode(line)
   try:
     row = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise _BadError("broken JSON", f"broken JSON: {error}") from error
+    raise BadRowError("broken JSON", f"broken JSON: {error}") from error
   if not isinstance(row, dict):
-    raise _BadError("not a JSON object", f"a JSON {type(row).__name__}, not an object")
+    raise BadRowError("not a JSON object", f"a JSON {type(row).__name__}, not an object")
   return row
 
 
 def _parse_record(record: bytes, text_field: str) -> dict:
   if record.lstrip()[:1] == b"{":
     try:
-      return _parse_json(record)
-    except _BadError:
+      return parse_row(record)
+    except BadRowError:
       pass  # plain text may begin with a brace, too
   return {text_field: record}
 
@@ -320,7 +335,7 @@ def _texts(row: dict, source: Source, template: Template | ChatTemplate) -> tupl
   if name := source.messages_field:
     messages = row.get(name)
     if not isinstance(messages, list):
-      raise _BadError(f"without a list {name!r}", f"{name!r} is {type(messages).__name__}")
+      raise BadRowError(f"without a list {name!r}", f"{name!r} is {type(messages).__name__}")
     prompt, text, *tokens = _conversation(messages, template, repr(name))
     row = {"prompt": prompt, "text": text}
     return _field(row, "prompt", may_be_empty=True), _field(row, "text"), *tokens
@@ -340,27 +355,27 @@ def _conversation(messages: list, template: Template | ChatTemplate, what: str) 
   try:
     return template.conversation(messages)
   except UnicodeEncodeError as error:
-    raise _BadError("invalid UTF-8", str(error)) from error
+    raise BadRowError("invalid UTF-8", str(error)) from error
   except ValueError as error:
-    raise _BadError(f"with unusable {what}", str(error)) from error
+    raise BadRowError(f"with unusable {what}", str(error)) from error
 
 
 def _field(row: dict, name: str, may_be_empty: bool = False) -> str:
   if name not in row:
-    raise _BadError(f"without {name!r}", f"there is no {name!r} among {list(row)[:9]}")
+    raise BadRowError(f"without {name!r}", f"there is no {name!r} among {list(row)[:9]}")
   if row[name] is None:
-    raise _BadError(f"without {name!r}", f"{name!r} is null")
+    raise BadRowError(f"without {name!r}", f"{name!r} is null")
   value = row[name]
   if isinstance(value, bytes):
     value = _decode(value)
   if not isinstance(value, str):
-    raise _BadError(f"with {name!r} not a string", f"{name!r} is {type(value).__name__}")
+    raise BadRowError(f"with {name!r} not a string", f"{name!r} is {type(value).__name__}")
   if not value.strip() and not may_be_empty:
-    raise _BadError(f"with {name!r} empty")
+    raise BadRowError(f"with {name!r} empty")
   try:
     value.encode()
   except UnicodeEncodeError as error:  # JSON can express a lone surrogate
-    raise _BadError("invalid UTF-8", str(error)) from error
+    raise BadRowError("invalid UTF-8", str(error)) from error
   return value
 
 
@@ -368,11 +383,15 @@ def _label(row: dict, name: str) -> str | None:
   value = row.get(name)
   if isinstance(value, bytes):
     value = value.decode(errors="replace")
-  return value if isinstance(value, str) and value else None
+  if not isinstance(value, str) or not value:
+    return None
+  if not value.isprintable():  # terminals and reports show it
+    raise BadRowError(f"with control characters in {name!r}", f"{name!r} is {value!r:.80}")
+  return value
 
 
 def _decode(data: bytes) -> str:
   try:
     return data.decode()
   except UnicodeDecodeError as error:
-    raise _BadError("invalid UTF-8", f"invalid UTF-8: {error}") from error
+    raise BadRowError("invalid UTF-8", f"invalid UTF-8: {error}") from error

@@ -18,6 +18,7 @@ from train.data import Data, load
 from train.hardware import memory_bytes
 from train.loading import TOKENIZER, LoadedModel, keep_hf_files, load_model, prompt_format
 from train.loop import train
+from train.optimizer import learning_rate
 from train.run_folder import RunFolder, read_json_object, write_json_atomic
 from train.templates import CHAT
 
@@ -110,7 +111,7 @@ def train_on_text(
 
 
 def check_fits(cfg: RunConfig, num_seeds: int = 1) -> None:
-  """Raises ValueError if a run's sequences or its training state are too large.
+  """Raises ValueError if a run's sequences, training state or decay are too large.
 
   Args:
     cfg: config of the run.
@@ -119,6 +120,7 @@ def check_fits(cfg: RunConfig, num_seeds: int = 1) -> None:
   if cfg.data.seq_len > cfg.model.max_seq_len:
     raise ValueError(f"data.seq_len={cfg.data.seq_len} exceeds the model's context, "
                      f"model.max_seq_len={cfg.model.max_seq_len}: lower the one or raise the other")
+  learning_rate(cfg.optimizer, cfg.train.steps)
   moment = 2 if cfg.optimizer.moments == "bfloat16" else 4
   per_parameter = 8 + 2 * moment + (4 if cfg.optimizer.ema_decay else 0)
   params = cfg.model.param_count(mtp=True)

@@ -9,7 +9,7 @@ from experiments.options import Options, writes_results
 from experiments.programs.generate import require_sampling
 from experiments.reports import provenance
 from rl.config import LoopConfig, RLConfig, SamplingConfig
-from rl.evaluate import evaluate
+from rl.evaluate import evaluate, require_memory
 from rl.loading import load_model
 from rl.sampler import Sampler
 from train.chat import require_chat
@@ -85,6 +85,7 @@ def main(options: Options) -> None:
   cfg = settings.apply(CONFIG, options.settings)
   if not cfg.checkpoint:
     raise ValueError("no model to evaluate: give its folder, --set checkpoint=DIR")
+  require_memory(cfg.problems, cfg.samples, cfg.max_completion_length)
   ks = [k for k in (4, 16) if k <= cfg.samples] if cfg.ks is None else cfg.ks
   template, system = _prompting(cfg)
   # A compiled program samples a fixed number of sequences, at least two for each prompt, as the

@@ -15,6 +15,7 @@ from experiments import settings
 from experiments.options import Options
 from rl.loading import load_model
 from train.chat import ChatTemplate, PromptFormat, stop_tokens
+from train.hardware import memory_bytes
 from train.tokenizer import Tokenizer
 
 
@@ -56,6 +57,8 @@ class GenerateConfig:
       raise ValueError(f"system={self.system!r} needs a chat: add --set chat=true")
     if "" in self.stop:
       raise ValueError(f"stop={self.stop} has an empty string, before which every text would end")
+    if not 0 <= self.seed < 2**31:
+      raise ValueError(f"seed={self.seed} must lie in 0..2^31 - 1")
     require_sampling(self.temperature, self.top_p)
 
 
@@ -76,7 +79,11 @@ def main(options: Options) -> None:
     raise ValueError("no model to sample from: give its folder, --set checkpoint=DIR")
   start = load_model(cfg.checkpoint)
   tokenizer, form = start.tokenizer(cfg.tokenizer), start.prompt_format()
+  _require_cache_fits(start.cfg, cfg.max_new_tokens)
   if cfg.chat:
+    if form.chat_template is None:
+      raise ValueError(f"chat=true: {cfg.checkpoint} has no chat template, so that its model can "
+                       "only continue text: leave chat out")
     prompt_T = form.encode_chat(tokenizer, cfg.prompt, cfg.system)
   else:
     # The models of run folders were trained on text that begins with no special token.
@@ -91,6 +98,16 @@ def main(options: Options) -> None:
                      top_p=cfg.top_p, seed=cfg.seed, stop=cfg.stop,
                      stop_tokens=_stop_tokens(cfg, form, tokenizer))
   print()
+
+
+def _require_cache_fits(cfg: model.ModelConfig, num_tokens: int) -> None:
+  """Raises ValueError if the cache of so many tokens is larger than the devices' memory."""
+  needed = cfg.kv_cache_elements_per_token() * num_tokens * jnp.dtype(
+      cfg.numerics.compute_dtype).itemsize
+  available = memory_bytes()
+  if num_tokens >= 2**31 or (available is not None and needed > available):
+    raise ValueError(f"max_new_tokens={num_tokens} needs a cache of {needed / 1e9:,.0f} GB, more "
+                     f"than there is memory; the model's context is {cfg.max_seq_len} tokens")
 
 
 def _is_run(checkpoint: str) -> bool:

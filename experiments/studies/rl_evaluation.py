@@ -37,7 +37,9 @@ class EvaluationConfig:
   reflection: bool = False
 
   def __post_init__(self):
-    require_positive(self, "problems", "samples")
+    require_positive(self, "samples")
+    require(self.problems >= 2, f"evaluation.problems={self.problems} must be at least 2, as "
+            "intervals need several problems")
     require(self.samples.bit_count() == 1,
             f"evaluation.samples={self.samples} must be a power of two: 1, 2, 4 ...")
     require(self.temperature is None or self.temperature > 0,

@@ -27,8 +27,9 @@ from model.checks import require, require_positive
 from rl import loop, rewards
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
+from rl.evaluate import require_memory
 from rl.loading import load_model
-from rl.sampler import Sampler
+from rl.sampler import Sampler, require_context, reward_function
 from rl.stages import BaseConfig, pretrain_base, run_rl
 from rl.tasks import get_task
 from train import cost
@@ -36,6 +37,7 @@ from train.chat import require_chat
 from train.config import RunConfig
 from train.config_io import to_dict
 from train.loading import LoadedModel, prompt_format, stored_prompting
+from train.optimizer import learning_rate
 from train.run_folder import MetricsFile, RunFolder, write_json_atomic
 from train.templates import CHAT, get_template
 from train.tokenizer import Tokenizer
@@ -104,6 +106,7 @@ class RLRuns:
       configs = {arm: _with_prompting(cfg, *stored, overridden) for arm, cfg in configs.items()}
     if CHAT in {cfg.rl.template for cfg in (base, *configs.values())}:
       require_chat(prompt_format(base.init) if base.init else None)
+    _check_before_pretraining(configs, overridden)
     self._scale, self._configs, self._folder = base, configs, folder
     self._keep_vocabulary = "base.model.vocab_size" in overridden
     self._starts: dict[pathlib.Path, LoadedModel] = {}
@@ -263,6 +266,25 @@ def _require_effect(base: RLStudyConfig, configs: Mapping[str, RLStudyConfig],
   if ineffective:
     raise ValueError(f"{', '.join(ineffective)} would change a base, but init={base.init} replaces "
                      "the base: leave out one or the other")
+
+
+def _check_before_pretraining(configs: Mapping[str, RLStudyConfig],
+                              overridden: Collection[str]) -> None:
+  """Raises ValueError for what RL or the evaluations would refuse, before a base is pretrained."""
+  for cfg in configs.values():
+    rl = cfg.rl
+    reward_function(rl.rewards, rl.sampling.max_completion_length)
+    learning_rate(rl.optimizer, rl.loop.steps * rl.objective.updates)
+    for problems, samples in ((cfg.evaluation.problems, cfg.evaluation.samples),
+                              (rl.loop.eval_problems, rl.loop.eval_samples)):
+      require_memory(problems, samples, rl.sampling.max_completion_length)
+    if not cfg.init:
+      require_context(rl.sampling, cfg.base.model.max_seq_len)
+  names = sorted({cfg.rl.objective.name for cfg in configs.values()})
+  unused = sorted({*overridden} & {f"rl.objective.{name}" for name in (
+      "gae_lambda", "value_learning_rate")})
+  require(not unused or "ppo" in names, f"{', '.join(unused)} would have no effect: it is for the "
+          f"objective ppo, and the arms have {', '.join(names)}; leave it out")
 
 
 def _require_prompts_fit(cfg: RLStudyConfig, tokenizer: Tokenizer) -> None:

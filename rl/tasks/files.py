@@ -1,6 +1,5 @@
 """A task of questions and answers from a JSONL file, such as GSM8K's in its original format."""
 
-import collections
 import dataclasses
 import decimal
 import functools
@@ -18,6 +17,7 @@ from rl.tasks.equality import are_parsable, same_answer, same_answers
 from rl.tasks.generated import half_of
 from rl.tasks.problem import Problem, Task, require_split
 from rl.tasks.programs import check_programs
+from train.sources import BOM, BadRowError, Tally, parse_row
 
 # Names of columns that do not come from the file, see `Problem.row` and `rl.sampler.Samples`.
 _RESERVED = frozenset({"task", "prompts", "completions", "num_tokens", "row"})
@@ -76,7 +76,7 @@ class File(Task):
   @functools.cached_property
   def excluded(self) -> dict[str, int]:
     """The number of rows that were left out, by reason."""
-    return dict(self._read[1])
+    return dict(self._read[1].bad)
 
   def size(self, split: str) -> int:
     """Returns the number of problems in a split."""
@@ -90,7 +90,9 @@ class File(Task):
       ValueError: for an unknown or empty split, or if no row of the file can be used.
     """
     if not self.size(split):
-      raise ValueError(f"task file:{self.path} has no row in split {split!r}; use split 'all'")
+      raise ValueError(
+          f"task file:{self.path} has no row in split {split!r}, as every row is in a split that "
+          "its question decides; add rows with other questions, or use split 'all'")
     return self._by_split[split][index % self.size(split)]
 
   def where(self, problem: Problem) -> str:
@@ -131,15 +133,15 @@ class File(Task):
 
   @functools.cached_property
   def _by_split(self) -> dict[str, list[Problem]]:
-    rows, excluded = self._read
-    summary = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
+    rows, tally = self._read
+    found = f"{tally.kinds}. {tally.first_examples}" if tally.bad else "it is empty"
+    advice = _ADVICE * (_UNPARSABLE in tally.bad)
     if not rows:
-      raise ValueError(f"task file:{self.path} has no usable row ({summary or 'it is empty'}); "
-                       'every line should be a row {"question": ..., "answer": ...}'
-                       + _ADVICE * (_UNPARSABLE in excluded))
-    if summary:
-      logging.warning("%s: using %d rows; left out: %s%s", self.path, len(rows), summary,
-                      _ADVICE * (_UNPARSABLE in excluded))
+      raise ValueError(f"task file:{self.path} has no usable row: {found}. Every line should be a "
+                       'row {"question": ..., "answer": ...} or {"question": ..., "tests": ...}'
+                       + advice)
+    if tally.bad:
+      logging.warning("%s: using %d rows; left out: %s%s", self.path, len(rows), found, advice)
     splits = {"all": rows, "train": [], "heldout": []}
     place = lambda row: hashlib.sha256(f"{self.seed} {row.question}".encode()).digest()
     for row in sorted(rows, key=place):
@@ -147,43 +149,54 @@ class File(Task):
     return splits
 
   @functools.cached_property
-  def _read(self) -> tuple[list[Problem], collections.Counter[str]]:
-    rows, excluded, reserved = [], collections.Counter(), set()
+  def _read(self) -> tuple[list[Problem], Tally]:
+    rows, tally, reserved = [], Tally(), set()
     for number, line in self._lines():
-      row = _row(line, self.any_answer)
-      if isinstance(row, str):
-        excluded[row] += 1
-      else:
-        reserved |= _RESERVED & row[2].keys()
-        columns = {name: value for name, value in row[2].items() if name not in _RESERVED}
-        rows.append(Problem(f"file:{self.path}/{number}", row[0], row[1], self.spec, columns))
+      try:
+        question, answer, row = _row(line, self.any_answer)
+      except BadRowError as bad:
+        tally.add_bad(f"line {number}", bad)
+        continue
+      reserved |= _RESERVED & row.keys()
+      columns = {name: value for name, value in row.items() if name not in _RESERVED}
+      rows.append(Problem(f"file:{self.path}/{number}", question, answer, self.spec, columns))
     if reserved:
       logging.warning("%s: the columns %s are not passed to rewards, as these names have another "
                       "meaning: rename them", self.path, ", ".join(sorted(reserved)))
     if self.any_answer:
-      return rows, +excluded
+      return rows, tally
     tested = [row.columns.get("tests") is not None for row in rows]
     parsable = are_parsable(["0" if skip else row.answer
                              for row, skip in zip(rows, tested, strict=True)])
-    usable = [row for row, parses in zip(rows, parsable, strict=True) if parses]
-    excluded[_UNPARSABLE] = len(rows) - len(usable)
-    return usable, +excluded
+    for row, parses in zip(rows, parsable, strict=True):
+      if not parses:
+        tally.add_bad(f"line {row.id.rpartition('/')[2]}", BadRowError(
+            _UNPARSABLE, f"the answer {row.answer!r:.60} is neither a number nor "
+            "mathematics"))
+    return [row for row, parses in zip(rows, parsable, strict=True) if parses], tally
 
   def _lines(self) -> Iterator[tuple[int, bytes]]:
     with open(self.path, "rb") as file:
-      yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+      for number, line in enumerate(file, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        if line.strip():
+          yield number, line
 
 
-def _row(line: bytes, any_answer: bool) -> tuple[str, str, dict[str, Any]] | str:
-  """Returns a line's question, answer and other columns, or why the line cannot be used."""
-  try:
-    row = json.loads(line)
-  except ValueError:  # including UnicodeDecodeError
-    return "broken"
-  question, answer = (row.pop(name, None) if isinstance(row, dict) else None
-                      for name in ("question", "answer"))
+def _row(line: bytes, any_answer: bool) -> tuple[str, str, dict[str, Any]]:
+  """Returns a line's question, answer and other columns.
+
+  Raises:
+    BadRowError: if the line cannot be used.
+  """
+  row = parse_row(line)
+  question, answer = row.pop("question", None), row.pop("answer", None)
   if not isinstance(question, str) or not question.strip():
-    return "without a question"
+    raise BadRowError("without a question", "there is no text \"question\"")
+  try:
+    f"{question}{answer}".encode()
+  except UnicodeEncodeError as error:  # JSON can express a lone surrogate
+    raise BadRowError("invalid UTF-8", str(error)) from error
   if row.get("tests") is not None:
     return _with_tests(question.strip(), answer, row)
   if isinstance(answer, int | float) and not isinstance(answer, bool):
@@ -191,15 +204,17 @@ def _row(line: bytes, any_answer: bool) -> tuple[str, str, dict[str, Any]] | str
   if any_answer and not isinstance(answer, str):
     return question.strip(), "" if answer is None else json.dumps(answer), row
   final = answer.rpartition("####")[2].strip() if isinstance(answer, str) else ""
-  return (question.strip(), final, row) if final or any_answer else "without an answer"
+  if not final and not any_answer:
+    raise BadRowError("without an answer", "there is neither an \"answer\" nor \"tests\"")
+  return question.strip(), final, row
 
 
-def _with_tests(question: str, answer: Any, row: dict) -> tuple[str, str, dict[str, Any]] | str:
+def _with_tests(question: str, answer: Any, row: dict) -> tuple[str, str, dict[str, Any]]:
   tests = joined(row["tests"])
   try:
     check_tests(tests)
-  except ValueError:
-    return "with broken tests"
+  except ValueError as error:
+    raise BadRowError("with broken tests", f"broken tests: {error}") from error
   return question, answer if isinstance(answer, str) else "", row | {"tests": tests}
 
 

@@ -136,9 +136,32 @@ def test_the_catalogue_has_every_module_that_defines_an_experiment():
     (("--experiment=pretrain", "--set=optimizer.schedule=wsd"), "decay_steps=0 must be positive"),
     (("--experiment=pretrain", "--set=extend=true", "--out={folder}/new"), "no run to extend"),
     (("--experiment=pretrain", "--set=data.cache_dir={folder}", "--out={folder}/new",
-      "--set=data.sources=Source(path={folder}/one.jsonl)"), "give at least two documents"),
+      "--set=data.sources=Source(path={folder}/one.jsonl)"), "at least two different documents"),
     (("--experiment=pretrain", "--set=data.cache_dir={folder}", "--out={folder}/new",
       "--set=data.sources=Source(path={folder}/null.jsonl)"), "'text' is null"),
+    (("--experiment=pretrain", "--set=init="), "init is empty, perhaps from a variable"),
+    (("--experiment=pretrain", "--set=data.bpe_vocab_size=1e9"), "at most 4,194,304"),
+    (("--experiment=pretrain", "--set=optimizer.decay_steps=-1"), "decay_steps=-1 must be"),
+    (("--experiment=pretrain", "--set=optimizer.schedule=wsd", "--set=optimizer.decay_steps=500"),
+     "decay_steps=500 must be at most the 40 optimizer steps"),
+    (("--experiment=pretrain", "--seeds=" + 5000 * "9"), "--seeds=9999"),
+    (("--experiment=r1_zero", "--seeds=" + 5000 * "9"), "--seeds=9999"),
+    (("--experiment=r1_zero", "--seeds="), "--seeds= must be a number"),
+    (("--experiment=pretrain", "--set=data.sources=Source(path=x, domain='a\x1b[2J')"),
+     "Source.domain='a\\x1b[2J' must not have control characters"),
+    (("--experiment=evaluate", "--set=checkpoint=x", "--set=samples=1e12"), "ask for fewer"),
+    (("--experiment=evaluate", "--set=checkpoint=x", "--set=problems=1e12"), "ask for fewer"),
+    (("--experiment=evaluate", "--set=checkpoint=x", "--set=template="), "template is empty"),
+    (("--experiment=generate", "--set=seed=-1"), "seed=-1 must lie in 0..2^31 - 1"),
+    (("--experiment=bench_seeds", "--set=seeds=1"), "seeds=1 must be at least 2"),
+    (("--experiment=r1_zero", "--set=rl.rewards.custom=nomod:x"), "cannot be imported"),
+    (("--experiment=r1_zero", "--set=rl.rewards.accuracy=1e300"), "weights add up to 1e+300"),
+    (("--experiment=r1_zero", "--set=evaluation.problems=1"), "evaluation.problems=1 must be at"),
+    (("--experiment=r1_zero", "--set=evaluation.problems=1e12"), "ask for fewer"),
+    (("--experiment=r1_zero", "--set=rl.sampling.max_prompt_length=1e9"), "the model's context"),
+    (("--experiment=r1_zero", "--arms=grpo", "--set=rl.objective.gae_lambda=0.9"),
+     "rl.objective.gae_lambda would have no effect"),
+    (("--experiment=r1_zero", "--set=rl.task=foo"), "there is no task 'foo'. The tasks are"),
     (("--experiment=export",), "--set checkpoint=DIR"),
     (("--experiment=export", "--set=checkpoint=x"), "--set to=DIR"),
     (("--experiment=export", "--set=checkpoint=x", "--set=to=x"), "is the checkpoint itself"),
@@ -183,7 +206,8 @@ def test_settings_of_a_wrong_type_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize(("flag", "message"), [
     ("--experimet=check_model", "Did you mean: experiment"),
-    ("--max_minutes=0", "max_minutes"), ("--profile=perhaps", "profile")])
+    ("--max_minutes=0", "max_minutes"), ("--max_minutes=nan", "finite number of minutes"),
+    ("--profile=perhaps", "profile")])
 def test_an_invalid_flag_is_reported_in_one_line_like_other_errors(flag, message):
   done = run_in_a_process(flag)
   assert done.returncode == 2 and message in done.stderr
@@ -291,6 +315,19 @@ def test_a_signal_before_the_first_step_ends_the_command_within_seconds(tmp_path
   _, err = process.communicate(timeout=60)
   assert time.monotonic() - began < 5
   assert process.returncode == 130 and "nothing to save" in err
+
+
+def test_a_signal_during_the_imports_ends_the_command_silently():
+  # The first module that is imported after the handler is set is absl's.
+  process = subprocess.Popen(
+      [sys.executable, "-X", "importtime", "-m", "experiments.run", "--list"], cwd=ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+  for line in process.stderr:
+    if "absl" in line:
+      break
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGINT and "Traceback" not in err
 
 
 def test_a_run_resumes_on_other_data_only_if_asked_to(tmp_path, command):

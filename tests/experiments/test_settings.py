@@ -29,7 +29,7 @@ class Scalars:
   flag: bool = False
   count: int = 0
   rate: float = 0.0
-  word: str = ""
+  word: str = "a"
   choice: Literal["a", "b"] = "a"
   limit: int | None = None
   counts: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ def errors(*assignments, config=NANO) -> list[str]:
     ("count", "12", 12), ("count", "-3", -3), ("count", "1_000", 1000), ("count", "1e6", 10**6),
     ("count", "9007199254740993", 2**53 + 1), ("count", "2.0", 2),
     ("rate", "3e-4", 3e-4), ("rate", "1", 1.0), ("rate", " -.5 ", -0.5),
-    ("word", "", ""), ("word", "none", "none"), ("word", "a=b", "a=b"), ("word", "1", "1"),
+    ("word", "none", "none"), ("word", "a=b", "a=b"), ("word", "1", "1"),
     ("word", "'quoted, '", "quoted, "), ("word", "o'brien", "o'brien"), ("word", "f(x)", "f(x)"),
     ("choice", "b", "b"), ("level", "2", 2), ("level", "2.5", 2.5),
     ("limit", "none", None), ("limit", "None", None), ("limit", "7", 7),
@@ -95,6 +95,15 @@ def test_values_survive_a_round_trip_through_text_and_through_json(config):
 ])
 def test_an_invalid_value_is_reported_with_what_is_expected(assignment, message):
   assert errors(assignment, config=Scalars()) == [message]
+
+
+def test_empty_text_is_refused_unless_it_has_a_meaning():
+  empty = "is empty, perhaps from a variable that is not set: give a value"
+  assert errors("init=", "data.cache_dir=' '", "data.tokenizer=''",
+                "data.sources=Source(path=x, domain=)") == [
+      f"data.sources[0].domain {empty}, or none", f"data.tokenizer {empty}",
+      f"data.cache_dir {empty}, or none", f"init {empty}, or none"]
+  assert apply("data.template=chat", "data.system=").data.system == ""
 
 
 def test_settings_that_are_valid_only_jointly_are_accepted_in_any_order():

@@ -282,7 +282,7 @@ def broken(prompts, completions, **columns):
 
 
 @pytest.mark.parametrize(("reward", "message"), [
-    (broken, "reward 'format' failed: KeyError"),
+    (broken, "step 1: reward 'format' failed .*KeyError"),
     (lambda prompts, completions, **columns: [0.0], "reward 'format' returned 1 values for 16"),
     (lambda prompts, completions, **columns: [float("nan")] * 16, "reward 'format' must return")])
 def test_a_failing_reward_is_named(tmp_path, task, monkeypatch, reward, message):
@@ -419,6 +419,7 @@ SIXTEEN = SamplingConfig(num_prompts=4, num_generations=4)
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: RLConfig(task="aritmetic"), "no task 'aritmetic'; did you mean 'arithmetic'"),
+    (lambda: ObjectiveConfig(name="xyz"), r"'xyz' does not exist\. The objectives are"),
     (lambda: RLConfig(task="file:nowhere.jsonl"), "there is no such file"),
     (lambda: RLConfig(template="sort"), "no template 'sort'; did you mean 'short'"),
     (lambda: ObjectiveConfig(name="grpo_1"), "'grpo_1' does not exist; did you mean 'grpo_r1'"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rl import rewards
+from rl.config import RewardConfig
 from rl.tasks import get_task
 
 NO_SANDBOX = importlib.util.find_spec("rl.sandbox") is None
@@ -200,6 +201,35 @@ def test_a_reward_of_the_users_own_is_loaded_by_its_name(tmp_path, monkeypatch):
     rewards.load("my_rewards:by_size")
   with pytest.raises(ValueError, match=r"'no_rewards' cannot be imported .*PYTHONPATH"):
     rewards.load("no_rewards:by_size")
+  (tmp_path / "my_folder").mkdir()
+  for name in ("my_folder:f", "sys:nothing", "builtins:nothing"):
+    with pytest.raises(ValueError, match=r"\(which has no file\) has no function"):
+      rewards.load(name)
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    (b"import sys; sys.exit(3)", r"calls sys.exit\(3\) \(at .*broken_rewards.py:1\)"),
+    (b"\n1/0", r"ZeroDivisionError: .*broken_rewards.py:2"), (b"def x(:", "SyntaxError"),
+    (b"x = '\0'", "null bytes")])
+def test_a_module_that_fails_or_exits_when_imported_is_an_error(
+    tmp_path, monkeypatch, source, message):
+  (tmp_path / "broken_rewards.py").write_bytes(source)
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ValueError, match=rf"'broken_rewards' cannot be imported: .*{message}"):
+    rewards.load("broken_rewards:f")
+
+
+def test_a_reward_that_ends_the_program_is_an_error():
+  def leaves(prompts, completions, **columns):
+    raise SystemExit(0)
+
+  with pytest.raises(ValueError, match=r"'leaves' failed on a batch of 2 .*sys.exit\(0\) \(at "):
+    rewards.combine({"leaves": leaves})(["?"] * 2, [""] * 2)
+
+
+def test_weights_above_the_largest_reward_are_refused_by_the_configuration():
+  with pytest.raises(ValueError, match="add up to 1e\\+300"):
+    RewardConfig(accuracy=1e300)
 
 
 def test_columns_must_be_as_long_as_the_prompts():

@@ -336,7 +336,7 @@ def test_any_text_is_an_answer_for_rewards_that_do_not_check_it(jsonl):
   strict = jsonl(*rows, "{broken")
   assert strict.size("all") == 2
   task = get_task(strict.spec, any_answer=True)
-  assert task.excluded == {"broken": 1} and task.spec == strict.spec
+  assert task.excluded == {"broken JSON": 1} and task.spec == strict.spec
   problems = [task.problem("all", i) for i in range(5)]
   assert [problem.answer for problem in problems] == [
       "Roses are red", "", '["a", 1]', "2.0", ""]
@@ -378,8 +378,16 @@ def test_bad_rows_are_excluded_and_counted(jsonl):
   task = jsonl(good, "{broken", "[1]", {"question": "Q"}, {"question": "Q", "answer": "so\n####"},
                {"question": "Q", "answer": "#### dunno"}, {"answer": "2"}, "", good)
   assert task.size("all") == 2
-  assert task.excluded == {"broken": 1, "without a question": 2, "without an answer": 2,
-                           "with an unparsable answer": 1}
+  assert task.excluded == {"broken JSON": 1, "not a JSON object": 1, "without a question": 1,
+                           "without an answer": 2, "with an unparsable answer": 1}
+
+
+def test_strange_rows_are_excluded_and_a_byte_order_mark_is_not_part_of_the_first(jsonl):
+  good = {"question": "Two?", "answer": "2"}
+  task = jsonl("\ufeff" + json.dumps(good), "[" * 200_000, {"question": "\ud800", "answer": "2"},
+               {"question": "Q", "answer": "\ud800"})
+  assert task.size("all") == 1
+  assert task.excluded == {"broken JSON": 1, "invalid UTF-8": 2}
 
 
 PROGRAM_ROWS = [
@@ -427,8 +435,18 @@ def test_rows_with_broken_tests_are_excluded(jsonl):
 
 
 def test_a_file_without_usable_rows_is_an_error(jsonl):
-  with pytest.raises(ValueError, match=r"no usable row.*1 broken"):
+  with pytest.raises(ValueError, match=r"no usable row: 1 broken JSON. For example line 1: "):
     jsonl("{broken").problem("train", 0)
+  get_task.cache_clear()
+  with pytest.raises(ValueError, match=r"line 2: broken tests: SyntaxError: .*\"tests\""):
+    jsonl("", {"question": "Q", "tests": "def ("}).problem("train", 0)
+
+
+def test_a_split_without_problems_says_that_questions_decide_the_split(jsonl):
+  task = jsonl(*[{"question": "Q", "answer": "1"}] * 4)
+  (empty,) = (split for split in ("train", "heldout") if not task.size(split))
+  with pytest.raises(ValueError, match="its question decides; add rows with other questions"):
+    task.problem(empty, 0)
 
 
 def test_files_are_split_by_question_and_indices_wrap_around(jsonl):

@@ -212,3 +212,10 @@ def test_without_prompts_the_template_does_not_matter(tmp_path):
   path = tmp_path / "a.txt"
   path.write_text("hello")
   assert fingerprint(Source(str(path)), "short") == fingerprint(Source(str(path)))
+
+
+def test_a_domain_with_control_characters_is_unusable(tmp_path):
+  write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "domain": "a\x1b[2J"}, {"text": "x"}])
+  tally = Tally()
+  assert len(list(read(Source(str(tmp_path)), tally))) == 1
+  assert dict(tally.bad) == {"with control characters in 'domain'": 1}

@@ -12,6 +12,7 @@ from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim, target
 from model import ModelConfig, get_config
+from model.checks import require
 from train.config import DataConfig, RunConfig, TrainConfig
 from train.program import Program
 from train.stages import with_seeds
@@ -34,6 +35,10 @@ class SeedsConfig(RunConfig):
   data: DataConfig = _DATA
   train: TrainConfig = _TRAIN
   seeds: int = 8
+
+  def __post_init__(self):
+    super().__post_init__()
+    require(self.seeds >= 2, f"seeds={self.seeds} must be at least 2, to be compared with one")
 
 
 CONFIG = SeedsConfig()

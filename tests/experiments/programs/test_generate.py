@@ -86,10 +86,16 @@ def test_a_prompt_begins_as_the_post_processor_says_and_never_has_other_special_
   assert "has a chat template: add --set chat=true" in err
 
 
+def test_more_tokens_than_there_is_memory_for_are_refused(folder):
+  with pytest.raises(ValueError, match=r"needs a cache of .* the model's context is"):
+    generate.main(Options("generate", settings=(f"checkpoint={folder}", "max_new_tokens=1e15")))
+
+
 def test_chat_without_a_template_and_broken_files_are_named(folder):
-  (folder / "tokenizer_config.json").write_text("{}")
-  with pytest.raises(ValueError, match="has no chat template"):
-    run(folder, "chat=true")
+  for content, message in (("{}", "has no chat template"), ('{"chat_template": " "}', "is empty")):
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} {message}"):
+      run(folder, "chat=true")
   for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
     good = (folder / name).read_text() if (folder / name).exists() else "{}"
     for broken in (good[:-3] + "!", "[1]", '{"a": "\udcff"}'):

@@ -38,7 +38,7 @@ def keep(folder, *more) -> None:
   program.main(Options("results", settings=(f"keep={folder}", *more)))
 
 
-@pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "/tmp/x", "''", "a b"])
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "/tmp/x", "a b"])
 def test_a_name_that_is_not_one_folder_is_refused_and_nothing_changes(root, tmp_path, name):
   before = files(root)
   folder = study_folder(tmp_path / "run", missing=[])
