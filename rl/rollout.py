@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from model import Cache, Transformer, init_cache
 from model.checks import require
+from model.compiling import jit
 from model.decoding.checks import as_stop_tokens
 from model.decoding.generate import prefill, sample_token
 
@@ -150,13 +151,14 @@ def rollout(
   slots = num_sequences // devices if slots is None else min(slots, num_sequences // devices)
   require(slots >= 1, f"slots={slots} must be positive")
   stops_K = as_stop_tokens(stop_token)
-  static = (max_new_tokens, slots, temperature == 0, top_p < 1, record_experts)
+  static = (max_new_tokens, slots, temperature > 0 and top_p < 1, record_experts)
+  temperature, top_p = float(temperature), float(top_p)
   if mesh is None:
     return _rollout(model, variables, prompts, temperature, top_p, stops_K, *static)
   return _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stops_K, static)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "static"))
+@functools.partial(jit, static_argnames=("mesh", "model", "static"))
 def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stops_K, static):
   replicated, sharded = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
@@ -187,10 +189,10 @@ class _Slots(NamedTuple):
   position_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=(
-    "model", "max_new_tokens", "slots", "greedy", "nucleus", "record"))
+@functools.partial(jit, static_argnames=(
+    "model", "max_new_tokens", "slots", "nucleus", "record"))
 def _rollout(model, variables, prompts, temperature, top_p, stops_K, max_new_tokens, slots,
-             greedy, nucleus, record):
+             nucleus, record):
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
   free_B = lambda s: s.sequence_B == num_sequences
@@ -228,7 +230,8 @@ def _rollout(model, variables, prompts, temperature, top_p, stops_K, max_new_tok
     active_B = ~free_B(s)
     row_B = jnp.minimum(s.sequence_B, num_sequences - 1)
     keys_B = jax.vmap(jax.random.fold_in)(prompts.keys_S[row_B], s.position_B)
-    token_B, logp_B = sample_token(s.logits_BV, keys_B, temperature, top_p, greedy, nucleus)
+    token_B, logp_B = sample_token(
+        s.logits_BV, keys_B, temperature, top_p, temperature == 0, nucleus)
     where = (s.sequence_B, s.position_B)  # out of bounds, and so dropped, for a free slot
     position_B = s.position_B + active_B
     stopped_B = (token_B[:, None] == stops_K).any(1)

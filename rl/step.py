@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import model
-from model import Transformer, balance
+from model import Transformer, balance, compiling
 from model.checks import require
 from rl.config import ObjectiveConfig, RLConfig
 from rl.mtp import MTPObjective, policy_config, require_mtp, split_mtp
@@ -331,9 +331,9 @@ def make_update(
 @functools.lru_cache(maxsize=8)
 def _compiled(model_cfg, mesh, objective, optimizer):
   """Returns the update, compiled once for all runs that differ only in what is passed as data."""
-  net, jit = (mesh.transformer(), mesh.jit) if mesh else (Transformer(model_cfg), jax.jit)
+  net, jit = (mesh.transformer(), mesh.jit) if mesh else (Transformer(model_cfg), compiling.jit)
   return jit(functools.partial(_update, net, decay_mask(model_cfg), optimizer, objective),
-             donate_argnums=0)
+             donate_argnums=0, tuned=compiling.is_tuned(model_cfg, net.unroll))
 
 
 def _train_mtp(net, decays, optimizer, num_micro, temperature, replay):

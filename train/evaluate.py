@@ -137,7 +137,7 @@ class Evaluator:
 
   def __call__(self, variables: dict) -> Evaluation:
     """Returns the evaluation of `variables` on all domains."""
-    counts = {domain: self._domain(variables, rows) for domain, rows in self._heldout.items()}
+    counts = self._count_by_domain(variables)
     axis = self._axis
     total = lambda c, name: np.asarray(getattr(c, name)).sum(axis, dtype=np.float64)
     nll = {domain: total(c, "nll_B") for domain, c in counts.items()}
@@ -151,16 +151,27 @@ class Evaluator:
         {domain: c.loads_BLE.sum(axis, dtype=np.int64) for domain, c in counts.items()},
         {domain: c.loads_BLE for domain, c in counts.items()})
 
-  def _domain(self, variables: dict, rows: HeldOut) -> Counts:
-    """Returns the counts of all sequences of a domain, gathered on the host."""
-    tokens_RL, mask_RT = rows.tokens, rows.loss_mask
+  def _count_by_domain(self, variables: dict) -> dict[str, Counts]:
+    """Returns the counts of all sequences of each domain, gathered on the host.
+
+    The domains' sequences are counted as one list, so that a single batch is padded, and a single
+    shape of batches is compiled.
+    """
+    parts, axis = list(self._heldout.values()), self._axis
+    joined = lambda name: np.concatenate([getattr(rows, name) for rows in parts])
+    tokens_RL, mask_RT = joined("tokens"), joined("loss_mask")
+    segments_RT = joined("segments") if self._masked else None
     batches, size = [], min(self._batch_size, len(tokens_RL))
     for start in range(0, len(tokens_RL), size):
-      stop = min(start + size, len(tokens_RL))
-      part = lambda x, start=start, stop=stop: np.pad(
-          x[start:stop], ((0, start + size - stop), (0, 0)))
-      batch = Batch(part(tokens_RL), part(mask_RT), part(rows.segments) if self._masked else None)
-      batches.append((self._count(variables, batch), stop - start))
-    cut = lambda x, n: np.asarray(x)[(slice(None),) * self._axis + (slice(n),)]
-    return jax.tree.map(lambda *xs: np.concatenate(xs, self._axis), *(
-        jax.tree.map(lambda x, n=n: cut(x, n), counts) for counts, n in batches))
+      part = lambda x, start=start: x if x is None else _padded(x[start:start + size], size)
+      batches.append(self._count(
+          variables, Batch(part(tokens_RL), part(mask_RT), part(segments_RT))))
+    counts = jax.tree.map(lambda *xs: np.concatenate(xs, axis), *batches)
+    ends = np.cumsum([len(rows.tokens) for rows in parts]).tolist()
+    cut = lambda x, start, end: x[(slice(None),) * axis + (slice(start, end),)]
+    return {domain: jax.tree.map(lambda x, start=start, end=end: cut(x, start, end), counts)
+            for domain, start, end in zip(self._heldout, [0, *ends], ends, strict=False)}
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+  return np.pad(rows, [(0, size - len(rows)), (0, 0)])

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import model
+from model import compiling
 from train.config import MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "pipe")
@@ -162,11 +163,11 @@ class ShardedModel:
     return jax.jit(lambda key: model.init(self.cfg, key), out_shardings=self.variables())(key)
 
   def jit(self, function: Callable, **kwargs) -> Callable:
-    """Returns `jax.jit` of a function, traced with the mesh and the rules in force.
+    """Returns `model.compiling.jit` of a function, traced with the mesh and the rules in force.
 
     Args:
       function: takes positional arguments only.
-      **kwargs: further arguments of `jax.jit`.
+      **kwargs: further arguments of `model.compiling.jit`.
 
     Returns:
       The jitted function; of its other methods it has `lower`.
@@ -175,7 +176,7 @@ class ShardedModel:
       with nn.logical_axis_rules(self.rules.pairs()):
         return function(*args)
 
-    jitted = jax.jit(traced, **kwargs)
+    jitted = compiling.jit(traced, **kwargs)
 
     def on_mesh(function):
       def run(*args):

@@ -33,7 +33,12 @@ class Moments(NamedTuple):
 def init_moments(params: dict, cfg: OptimizerConfig) -> Moments:
   """Returns the moments before the first step: zeros in the format `cfg.moments`."""
   zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, cfg.moments), params)
-  return Moments(zeros(), zeros())
+  if any(len(p.sharding.device_set) > 1 for p in jax.tree.leaves(params)
+         if not isinstance(p, jax.core.Tracer)):
+    return Moments(zeros(), zeros())
+  # One program for all arrays, instead of one for every shape.
+  zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, cfg.moments), params)
+  return jax.jit(lambda: Moments(zeros(), zeros()))()
 
 
 def decay_mask(cfg: model.ModelConfig) -> dict:
@@ -137,7 +142,8 @@ class Schedule:
   def _learning_rates(self) -> np.ndarray:
     # All steps in one call: schedules are JAX functions, which are slow for one step at a time.
     steps = self.cfg.train.steps
-    return np.asarray(jax.vmap(learning_rate(self.cfg.optimizer, steps))(jnp.arange(steps)))
+    rates = jax.jit(jax.vmap(learning_rate(self.cfg.optimizer, steps)))
+    return np.asarray(rates(np.arange(steps)))
 
   def __getitem__(self, step: int) -> dict:
     """Returns "learning_rate", "bias_rate" (gamma) and the "weights" of the loss terms."""

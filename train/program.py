@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import model
+from model import compiling
 from train.config import RunConfig
 from train.evaluate import Evaluation, Evaluator, count
 from train.losses import Batch, LanguageModelLoss
@@ -62,7 +63,7 @@ def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Calla
   """
   mesh = _make_mesh(cfg, num_runs)
   net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
-  jit = mesh.jit if mesh else jax.jit
+  jit = mesh.jit if mesh else compiling.jit
   trained = net(remat=cfg.train.remat, unroll=cfg.train.unroll, attend=cfg.train.attend)
   step = make_train_step(
       LanguageModelLoss(trained), cfg.optimizer, decay_mask(cfg.model),
@@ -73,7 +74,8 @@ def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Calla
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}
     step = jax.vmap(step, in_axes=(0, 0, hyper))
     counts = jax.vmap(counts, in_axes=(0, None))
-  return mesh, jit(step, donate_argnums=0), jit(counts)
+  tuned = compiling.is_tuned(cfg.model, cfg.train.unroll)
+  return mesh, jit(step, donate_argnums=0, tuned=tuned), jit(counts)
 
 
 def _make_mesh(cfg: RunConfig, num_runs: int) -> ShardedModel | None:
@@ -194,7 +196,7 @@ class Program:
 
       return jax.grad(loss)(objective.model.by_layer(variables["params"]))
 
-    jit = mesh.jit if mesh else jax.jit
+    jit = mesh.jit if mesh else compiling.jit
     return jit(gradients).lower(variables, *self.abstract_step_arguments())
 
   def abstract_step_arguments(self) -> tuple[Batch, dict]:

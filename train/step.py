@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from model import Transformer, balance
@@ -60,12 +61,19 @@ class Objective(Protocol):
 def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
   """Returns the state before the first step, from initial variables."""
   # Copies, because a step donates its state and the caller may continue to use the variables.
-  params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), variables["params"])
-  router = jax.tree.map(lambda b: jnp.array(b, copy=True), variables.get("router", {}))
+  params = jax.tree.map(lambda p: _copy(p, np.float32), variables["params"])
+  router = jax.tree.map(lambda b: _copy(b, b.dtype), variables.get("router", {}))
   ema = jax.tree.map(jnp.copy, params) if cfg.ema_decay else None
   return TrainState(
       step=jnp.int32(0), skipped=jnp.int32(0), params=params, router=router,
       moments=init_moments(params, cfg), ema=ema)
+
+
+def _copy(x: jax.Array | np.ndarray, dtype) -> jax.Array:
+  # What is copied on the host needs no program, of which there would be one for every shape.
+  if isinstance(x, np.ndarray):
+    return jax.device_put(np.array(x, dtype))
+  return jnp.array(x, dtype, copy=True)
 
 
 def unstack_layers(net: Transformer) -> Callable[[Tree], Tree]:

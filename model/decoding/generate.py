@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.compiling import jit
 from model.decoding import checks
 from model.decoding.cache import Cache, init_cache
 from model.transformer import Output, Transformer
@@ -109,7 +110,8 @@ def _tempered(logits_BV, temperature):
 
 def sample_token(
     logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float,
-    top_p: jax.Array | float, greedy: bool, nucleus: bool = True) -> tuple[jax.Array, jax.Array]:
+    top_p: jax.Array | float, greedy: bool | jax.Array,
+    nucleus: bool = True) -> tuple[jax.Array, jax.Array]:
   """Samples the next token of every row, or takes the most likely one.
 
   Args:
@@ -117,19 +119,23 @@ def sample_token(
     keys_B: a jax.random key for each row; ignored if `greedy`.
     temperature: as in `sampling_logits`; ignored if `greedy`.
     top_p: as in `sampling_logits`; ignored if `greedy` or unless `nucleus`.
-    greedy: take the most likely token.
+    greedy: take the most likely token. A traced value serves both cases with one program.
     nucleus: sample from the nucleus only, which costs a sort; see `sampling_logits`.
 
   Returns:
     The tokens, int32 [B], and their log-probabilities under the distribution from which they were
     sampled (if `greedy`, that of the logits as they are), float32 [B].
   """
-  if not greedy:
+  either = isinstance(greedy, jax.Array)
+  likeliest_B = logits_BV.argmax(-1).astype(jnp.int32)
+  if either or not greedy:
+    temperature = jnp.where(greedy, 1.0, temperature) if either else temperature
     logits_BV = (sampling_logits(logits_BV, temperature, top_p) if nucleus
                  else _tempered(logits_BV, temperature))
     tokens_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    tokens_B = jnp.where(greedy, likeliest_B, tokens_B) if either else tokens_B
   else:
-    tokens_B = logits_BV.argmax(-1).astype(jnp.int32)
+    tokens_B = likeliest_B
   logprobs_BV = jax.nn.log_softmax(logits_BV)
   return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
 
@@ -172,7 +178,7 @@ def generate(
                    int(max_new_tokens), greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "greedy"))
+@functools.partial(jit, static_argnames=("model", "max_new_tokens", "greedy"))
 def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
               max_new_tokens, greedy):
   batch, num_tokens = prompts_BT.shape
@@ -253,13 +259,13 @@ def _stream(model, variables, prompts_BT, lengths_B, max_new_tokens, key, temper
       return
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(jit, static_argnames="model", donate_argnames="cache")
 def _prefill(model, variables, prompts_BT, lengths_B, cache):
   logits_BV, output = prefill(model, variables, prompts_BT, lengths_B, cache)
   return logits_BV, output.cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames="cache")
+@functools.partial(jit, static_argnames=("model", "greedy"), donate_argnames="cache")
 def _advance(model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy):
   chosen_B, _ = sample_token(logits_BV, keys_B, temperature, top_p, greedy)
   logits_BV, cache = decode_step(model, variables, chosen_B, cache)
