@@ -72,7 +72,8 @@ def test_the_study_runs_and_judges_its_claim(study, tmp_path):
       data=dataclasses.replace(scale.config.data, sources=(Source(str(text)),), seq_len=16,
                                heldout_bytes=500, cache_dir=str(tmp_path / "cache")),
       train=dataclasses.replace(scale.config.train, steps=2))
-  small = ("model.num_layers=2", "model.d_model=16", "model.ffn_dim=32", "model.moe.expert_dim=16")
+  small = ("model.num_layers=1", "model.num_dense_layers=0", "model.mtp=none", "model.d_model=16",
+           "model.moe.expert_dim=16")
   tiny = dataclasses.replace(study, scales={"smoke": dataclasses.replace(
       scale, config=settings.apply(cfg, small), learning_rates=(), seeds=1)})
   judged = execute(tiny, "smoke", Options("shared_expert", out=tmp_path / "out"))

@@ -9,6 +9,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 
 from rl.loading import load_model
 from rl.mtp import split_mtp
+from tests.experiments.here import run_here
 
 ROOT = pathlib.Path(__file__).parent.parent
 FAMILIES = {
@@ -54,8 +57,11 @@ def settings(*values: str) -> list[str]:
 
 
 def travel(folder: pathlib.Path, architecture: tuple[str, ...], *, pretraining: int, sft: int,
-           rl: int) -> pathlib.Path:
-  """Takes a model from random weights to an exported folder; returns that of its RL run."""
+           rl: int, run: Callable[..., Any] = run) -> pathlib.Path:
+  """Takes a model from random weights to an exported folder; returns that of its RL run.
+
+  `run` runs a command line, and raises if that fails.
+  """
   text, questions = folder / "text.jsonl", folder / "questions.jsonl"
   text.write_text("".join(json.dumps({"text": f"The sum of {i} and {i + 1} is {2 * i + 1}. " * 4})
                           + "\n" for i in range(100)))
@@ -95,8 +101,11 @@ def leaves(tree) -> list[np.ndarray]:
 
 
 def test_a_model_goes_from_pretraining_to_an_exported_folder(tmp_path):
+  def run_in_this_process(*args: str) -> None:  # without new imports, which take seconds
+    assert run_here(*args) == 0
+
   policy = travel(tmp_path, ("model.num_layers=1", "model.num_dense_layers=0"),
-                  pretraining=2, sft=2, rl=1)
+                  pretraining=2, sft=2, rl=1, run=run_in_this_process)
   check_exported(policy, tmp_path / "exported")
 
 

@@ -14,37 +14,18 @@ import time
 
 import pytest
 import tiny
-from absl import flags
-from absl.testing import flagsaver
 
 import model
-from experiments import catalogue, run, settings
+from experiments import catalogue, settings
+from tests.experiments.here import run_here
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
   """Returns a function that runs a command here and returns its exit status, stdout and stderr."""
-  before = signal.getsignal(signal.SIGINT)
-  import grain  # noqa: F401, defines flags, which flagsaver would remove again
-
-  monkeypatch.setattr(run, "_start_again_tuned_for_cpus", lambda: None)
-  monkeypatch.setattr(run, "_keep_compiled_programs", lambda: None)
-
-  def run_command(*args: str) -> tuple[int, str, str]:
-    argv, status = ["run.py", *args], 0
-    monkeypatch.setattr(sys, "argv", argv)
-    flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver():
-      try:
-        run.main(flags.FLAGS(argv))
-      except SystemExit as stopped:
-        status = stopped.code
-    return status, *capsys.readouterr()
-
-  yield run_command
-  signal.signal(signal.SIGINT, before)
+  return lambda *args: (run_here(*args), *capsys.readouterr())
 
 
 def run_in_a_process(*args: str) -> subprocess.CompletedProcess:
@@ -65,7 +46,7 @@ def test_check_model_passes_all_its_checks(command):
 
 
 def test_check_model_passes_all_its_checks_of_a_folder(command, tmp_path):
-  cfg = dataclasses.replace(tiny.V3, num_layers=2, mtp=None)
+  cfg = dataclasses.replace(tiny.V3, num_layers=1, num_dense_layers=0, mtp=None)
   model.hf.save(tmp_path / "folder", cfg, tiny.variables(cfg))
   status, out, err = command("--experiment=check_model", f"--set=checkpoint={tmp_path / 'folder'}")
   assert status == 0, err
@@ -232,10 +213,16 @@ def write_documents(path: pathlib.Path) -> None:
   path.write_text("".join(json.dumps(document) + "\n" for document in documents))
 
 
-def pretraining(folder: pathlib.Path, steps: int = 6) -> tuple[str, ...]:
+MOE = ("model.num_layers=1", "model.num_dense_layers=0")
+DENSE = (*MOE, "model.moe=none", "model.rope.layout=half",  # compiles in half the time
+         "model.attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=16)")
+
+
+def pretraining(folder: pathlib.Path, steps: int = 6, model: tuple[str, ...] = DENSE,
+                ) -> tuple[str, ...]:
   return ("--experiment=pretrain", "--scale=smoke", f"--out={folder / 'run'}", *(
       f"--set={setting}" for setting in (
-          f"train.steps={steps}", "model.d_model=32", "model.mtp=none", "data.seq_len=32",
+          *model, f"train.steps={steps}", "model.d_model=32", "model.mtp=none", "data.seq_len=32",
           f"data.sources={folder / 'text.jsonl'}", "data.heldout_bytes=2000",
           f"data.cache_dir={folder / 'cache'}", "sample_tokens=0",
           f"export={folder / 'exported'}")))
@@ -245,7 +232,7 @@ def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
     tmp_path, command):
   """Trains, repeats the command, changes a setting on the same folder, and generates."""
   write_documents(tmp_path / "text.jsonl")
-  first = run_in_a_process("--profile", *pretraining(tmp_path))
+  first = run_in_a_process("--profile", *pretraining(tmp_path, model=MOE))
   assert first.returncode == 0, first.stderr
   folder = tmp_path / "run"
   metrics = (folder / "metrics.jsonl").read_text()
@@ -258,11 +245,11 @@ def test_a_finished_run_stays_as_it_is_and_its_model_generates_text(
   assert "6 steps" in (folder / "report.md").read_text()
   assert list((folder / "profile").rglob("*.xplane.pb"))
 
-  status, out, err = command(*pretraining(tmp_path))
+  status, out, err = command(*pretraining(tmp_path, model=MOE))
   assert status == 0 and "is finished, nothing is left to train" in out, err
   assert (folder / "metrics.jsonl").read_text() == metrics
 
-  status, _, err = command(*pretraining(tmp_path, steps=7))
+  status, _, err = command(*pretraining(tmp_path, steps=7, model=MOE))
   assert status != 0 and "config.train.steps: 6 in the folder, 7 now" in err
   assert (folder / "metrics.jsonl").read_text() == metrics
 
@@ -305,8 +292,9 @@ def test_a_signal_before_the_first_step_ends_the_command_within_seconds(tmp_path
                       "JAX_ENABLE_COMPILATION_CACHE": "false"}
   # Compiling nano's step takes much longer than the limit below.
   process = subprocess.Popen(
-      [sys.executable, "-m", "experiments.run", *pretraining(tmp_path), "--set=model=nano",
-       "--set=model.num_layers=12"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+      [sys.executable, "-m", "experiments.run",
+       *pretraining(tmp_path, model=("model=nano", "model.num_layers=12"))],
+      cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
   for line in process.stderr:
     if "evaluating" in line or "compiling" in line:
       break

@@ -57,7 +57,8 @@ MUTANTS = [(mutant, case) for case in CASES
            if mutant is not _biased_gates or case.startswith("v3")]
 
 
-@pytest.mark.parametrize(("mutant", "case"), MUTANTS)
+@pytest.mark.parametrize(("mutant", "case"), [
+    (mutant, case) for mutant, case in MUTANTS if case in ("v3", "v3_plain", "llama", "qwen3")])
 def test_a_mutant_is_detected_by_its_logits(mutant, case, loaded, monkeypatch):
   cfg, variables = loaded[case]
   mutated = mutant(cfg, monkeypatch)

@@ -12,6 +12,7 @@ import tiny
 import model
 
 NO_MTP = dataclasses.replace(tiny.V3, mtp=None)
+DENSE = dataclasses.replace(tiny.MHA, num_layers=1, tie_embeddings=False)  # compiles quickly
 FLOAT32 = 1e-5  # relative: about a hundred operations deep, with sums of tens of terms
 
 
@@ -42,7 +43,7 @@ def test_mtp_depth_k_reads_k_tokens_ahead_and_no_more():
 
 
 def test_mtp_shares_the_trunks_embedding_and_head():
-  cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(depth=1))
+  cfg = dataclasses.replace(DENSE, mtp=model.MTPConfig(depth=1))
   v = tiny.variables(cfg)
 
   def loss(params, trunk, mtp):
@@ -57,7 +58,7 @@ def test_mtp_shares_the_trunks_embedding_and_head():
 
 
 def test_concat_orders_differ_only_by_swapping_the_halves_of_the_projection():
-  cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(concat="hidden_first"))
+  cfg = dataclasses.replace(DENSE, mtp=model.MTPConfig(concat="hidden_first"))
   swapped = dataclasses.replace(cfg, mtp=model.MTPConfig(concat="embedding_first"))
   v = tiny.variables(cfg)
   w_proj = v["params"]["mtp_1"]["w_proj"]
@@ -69,15 +70,15 @@ def test_concat_orders_differ_only_by_swapping_the_halves_of_the_projection():
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
 def test_segments_isolate_packed_documents(name):
-  cfg = tiny.ALL[name]
-  v, (one, two) = tiny.variables(cfg), (tiny.tokens(cfg, 1, 6), tiny.tokens(cfg, 1, 6, seed=3))
-  packed = jnp.concatenate([one, two], axis=1)
-  segments = jnp.array([[1] * 6 + [2] * 6])
+  cfg = dataclasses.replace(tiny.ALL[name], mtp=None)
+  v, documents_BT = tiny.variables(cfg), tiny.tokens(cfg, 2, 6)
   run = tiny.apply(cfg)
-  separate = jnp.concatenate([run(v, one).logits_BTV, run(v, two).logits_BTV], axis=1)
+  separate = run(v, documents_BT).logits_BTV.reshape(1, 12, -1)
+  two, one = (run(v, documents_BT.reshape(1, 12), segment_ids_BT=jnp.array([ids])).logits_BTV
+              for ids in ([1] * 6 + [2] * 6, [1] * 12))
   # Rotary positions are relative: the second document need not start at 0.
-  close(run(v, packed, segment_ids_BT=segments).logits_BTV, separate)
-  assert float(jnp.abs(run(v, packed).logits_BTV - separate)[:, 6:].max()) > 0.1
+  close(two, separate)
+  assert float(jnp.abs(one - separate)[:, 6:].max()) > 0.1
 
 
 def test_padding_is_excluded_from_every_router_statistic():
@@ -89,7 +90,7 @@ def test_padding_is_excluded_from_every_router_statistic():
   np.testing.assert_array_equal(out.router["moe_layers"].tokens_B, [[9, 12]] * 2)
   # MTP depth k has no token to read at the last k positions, so these do not count either.
   np.testing.assert_array_equal(out.router["mtp_2"].tokens_B, [7, 10])
-  alone = tiny.apply(cfg)(v, tokens_BT[:1, :9])
+  alone = tiny.apply(cfg)(v, tokens_BT[:1, :9], logits=False, mtp=False)
   np.testing.assert_array_equal(out.router["moe_layers"].load_BE[:, 0],
                                 alone.router["moe_layers"].load_BE[:, 0])
 
@@ -109,41 +110,33 @@ def test_the_router_bias_changes_the_choice_of_experts_but_never_the_gates():
 
 
 @functools.cache
-def _gradients(remat: str):
+def _gradients(remat: str, unroll: int = 1):
   v, tokens_BT = tiny.variables(NO_MTP), tiny.tokens(NO_MTP, batch=4, length=64)
 
   def loss(params):
-    out = model.Transformer(NO_MTP, remat=remat).apply(v | {"params": params}, tokens_BT)
-    return (out.logits_BTV**2).mean()
+    out = model.Transformer(NO_MTP, remat=remat, unroll=unroll).apply(
+        v | {"params": params}, tokens_BT)
+    return (out.logits_BTV**2).mean(), out
 
-  compiled = jax.jit(jax.value_and_grad(loss)).lower(v["params"]).compile()
+  compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(v["params"]).compile()
   return compiled.memory_analysis().temp_size_in_bytes, compiled(v["params"])
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("remat", sorted(set(model.REMAT) - {"none"}))
 def test_remat_gives_the_same_gradients_with_less_memory(remat):
-  (plain_bytes, (value, plain)), (fewer_bytes, (remat_value, grads)) = (
+  (plain_bytes, ((value, _), plain)), (fewer_bytes, ((remat_value, _), grads)) = (
       _gradients("none"), _gradients(remat))
   close(remat_value, value)
   jax.tree.map(close, grads, plain)
   assert fewer_bytes < 0.8 * plain_bytes
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [
+    pytest.param("none", marks=pytest.mark.long("compiles another unrolled gradient")), "full"])
 def test_unrolled_layers_give_the_same_outputs_and_gradients(remat):
-  cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(depth=1))
-  v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def run(params, unroll):
-    def loss(params):
-      out = model.Transformer(cfg, remat=remat, unroll=unroll).apply(
-          v | {"params": params}, tokens_BT)
-      return (out.logits_BTV**2).mean(), out
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-  for a, b in zip(*(jax.tree.leaves(run(v["params"], unroll)) for unroll in (1, 99)), strict=True):
+  (_, unrolled), (_, looped) = _gradients(remat, unroll=99), _gradients("none")
+  for a, b in zip(*map(jax.tree.leaves, (unrolled, looped)), strict=True):
     close(a, b)
 
 

@@ -156,8 +156,8 @@ def test_the_first_loss_is_zero_and_its_gradient_is_not():
 
 
 def test_on_policy_no_token_is_clipped_and_epsilon_has_no_effect():
-  narrow, metrics = update(sampled(), epsilon=np.float32(1e-3))
-  wide, _ = update(sampled(), epsilon=np.float32(10))
+  narrow, metrics = update(sampled(), epsilon=1e-3)
+  wide, _ = update(sampled(), epsilon=10.0)
   assert metrics["clip_ratio/region"] == 0
   train_small.assert_same_bits(narrow, wide)
 

@@ -21,6 +21,8 @@ from train.run_folder import MetricsFile, RunFolder
 
 TINY = (
     "base.model.num_layers=1", "base.model.num_dense_layers=0", "base.model.d_model=32",
+    "base.model.moe=none", "base.model.mtp=none", "base.model.rope.layout=half",
+    "base.model.attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=16)",
     "base.train.steps=2", "base.data.heldout_bytes=500", "documents.count=300", "rl.loop.steps=2",
     "rl.loop.eval_problems=2", "rl.loop.eval_samples=2", "evaluation.problems=4",
     "rl.rewards.random=1")  # the only reward that so small a model receives

@@ -1,5 +1,7 @@
 """Cached, uncached, expanded and absorbed attention compute the same function."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ FORMS = [(name, form) for name, cfg in tiny.ALL.items()
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_prefill_and_decode_equal_the_uncached_model(name, form):
-  cfg = tiny.ALL[name]
+  cfg = dataclasses.replace(tiny.ALL[name], mtp=None)
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   whole = tiny.apply(cfg)(v, tokens_BT).logits_BTV
   run, cache, rows = tiny.apply(cfg, mla_form=form), model.init_cache(cfg, 2, 16), []
@@ -35,7 +37,7 @@ def test_prefill_and_decode_equal_the_uncached_model(name, form):
 
 
 def test_unrolled_layers_fill_the_cache_and_use_given_experts_as_scanned_ones_do():
-  cfg = tiny.V3
+  cfg = dataclasses.replace(tiny.V3, mtp=None)
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   other = tiny.apply(cfg)(v, tokens_BT[:, ::-1])  # for experts that these tokens would not choose
   looped, unrolled = (tiny.apply(cfg, unroll=unroll)(
@@ -55,7 +57,7 @@ def test_expanded_and_absorbed_forms_agree_without_a_cache(name):
 
 @pytest.mark.parametrize("name", ["v3", "gqa"])
 def test_rows_advance_independently_and_roll_back(name):
-  cfg = tiny.ALL[name]
+  cfg = dataclasses.replace(tiny.ALL[name], mtp=None)
   v, tokens_BT = tiny.variables(cfg), tiny.tokens(cfg)
   whole = tiny.apply(cfg)(v, tokens_BT).logits_BTV
   run = tiny.apply(cfg)

@@ -11,7 +11,7 @@ import tiny
 import model
 from model.decoding.generate import prefill, sample_token, sampling_logits
 
-CFG = tiny.PLAIN_MLA
+CFG = tiny.MQA  # compiles quickly; test_cache.py tests the caches of all attentions
 TRANSFORMER = model.Transformer(CFG)
 LENGTHS = jnp.array([5, 2, 7])
 
