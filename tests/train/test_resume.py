@@ -26,13 +26,15 @@ SETTINGS = (
     "train.micro_batch_size=2", "train.batch_ramp_fraction=0.5", "train.batch_ramp_start=0.5",
     "train.eval_every=20", "optimizer.ema_decay=0.9", "data.sources=builtin:arithmetic",
     "data.seq_len=32", "data.heldout_bytes=2000", "model.d_model=32", "model.mtp=none",
-    "sample_tokens=0")
+    "model.num_layers=1", "model.num_dense_layers=0", "model.rope.layout=half",
+    "model.attention=GQAConfig(num_heads=2, num_kv_heads=1, head_dim=16)", "sample_tokens=0")
 TIMES = ("time", "tokens_per_second", "utilisation")
 
 
 def start(folder: pathlib.Path) -> subprocess.Popen:
   env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-                      "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+                      "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+                      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   return subprocess.Popen(
       [sys.executable, "-m", "experiments.run", "--experiment=pretrain", "--scale=smoke",
        f"--out={folder}", *(f"--set={setting}" for setting in SETTINGS)],

@@ -63,7 +63,8 @@ def trained(fresh):
   return step(fresh, small.rows(seed=9))[0]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [
+    1, pytest.param(2, marks=pytest.mark.long("compiles a third number of micro-batches"))])
 def test_gradients_do_not_depend_on_the_number_of_micro_batches(fresh, parts):
   rows = small.rows()
   learned = rows["loss_mask"].reshape(4, -1).sum(1)
@@ -223,10 +224,11 @@ def test_a_state_owns_its_parameters():
   assert not any(x.is_deleted() for x in jax.tree.leaves(variables))
 
 
-@pytest.mark.parametrize(("parts", "numerics"), [(2, "fp32"), (1, "fp8")])
+@pytest.mark.parametrize(("parts", "numerics"), [
+    (2, "fp8"), pytest.param(2, "fp32", marks=pytest.mark.long("FP8 tests all of it and more"))])
 def test_a_step_on_unstacked_layers_equals_one_on_stacked_layers(parts, numerics):
   cfg = dataclasses.replace(
-      small.MOE, num_layers=3, numerics=dataclasses.replace(
+      small.MOE, num_layers=2, mtp=None, numerics=dataclasses.replace(
           model.NUMERICS[numerics], compute="float32"))
   net, fresh = Transformer(cfg, unroll=99), init_state(tiny.variables(cfg), CFG)
   ahead = {"prepare": functools.partial(model.quantize_weights, cfg)} if numerics == "fp8" else {}

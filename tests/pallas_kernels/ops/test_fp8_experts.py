@@ -106,17 +106,30 @@ def test_each_expert_equals_two_fp8_linear_layers_on_its_own_rows():
     assert error(ours[name], want[name]) < ROUNDING, name
 
 
-@pytest.mark.cpu
-def test_hidden_units_are_recomputed_for_the_gradient_of_w_down_instead_of_quantised_twice():
-  dw_down, first = run(PLAIN)["dw_down"], 0
+@jax.jit
+def operands_of_dw_down():
+  """Returns, for each expert with rows, its hidden units and DY, both quantised along the rows."""
+  operands, first = {}, 0
   for expert, size in enumerate(SIZES):
     rows = slice(first, first + size)
     first += size
-    gate_up = fp8_linear(X[rows], W_GATE_UP[expert].reshape(D, -1)).reshape(-1, 2, F)
-    hidden = swiglu(gate_up) * GATES[rows, None]
-    want = np.zeros((F, D)) if not size else (
-        np.asarray(dequantize(quantize(hidden.T)), np.float64) @ np.asarray(
-            dequantize(quantize(DY[rows].T, smallest_amax=SMALLEST_GRADIENT_AMAX))).T)
+    if size:
+      gate_up = fp8_linear(X[rows], W_GATE_UP[expert].reshape(D, -1)).reshape(-1, 2, F)
+      hidden = swiglu(gate_up) * GATES[rows, None]
+      operands[expert] = (
+          dequantize(quantize(hidden.T)),
+          dequantize(quantize(DY[rows].T, smallest_amax=SMALLEST_GRADIENT_AMAX)))
+  return operands
+
+
+@pytest.mark.cpu
+def test_hidden_units_are_recomputed_for_the_gradient_of_w_down_instead_of_quantised_twice():
+  dw_down, operands = run(PLAIN)["dw_down"], operands_of_dw_down()
+  for expert, size in enumerate(SIZES):
+    want = np.zeros((F, D))
+    if size:
+      hidden, dy = operands[expert]
+      want = np.asarray(hidden, np.float64) @ np.asarray(dy).T
     assert np.linalg.norm(dw_down[expert] - want) <= ROUNDING * np.linalg.norm(want)
 
 
@@ -144,9 +157,10 @@ def test_padding_rows_and_experts_without_rows_get_zeros():
 
 
 def test_only_fp8_arrays_are_saved_for_the_backward_pass():
-  _, vjp = jax.vjp(
-      lambda *args: fp8_experts(*args, layout_expert_rows(experts_of(SIZES), E)),
-      X.astype(jnp.bfloat16), GATES[:, None], W_GATE_UP, W_DOWN)
+  experts = experts_of(SIZES)
+  layer = lambda *args: fp8_experts(*args, layout_expert_rows(experts, E))
+  vjp = jax.eval_shape(lambda *args: jax.vjp(layer, *args)[1],
+                       X.astype(jnp.bfloat16), GATES[:, None], W_GATE_UP, W_DOWN)
   kept = {leaf.shape: leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.size >= R * F}
   rows = aligned_rows(R, E)
   assert kept.keys() == {(rows, D), (rows, 2 * F), (E, D, 2 * F), (E, F, D)}
@@ -154,9 +168,10 @@ def test_only_fp8_arrays_are_saved_for_the_backward_pass():
 
 
 def test_results_have_the_dtypes_of_the_inputs():
-  formats = {name: value.dtype for name, value in run(Recipe(), dtype=jnp.bfloat16).items()}
-  assert formats == {"y": jnp.bfloat16, "dx": jnp.bfloat16, "dgates": jnp.float32,
-                     "dw_gate_up": jnp.float32, "dw_down": jnp.float32}
+  out = jax.eval_shape(lambda experts: _run(Recipe(), experts, jnp.bfloat16), experts_of(SIZES))
+  assert {name: value.dtype for name, value in zip(NAMES, out, strict=True)} == {
+      "y": jnp.bfloat16, "dx": jnp.bfloat16, "dgates": jnp.float32, "dw_gate_up": jnp.float32,
+      "dw_down": jnp.float32}
 
 
 def test_a_layout_for_another_number_of_experts_is_refused():
