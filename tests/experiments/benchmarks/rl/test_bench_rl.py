@@ -263,7 +263,7 @@ def test_held_out_problems_that_all_ask_the_same_question_are_refused(tmp_path):
 def test_an_output_path_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path):
   path = tmp_path / "out"
   path.write_text("")
-  with pytest.raises(FileExistsError, match=re.escape(str(path))):
+  with pytest.raises(ValueError, match=re.escape(f"{path} is a file")):
     run(tmp_path / "no model", path)
 
 

@@ -63,5 +63,5 @@ def test_an_output_path_that_is_a_file_is_refused_before_anything_runs(tmp_path,
   path = tmp_path / "out"
   path.write_text("")
   monkeypatch.setattr(bench_rl_cost, "init_on_host", lambda *_: pytest.fail("a model was made"))
-  with pytest.raises(FileExistsError, match=re.escape(str(path))):
+  with pytest.raises(ValueError, match=re.escape(f"{path} is a file")):
     bench_rl_cost.main(Options("bench_rl_cost", out=path, settings=TINY))
