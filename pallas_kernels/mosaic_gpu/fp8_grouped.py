@@ -1,8 +1,8 @@
 """Grouped FP8 matrix product on Hopper, for groups of any size; built from `fp8_matmul`.
 
-Each tile belongs to one group. At the ends of a group a tile may also cover rows of its neighbours,
-which it computes and does not store: a tile that owns all of its rows is stored whole, and any
-other in runs of 1, 2, 4, ... rows.
+Each tile belongs to one group. A group's last tile may also cover rows of the next one, which it
+computes and does not store: 64 rows that belong to the tile are stored whole, and fewer in runs of
+1, 2, 4, ... rows.
 
 Shape letters:  R rows  G groups  K contracted width  N result width  k blocks of K  T tiles
                 F fields of a tile
@@ -24,9 +24,9 @@ from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     SWIZZLE,
     WARPGROUPS,
+    k_major,
     owned,
-    pad_blocks,
-    pad_rows,
+    pad_columns,
     store_runs,
 )
 from pallas_kernels.mosaic_gpu.tilings import tuned
@@ -55,8 +55,6 @@ def run(
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
   tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
                            dtype, groups, k, n)
-  values_RK = pad_blocks(pad_rows(lhs_RK.values_MK, tiling.block_m), BLOCK)
-  extra = len(values_RK) - rows
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
   def body(fields_TF, count_1, refs: Refs, cut_smem):
@@ -66,24 +64,23 @@ def run(
       ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.swizzle)
       tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
       num_k = jnp.where(tile.group < groups, pl.cdiv(k, BLOCK), 0).astype(jnp.int32)
-      return Tile(tile.start, column, 0, num_k, refs.rhs_NK.at[tile.group],
+      return Tile(tile.start, column, tile.end, 0, num_k, refs.rhs_NK.at[tile.group],
                   refs.rhs_scales.at[tile.group],
                   functools.partial(_store_owned, refs, cut_smem, tile, column, tiling))
 
     fp8_matmul.multiply_tiles(refs, count_1[0] * num_columns, locate, tiling)
 
-  operands = (values_RK, pad_blocks(rhs_GNK.values_MK, BLOCK),
-              jnp.pad(lhs_RK.scales_mk.T, ((0, 0), (0, extra))), rhs_GNK.scales_mk)
-  most = schedule.most_tiles(rows + extra, groups, tiling.block_m) * num_columns
+  operands = (pad_columns(lhs_RK.values_MK), pad_columns(rhs_GNK.values_MK),
+              k_major(lhs_RK.scales_mk), rhs_GNK.scales_mk)
+  most = schedule.most_tiles(rows, groups, tiling.block_m) * num_columns
   width = SWIZZLE // jnp.dtype(dtype).itemsize
   if tiling.block_n % width:
     raise ValueError(f"tiles of a grouped product in {jnp.dtype(dtype).name} need a multiple of "
                      f"{width} columns, and they have {tiling.block_n}")
   return fp8_matmul.launch(
-      "fp8_grouped_matmul", body, operands, jax.ShapeDtypeStruct((rows + extra, n), dtype), tiling,
-      most, interpret, vectors=False,
-      before=schedule.row_tiles(sizes_G, rows + extra, tiling.block_m),
-      cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))[:rows]
+      "fp8_grouped_matmul", body, operands, jax.ShapeDtypeStruct((rows, n), dtype), tiling,
+      most, interpret, vectors=False, before=schedule.row_tiles(sizes_G, rows, tiling.block_m),
+      cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))
 
 
 def unsupported_reason(
@@ -100,17 +97,17 @@ def _store_owned(
     refs: Refs, cut_smem, tile: schedule.Tile, column, tiling: Tiling, sums: Sums) -> None:
   """Stores those rows of this warpgroup's part that the tile owns, wave by wave."""
   def store(row, chunks):
-    first, count = owned(tile.first, tile.end, row)
+    count = owned(tile.end, row)
     pl.when(count == ROWS)(lambda: fp8_matmul.store_wave(refs, refs.out, row, column, chunks))
     pl.when((count > 0) & (count < ROWS))(
-        lambda: _store_some(refs.out, cut_smem, row, first, count, column, chunks))
+        lambda: _store_some(refs.out, cut_smem, row, count, column, chunks))
 
   for wave, chunks in enumerate(sums):
     store(tile.start + tiling.row(wave), chunks)
 
 
-def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
-  """Stores `count` of the 64 rows in `chunks`, from row `first` on; row 0 goes to `row`."""
+def _store_some(out_RN, cut_smem, row, count, column, chunks) -> None:
+  """Stores the first `count` of the 64 rows in `chunks`, at `row` and `column`."""
   cut = cut_smem.at[lax.axis_index("wg")]
   chunk, width = chunks[0].shape[1], cut.shape[1]
 
@@ -120,7 +117,7 @@ def _store_some(out_RN, cut_smem, row, first, count, column, chunks) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     compat.store(cut, piece.astype(cut.dtype))
     plgpu.commit_smem()
-    store_runs(cut, first, count, out_RN, row, pl.ds(column + start, width))
+    store_runs(cut, count, out_RN, row, pl.ds(column + start, width))
 
   for start in range(0, len(chunks) * chunk, width):
     # A copy of a single row is not clipped at the row's end, and would overwrite the next row. The

@@ -43,9 +43,9 @@ from pallas_kernels.mosaic_gpu.hopper import (
   MULTIPROCESSORS,
   ROWS,
   WARPGROUPS,
+  as_rows,
   k_major,
-  pad_blocks,
-  pad_rows,
+  pad_columns,
   swizzle,
   wgmma_overwrite,
 )
@@ -69,6 +69,7 @@ class Tile(NamedTuple):
 
   Attributes:
     lhs_row, rhs_row: first row of each operand; those of rhs are the tile's columns.
+    end: row of lhs at which the result, or the tile's group, ends; None if the tile is whole.
     first_k, num_k: first block of 128 of K to sum over, and the number of blocks.
     rhs_NK, rhs_scales: rhs and its scales, those of the tile's group in a grouped product; scales
       are [k, N] if each row has its own (1x128), or [n, k] if each 128 rows share one (128x128).
@@ -77,6 +78,7 @@ class Tile(NamedTuple):
 
   lhs_row: jax.Array
   rhs_row: jax.Array
+  end: jax.Array | int | None
   first_k: jax.Array | int
   num_k: jax.Array | int
   rhs_NK: jax.Ref
@@ -92,7 +94,8 @@ class Refs(NamedTuple):
     lhs_smem, rhs_smem, lhs_scale_smem, rhs_scale_smem: the ring in shared memory; the first axis is
       the stage. `rhs_scale_smem` is None for 128x128 scales: a tile needs one or two of those for
       128 of K, and a TMA copy moves no less than 16 bytes, so they are read from global memory.
-    out_smem: staging buffer for the result, a wave of 64 rows for each consumer warpgroup.
+    out_smem: staging buffer for the result: for each consumer warpgroup the pieces of a wave of 64
+      rows, as wide as a row of their swizzle.
     full, empty: one mbarrier for each stage; see `_shared`.
     interpreted: whether Pallas' interpreter runs the kernel, on a CPU.
   """
@@ -132,8 +135,7 @@ def run(
   operation = f"fp8_matmul {'1x128' if vectors else '128x128'}"
   default = default_tiling(dtype, vectors, (lhs_MK.shape[0], rhs_NK.shape[0]))
   tiling = tiling or tuned(default, operation, dtype, lhs_MK.shape[0], *rhs_NK.shape)
-  values_MK = pad_blocks(pad_rows(lhs_MK.values_MK), BLOCK)
-  (m, k), n = values_MK.shape, rhs_NK.shape[0]
+  (m, k), n = lhs_MK.shape, rhs_NK.shape[0]
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, columns))
 
@@ -143,18 +145,19 @@ def run(
       # band, so that the tiles in flight on all multiprocessors share rows of both operands.
       mi, ni = plgpu.planar_snake(index, grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, first_column(ni, tiling)
-      return Tile(row, column, 0, k // BLOCK, refs.rhs_NK, refs.rhs_scales,
+      end = m if m % tiling.block_m else None
+      return Tile(row, column, end, 0, pl.cdiv(k, BLOCK), refs.rhs_NK, refs.rhs_scales,
                   functools.partial(store, refs, refs.out, row, column, tiling))
 
     multiply_tiles(refs, math.prod(grid), locate, tiling)
 
   # Scales of rows are transposed to [k, M], so that those that a tile needs for 128 of K are
   # contiguous, which makes them a single TMA copy.
-  operands = (values_MK, pad_blocks(rhs_NK.values_MK, BLOCK),
-              k_major(lhs_MK.scales_mk, tiling.block_m),
-              k_major(rhs_NK.scales_mk, columns) if vectors else rhs_NK.scales_mk)
+  operands = (pad_columns(lhs_MK.values_MK), pad_columns(rhs_NK.values_MK),
+              k_major(lhs_MK.scales_mk),
+              k_major(rhs_NK.scales_mk) if vectors else rhs_NK.scales_mk)
   return launch("fp8_matmul", body, operands, jax.ShapeDtypeStruct((m, n), dtype), tiling,
-                math.prod(grid), interpret, vectors=vectors)[:lhs_MK.shape[0]]
+                math.prod(grid), interpret, vectors=vectors)
 
 
 def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
@@ -215,8 +218,9 @@ def launch(
 def _shared(dtype, tiling, vectors) -> dict[str, object]:
   """Returns the shared memory and the mbarriers of a block, by their names in `Refs`."""
   stages, block_n = tiling.stages, tiling.block_n
-  # Bytes of the widest swizzle of which a row of the staging buffer is a multiple.
+  # Bytes of the widest swizzle of which a row of the tile is a multiple.
   row = min(128, math.gcd(block_n, 128) * dtype.itemsize)
+  width = row // dtype.itemsize
   # Barriers are mbarriers, one for each stage; `num_arrivals` counts warpgroups, not threads. Both
   # consumers arrive at `empty`. With a cluster they arrive at that of every block in it: its TMA
   # multicasts write to the stages of all blocks, so the consumers of all must have released them.
@@ -230,7 +234,7 @@ def _shared(dtype, tiling, vectors) -> dict[str, object]:
       "rhs_smem": ring((stages, block_n, BLOCK)),
       "lhs_scale_smem": plgpu.SMEM((stages, tiling.block_m), jnp.float32),
       "rhs_scale_smem": plgpu.SMEM((stages, block_n), jnp.float32) if vectors else None,
-      "out_smem": plgpu.SMEM((WARPGROUPS, ROWS, block_n), dtype,
+      "out_smem": plgpu.SMEM((WARPGROUPS, block_n // width, ROWS, width), dtype,
                              transforms=swizzle(dtype.itemsize, row)),
       # Each TMA load into a stage counts as one arrival, and announces the bytes that must land.
       "full": plgpu.Barrier(num_arrivals=4 if vectors else 3, num_barriers=stages),
@@ -270,9 +274,18 @@ def multiply_tiles(
     @plgpu.nd_loop((num_tiles,), collective_axes="sm", init_carry=jnp.int32(0))
     def _(loop, carry):
       tile = locate(loop.index[0])
-      slot, sums = _multiply_tile(own_refs, tile, carry, tiling)
-      tile.store(sums)
-      return slot
+
+      def multiply():
+        tile.store(_multiply_tile(own_refs, tile, carry, tiling))
+
+      if tile.end is None:
+        multiply()
+      else:
+        # A warpgroup without a row to store leaves the tensor cores to the other one.
+        has_rows = tile.lhs_row + tiling.row(0) < tile.end
+        pl.when(has_rows)(multiply)
+        pl.when(~has_rows)(lambda: _skip_tile(refs, tile, carry, tiling))
+      return lax.rem(carry + tile.num_k, tiling.stages)
 
     # TMA stores read shared memory, which is gone when the block exits.
     plgpu.wait_smem_to_gmem(0)
@@ -307,26 +320,33 @@ def _fetch(refs, tile, ki, slot, tiling) -> None:
   def copy(source, smem, **options):
     # One thread issues cp.async.bulk.tensor; what lies past the operand's end is filled with zeros.
     # Before that the warpgroup arrives at the barrier and announces the bytes (arrive.expect_tx).
-    plgpu.copy_gmem_to_smem(source, smem.at[slot], refs.full.at[slot], **options)
+    plgpu.copy_gmem_to_smem(source, smem, refs.full.at[slot], **options)
 
   rows, columns = pl.ds(tile.lhs_row, tiling.block_m), pl.ds(tile.rhs_row, tiling.block_n)
   block = pl.ds(ki * BLOCK, BLOCK)
   # Multicast: every block of the cluster loads an equal part of lhs's rows into the shared memory
   # of all, and waits at its own barrier for all of them.
-  copy(refs.lhs_MK.at[rows, block], refs.lhs_smem,
+  stage = functools.partial(as_rows, interpreted=refs.interpreted)
+  copy(refs.lhs_MK.at[rows, block], stage(refs.lhs_smem, slot),
        collective_axes="cluster" if tiling.cluster > 1 else None)
-  copy(tile.rhs_NK.at[columns, block], refs.rhs_smem)
-  copy(refs.lhs_scales_kM.at[ki, rows], refs.lhs_scale_smem)
+  copy(tile.rhs_NK.at[columns, block], stage(refs.rhs_smem, slot))
+  copy(refs.lhs_scales_kM.at[ki, rows], refs.lhs_scale_smem.at[slot])
   if refs.rhs_scale_smem is not None:
-    copy(tile.rhs_scales.at[ki, columns], refs.rhs_scale_smem)
+    copy(tile.rhs_scales.at[ki, columns], refs.rhs_scale_smem.at[slot])
 
 
-def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
-  """Sums this warpgroup's part of a tile over K, from the stage `slot` on.
+def _skip_tile(refs, tile, slot, tiling) -> None:
+  """Releases a tile's stages unread, as the producer waits for both consumers."""
+  def skip(i, _):
+    stage = lax.rem(slot + i, tiling.stages)
+    plgpu.barrier_wait(refs.full.at[stage])
+    plgpu.barrier_arrive(refs.empty.at[stage])
 
-  Returns:
-    The stage of the block after the tile's last, and the sums.
-  """
+  lax.fori_loop(0, tile.num_k, skip, None)
+
+
+def _multiply_tile(refs, tile, slot, tiling) -> Sums:
+  """Sums this warpgroup's part of a tile over K, from the stage `slot` on."""
   # Tiles begin at multiples of block_n, so as many columns as divide both it and 128 have one
   # 128x128 scale. 1x128 scales differ for each column anyway.
   width = math.gcd(tiling.block_n, BLOCK) if refs.rhs_scale_smem is None else tiling.block_n
@@ -347,10 +367,10 @@ def _multiply_tile(refs, tile, slot, tiling) -> tuple[jax.Array, Sums]:
     return add
 
   carry = lax.fori_loop(0, tile.num_k // span, add_blocks(span, tile.first_k), (slot, sums))
-  if span == 1 or (isinstance(tile.num_k, int) and tile.num_k % span == 0):
-    return carry
-  left = tile.num_k % span
-  return lax.fori_loop(0, left, add_blocks(1, tile.first_k + tile.num_k - left), carry)
+  if span > 1 and not (isinstance(tile.num_k, int) and tile.num_k % span == 0):
+    left = tile.num_k % span
+    carry = lax.fori_loop(0, left, add_blocks(1, tile.first_k + tile.num_k - left), carry)
+  return carry[1]
 
 
 def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:
@@ -464,14 +484,21 @@ def store_wave(
     refs: Refs, out_MN: jax.Ref, row: jax.Array, column: jax.Array,
     chunks: tuple[jax.Array, ...]) -> None:
   """Writes a wave's 64 rows of sums to the result, at `row` and `column`, through shared memory."""
-  staged, width = refs.out_smem.at[lax.axis_index("wg")], chunks[0].shape[1]
+  wg, chunk = lax.axis_index("wg"), chunks[0].shape[1]
+  _, pieces, _, width = refs.out_smem.shape
   # The TMA store before this one must have finished reading the staging buffer (wait_group.read).
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  for i, chunk in enumerate(chunks):
-    staged[:, i * width:(i + 1) * width] = chunk.astype(staged.dtype)
+  for piece in range(pieces):
+    index, at = divmod(piece * width, chunk)
+    value = lax.slice(chunks[index], (0, at), (ROWS, at + width))
+    refs.out_smem[wg, piece] = value.astype(refs.out_smem.dtype)
   # fence.proxy.async by every thread, then a barrier of the warpgroup: TMA sees the stores above.
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(staged, out_MN.at[pl.ds(row, ROWS), pl.ds(column, staged.shape[1])])
+  for piece in range(pieces):
+    plgpu.copy_smem_to_gmem(
+        as_rows(refs.out_smem, wg, piece, interpreted=refs.interpreted),
+        out_MN.at[pl.ds(row, ROWS), pl.ds(column + piece * width, width)], commit_group=False)
+  plgpu.commit_smem_to_gmem_group()
 
 
 KERNEL = implementations.Kernel(run, unsupported_reason)

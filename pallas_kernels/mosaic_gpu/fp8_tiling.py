@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.mosaic_gpu.hopper import MULTIPROCESSORS, ROWS, SWIZZLE, WARPGROUPS
+from pallas_kernels.mosaic_gpu.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS
 from pallas_kernels.quantized import Quantized
 
-# A TMA copy moves multiples of 16 bytes, and swizzled operands lie in groups of 8 rows: an axis of
-# a multiple of 16 elements satisfies both, whatever its dtype.
-_COPY_MULTIPLE = 16
+_COPY_BYTES = 16  # TMA needs rows of a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +68,12 @@ class Tiling:
     return (lax.axis_index("wg") * self.waves + wave) * ROWS
 
 
-def unsupported_size(name: str, size: int) -> str | None:
-  """Returns why a matrix with this many rows or columns cannot be copied, or None if it can."""
-  if size == 0 or size % _COPY_MULTIPLE:
-    return f"needs {name} to be a multiple of {_COPY_MULTIPLE}, and it is {size}"
-  return None
-
-
 def unsupported_columns(size: int, dtype: jnp.dtype) -> str | None:
-  """Returns why a result with this many columns N cannot be stored, or None if it can.
-
-  Its tiles are stored by swizzled copies, which clip no rows longer than a row of the swizzle.
-  """
-  if reason := unsupported_size("N", size):
-    return reason
-  row = SWIZZLE // jnp.dtype(dtype).itemsize
-  if size > row and size % row:
-    return (f"needs N of a {jnp.dtype(dtype).name} result to be a multiple of {row} if it is "
-            f"larger, and it is {size}")
+  """Returns why a result with this many columns N cannot be stored, or None if it can."""
+  multiple = _COPY_BYTES // jnp.dtype(dtype).itemsize
+  if size == 0 or size % multiple:
+    return (f"needs N of a {jnp.dtype(dtype).name} result to be a multiple of {multiple}, and it "
+            f"is {size}")
   return None
 
 

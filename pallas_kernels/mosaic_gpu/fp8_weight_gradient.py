@@ -53,7 +53,8 @@ def run(
       group = lax.div(index, math.prod(grid))
       mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, fp8_matmul.first_column(ni, tiling)
-      return Tile(row, column, first_G[group], num_G[group], refs.rhs_NK, refs.rhs_scales,
+      end = k if k % tiling.block_m else None
+      return Tile(row, column, end, first_G[group], num_G[group], refs.rhs_NK, refs.rhs_scales,
                   functools.partial(fp8_matmul.store, refs, refs.out.at[group], row, column,
                                     tiling))
 
@@ -62,8 +63,7 @@ def run(
   sizes_G = sizes_G.astype(jnp.int32)
   return fp8_matmul.launch(
       "fp8_grouped_weight_gradient", body,
-      (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk, tiling.block_m),
-       k_major(rhs_NS.scales_mk, columns)),
+      (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk), k_major(rhs_NS.scales_mk)),
       jax.ShapeDtypeStruct((groups, k, n), dtype), tiling, groups * math.prod(grid), interpret,
       vectors=True, before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))
 
@@ -71,9 +71,10 @@ def run(
 def unsupported_reason(
     lhs_KS: Quantized, rhs_NS: Quantized, sizes_G: jax.Array, *, dtype: jnp.dtype) -> str | None:
   """Returns why `run` cannot multiply these operands, or None if it can."""
-  for name, size in (("K", lhs_KS.shape[0]), ("S", lhs_KS.shape[1])):
-    if reason := fp8_tiling.unsupported_size(name, size):
-      return reason
+  if lhs_KS.shape[0] == 0:
+    return "needs K to be positive, and it is 0"
+  if lhs_KS.shape[1] == 0 or lhs_KS.shape[1] % BLOCK:
+    return f"needs S to be a multiple of {BLOCK}, and it is {lhs_KS.shape[1]}"
   if len(sizes_G) == 0:
     return "needs at least one group, and there are none"
   return (fp8_tiling.unsupported_formats(lhs_KS, rhs_NS, dtype)

@@ -2,9 +2,9 @@
 
 A producer warpgroup loads blocks by TMA into a ring in shared memory, and runs ahead of the tile
 that is being multiplied. Two consumer warpgroups multiply half of a tile's rows each. A group may
-end anywhere: a tile that owns all of its rows is stored whole, and any other in runs of 1, 2, 4,
-... rows, so that no other group's rows are written. `fp8_matmul` explains the constructs of Pallas
-that this kernel shares with it.
+end anywhere: 64 rows that belong to the tile are stored whole, and fewer in runs of 1, 2, 4, ...
+rows, so that no other group's rows are written. `fp8_matmul` explains the constructs of Pallas that
+this kernel shares with it.
 
 Shape letters:  R rows  G groups  K contracted width  N result width  T tiles  F fields of a tile
                 W consumer warpgroups  S stages  P pieces in flight
@@ -31,8 +31,8 @@ from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     SWIZZLE,
     WARPGROUPS,
+    as_rows,
     owned,
-    pad_rows,
     store_runs,
     swizzle,
 )
@@ -89,25 +89,27 @@ class Ring(NamedTuple):
     lhs_S, rhs_S: a block of each operand for each stage.
     full_S: completed by the TMA loads of a stage.
     free_S: completed when all consumer warpgroups have released a stage.
+    interpreted: whether Pallas' interpreter runs the kernel, on a CPU.
   """
 
   lhs_S: jax.Ref
   rhs_S: jax.Ref
   full_S: jax.Ref
   free_S: jax.Ref
+  interpreted: bool
 
   def slot(self, block):
     """Returns the stage of a block."""
     return lax.rem(block, self.lhs_S.shape[0])
 
-  def fetch(self, blocks, before, source) -> None:
-    """Loads the blocks of a tile; source(index) returns the slices of lhs and rhs to load."""
+  def fetch(self, blocks, before, copies) -> None:
+    """Loads the blocks of a tile; copies(index, slot) returns sources and destinations."""
     def block(index, _):
       slot, stages = self.slot(before + index), self.lhs_S.shape[0]
       # Each stage is free before its first use.
       pl.when(before + index >= stages)(lambda: plgpu.barrier_wait(self.free_S.at[slot]))
-      for operand, place in zip(source(index), (self.lhs_S, self.rhs_S), strict=True):
-        plgpu.copy_gmem_to_smem(operand, place.at[slot], self.full_S.at[slot])
+      for source, place in copies(index, slot):
+        plgpu.copy_gmem_to_smem(source, place, self.full_S.at[slot])
     lax.fori_loop(0, blocks, block, None)
 
   def multiply(self, blocks, before, shape: tuple[int, int], operands):
@@ -170,11 +172,18 @@ class Ring(NamedTuple):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def ring_types(tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int, int]) -> list:
-  """Returns the scratch types of a `Ring` of bfloat16, in the order of its attributes."""
+def ring_types(tiling: Tiling, lhs_block: tuple[int, int], rhs_block: tuple[int, int],
+               copies: int = 2) -> list:
+  """Returns the scratch types of a `Ring` of bfloat16, in the order of its attributes.
+
+  Args:
+    tiling: how the product is cut.
+    lhs_block, rhs_block: shapes of an operand's block.
+    copies: number of copies that fill a stage.
+  """
   blocks = [plgpu.SMEM((tiling.stages, *block), jnp.bfloat16, transforms=swizzle(2))
             for block in (lhs_block, rhs_block)]
-  return [*blocks, plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+  return [*blocks, plgpu.Barrier(num_arrivals=copies, num_barriers=tiling.stages),
           plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiling.stages)]
 
 
@@ -186,20 +195,21 @@ def piece_type(dtype: jnp.dtype, pieces: int) -> object:
 
 def launch(
     name: str, kernel: Callable, operands: tuple[jax.Array, ...], out: jax.ShapeDtypeStruct,
-    programs: int, scratch: list) -> jax.Array:
+    programs: int, scratch: list, interpret: object) -> jax.Array:
   """Launches a kernel of three warpgroups per block.
 
   Args:
     name: name of the kernel, for profiles.
-    kernel: takes the refs of operands, result and scratch.
+    kernel: takes the refs of operands, result and scratch, and whether it is interpreted.
     operands: arrays in global memory.
     out: shape and dtype of the result.
     programs: number of thread blocks.
     scratch: scratch types.
+    interpret: see `run`.
   """
   return plgpu.kernel(
-      kernel, out_type=out, grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1,
-      thread_name="wg", kernel_name=name, scratch_types=scratch,
+      functools.partial(kernel, interpreted=interpret is not None), out_type=out, grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1,
+      thread_name="wg", kernel_name=name, scratch_types=scratch, interpret=interpret,
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane))(*operands)
 
@@ -238,7 +248,8 @@ def default_tiling(columns: int) -> Tiling:
 def run(
     lhs_RK: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *, transpose_rhs: bool = False,
     precision: lax.PrecisionLike = None, dtype: jnp.dtype | None = None,
-    tiling: Tiling | None = None, programs: int | None = None) -> jax.Array:
+    tiling: Tiling | None = None, programs: int | None = None,
+    interpret: object = None) -> jax.Array:
   """Multiplies each group of rows by that group's matrix; see `pallas_kernels.grouped_matmul`.
 
   Args:
@@ -252,6 +263,7 @@ def run(
       or else `default_tiling`.
     programs: number of thread blocks among which tiles are divided; None means one for each
       multiprocessor of an H200.
+    interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, without a GPU.
 
   Returns:
     [R, N].
@@ -262,35 +274,30 @@ def run(
   operation = "grouped_matmul" + (" transposed" if transpose_rhs else "")
   tiling = tiling or tuned(default_tiling(columns), operation, dtype, len(sizes_G),
                            lhs_RK.shape[1], columns)
-  if columns % tiling.columns:
-    raise ValueError(f"tiles of {tiling.columns} columns do not divide N={columns}")
-  rows = len(lhs_RK)
-  lhs_RK = pad_rows(lhs_RK, tiling.rows)
-  padded = len(lhs_RK)
-  tiles = schedule.row_tiles(sizes_G, padded, tiling.rows)
-  out_RN = _call(tiles, lhs_RK, rhs, jax.ShapeDtypeStruct((padded, columns), dtype),
-                 transpose_rhs, tiling, programs or MULTIPROCESSORS)
-  return out_RN[:rows]
+  return _call(schedule.row_tiles(sizes_G, len(lhs_RK), tiling.rows), lhs_RK, rhs,
+               jax.ShapeDtypeStruct((len(lhs_RK), columns), dtype), transpose_rhs, tiling,
+               programs or MULTIPROCESSORS, interpret)
 
 
 KERNEL = Kernel(run, unsupported_reason)
 
 
-def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs):
+def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs,
+          interpret):
   rhs_block = (tiling.columns, BLOCK_K) if transpose_rhs else (BLOCK_K, tiling.columns)
   cut = plgpu.SMEM((WARPGROUPS, ROWS, SWIZZLE // out.dtype.itemsize), out.dtype)
   kernel = functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling)
   return launch(
       "grouped_matmul", kernel, (*tiles, lhs_RK, rhs), out, programs, [
           *ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
-          piece_type(out.dtype, tiling.pieces(WARPGROUPS)), cut])
+          piece_type(out.dtype, tiling.pieces(WARPGROUPS)), cut], interpret)
 
 
 def _kernel(
     fields_TF, count_1, lhs_RK, rhs, out_RN, lhs_S, rhs_S, full_S, free_S, whole_WPMC, cut_WMC, *,
-    transpose_rhs: bool, tiling: Tiling):
-  ring = Ring(lhs_S, rhs_S, full_S, free_S)
-  num_columns = out_RN.shape[1] // tiling.columns
+    transpose_rhs: bool, tiling: Tiling, interpreted: bool):
+  ring = Ring(lhs_S, rhs_S, full_S, free_S, interpreted)
+  num_columns = pl.cdiv(out_RN.shape[1], tiling.columns)
   num_blocks = lhs_RK.shape[1] // BLOCK_K
   wg = lax.axis_index("wg")
 
@@ -311,11 +318,11 @@ def _kernel(
     return total
 
   def fetch(tile, column, blocks, before):
-    def source(index):
+    def copies(index, slot):
       k, n = pl.ds(index * BLOCK_K, BLOCK_K), pl.ds(column, tiling.columns)
-      return (lhs_RK.at[pl.ds(tile.start, tiling.rows), k],
-              rhs.at[(tile.group, n, k) if transpose_rhs else (tile.group, k, n)])
-    ring.fetch(blocks, before, source)
+      yield lhs_RK.at[pl.ds(tile.start, tiling.rows), k], as_rows(lhs_S, slot, interpreted=interpreted)
+      yield rhs.at[(tile.group, n, k) if transpose_rhs else (tile.group, k, n)], rhs_S.at[slot]
+    ring.fetch(blocks, before, copies)
 
   def multiply(tile, column, blocks, before):
     rows = tiling.rows // WARPGROUPS
@@ -327,58 +334,68 @@ def _kernel(
 
     def product():
       result = ring.multiply(blocks, before, (rows, tiling.columns), operands)
-      store(result, start, column, tile, out_RN, whole_WPMC.at[wg], cut_WMC.at[wg])
+      store(result, start, column, tile.end, out_RN, whole_WPMC, cut_WMC.at[wg], interpreted)
 
-    # Where this warpgroup's half of a tile has no row that the tile owns, it skips the product and
-    # leaves the tensor cores to the other warpgroup.
-    owns = (tile.first < start + rows) & (start < tile.end)
-    pl.when(owns)(product)
-    pl.when(~owns)(lambda: ring.skip(blocks, before))
+    # A warpgroup without a row that the tile owns skips the product, and leaves the tensor cores to
+    # the other one.
+    pl.when(start < tile.end)(product)
+    pl.when(start >= tile.end)(lambda: ring.skip(blocks, before))
 
   ring.work(each_tile, fetch, multiply)
 
 
-def store(value_MN, start, column, tile: schedule.Tile, out_RN, whole_PMC, cut_MC) -> None:
-  """Stores those rows of a warpgroup's part of a tile that the tile owns.
+def store(value_MN, start, column, end, out_RN, whole_WPMC, cut_MC, interpreted: bool) -> None:
+  """Stores those rows of a warpgroup's part of a tile that are before `end`.
 
   Args:
     value_MN: the warpgroup's part of the tile, float32 in registers.
     start, column: row and column of `out_RN` that its first row and column go to.
-    tile: the tile, which says which rows it owns.
+    end: the last row that the tile owns plus one.
     out_RN: the result in global memory.
-    whole_PMC: this warpgroup's staging buffers for whole pieces, swizzled.
+    whole_WPMC: staging buffers for whole pieces, swizzled.
     cut_MC: this warpgroup's staging buffer for pieces of which some rows are stored, not swizzled.
+    interpreted: see `Ring`.
   """
   def copy_owned(value_MC, row, columns):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     compat.store(cut_MC, value_MC)
     plgpu.commit_smem()
-    store_runs(cut_MC, *owned(tile.first, tile.end, row), out_RN, row, columns)
+    store_runs(cut_MC, owned(end, row), out_RN, row, columns)
 
-  owns_all = (tile.first <= start) & (start + value_MN.shape[0] <= tile.end)
-  pl.when(owns_all)(lambda: store_whole(value_MN, start, column, out_RN, whole_PMC))
+  owns_all = start + value_MN.shape[0] <= end
+  pl.when(owns_all)(lambda: store_whole(
+      value_MN, start, column, out_RN, whole_WPMC, interpreted))
   pl.when(~owns_all)(lambda: _pieces(value_MN, start, column, out_RN, cut_MC.shape[1], copy_owned))
 
 
-def store_whole(value_MN, start, column, out_RN, whole_PMC) -> None:
+def store_whole(
+    value_MN, start, column, out_RN, whole_WPMC, interpreted: bool) -> None:
   """Stores all rows of a warpgroup's part of a tile; the arguments are those of `store`."""
+  wg, (_, pieces, _, width) = lax.axis_index("wg"), whole_WPMC.shape
+
   def copy(value_MC, row, columns):
     place = next(places)
     # At most P - 1 copies remain in flight, so the buffer that is written next has been read.
-    plgpu.wait_smem_to_gmem(whole_PMC.shape[0] - 1, wait_read_only=True)
-    whole_PMC[place] = value_MC
+    plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+    whole_WPMC[wg, place] = value_MC
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(whole_PMC.at[place], out_RN.at[pl.ds(row, ROWS), columns])
+    plgpu.copy_smem_to_gmem(
+        as_rows(whole_WPMC, wg, place, interpreted=interpreted),
+        out_RN.at[pl.ds(row, ROWS), columns])
 
   # The previous tile's copies have had the time of this tile's product to finish reading.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  places = itertools.cycle(range(whole_PMC.shape[0]))
-  _pieces(value_MN, start, column, out_RN, whole_PMC.shape[2], copy)
+  places = itertools.cycle(range(pieces))
+  _pieces(value_MN, start, column, out_RN, width, copy)
 
 
 def _pieces(value_MN, start, column, out_RN, width: int, copy) -> None:
   """Calls copy(piece, its first row, its columns) for all pieces of 64 rows by `width` columns."""
   value_MN = value_MN.astype(out_RN.dtype)
+  def piece(row, at):
+    copy(value_MN[row:row + ROWS, at:at + width], start + row, pl.ds(column + at, width))
+
   for row in range(0, value_MN.shape[0], ROWS):
     for at in range(0, value_MN.shape[1], width):
-      copy(value_MN[row:row + ROWS, at:at + width], start + row, pl.ds(column + at, width))
+      # The last tile may reach past the last column. The copy of a single row is not clipped there.
+      pl.when(column + at < out_RN.shape[1])(functools.partial(piece, row, at))

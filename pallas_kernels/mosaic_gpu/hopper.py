@@ -1,7 +1,8 @@
-"""What Hopper's kernels share: sizes of the hardware, swizzles, padding, and partial stores.
+"""What Hopper's kernels share: sizes of the hardware, swizzles, ragged copies, and padding.
 
 Shape letters:  R rows  N columns  M rows of a matrix or of a piece in shared memory
                 C columns of a piece  K columns of a matrix  k blocks of 128 of them
+                S stages
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.hijax import TransformedRef
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -21,8 +23,9 @@ MULTIPROCESSORS = 132
 # consumer would leave each with few registers.
 WARPGROUPS = 2
 ROWS = 64  # M of wgmma, Hopper's matrix instruction for a warpgroup
-# Mosaic lays swizzled memory out in groups of 8 rows. A copy of such memory that does not begin at
-# a multiple of 8 rows moves wrong rows, without an error.
+# Mosaic lays swizzled memory out in groups of 8 rows, and cuts global memory into the same groups
+# when it copies: the matrix must have a multiple of 8 rows, and a copy that does not begin at one
+# moves wrong rows, without an error. `as_rows` and `row_groups` are for copies at any row.
 ALIGNMENT = 8
 SWIZZLE = 128  # bytes in a row of the widest swizzle
 
@@ -51,36 +54,88 @@ def pad_rows(x_RN: jax.Array, least: int = 0) -> jax.Array:
   return jnp.pad(x_RN, ((0, aligned(len(x_RN), least) - len(x_RN)), (0, 0)))
 
 
-def pad_blocks(x_MK: jax.Array, block: int) -> jax.Array:
-  """Appends columns of zeros up to a multiple of `block`.
-
-  Mosaic's swizzled copies do not clip rows: they refuse a matrix whose rows are longer than a row
-  of the swizzle and not a multiple of it.
+def pad_columns(x_MK: jax.Array, multiple: int = 16) -> jax.Array:
+  """Appends columns of zeros up to a multiple of `multiple`; 16 bytes are the least that TMA takes.
   """
-  pad = [(0, 0)] * (x_MK.ndim - 1) + [(0, -x_MK.shape[-1] % block)]
+  pad = [(0, 0)] * (x_MK.ndim - 1) + [(0, -x_MK.shape[-1] % multiple)]
   return jnp.pad(x_MK, pad) if pad[-1][1] else x_MK
 
 
-def k_major(scales_Mk: jax.Array, multiple: int) -> jax.Array:
-  """Returns scales as [k, M], with zeros up to a multiple of `multiple` along M."""
+def k_major(scales_Mk: jax.Array, multiple: int = 4) -> jax.Array:
+  """Returns scales as [k, M], with zeros up to a multiple of `multiple` along M.
+
+  The default gives rows of a multiple of 16 bytes, as TMA requires.
+  """
   return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % multiple)))
 
 
-def store_runs(piece_MC: jax.Ref, first, count, out_RN: jax.Ref, row, columns) -> None:
-  """Stores `count` rows of a piece, from row `first` on, in runs of 1, 2, 4, ... rows.
+def as_rows(
+    blocks: jax.Ref, *index: int | jax.Array, interpreted: bool = False) -> jax.Ref:
+  """Returns a block as a copy may address it that begins at any row of a matrix of any height.
+
+  The block is as wide as a row of its swizzle, so its groups of 8 rows follow one another, and it
+  can be seen as rows without groups.
+
+  Args:
+    blocks: swizzled shared memory [..., R, C].
+    *index: index of the block, one for each of the leading axes.
+    interpreted: whether Pallas' interpreter runs the kernel. It has no groups, and copies any rows.
+  """
+  if interpreted:
+    return blocks.at[index]
+  unswizzle, _ = blocks.transforms
+  block = blocks.ref.at[index]  # as it lies in memory: groups, pieces, 8 rows, a row of the swizzle
+  groups, pieces, rows, width = block.shape
+  if pieces != 1:
+    raise ValueError(f"a block must be as wide as a row of its swizzle, and it is {pieces} times "
+                     "as wide")
+  return _transformed(block.reshape(groups * rows, width), unswizzle)
+
+
+def row_groups(
+    blocks: jax.Ref, index: int | jax.Array, interpreted: bool = False) -> list[jax.Ref]:
+  """Returns a block of any width as groups of 8 rows, each of which is copied by itself.
+
+  As with `as_rows`, the copies may begin at any row of a matrix of any height.
+
+  Args:
+    blocks: swizzled shared memory [S, R, C].
+    index: index of the block.
+    interpreted: see `as_rows`.
+
+  Returns:
+    Refs of shape [8, C].
+  """
+  if interpreted:
+    return [blocks.at[index, pl.ds(row, ALIGNMENT)]
+            for row in range(0, blocks.shape[1], ALIGNMENT)]
+  unswizzle, _ = blocks.transforms
+  _, groups, _, _, width = blocks.ref.shape
+  # A group lies in memory as one piece of 8 rows after another, each as wide as the swizzle's rows.
+  untile = plgpu.TilingTransform((width,)).undo(None)
+  return [_transformed(_transformed(blocks.ref.at[index, group], unswizzle).transpose((1, 0, 2)),
+                       untile) for group in range(groups)]
+
+
+def _transformed(ref: TransformedRef, transform: object) -> TransformedRef:
+  return TransformedRef(ref.ref, (*ref.transforms, transform))
+
+
+def store_runs(piece_MC: jax.Ref, count, out_RN: jax.Ref, row, columns) -> None:
+  """Stores the first `count` rows of a piece, in runs of 1, 2, 4, ... rows.
 
   A copy's shape is fixed when the kernel is compiled, and `count` is known only when it runs. So
   there is a copy for each power of two, and the bits of `count` say which of them are issued.
 
   Args:
     piece_MC: 64 rows in shared memory. They are not swizzled, so that a run may begin at any row.
-    first, count: the rows of the piece to store.
+    count: the number of rows to store.
     out_RN: the destination in global memory.
-    row: row of `out_RN` that corresponds to the piece's row 0.
+    row: row of `out_RN` that the first row goes to.
     columns: slice of the columns of `out_RN` that the piece's columns go to.
   """
   for bit in range(ROWS.bit_length()):
-    done = first + (count >> (bit + 1) << (bit + 1))  # the longer runs come first
+    done = count >> (bit + 1) << (bit + 1)  # the longer runs come first
     pl.when((count >> bit) & 1 == 1)(functools.partial(
         plgpu.copy_smem_to_gmem, piece_MC.at[pl.ds(done, 1 << bit)],
         out_RN.at[pl.ds(row + done, 1 << bit), columns], commit_group=False))
@@ -161,10 +216,6 @@ def _assembly(operation: ir.Operation) -> str:
   return attributes["asm_string"].value if "asm_string" in attributes else ""
 
 
-def owned(first, end, row) -> tuple[jax.Array, jax.Array]:
-  """Returns which of the 64 rows from `row` on are in first..end: the first one, and their number.
-
-  The first one is counted from `row`.
-  """
-  start = jnp.clip(first - row, 0, ROWS)
-  return start, jnp.clip(end - row, 0, ROWS) - start
+def owned(end, row) -> jax.Array:
+  """Returns how many of the 64 rows from `row` on are before `end`."""
+  return jnp.clip(end - row, 0, ROWS)

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu.hopper import ALIGNMENT
-
 
 class Tiles(NamedTuple):
   """Tiles of rows, each of one group, in the order of their rows.
@@ -28,14 +26,12 @@ class Tile(NamedTuple):
 
   Attributes:
     group: the group that the tile computes.
-    start: row at which the tile begins, a multiple of 8.
-    first, end: range of rows that the tile owns, and may store; those of its rows that are outside
-      belong to other tiles.
+    start: the tile's first row.
+    end: the group's last row plus one. Rows of the tile from there on belong to other tiles.
   """
 
   group: jax.Array
   start: jax.Array
-  first: jax.Array
   end: jax.Array
 
 
@@ -49,38 +45,44 @@ def most_tiles(num_rows: int, num_groups: int, tile: int) -> int:
 
 def starts_and_ends(sizes_G: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
   """Returns the first row of each group, and its last row plus one, both int32 [G]."""
-  ends_G = jnp.minimum(jnp.cumsum(sizes_G.astype(jnp.int32)), num_rows)
+  ends_G = jnp.minimum(_running_sum(sizes_G.astype(jnp.int32)), num_rows)
   return jnp.pad(ends_G, (1, 0))[:-1], ends_G
 
 
 def row_tiles(sizes_G: jax.Array, num_rows: int, tile: int) -> Tiles:
-  """Cuts every group into tiles, of which only the first and the last may own less than all rows.
+  """Cuts every group into tiles, of which only the last may own less than all rows.
 
   Args:
     sizes_G: int32, rows per group; their sum is at most `num_rows`.
-    num_rows: number of rows, a multiple of 8 and at least `tile`.
-    tile: rows of a tile, a multiple of 8.
+    num_rows: number of rows.
+    tile: rows of a tile.
 
   Returns:
-    Tiles that own every row exactly once; none reaches past the last row. T is
-    `most_tiles(num_rows, G, tile)`.
+    Tiles that own every row exactly once. T is `most_tiles(num_rows, G, tile)`.
   """
   starts_G, ends_G = starts_and_ends(sizes_G, num_rows)
   # H: the groups, and one more that has the rows past them.
   starts_H = jnp.append(starts_G, ends_G[-1])
   ends_H = jnp.append(ends_G, num_rows)
-  # Copies must begin at a multiple of 8 rows, so a group's first tile may begin before the group.
-  begins_H = starts_H // ALIGNMENT * ALIGNMENT
-  counts_H = jnp.where(ends_H > starts_H, -(-(ends_H - begins_H) // tile), 0)
-  tile_ends_H = jnp.cumsum(counts_H)
+  counts_H = -(-(ends_H - starts_H) // tile)
+  tile_ends_H = _running_sum(counts_H)
+  # The fields of tile 0 of each group, and by how much those of the next group differ. A tile's own
+  # are those of the first group plus all differences up to its group: a sum, and so one kernel,
+  # where looking them up by the tile's group would take several.
+  begin_H = starts_H - (tile_ends_H - counts_H) * tile
+  fields_HF = jnp.stack([jnp.arange(len(ends_H), dtype=jnp.int32), begin_H, ends_H], 1)
+  steps_HF = jnp.pad(jnp.diff(fields_HF, axis=0), ((0, 1), (0, 0)))
   index_T = jnp.arange(most_tiles(num_rows, len(sizes_G), tile), dtype=jnp.int32)
-  group_T = jnp.minimum((tile_ends_H <= index_T[:, None]).sum(1, dtype=jnp.int32), len(sizes_G))
-  begin_T = begins_H[group_T] + (index_T - (tile_ends_H - counts_H)[group_T]) * tile
-  first_T = jnp.minimum(jnp.maximum(begin_T, starts_H[group_T]), num_rows)
-  end_T = jnp.minimum(begin_T + tile, ends_H[group_T])
-  # The last tiles move up to stay within the rows; what they own stays the same.
-  start_T = jnp.minimum(begin_T, num_rows - tile)
-  return Tiles(jnp.stack([group_T, start_T, first_T, end_T], 1), tile_ends_H[-1:])
+  passed_TH = tile_ends_H <= index_T[:, None]
+  fields_TF = fields_HF[0] + jnp.where(passed_TH[..., None], steps_HF, 0).sum(1)
+  return Tiles(fields_TF + index_T[:, None] * jnp.asarray([0, tile, 0], jnp.int32),
+               tile_ends_H[-1:])
+
+
+def _running_sum(x_G: jax.Array) -> jax.Array:
+  """Returns the sums up to each element, of which there are few: faster than a scan on a GPU."""
+  index_G = jnp.arange(len(x_G))
+  return jnp.where(index_G <= index_G[:, None], x_G, 0).sum(1, dtype=jnp.int32)
 
 
 def read(fields_TF: jax.Ref, index: jax.Array) -> Tile:

@@ -124,8 +124,10 @@ def test_unsupported_operands_are_refused_with_the_reason():
   unsupported_reason = functools.partial(fp8_weight_gradient.unsupported_reason, dtype=jnp.float32)
   assert unsupported_reason(
       shaped((128, 384), (1, 128)), shaped((256, 384), (1, 128)), sizes) is None
-  assert "K to be a multiple of 16, and it is 60" in unsupported_reason(
-      shaped((60, 384), (1, 128)), shaped((256, 384), (1, 128)), sizes)
+  assert unsupported_reason(
+      shaped((61, 384), (1, 128)), shaped((260, 384), (1, 128)), sizes) is None
+  assert "N of a float32 result to be a multiple of 4, and it is 62" in unsupported_reason(
+      shaped((60, 384), (1, 128)), shaped((62, 384), (1, 128)), sizes)
 
 
 @hopper

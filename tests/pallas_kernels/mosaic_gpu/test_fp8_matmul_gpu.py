@@ -113,9 +113,9 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
 
 @pytest.mark.parametrize(("m", "n", "k", "tile", "tiling"), [
     (131, 256, 384, "128x128", {"stages": 3}),
-    (24, 208, 336, "128x128", {"stages": 2, "depth": 1}),
-    (24, 208, 144, "1x128", {"stages": 2, "depth": 1}),
-    (136, 128, 256, "1x128", {"stages": 2, "depth": 1}),
+    (27, 204, 336, "128x128", {"stages": 2, "depth": 1}),
+    (27, 204, 144, "1x128", {"stages": 2, "depth": 1}),
+    (133, 128, 256, "1x128", {"stages": 2, "depth": 1}),
     (264, 192, 384, "1x128", {"stages": 3, "block_m": 256, "block_n": 96}),
     (8, 384, 256, "128x128", {"stages": 2, "depth": 1, "block_n": 192}),
     (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1})])
@@ -130,7 +130,8 @@ def test_unsupported_operands_and_tilings_are_refused_with_the_reason():
   unsupported_reason = functools.partial(kernel.unsupported_reason, dtype=jnp.bfloat16)
   weights = shaped(256, 256, (128, 128))
   assert unsupported_reason(shaped(3, 256, (1, 128)), weights) is None
-  assert "N to be a multiple of 16, and it is 130" in unsupported_reason(
+  assert unsupported_reason(shaped(3, 256, (1, 128)), shaped(136, 256, (128, 128))) is None
+  assert "N of a bfloat16 result to be a multiple of 8, and it is 130" in unsupported_reason(
       shaped(3, 256, (1, 128)), shaped(130, 256, (128, 128)))
   assert "(0, 256)" in unsupported_reason(shaped(0, 256, (1, 128)), weights)
   assert "float16" in kernel.unsupported_reason(
