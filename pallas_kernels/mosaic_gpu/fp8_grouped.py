@@ -22,8 +22,7 @@ from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Sums, Tile
 from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
-    SWIZZLE,
-    WARPGROUPS,
+    as_plain_rows,
     k_major,
     owned,
     pad_columns,
@@ -57,7 +56,10 @@ def run(
                            dtype, groups, k, n)
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
-  def body(fields_TF, count_1, refs: Refs, cut_smem):
+  programs = fp8_matmul.num_programs(
+      tiling, schedule.most_tiles(rows, groups, tiling.block_m) * num_columns)
+
+  def body(fields_TF, count_1, refs: Refs):
     def locate(index):
       # The number of tiles depends on the sizes, so it is read when the kernel runs. Rows of no
       # group are tiles of group G: they have no block of K to sum, and store zeros.
@@ -66,21 +68,20 @@ def run(
       num_k = jnp.where(tile.group < groups, pl.cdiv(k, BLOCK), 0).astype(jnp.int32)
       return Tile(tile.start, column, tile.end, 0, num_k, refs.rhs_NK.at[tile.group],
                   refs.rhs_scales.at[tile.group],
-                  functools.partial(_store_owned, refs, cut_smem, tile, column, tiling))
+                  functools.partial(_store_owned, refs, tile, column, tiling))
 
-    fp8_matmul.multiply_tiles(refs, count_1[0] * num_columns, locate, tiling)
+    def each_tile(visit, carry):
+      return schedule.deal(count_1[0] * num_columns, programs,
+                           lambda index, carry: visit(locate(index), carry), carry)
+
+    fp8_matmul.multiply_tiles(refs, each_tile, tiling)
 
   operands = (pad_columns(lhs_RK.values_MK), pad_columns(rhs_GNK.values_MK),
               k_major(lhs_RK.scales_mk), rhs_GNK.scales_mk)
-  most = schedule.most_tiles(rows, groups, tiling.block_m) * num_columns
-  width = SWIZZLE // jnp.dtype(dtype).itemsize
-  if tiling.block_n % width:
-    raise ValueError(f"tiles of a grouped product in {jnp.dtype(dtype).name} need a multiple of "
-                     f"{width} columns, and they have {tiling.block_n}")
   return fp8_matmul.launch(
-      "fp8_grouped_matmul", body, operands, jax.ShapeDtypeStruct((rows, n), dtype), tiling,
-      most, interpret, vectors=False, before=schedule.row_tiles(sizes_G, rows, tiling.block_m),
-      cut_smem=plgpu.SMEM((WARPGROUPS, ROWS, width), dtype))
+      "fp8_grouped_matmul", body, operands, out=jax.ShapeDtypeStruct((rows, n), dtype),
+      tiling=tiling, programs=programs, interpret=interpret, vectors=False, any_row=True,
+      before=schedule.row_tiles(sizes_G, rows, tiling.block_m))
 
 
 def unsupported_reason(
@@ -93,36 +94,37 @@ def unsupported_reason(
   return fp8_tiling.unsupported_formats(lhs_RK, rhs_GNK, dtype)
 
 
-def _store_owned(
-    refs: Refs, cut_smem, tile: schedule.Tile, column, tiling: Tiling, sums: Sums) -> None:
+def _store_owned(refs: Refs, tile: schedule.Tile, column, tiling: Tiling, sums: Sums) -> None:
   """Stores those rows of this warpgroup's part that the tile owns, wave by wave."""
   def store(row, chunks):
     count = owned(tile.end, row)
     pl.when(count == ROWS)(lambda: fp8_matmul.store_wave(refs, refs.out, row, column, chunks))
     pl.when((count > 0) & (count < ROWS))(
-        lambda: _store_some(refs.out, cut_smem, row, count, column, chunks))
+        lambda: _store_some(refs, row, count, column, chunks))
 
   for wave, chunks in enumerate(sums):
     store(tile.start + tiling.row(wave), chunks)
 
 
-def _store_some(out_RN, cut_smem, row, count, column, chunks) -> None:
+def _store_some(refs: Refs, row, count, column, chunks) -> None:
   """Stores the first `count` of the 64 rows in `chunks`, at `row` and `column`."""
-  cut = cut_smem.at[lax.axis_index("wg")]
-  chunk, width = chunks[0].shape[1], cut.shape[1]
+  wg = lax.axis_index("wg")
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for piece, value in enumerate(fp8_matmul.pieces(refs, chunks)):
+    # Not swizzled, so that a run may begin at any row.
+    staged = as_plain_rows(refs.out_smem, wg, piece, interpreted=refs.interpreted)
+    compat.store(staged, value)
+  plgpu.commit_smem()
+  _, num_pieces, _, width = refs.out_smem.shape
 
-  def store_piece(start):
-    at = start % chunk
-    piece = lax.slice(chunks[start // chunk], (0, at), (ROWS, at + width))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    compat.store(cut, piece.astype(cut.dtype))
-    plgpu.commit_smem()
-    store_runs(cut, count, out_RN, row, pl.ds(column + start, width))
+  def store_piece(piece):
+    store_runs(as_plain_rows(refs.out_smem, wg, piece, interpreted=refs.interpreted), count,
+               refs.out, row, pl.ds(column + piece * width, width))
 
-  for start in range(0, len(chunks) * chunk, width):
+  for piece in range(num_pieces):
     # A copy of a single row is not clipped at the row's end, and would overwrite the next row. The
     # swizzled copies of whole tiles are clipped.
-    pl.when(column + start < out_RN.shape[1])(functools.partial(store_piece, start))
+    pl.when(column + piece * width < refs.out.shape[1])(functools.partial(store_piece, piece))
 
 
 KERNEL = implementations.Kernel(run, unsupported_reason)

@@ -40,6 +40,8 @@ class Tiling:
       in L2. With a cluster, a column is as wide as the cluster.
     cluster: thread blocks in a cluster, 1, 2 or 4. Their tiles are neighbours along N, and their
       common block of lhs is fetched once and multicast to all of them.
+    shared: whether several multiprocessors may sum parts of a tile, for results of few tiles. Each
+      then has the same number of blocks of 128 of K, and the parts are added afterwards.
   """
 
   block_m: int = 128
@@ -48,12 +50,15 @@ class Tiling:
   stages: int = 5
   swizzle: int = 8
   cluster: int = 1
+  shared: bool = False
 
   def __post_init__(self):
     if (self.block_m not in (128, 256) or self.block_n % 32 or self.block_n < 32
         or self.depth not in (1, 2) or self.cluster not in (1, 2, 4)
         or self.stages <= self.depth or self.swizzle < 1):
       raise ValueError(f"the kernel does not support {self}; see Tiling for what it supports")
+    if self.shared and self.cluster > 1:
+      raise ValueError(f"{self} divides tiles among multiprocessors, so it can have no clusters")
     if (self.waves + self.depth) * self.block_n > 384:
       raise ValueError(f"{self} leaves too few registers: (block_m / 128 + depth) * block_n must "
                        "be at most 384; narrow block_n, or set depth to 1")

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul, fp8_tiling
+from pallas_kernels.mosaic_gpu import fp8_matmul, fp8_tiling, schedule
 from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile
 from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import k_major
@@ -45,6 +45,7 @@ def run(
                            "fp8_grouped_weight_gradient", dtype, groups, k, n)
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(k, tiling.block_m), pl.cdiv(n, columns))
+  programs = fp8_matmul.num_programs(tiling, groups * math.prod(grid))
 
   def body(first_G, num_G, refs: Refs):
     def locate(index):
@@ -58,14 +59,19 @@ def run(
                   functools.partial(fp8_matmul.store, refs, refs.out.at[group], row, column,
                                     tiling))
 
-    fp8_matmul.multiply_tiles(refs, groups * math.prod(grid), locate, tiling)
+    def each_tile(visit, carry):
+      return schedule.deal(groups * math.prod(grid), programs,
+                           lambda index, carry: visit(locate(index), carry), carry)
+
+    fp8_matmul.multiply_tiles(refs, each_tile, tiling)
 
   sizes_G = sizes_G.astype(jnp.int32)
   return fp8_matmul.launch(
       "fp8_grouped_weight_gradient", body,
       (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk), k_major(rhs_NS.scales_mk)),
-      jax.ShapeDtypeStruct((groups, k, n), dtype), tiling, groups * math.prod(grid), interpret,
-      vectors=True, before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))
+      out=jax.ShapeDtypeStruct((groups, k, n), dtype), tiling=tiling, programs=programs,
+      interpret=interpret, vectors=True,
+      before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))
 
 
 def unsupported_reason(

@@ -31,6 +31,7 @@ from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     SWIZZLE,
     WARPGROUPS,
+    as_plain_rows,
     as_rows,
     owned,
     store_runs,
@@ -68,15 +69,11 @@ class Tiling:
     if min(self.rows, self.columns, self.swizzle) < 1 or self.stages < 2:
       raise ValueError(f"{self} must have positive sizes and at least 2 stages")
 
-  def pieces(self, others: int) -> int:
-    """Returns how many pieces each warpgroup can stage in shared memory at a time, at most 4.
-
-    Args:
-      others: number of pieces that shared memory must hold besides.
-    """
+  @property
+  def pieces(self) -> int:
+    """How many pieces each warpgroup can stage in shared memory at a time, at most 4."""
     ring = self.stages * (self.rows + self.columns) * SWIZZLE
-    left = (SHARED - ring) // (ROWS * SWIZZLE) - others
-    return max(1, min(4, left // WARPGROUPS))
+    return max(1, min(4, (SHARED - ring) // (ROWS * SWIZZLE) // WARPGROUPS))
 
 
 class Ring(NamedTuple):
@@ -208,8 +205,9 @@ def launch(
     interpret: see `run`.
   """
   return plgpu.kernel(
-      functools.partial(kernel, interpreted=interpret is not None), out_type=out, grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1,
-      thread_name="wg", kernel_name=name, scratch_types=scratch, interpret=interpret,
+      functools.partial(kernel, interpreted=interpret is not None), out_type=out,
+      grid=(programs,), grid_names=("sm",), num_threads=WARPGROUPS + 1, thread_name="wg",
+      kernel_name=name, scratch_types=scratch, interpret=interpret,
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane))(*operands)
 
@@ -285,17 +283,17 @@ KERNEL = Kernel(run, unsupported_reason)
 def _call(tiles: schedule.Tiles, lhs_RK, rhs, out, transpose_rhs: bool, tiling: Tiling, programs,
           interpret):
   rhs_block = (tiling.columns, BLOCK_K) if transpose_rhs else (BLOCK_K, tiling.columns)
-  cut = plgpu.SMEM((WARPGROUPS, ROWS, SWIZZLE // out.dtype.itemsize), out.dtype)
-  kernel = functools.partial(_kernel, transpose_rhs=transpose_rhs, tiling=tiling)
+  kernel = functools.partial(
+      _kernel, transpose_rhs=transpose_rhs, tiling=tiling, programs=programs)
   return launch(
       "grouped_matmul", kernel, (*tiles, lhs_RK, rhs), out, programs, [
           *ring_types(tiling, (tiling.rows, BLOCK_K), rhs_block),
-          piece_type(out.dtype, tiling.pieces(WARPGROUPS)), cut], interpret)
+          piece_type(out.dtype, tiling.pieces)], interpret)
 
 
 def _kernel(
-    fields_TF, count_1, lhs_RK, rhs, out_RN, lhs_S, rhs_S, full_S, free_S, whole_WPMC, cut_WMC, *,
-    transpose_rhs: bool, tiling: Tiling, interpreted: bool):
+    fields_TF, count_1, lhs_RK, rhs, out_RN, lhs_S, rhs_S, full_S, free_S, staged_WPMC, *,
+    transpose_rhs: bool, tiling: Tiling, programs: int, interpreted: bool):
   ring = Ring(lhs_S, rhs_S, full_S, free_S, interpreted)
   num_columns = pl.cdiv(out_RN.shape[1], tiling.columns)
   num_blocks = lhs_RK.shape[1] // BLOCK_K
@@ -306,21 +304,20 @@ def _kernel(
 
     Returns the number of blocks of all of them. Tiles of rows in no group have none.
     """
-    @plgpu.nd_loop((count_1[0] * num_columns,), collective_axes="sm", init_carry=jnp.int32(0))
-    def total(loop, carry):
-      row, column = plgpu.planar_snake(
-          loop.index[0], (count_1[0], num_columns), 1, tiling.swizzle)
+    def turn(index, before):
+      row, column = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.swizzle)
       tile = schedule.read(fields_TF, row)
       blocks = jnp.where(tile.group < rhs.shape[0], num_blocks, 0).astype(jnp.int32)
-      visit(tile, column * tiling.columns, blocks, carry)
-      return carry + blocks
+      visit(tile, column * tiling.columns, blocks, before)
+      return before + blocks
 
-    return total
+    return schedule.deal(count_1[0] * num_columns, programs, turn, jnp.int32(0))
 
   def fetch(tile, column, blocks, before):
     def copies(index, slot):
       k, n = pl.ds(index * BLOCK_K, BLOCK_K), pl.ds(column, tiling.columns)
-      yield lhs_RK.at[pl.ds(tile.start, tiling.rows), k], as_rows(lhs_S, slot, interpreted=interpreted)
+      yield (lhs_RK.at[pl.ds(tile.start, tiling.rows), k],
+             as_rows(lhs_S, slot, interpreted=interpreted))
       yield rhs.at[(tile.group, n, k) if transpose_rhs else (tile.group, k, n)], rhs_S.at[slot]
     ring.fetch(blocks, before, copies)
 
@@ -334,7 +331,7 @@ def _kernel(
 
     def product():
       result = ring.multiply(blocks, before, (rows, tiling.columns), operands)
-      store(result, start, column, tile.end, out_RN, whole_WPMC, cut_WMC.at[wg], interpreted)
+      store(result, start, column, tile.end, out_RN, staged_WPMC, interpreted)
 
     # A warpgroup without a row that the tile owns skips the product, and leaves the tensor cores to
     # the other one.
@@ -344,7 +341,7 @@ def _kernel(
   ring.work(each_tile, fetch, multiply)
 
 
-def store(value_MN, start, column, end, out_RN, whole_WPMC, cut_MC, interpreted: bool) -> None:
+def store(value_MN, start, column, end, out_RN, staged_WPMC, interpreted: bool) -> None:
   """Stores those rows of a warpgroup's part of a tile that are before `end`.
 
   Args:
@@ -352,35 +349,38 @@ def store(value_MN, start, column, end, out_RN, whole_WPMC, cut_MC, interpreted:
     start, column: row and column of `out_RN` that its first row and column go to.
     end: the last row that the tile owns plus one.
     out_RN: the result in global memory.
-    whole_WPMC: staging buffers for whole pieces, swizzled.
-    cut_MC: this warpgroup's staging buffer for pieces of which some rows are stored, not swizzled.
+    staged_WPMC: staging buffers for pieces.
     interpreted: see `Ring`.
   """
+  wg = lax.axis_index("wg")
+
   def copy_owned(value_MC, row, columns):
+    piece = as_plain_rows(staged_WPMC, wg, 0, interpreted=interpreted)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    compat.store(cut_MC, value_MC)
+    compat.store(piece, value_MC)
     plgpu.commit_smem()
-    store_runs(cut_MC, owned(end, row), out_RN, row, columns)
+    store_runs(piece, owned(end, row), out_RN, row, columns)
 
   owns_all = start + value_MN.shape[0] <= end
-  pl.when(owns_all)(lambda: store_whole(
-      value_MN, start, column, out_RN, whole_WPMC, interpreted))
-  pl.when(~owns_all)(lambda: _pieces(value_MN, start, column, out_RN, cut_MC.shape[1], copy_owned))
+  pl.when(owns_all)(
+      lambda: store_whole(value_MN, start, column, out_RN, staged_WPMC, interpreted))
+  pl.when(~owns_all)(
+      lambda: _pieces(value_MN, start, column, out_RN, staged_WPMC.shape[3], copy_owned))
 
 
 def store_whole(
-    value_MN, start, column, out_RN, whole_WPMC, interpreted: bool) -> None:
+    value_MN, start, column, out_RN, staged_WPMC, interpreted: bool) -> None:
   """Stores all rows of a warpgroup's part of a tile; the arguments are those of `store`."""
-  wg, (_, pieces, _, width) = lax.axis_index("wg"), whole_WPMC.shape
+  wg, (_, pieces, _, width) = lax.axis_index("wg"), staged_WPMC.shape
 
   def copy(value_MC, row, columns):
     place = next(places)
     # At most P - 1 copies remain in flight, so the buffer that is written next has been read.
     plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-    whole_WPMC[wg, place] = value_MC
+    staged_WPMC[wg, place] = value_MC
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
-        as_rows(whole_WPMC, wg, place, interpreted=interpreted),
+        as_rows(staged_WPMC, wg, place, interpreted=interpreted),
         out_RN.at[pl.ds(row, ROWS), columns])
 
   # The previous tile's copies have had the time of this tile's product to finish reading.

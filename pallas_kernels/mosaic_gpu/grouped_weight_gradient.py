@@ -98,12 +98,12 @@ def _call(groups_GF, lhs_RK, rhs_RN, out, tiling: Tiling, programs: int, interpr
       "grouped_weight_gradient", kernel, (groups_GF, lhs_RK, rhs_RN), out, programs, [
           *ring_types(tiling, (BLOCK_R, tiling.rows), (BLOCK_R, tiling.columns),
                       copies=2 * BLOCK_R // ALIGNMENT),
-          piece_type(out.dtype, tiling.pieces(0)), plgpu.Barrier(num_arrivals=WARPGROUPS)],
+          piece_type(out.dtype, tiling.pieces), plgpu.Barrier(num_arrivals=WARPGROUPS)],
       interpret)
 
 
 def _kernel(
-    groups_GF, lhs_RK, rhs_RN, out_GKN, lhs_SRK, rhs_SRN, full_S, free_S, whole_WPMC, zeroed, *,
+    groups_GF, lhs_RK, rhs_RN, out_GKN, lhs_SRK, rhs_SRN, full_S, free_S, staged_WPMC, zeroed, *,
     tiling: Tiling, programs: int, interpreted: bool):
   ring = Ring(lhs_SRK, rhs_SRN, full_S, free_S, interpreted)
   num_groups, num_k, num_n = out_GKN.shape
@@ -162,7 +162,7 @@ def _kernel(
       return lhs_SRK.at[slot, :, pl.ds(wg * rows, rows)].T, rhs_SRN.at[slot]
 
     result = ring.multiply(blocks, before, (rows, tiling.columns), operands)
-    store_whole(result, row + wg * rows, column, out_GKN.at[group_index], whole_WPMC,
+    store_whole(result, row + wg * rows, column, out_GKN.at[group_index], staged_WPMC,
                   interpreted)
 
   ring.work(each_tile, fetch, multiply)

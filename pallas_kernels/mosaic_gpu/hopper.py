@@ -28,6 +28,7 @@ ROWS = 64  # M of wgmma, Hopper's matrix instruction for a warpgroup
 # moves wrong rows, without an error. `as_rows` and `row_groups` are for copies at any row.
 ALIGNMENT = 8
 SWIZZLE = 128  # bytes in a row of the widest swizzle
+COPY_LENGTH = 256  # most elements that a TMA copy takes along an axis
 
 
 def swizzle(itemsize: int, width: int = SWIZZLE) -> tuple[object, object]:
@@ -81,15 +82,21 @@ def as_rows(
     *index: index of the block, one for each of the leading axes.
     interpreted: whether Pallas' interpreter runs the kernel. It has no groups, and copies any rows.
   """
+  rows = as_plain_rows(blocks, *index, interpreted=interpreted)
+  return rows if interpreted else _transformed(rows, blocks.transforms[0])
+
+
+def as_plain_rows(
+    blocks: jax.Ref, *index: int | jax.Array, interpreted: bool = False) -> jax.Ref:
+  """Returns the memory of such a block as rows that are not swizzled; see `as_rows`."""
+  block = (blocks if interpreted else blocks.ref).at[index]
   if interpreted:
-    return blocks.at[index]
-  unswizzle, _ = blocks.transforms
-  block = blocks.ref.at[index]  # as it lies in memory: groups, pieces, 8 rows, a row of the swizzle
-  groups, pieces, rows, width = block.shape
+    return block
+  groups, pieces, rows, width = block.shape  # as it lies in memory
   if pieces != 1:
     raise ValueError(f"a block must be as wide as a row of its swizzle, and it is {pieces} times "
                      "as wide")
-  return _transformed(block.reshape(groups * rows, width), unswizzle)
+  return block.reshape(groups * rows, width)
 
 
 def row_groups(

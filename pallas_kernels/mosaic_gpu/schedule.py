@@ -1,12 +1,18 @@
-"""Tiles of rows for a grouped product, whose group sizes are known only when it runs.
+"""Which tiles a program computes, and the tiles of rows of a grouped product.
+
+Programs are persistent: each computes tile after tile. The group sizes of a grouped product are
+known only when it runs, so its tiles are computed on the device.
 
 Shape letters:  R rows  G groups  T tiles  F fields of a tile
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Tiles(NamedTuple):
@@ -88,3 +94,89 @@ def _running_sum(x_G: jax.Array) -> jax.Array:
 def read(fields_TF: jax.Ref, index: jax.Array) -> Tile:
   """Returns one tile, read inside a kernel."""
   return Tile(*(fields_TF[index, field] for field in range(len(Tile._fields))))
+
+
+def deal[Carry](
+    num_tiles: int | jax.Array, programs: int,
+    visit: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+  """Calls carry = visit(index, carry) for the tiles of this program, inside a kernel.
+
+  Every turn deals the next tiles, one to each program, and begins at another program. Otherwise the
+  tiles of a program would lie at equal distances, and where the tiles that take less time do so as
+  well, a program could have all or none of them. The programs would drift apart, and no longer
+  share operands in L2: 160 groups of 448 rows took 1.3 times as long.
+
+  Args:
+    num_tiles: number of tiles of all programs.
+    programs: number of programs, along the axis "sm".
+    visit: takes the index of a tile and the carry.
+    carry: initial value.
+
+  Returns:
+    The last carry.
+  """
+  # Multiples of the golden ratio are spread evenly, so those of a number close to it are too.
+  step = round(programs * (math.sqrt(5) - 1) / 2)
+  while math.gcd(step, programs) > 1:
+    step += 1
+  place = lambda turn: lax.rem(lax.axis_index("sm") + turn * step, programs)
+  turns, left = divmod(num_tiles, programs)
+  return lax.fori_loop(
+      0, turns + (place(turns) < left).astype(jnp.int32),
+      lambda turn, carry: visit(turn * programs + place(turn), carry), carry)
+
+
+class Share(NamedTuple):
+  """The part of a tile's contracted axis that a program sums: int32 scalars.
+
+  Attributes:
+    tile: index of the tile.
+    first, count: first block of the contracted axis, and number of blocks.
+    index: which part of the tile it is, counted from 0.
+  """
+
+  tile: jax.Array
+  first: jax.Array
+  count: jax.Array
+  index: jax.Array
+
+
+def share[Carry](
+    num_tiles: int, blocks: int, programs: int,
+    visit: Callable[[Share, Carry], Carry], carry: Carry) -> Carry:
+  """Calls carry = visit(share, carry) for the shares of this program, inside a kernel.
+
+  The blocks of all tiles, one tile after another, are divided among the programs into runs of equal
+  length: every program has the same work, and most tiles are summed by several programs (Osama et
+  al., "Stream-K", arXiv:2301.03598).
+
+  Args:
+    num_tiles: number of tiles.
+    blocks: number of blocks of the contracted axis.
+    programs: number of programs, along the axis "sm".
+    visit: takes a share and the carry.
+    carry: initial value.
+
+  Returns:
+    The last carry.
+  """
+  total, program = num_tiles * blocks, lax.axis_index("sm")
+  begin, end = (lax.div((program + i) * total, programs) for i in range(2))
+
+  def turn(tile, carry):
+    first = jnp.maximum(begin, tile * blocks)
+    count = jnp.minimum(end, (tile + 1) * blocks) - first
+    # The program that has the tile's first block is the largest p with p * total // programs at
+    # most that block.
+    first_program = lax.div((tile * blocks + 1) * programs - 1, total)
+    return visit(Share(tile, first - tile * blocks, count, program - first_program), carry)
+
+  return lax.fori_loop(lax.div(begin, blocks), lax.div(end - 1, blocks) + 1, turn, carry)
+
+
+def num_shares(num_tiles: int, blocks: int, programs: int) -> list[int]:
+  """Returns into how many parts `share` divides each tile."""
+  total = num_tiles * blocks
+  program = lambda block: ((block + 1) * programs - 1) // total
+  return [program((tile + 1) * blocks - 1) - program(tile * blocks) + 1
+          for tile in range(num_tiles)]

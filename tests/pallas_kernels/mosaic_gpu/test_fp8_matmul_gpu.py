@@ -118,7 +118,9 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
     (133, 128, 256, "1x128", {"stages": 2, "depth": 1}),
     (264, 192, 384, "1x128", {"stages": 3, "block_m": 256, "block_n": 96}),
     (8, 384, 256, "128x128", {"stages": 2, "depth": 1, "block_n": 192}),
-    (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1})])
+    (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1}),
+    (5, 384, 640, "128x128", {"stages": 3, "shared": True}),
+    (133, 256, 384, "1x128", {"stages": 2, "depth": 1, "shared": True})])
 def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
     monkeypatch, m, n, k, tile, tiling):
   monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)  # so that each multiprocessor has several tiles

@@ -62,8 +62,7 @@ def assert_rounded(ours, want, magnitude, terms):
 
 @pytest.fixture
 def interpreted():
-  """Parameters for Hopper's kernels to run in the interpreter; fails if warpgroups or programs race.
-  """
+  """Has Hopper's kernels run in the interpreter; fails if warpgroups or programs raced."""
   interpreter = importlib.import_module(
       "jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
   interpreter.reset_gpu_interpret_mode_state()
@@ -174,7 +173,8 @@ def test_the_weight_gradient_kernel_ignores_rows_of_other_groups_and_of_no_group
   lhs_RK, rhs_RN = normal(0, (117, 128), jnp.bfloat16), normal(1, (117, 256), jnp.bfloat16)
   lhs_RK, rhs_RN = lhs_RK.at[112:].set(jnp.nan), rhs_RN.at[112:].set(jnp.nan)
   ours = gradient_kernel.run(
-      lhs_RK, rhs_RN, jnp.array(sizes, jnp.int32), dtype=jnp.float32, programs=2, interpret=interpreted,
+      lhs_RK, rhs_RN, jnp.array(sizes, jnp.int32), dtype=jnp.float32, programs=2,
+      interpret=interpreted,
       tiling=product_kernel.Tiling(128, 128, 2))
   magnitude = gradients(abs(lhs_RK), abs(rhs_RN), sizes)
   assert_rounded(ours, gradients(lhs_RK, rhs_RN, sizes), magnitude, 75)
