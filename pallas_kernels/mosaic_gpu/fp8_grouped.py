@@ -52,7 +52,7 @@ def run(
     [R, N].
   """
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
-  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
+  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=(True, False)), "fp8_grouped_matmul",
                            dtype, groups, k, n)
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
@@ -72,7 +72,8 @@ def run(
 
     def each_tile(visit, carry):
       return schedule.deal(count_1[0] * num_columns, programs,
-                           lambda index, carry: visit(locate(index), carry), carry)
+                           lambda index, carry: visit(locate(index), carry), carry,
+                           schedule.resonates(programs, min(num_columns, tiling.swizzle)))
 
     fp8_matmul.multiply_tiles(refs, each_tile, tiling)
 
@@ -80,7 +81,7 @@ def run(
               k_major(lhs_RK.scales_mk), rhs_GNK.scales_mk)
   return fp8_matmul.launch(
       "fp8_grouped_matmul", body, operands, out=jax.ShapeDtypeStruct((rows, n), dtype),
-      tiling=tiling, programs=programs, interpret=interpret, vectors=False, any_row=True,
+      tiling=tiling, programs=programs, interpret=interpret, vectors=(True, False), any_row=True,
       before=schedule.row_tiles(sizes_G, rows, tiling.block_m))
 
 

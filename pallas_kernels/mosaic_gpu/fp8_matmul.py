@@ -93,10 +93,11 @@ class Refs(NamedTuple):
   """The memory and barriers that a kernel works on.
 
   Attributes:
-    lhs_MK, rhs_NK, lhs_scales_kM, rhs_scales, out: operands and result in global memory.
+    lhs_MK, rhs_NK, lhs_scales, rhs_scales, out: operands and result in global memory. Scales are
+      [k, rows] if each row has its own (1x128), or [rows / 128, k] if 128 rows share one (128x128).
     lhs_smem, rhs_smem, lhs_scale_smem, rhs_scale_smem: the ring in shared memory; the first axis is
-      the stage. `rhs_scale_smem` is None for 128x128 scales: a tile needs one or two of those for
-      128 of K, and a TMA copy moves no less than 16 bytes, so they are read from global memory.
+      the stage. There is none for 128x128 scales: a tile needs one or two of those for 128 of K,
+      and a TMA copy moves no less than 16 bytes, so they are read from global memory.
     out_smem: staging buffer for the result: for each consumer warpgroup the pieces of a wave of 64
       rows, as wide as a row of their swizzle.
     full, empty: one mbarrier for each stage; see `_shared`.
@@ -105,12 +106,12 @@ class Refs(NamedTuple):
 
   lhs_MK: jax.Ref
   rhs_NK: jax.Ref
-  lhs_scales_kM: jax.Ref
+  lhs_scales: jax.Ref
   rhs_scales: jax.Ref
   out: jax.Ref
   lhs_smem: jax.Ref
   rhs_smem: jax.Ref
-  lhs_scale_smem: jax.Ref
+  lhs_scale_smem: jax.Ref | None
   rhs_scale_smem: jax.Ref | None
   out_smem: jax.Ref
   full: jax.Ref
@@ -136,8 +137,15 @@ def run(
   """
   vectors = rhs_NK.tile == (1, BLOCK)
   operation = f"fp8_matmul {'1x128' if vectors else '128x128'}"
-  default = default_tiling(dtype, vectors, (lhs_MK.shape[0], rhs_NK.shape[0]))
+  default = default_tiling(dtype, vectors, (lhs_MK.shape[0], *rhs_NK.shape))
   tiling = tiling or tuned(default, operation, dtype, lhs_MK.shape[0], *rhs_NK.shape)
+  if tiling.swapped:
+    return _product(rhs_NK, lhs_MK, dtype, tiling, interpret).T
+  return _product(lhs_MK, rhs_NK, dtype, tiling, interpret)
+
+
+def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
+  """Returns lhs @ rhs.T, of which one operand at least has 1x128 scales: [M, N]."""
   (m, k), n = lhs_MK.shape, rhs_NK.shape[0]
   grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))
   blocks = pl.cdiv(k, BLOCK)
@@ -165,29 +173,26 @@ def run(
 
   # Scales of rows are transposed to [k, M], so that those that a tile needs for 128 of K are
   # contiguous, which makes them a single TMA copy.
+  vectors = tuple(x.tile == (1, BLOCK) for x in (lhs_MK, rhs_NK))
   operands = (pad_columns(lhs_MK.values_MK), pad_columns(rhs_NK.values_MK),
-              k_major(lhs_MK.scales_mk),
-              k_major(rhs_NK.scales_mk) if vectors else rhs_NK.scales_mk)
+              *(k_major(x.scales_mk) if each_row else x.scales_mk
+                for x, each_row in zip((lhs_MK, rhs_NK), vectors, strict=True)))
   call = functools.partial(launch, "fp8_matmul", body, operands, tiling=tiling,
                            interpret=interpret, vectors=vectors)
   if not tiling.shared:
     programs = num_programs(tiling, math.prod(grid))
     return call(out=jax.ShapeDtypeStruct((m, n), dtype), programs=programs)
   programs = min(MULTIPROCESSORS, math.prod(grid) * blocks)
-  parts = schedule.num_shares(math.prod(grid), blocks, programs)
-  parts_PMN = call(out=jax.ShapeDtypeStruct((max(parts), m, n), jnp.float32), programs=programs)
-  return _sum_parts(parts_PMN, parts, grid, tiling).astype(dtype)
-
-
-def _sum_parts(
-    parts_PMN: jax.Array, parts: list[int], grid: tuple[int, int], tiling: Tiling) -> jax.Array:
-  """Returns the sums [M, N] of those parts that were written, given their number for each tile."""
-  _, m, n = parts_PMN.shape
-  counts_nm = jnp.asarray(np.reshape(parts, grid[::-1]))
-  counts_MN = counts_nm[jnp.arange(n) // tiling.block_n,
-                        (jnp.arange(m) // tiling.block_m)[:, None]]
-  part_P = jnp.arange(len(parts_PMN))[:, None, None]
-  return jnp.where(part_P < counts_MN, parts_PMN, 0).sum(0)
+  num_parts = functools.partial(schedule.num_shares, num_tiles=math.prod(grid), blocks=blocks,
+                                programs=programs)
+  most = int(max(num_parts(np.arange(math.prod(grid)))))
+  columns = -(-n // 4) * 4  # for rows of a multiple of 16 bytes
+  parts_PMN = call(out=jax.ShapeDtypeStruct((most, m, columns), jnp.float32), programs=programs)
+  # Which parts of a tile were written is computed again here, which takes no kernel of its own.
+  parts_MN = num_parts(jnp.arange(columns) // tiling.block_n * grid[0]
+                       + (jnp.arange(m) // tiling.block_m)[:, None])
+  written = jnp.arange(most)[:, None, None] < parts_MN
+  return jnp.where(written, parts_PMN, 0).sum(0)[:, :n].astype(dtype)
 
 
 def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
@@ -210,8 +215,8 @@ def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
 
 def launch(
     name: str, body: Callable[..., None], operands: tuple[jax.Array, ...], *,
-    out: jax.ShapeDtypeStruct, tiling: Tiling, programs: int, interpret: object, vectors: bool,
-    any_row: bool = False, before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
+    out: jax.ShapeDtypeStruct, tiling: Tiling, programs: int, interpret: object,
+    vectors: tuple[bool, bool], any_row: bool = False, before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
   """Launches a kernel as persistent blocks, at most one for each multiprocessor.
 
   Args:
@@ -222,7 +227,7 @@ def launch(
     tiling: how the result is cut.
     programs: number of clusters; see `num_programs`.
     interpret: see `run`.
-    vectors: whether rhs has a scale for each row.
+    vectors: whether lhs and rhs have a scale for each row.
     any_row: whether tiles begin at any row of lhs, rather than at multiples of 4.
     before: further arrays that the kernel reads, passed ahead of `operands`.
     **scratch: further shared memory.
@@ -273,12 +278,12 @@ def _shared(dtype, tiling, vectors, any_row) -> dict[str, object]:
   # Copies of scales must begin at a multiple of 16 bytes, so they may begin up to 3 rows early.
   # They move multiples of 128 bytes.
   row_scales = tiling.block_m + (32 if any_row else 0)
-  copies = 2 + pl.cdiv(row_scales, COPY_LENGTH) + vectors
+  copies = 2 + vectors[0] * pl.cdiv(row_scales, COPY_LENGTH) + vectors[1]
   return {
       "lhs_smem": ring((stages, tiling.block_m, BLOCK)),
       "rhs_smem": ring((stages, block_n, BLOCK)),
-      "lhs_scale_smem": plgpu.SMEM((stages, row_scales), jnp.float32),
-      "rhs_scale_smem": plgpu.SMEM((stages, block_n), jnp.float32) if vectors else None,
+      "lhs_scale_smem": plgpu.SMEM((stages, row_scales), jnp.float32) if vectors[0] else None,
+      "rhs_scale_smem": plgpu.SMEM((stages, block_n), jnp.float32) if vectors[1] else None,
       "out_smem": plgpu.SMEM((WARPGROUPS, block_n // width, ROWS, width), dtype,
                              transforms=swizzle(dtype.itemsize, row)),
       # Each TMA load into a stage counts as one arrival, and announces the bytes that must land.
@@ -368,10 +373,10 @@ def _fetch(refs, tile, ki, slot, tiling) -> None:
   copy(refs.lhs_MK.at[rows, block], stage(refs.lhs_smem, slot),
        collective_axes="cluster" if tiling.cluster > 1 else None)
   copy(tile.rhs_NK.at[columns, block], stage(refs.rhs_smem, slot))
-  length = refs.lhs_scale_smem.shape[1]
+  length = refs.lhs_scale_smem.shape[1] if refs.lhs_scale_smem is not None else 0
   for at in range(0, length, COPY_LENGTH):
     part = min(COPY_LENGTH, length - at)
-    copy(refs.lhs_scales_kM.at[ki, pl.ds(_first_scale(refs, tile, tiling) + at, part)],
+    copy(refs.lhs_scales.at[ki, pl.ds(_first_scale(refs, tile, tiling) + at, part)],
          refs.lhs_scale_smem.at[slot, pl.ds(at, part)])
   if refs.rhs_scale_smem is not None:
     copy(tile.rhs_scales.at[ki, columns], refs.rhs_scale_smem.at[slot])
@@ -446,9 +451,11 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
 
   def begin(job):
     i, wave = jobs[job]
+    # Loaded before the wait, so that global memory's latency passes while operands arrive.
     if refs.rhs_scale_smem is None and i not in rhs_scales:
-      # Loaded before the wait, so that global memory's latency passes while operands arrive.
       rhs_scales[i] = _block_scales(tile, ki + i, tiling)
+    if refs.lhs_scale_smem is None:
+      row_scales[job] = _block_scale(refs.lhs_scales, tile.lhs_row + tiling.row(wave), ki + i)
     if wave == 0:  # once for all waves: they read the same stage
       plgpu.barrier_wait(refs.full.at[slots[i]])
     # Scales are loaded before the product is issued. A load that follows a wgmma may be served so
@@ -456,8 +463,9 @@ def _pipeline(refs, tile, ki, slots, sums, tiling, jobs, *accumulators) -> Sums:
     # `empty`: with narrow tiles that gave wrong scales, and results that changed from run to run.
     if i not in rhs_scales:
       rhs_scales[i] = [_load(refs.rhs_scale_smem.at[slots[i]], 0)]
-    row = tile.lhs_row - _first_scale(refs, tile, tiling) + tiling.row(wave)
-    row_scales[job] = _load(refs.lhs_scale_smem.at[slots[i], pl.ds(row, ROWS)], 1)
+    if refs.lhs_scale_smem is not None:
+      row = tile.lhs_row - _first_scale(refs, tile, tiling) + tiling.row(wave)
+      row_scales[job] = _load(refs.lhs_scale_smem.at[slots[i], pl.ds(row, ROWS)], 1)
     # Asynchronous: four wgmma.m64nNk32, the first of which overwrites the accumulator, and a
     # commit_group. `.T` moves nothing: rhs is [N, K], the K-major order that FP8 wgmma requires.
     wgmma_overwrite(accumulators[job % len(accumulators)],
@@ -494,21 +502,26 @@ def _load(scales, axis) -> jax.Array:
 
 def _block_scales(tile, ki, tiling) -> list[jax.Array]:
   """Loads rhs's 128x128 scales for a block of K: one scalar for each chunk of columns."""
-  last = tile.rhs_scales.shape[0] - 1  # a tile may reach past it
-  return [tile.rhs_scales[jnp.minimum(lax.div(tile.rhs_row + column, BLOCK), last), ki]
+  return [_block_scale(tile.rhs_scales, tile.rhs_row + column, ki)
           for column in range(0, tiling.block_n, math.gcd(tiling.block_n, BLOCK))]
+
+
+def _block_scale(scales, row, ki) -> jax.Array:
+  """Loads the 128x128 scale of a row, which may be past the last one, and a block of K."""
+  return scales[jnp.minimum(lax.div(row, BLOCK), scales.shape[0] - 1), ki]
 
 
 def _promote(sums, product, row_scales, rhs_scales) -> tuple[jax.Array, ...]:
   """Adds a scaled product to the sums in full float32 precision, chunk by chunk of columns.
 
-  A chunk's scale in `rhs_scales` is a scalar, or a vector with one for each column.
+  `row_scales` is a vector with a scale for each row, or a scalar; so is a chunk's scale in
+  `rhs_scales`, with one for each column.
   """
   shape = sums[0].shape
 
   def scale(rhs_scale):
-    if rhs_scale.ndim == 0:
-      return lax.broadcast_in_dim(row_scales * rhs_scale, shape, [0])
+    if rhs_scale.ndim == 0 or row_scales.ndim == 0:
+      return lax.broadcast_in_dim(row_scales * rhs_scale, shape, [int(row_scales.ndim == 0)])
     return (lax.broadcast_in_dim(row_scales, shape, [0])
             * lax.broadcast_in_dim(rhs_scale, shape, [1]))
 

@@ -42,6 +42,8 @@ class Tiling:
       common block of lhs is fetched once and multicast to all of them.
     shared: whether several multiprocessors may sum parts of a tile, for results of few tiles. Each
       then has the same number of blocks of 128 of K, and the parts are added afterwards.
+    swapped: whether the transpose of the result is computed, rhs @ lhs.T, for an lhs of few rows:
+      the instruction's 64 rows are then those of rhs, and its columns the few rows of lhs.
   """
 
   block_m: int = 128
@@ -51,6 +53,7 @@ class Tiling:
   swizzle: int = 8
   cluster: int = 1
   shared: bool = False
+  swapped: bool = False
 
   def __post_init__(self):
     if (self.block_m not in (128, 256) or self.block_n % 32 or self.block_n < 32

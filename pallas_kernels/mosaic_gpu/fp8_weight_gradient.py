@@ -70,7 +70,7 @@ def run(
       "fp8_grouped_weight_gradient", body,
       (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk), k_major(rhs_NS.scales_mk)),
       out=jax.ShapeDtypeStruct((groups, k, n), dtype), tiling=tiling, programs=programs,
-      interpret=interpret, vectors=True,
+      interpret=interpret, vectors=(True, True),
       before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))
 
 

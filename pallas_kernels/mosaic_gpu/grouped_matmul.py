@@ -311,7 +311,8 @@ def _kernel(
       visit(tile, column * tiling.columns, blocks, before)
       return before + blocks
 
-    return schedule.deal(count_1[0] * num_columns, programs, turn, jnp.int32(0))
+    rotate = schedule.resonates(programs, min(num_columns, tiling.swizzle))
+    return schedule.deal(count_1[0] * num_columns, programs, turn, jnp.int32(0), rotate)
 
   def fetch(tile, column, blocks, before):
     def copies(index, slot):

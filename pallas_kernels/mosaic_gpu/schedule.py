@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -97,33 +98,43 @@ def read(fields_TF: jax.Ref, index: jax.Array) -> Tile:
 
 
 def deal[Carry](
-    num_tiles: int | jax.Array, programs: int,
-    visit: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+    num_tiles: int | jax.Array, programs: int, visit: Callable[[jax.Array, Carry], Carry],
+    carry: Carry, rotate: bool = False) -> Carry:
   """Calls carry = visit(index, carry) for the tiles of this program, inside a kernel.
 
-  Every turn deals the next tiles, one to each program, and begins at another program. Otherwise the
-  tiles of a program would lie at equal distances, and where the tiles that take less time do so as
-  well, a program could have all or none of them. The programs would drift apart, and no longer
-  share operands in L2: 160 groups of 448 rows took 1.3 times as long.
+  Every turn deals the next tiles, one to each program.
 
   Args:
     num_tiles: number of tiles of all programs.
     programs: number of programs, along the axis "sm".
     visit: takes the index of a tile and the carry.
     carry: initial value.
+    rotate: whether every turn begins at another program. Without it, the tiles of a program lie at
+      equal distances; see `resonates`.
 
   Returns:
     The last carry.
   """
   # Multiples of the golden ratio are spread evenly, so those of a number close to it are too.
-  step = round(programs * (math.sqrt(5) - 1) / 2)
-  while math.gcd(step, programs) > 1:
+  step = round(programs * (math.sqrt(5) - 1) / 2) if rotate else 0
+  while rotate and math.gcd(step, programs) > 1:
     step += 1
   place = lambda turn: lax.rem(lax.axis_index("sm") + turn * step, programs)
   turns, left = divmod(num_tiles, programs)
   return lax.fori_loop(
       0, turns + (place(turns) < left).astype(jnp.int32),
       lambda turn, carry: visit(turn * programs + place(turn), carry), carry)
+
+
+def resonates(programs: int, columns: int) -> bool:
+  """Returns whether a program's tiles may all be of the same kind, if it takes every `programs`-th.
+
+  With `columns` tiles in a row that divide the number of programs, a program's tiles are a whole
+  number of rows apart. Where groups have equally many rows, the tiles at their ends, which take
+  less time, are at equal distances too, and a program has all or none of them. Programs then drift
+  apart and no longer share operands in L2: 160 groups of 448 rows took a fifth longer.
+  """
+  return programs % columns == 0
 
 
 class Share(NamedTuple):
@@ -174,9 +185,8 @@ def share[Carry](
   return lax.fori_loop(lax.div(begin, blocks), lax.div(end - 1, blocks) + 1, turn, carry)
 
 
-def num_shares(num_tiles: int, blocks: int, programs: int) -> list[int]:
-  """Returns into how many parts `share` divides each tile."""
-  total = num_tiles * blocks
-  program = lambda block: ((block + 1) * programs - 1) // total
-  return [program((tile + 1) * blocks - 1) - program(tile * blocks) + 1
-          for tile in range(num_tiles)]
+def num_shares[Index: (np.ndarray, jax.Array)](
+    tile: Index, num_tiles: int, blocks: int, programs: int) -> Index:
+  """Returns into how many parts `share` divides each tile, given its index."""
+  program = lambda block: ((block + 1) * programs - 1) // (num_tiles * blocks)
+  return program((tile + 1) * blocks - 1) - program(tile * blocks) + 1
