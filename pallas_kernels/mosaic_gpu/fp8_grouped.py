@@ -52,7 +52,7 @@ def run(
     [R, N].
   """
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
-  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=(True, False)), "fp8_grouped_matmul",
+  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
                            dtype, groups, k, n)
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 

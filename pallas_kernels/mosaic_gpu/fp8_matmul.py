@@ -216,12 +216,13 @@ def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
 def launch(
     name: str, body: Callable[..., None], operands: tuple[jax.Array, ...], *,
     out: jax.ShapeDtypeStruct, tiling: Tiling, programs: int, interpret: object,
-    vectors: tuple[bool, bool], any_row: bool = False, before: tuple[jax.Array, ...] = (), **scratch: object) -> jax.Array:
+    vectors: tuple[bool, bool], any_row: bool = False,
+    before: tuple[jax.Array, ...] = ()) -> jax.Array:
   """Launches a kernel as persistent blocks, at most one for each multiprocessor.
 
   Args:
     name: name of the kernel, for profiles.
-    body: the kernel; it takes the refs of `before`, a `Refs`, and those of `scratch` by name.
+    body: the kernel; it takes the refs of `before`, and a `Refs`.
     operands: lhs, rhs and their scales; see `Refs`.
     out: shape and dtype of the result.
     tiling: how the result is cut.
@@ -230,10 +231,9 @@ def launch(
     vectors: whether lhs and rhs have a scale for each row.
     any_row: whether tiles begin at any row of lhs, rather than at multiples of 4.
     before: further arrays that the kernel reads, passed ahead of `operands`.
-    **scratch: further shared memory.
   """
-  def kernel(*refs, extra, **shared):
-    body(*refs[:-5], Refs(*refs[-5:], **shared, interpreted=interpret is not None), **extra)
+  def kernel(*refs, **shared):
+    body(*refs[:-5], Refs(*refs[-5:], **shared, interpreted=interpret is not None))
 
   # A launch of grid * cluster blocks of 3 * 128 CUDA threads. The grid counts clusters, so
   # lax.axis_index("sm") is the same in all blocks of a cluster, and axis_index("cluster") is a
@@ -243,8 +243,7 @@ def launch(
   return plgpu.kernel(
       kernel, out_type=out, grid=(programs,), grid_names=("sm",),
       cluster=(tiling.cluster,), cluster_names=("cluster",), num_threads=WARPGROUPS + 1,
-      thread_name="wg",
-      scratch_types=_shared(out.dtype, tiling, vectors, any_row) | {"extra": scratch},
+      thread_name="wg", scratch_types=_shared(out.dtype, tiling, vectors, any_row),
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
       interpret=interpret, kernel_name=name)(*before, *operands)

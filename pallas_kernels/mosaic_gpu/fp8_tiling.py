@@ -60,6 +60,8 @@ class Tiling:
         or self.depth not in (1, 2) or self.cluster not in (1, 2, 4)
         or self.stages <= self.depth or self.swizzle < 1):
       raise ValueError(f"the kernel does not support {self}; see Tiling for what it supports")
+    if self.swapped and not self.shared:
+      raise ValueError(f"{self} swaps operands, so tiles must be shared")
     if self.shared and self.cluster > 1:
       raise ValueError(f"{self} divides tiles among multiprocessors, so it can have no clusters")
     if (self.waves + self.depth) * self.block_n > 384:
