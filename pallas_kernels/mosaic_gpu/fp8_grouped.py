@@ -52,8 +52,8 @@ def run(
     [R, N].
   """
   (rows, k), (groups, n, _) = lhs_RK.shape, rhs_GNK.shape
-  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=False), "fp8_grouped_matmul",
-                           dtype, groups, k, n)
+  tiling = tiling or tuned(
+      fp8_tiling.grouped_tiling(dtype, n), "fp8_grouped_matmul", dtype, groups, k, n)
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
   programs = fp8_matmul.num_programs(
@@ -62,12 +62,11 @@ def run(
   def body(fields_TF, count_1, refs: Refs):
     def locate(index):
       # The number of tiles depends on the sizes, so it is read when the kernel runs. Rows of no
-      # group are tiles of group G: they have no block of K to sum, and store zeros.
+      # group are tiles of group G, and zeros.
       ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.swizzle)
       tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
-      num_k = jnp.where(tile.group < groups, pl.cdiv(k, BLOCK), 0).astype(jnp.int32)
-      return Tile(tile.start, column, tile.end, 0, num_k, refs.rhs_NK.at[tile.group],
-                  refs.rhs_scales.at[tile.group],
+      return Tile(tile.start, column, tile.end, 0, pl.cdiv(k, BLOCK), tile.group < groups,
+                  refs.rhs_NK.at[tile.group], refs.rhs_scales.at[tile.group],
                   functools.partial(_store_owned, refs, tile, column, tiling))
 
     def each_tile(visit, carry):

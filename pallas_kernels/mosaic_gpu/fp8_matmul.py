@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -37,7 +36,7 @@ from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu import schedule
 from pallas_kernels.mosaic_gpu.fp8_tiling import (
   Tiling,
-  default_tiling,
+  dense_tiling,
   unsupported_columns,
   unsupported_formats,
 )
@@ -74,6 +73,7 @@ class Tile(NamedTuple):
     lhs_row, rhs_row: first row of each operand; those of rhs are the tile's columns.
     end: row of lhs at which the result, or the tile's group, ends; None if the tile is whole.
     first_k, num_k: first block of 128 of K to sum over, and the number of blocks.
+    live: whether there is anything to sum, or None if there always is; otherwise sums are zeros.
     rhs_NK, rhs_scales: rhs and its scales, those of the tile's group in a grouped product; scales
       are [k, N] if each row has its own (1x128), or [n, k] if each 128 rows share one (128x128).
     store: takes the sums of this warpgroup's part of the tile, and writes them to the result.
@@ -84,6 +84,7 @@ class Tile(NamedTuple):
   end: jax.Array | int | None
   first_k: jax.Array | int
   num_k: jax.Array | int
+  live: jax.Array | None
   rhs_NK: jax.Ref
   rhs_scales: jax.Ref
   store: Callable[[Sums], None]
@@ -128,8 +129,8 @@ def run(
     lhs_MK: float8_e4m3fn values with 1x128 scales.
     rhs_NK: float8_e4m3fn values with 128x128 or 1x128 scales.
     dtype: dtype of the result, bfloat16 or float32.
-    tiling: how the product is cut; None takes the tiling that was measured fastest for this shape,
-      or else `default_tiling`.
+    tiling: how the product is cut; None takes that of `fp8_tiling.dense_tiling`, or the exception
+      that the table of tilings has for this shape.
     interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, without a GPU.
 
   Returns:
@@ -137,8 +138,8 @@ def run(
   """
   vectors = rhs_NK.tile == (1, BLOCK)
   operation = f"fp8_matmul {'1x128' if vectors else '128x128'}"
-  default = default_tiling(dtype, vectors, (lhs_MK.shape[0], *rhs_NK.shape))
-  tiling = tiling or tuned(default, operation, dtype, lhs_MK.shape[0], *rhs_NK.shape)
+  shape = lhs_MK.shape[0], *rhs_NK.shape
+  tiling = tiling or tuned(dense_tiling(dtype, vectors, *shape), operation, dtype, *shape)
   if tiling.swapped:
     return _product(rhs_NK, lhs_MK, dtype, tiling, interpret).T
   return _product(lhs_MK, rhs_NK, dtype, tiling, interpret)
@@ -151,25 +152,34 @@ def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
   blocks = pl.cdiv(k, BLOCK)
 
   def body(refs: Refs):
-    def locate(place, out, first_k, num_k):
+    def locate(place, first_k, num_k, store_sums):
       mi, ni = place
       row, column = mi * tiling.block_m, first_column(ni, tiling)
-      end = m if m % tiling.block_m else None
-      return Tile(row, column, end, first_k, num_k, refs.rhs_NK, refs.rhs_scales,
-                  functools.partial(store, refs, out, row, column, tiling))
+      return Tile(row, column, m if m % tiling.block_m else None, first_k, num_k, None,
+                  refs.rhs_NK, refs.rhs_scales, functools.partial(store_sums, row, column))
+
+    def store_tile(row, column, sums):
+      store(refs, refs.out, row, column, tiling, sums)
 
     def each_tile(visit, carry):
-      if tiling.shared:
-        return schedule.share(math.prod(grid), blocks, programs, lambda part, carry: visit(
-            locate(reversed(divmod(part.tile, grid[0])), refs.out.at[part.index], part.first,
-                   part.count), carry), carry)
       # L2 rasterisation: along M within a band of `swizzle` columns of tiles, back along the next
       # band, so that the tiles in flight on all multiprocessors share rows of both operands.
-      return schedule.deal(math.prod(grid), programs, lambda index, carry: visit(
-          locate(plgpu.planar_snake(index, grid, 1, tiling.swizzle), refs.out, 0, blocks),
-          carry), carry)
+      return schedule.deal(math.prod(grid), programs, lambda index, carry: visit(locate(
+          plgpu.planar_snake(index, grid, 1, tiling.swizzle), 0, blocks, store_tile), carry), carry)
 
-    multiply_tiles(refs, each_tile, tiling)
+    def each_part(visit, carry):
+      # A tile has fewer parts than another one may have: its last part stores zeros for the others.
+      def store_part(part, row, column, sums):
+        store(refs, refs.out.at[part.index], row, column, tiling, sums)
+        last = part.first + part.count == blocks
+        pl.loop(part.index + 1, jnp.where(last, most_parts, 0))(lambda index: store(
+            refs, refs.out.at[index], row, column, tiling, jax.tree.map(jnp.zeros_like, sums)))
+
+      return schedule.share(math.prod(grid), blocks, programs, lambda part, carry: visit(locate(
+          reversed(divmod(part.tile, grid[0])), part.first, part.count,
+          functools.partial(store_part, part)), carry), carry)
+
+    multiply_tiles(refs, each_part if tiling.shared else each_tile, tiling)
 
   # Scales of rows are transposed to [k, M], so that those that a tile needs for 128 of K are
   # contiguous, which makes them a single TMA copy.
@@ -183,16 +193,11 @@ def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
     programs = num_programs(tiling, math.prod(grid))
     return call(out=jax.ShapeDtypeStruct((m, n), dtype), programs=programs)
   programs = min(MULTIPROCESSORS, math.prod(grid) * blocks)
-  num_parts = functools.partial(schedule.num_shares, num_tiles=math.prod(grid), blocks=blocks,
-                                programs=programs)
-  most = int(max(num_parts(np.arange(math.prod(grid)))))
+  most_parts = schedule.most_parts(math.prod(grid), blocks, programs)
   columns = -(-n // 4) * 4  # for rows of a multiple of 16 bytes
-  parts_PMN = call(out=jax.ShapeDtypeStruct((most, m, columns), jnp.float32), programs=programs)
-  # Which parts of a tile were written is computed again here, which takes no kernel of its own.
-  parts_MN = num_parts(jnp.arange(columns) // tiling.block_n * grid[0]
-                       + (jnp.arange(m) // tiling.block_m)[:, None])
-  written = jnp.arange(most)[:, None, None] < parts_MN
-  return jnp.where(written, parts_PMN, 0).sum(0)[:, :n].astype(dtype)
+  parts_PMN = call(out=jax.ShapeDtypeStruct((most_parts, m, columns), jnp.float32),
+                   programs=programs)
+  return parts_PMN.sum(0)[:, :n].astype(dtype)
 
 
 def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
@@ -322,12 +327,18 @@ def multiply_tiles(
 
       if tile.end is None:
         multiply()
-      else:
-        # A warpgroup without a row to store leaves the tensor cores to the other one.
-        has_rows = tile.lhs_row + tiling.row(0) < tile.end
+        return lax.rem(slot + tile.num_k, tiling.stages)
+      # A warpgroup without a row to store leaves the tensor cores to the other one.
+      has_rows = tile.lhs_row + tiling.row(0) < tile.end
+      if tile.live is None:
         pl.when(has_rows)(multiply)
         pl.when(~has_rows)(lambda: _skip_tile(refs, tile, slot, tiling))
-      return lax.rem(slot + tile.num_k, tiling.stages)
+        return lax.rem(slot + tile.num_k, tiling.stages)
+      # ptxas makes code half as fast of a loop over blocks whose number it does not know.
+      pl.when(has_rows & tile.live)(multiply)
+      pl.when(has_rows & ~tile.live)(lambda: tile.store(_no_sums(own_refs, tiling)))
+      pl.when(~has_rows & tile.live)(lambda: _skip_tile(refs, tile, slot, tiling))
+      return jnp.where(tile.live, lax.rem(slot + tile.num_k, tiling.stages), slot)
 
     each_tile(visit, jnp.int32(0))
 
@@ -349,7 +360,8 @@ def _fetch_tiles(refs, each_tile, tiling) -> None:
       _fetch(refs, tile, tile.first_k + i, lax.rem(step, tiling.stages), tiling)
       return step + 1
 
-    return lax.fori_loop(0, tile.num_k, fetch, step)
+    num_k = tile.num_k if tile.live is None else jnp.where(tile.live, tile.num_k, 0)
+    return lax.fori_loop(0, num_k, fetch, step)
 
   steps = each_tile(visit, jnp.int32(0))
   # A block must not exit while another block of its cluster may still multicast into its shared
@@ -398,12 +410,6 @@ def _skip_tile(refs, tile, slot, tiling) -> None:
 
 def _multiply_tile(refs, tile, slot, tiling) -> Sums:
   """Sums this warpgroup's part of a tile over K, from the stage `slot` on."""
-  # Tiles begin at multiples of block_n, so as many columns as divide both it and 128 have one
-  # 128x128 scale. 1x128 scales differ for each column anyway.
-  width = math.gcd(tiling.block_n, BLOCK) if refs.rhs_scale_smem is None else tiling.block_n
-  # Layout.WGMMA spreads an array over the threads' registers as wgmma does its result.
-  zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
-  sums = ((zeros,) * (tiling.block_n // width),) * tiling.waves
   # Blocks of K in one iteration. With a depth of 1 every product is drained before the next anyway.
   span = 1 if tiling.depth == 1 else _PRODUCTS_PER_ITERATION // tiling.waves
 
@@ -417,11 +423,22 @@ def _multiply_tile(refs, tile, slot, tiling) -> Sums:
           refs, tile, first_k + i * num, slots[:num], sums, tiling)
     return add
 
-  carry = lax.fori_loop(0, tile.num_k // span, add_blocks(span, tile.first_k), (slot, sums))
+  carry = lax.fori_loop(0, tile.num_k // span, add_blocks(span, tile.first_k),
+                        (slot, _no_sums(refs, tiling)))
   if span > 1 and not (isinstance(tile.num_k, int) and tile.num_k % span == 0):
     left = tile.num_k % span
     carry = lax.fori_loop(0, left, add_blocks(1, tile.first_k + tile.num_k - left), carry)
   return carry[1]
+
+
+def _no_sums(refs, tiling) -> Sums:
+  """Returns the sums of no products: zeros."""
+  # Tiles begin at multiples of block_n, so as many columns as divide both it and 128 have one
+  # 128x128 scale. 1x128 scales differ for each column anyway.
+  width = math.gcd(tiling.block_n, BLOCK) if refs.rhs_scale_smem is None else tiling.block_n
+  # Layout.WGMMA spreads an array over the threads' registers as wgmma does its result.
+  zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+  return ((zeros,) * (tiling.block_n // width),) * tiling.waves
 
 
 def _add_products(refs, tile, ki, slots, sums, tiling) -> Sums:

@@ -1,9 +1,11 @@
 """How an FP8 product is cut into tiles on Hopper, and which products can be cut so.
 
-The kernel that these tilings are for is in `fp8_matmul`.
+The kernel that these tilings are for is in `fp8_matmul`. A tiling is chosen by a rule, fitted to
+times that were measured on an H200 for shapes drawn at random; `tilings.json` lists exceptions.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_gpu.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS
-from pallas_kernels.quantized import Quantized
+from pallas_kernels.quantized import BLOCK, Quantized
 
 _COPY_BYTES = 16  # TMA needs rows of a multiple of it
+_SHARED = 225 * 1024  # bytes of shared memory of a block, less some for barriers and alignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,28 +100,79 @@ def unsupported_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str
   return None
 
 
-def default_tiling(
-    dtype: jnp.dtype, vectors: bool, shape: tuple[int, int] | None = None) -> Tiling:
-  """Returns the tiling for shapes that were not tuned: the most stages that fit in shared memory.
-
-  Those are 5 for tiles of 128 rows, or 4 with a float32 result, which takes twice the room, and 3
-  for tiles of 256 rows with either result. None of these tilings spills registers.
-
-  With 1x128 scales on both operands, a tile of 256 rows reads rhs's scales half as often as two
-  tiles of 128 rows, and takes 1.8 times as long as one. Where tiles of 256 rows would leave too
-  many multiprocessors idle in the last round, tiles of 128 rows are taken.
+def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Tiling:
+  """Returns a tiling for a product of [M, K] and [N, K], by the time that each is expected to take.
 
   Args:
     dtype: dtype of the result.
     vectors: whether rhs has 1x128 scales, one for each row, rather than 128x128.
-    shape: shape of the result if its tiles are all that the kernel computes; None otherwise.
+    m, n, k: the shape.
   """
-  stages = 5 if jnp.dtype(dtype).itemsize == 2 else 4
-  if not vectors:
-    return Tiling(stages=stages)
-  tall, short = Tiling(block_m=256, depth=1, stages=3), Tiling(depth=1, stages=stages)
-  if not shape:
-    return tall
-  rounds = lambda tiling: pl.cdiv(
-      pl.cdiv(shape[0], tiling.block_m) * pl.cdiv(shape[1], tiling.block_n), MULTIPROCESSORS)
-  return short if rounds(short) < 1.8 * rounds(tall) else tall
+  if m <= _FEW_ROWS:
+    return _fill(Tiling(block_n=32 if m <= 32 else 64, shared=True, swapped=True), jnp.float32)
+  if vectors:
+    return gradient_tiling(dtype, 1, m, n)
+  expected = {width: _microseconds(width, m, n, k) for width in _MICROSECONDS}
+  width = min(expected, key=expected.get)
+  # The times of the other widths were exceeded where many rounds heat the chip.
+  if expected[BLOCK] < 1.04 * expected[width]:
+    width = BLOCK
+  if _shared_microseconds(m, n, k) < 0.9 * expected[width]:
+    return _fill(Tiling(shared=True), jnp.float32)
+  return _fill(Tiling(block_n=width, depth=1 if width > BLOCK else 2), dtype)
+
+
+def grouped_tiling(dtype: jnp.dtype, n: int) -> Tiling:
+  """Returns a tiling for a grouped product with N columns, for groups of any number of rows."""
+  # 192 columns take a little longer than their share.
+  narrow, wide = -(-n // BLOCK) * BLOCK, -(-n // 192) * 192
+  if 1.04 * wide < narrow:
+    return _fill(Tiling(block_n=192, depth=1), dtype)
+  return _fill(Tiling(), dtype)
+
+
+def gradient_tiling(dtype: jnp.dtype, groups: int, k: int, n: int) -> Tiling:
+  """Returns a tiling for the gradients of `groups` matrices of [K, N]."""
+  columns = pl.cdiv(n, BLOCK) * groups
+  return _tall_or_short(dtype, pl.cdiv(k, 256) * columns, pl.cdiv(k, 128) * columns)
+
+
+_FEW_ROWS = 64
+# By the columns of a tile of 128 rows: microseconds before the first round of tiles on all
+# multiprocessors, for each round, and for each block of 128 of K in a round. Fitted to 28 shapes of
+# 64 to 16384 rows.
+_MICROSECONDS = {32: (0.0, 1.5, 0.26), 64: (0.7, 0.2, 0.32), 96: (3.1, 0.4, 0.36),
+                 128: (1.7, 0.7, 0.40), 192: (0.9, 1.2, 0.61)}
+
+
+def _microseconds(width: int, m: int, n: int, k: int) -> float:
+  start, per_round, per_block = _MICROSECONDS[width]
+  rounds = pl.cdiv(pl.cdiv(m, 128) * pl.cdiv(n, width), MULTIPROCESSORS)
+  return start + rounds * (per_round + per_block * pl.cdiv(k, BLOCK))
+
+
+def _shared_microseconds(m: int, n: int, k: int) -> float:
+  """Returns the expected time with shared tiles of 128 x 128, including the sum of their parts."""
+  blocks = pl.cdiv(k, BLOCK)
+  most = pl.cdiv(pl.cdiv(m, 128) * pl.cdiv(n, 128) * blocks, MULTIPROCESSORS)
+  parts = pl.cdiv(blocks, most) + 1
+  return 9.5 + 0.42 * most + parts * m * n * 4 / 2e6
+
+
+def _tall_or_short(dtype, tall_tiles: int, short_tiles: int) -> Tiling:
+  """Returns a tiling of 256 or 128 rows for operands that both have 1x128 scales.
+
+  A tile of 256 rows reads rhs's scales half as often as two tiles of 128 rows, and takes 1.85 times
+  as long as one. Where tiles of 256 rows would leave too many multiprocessors idle in the last
+  round, or exceed the result by too much, tiles of 128 rows are taken.
+  """
+  rounds = lambda tiles: pl.cdiv(tiles, MULTIPROCESSORS)
+  short = rounds(short_tiles) < 1.85 * rounds(tall_tiles)
+  return _fill(Tiling(block_m=128 if short else 256, depth=1), dtype)
+
+
+def _fill(tiling: Tiling, dtype: jnp.dtype) -> Tiling:
+  """Returns the tiling with as many stages as fit in shared memory, at most 8."""
+  out = WARPGROUPS * ROWS * tiling.block_n * jnp.dtype(dtype).itemsize
+  stage = (tiling.block_m + tiling.block_n) * (BLOCK + 4)
+  return dataclasses.replace(tiling, stages=min(8, math.floor((_SHARED - out) / stage)))

@@ -41,7 +41,7 @@ def run(
     [G, K, N].
   """
   (k, _), n, groups = lhs_KS.shape, rhs_NS.shape[0], len(sizes_G)
-  tiling = tiling or tuned(fp8_tiling.default_tiling(dtype, vectors=True),
+  tiling = tiling or tuned(fp8_tiling.gradient_tiling(dtype, groups, k, n),
                            "fp8_grouped_weight_gradient", dtype, groups, k, n)
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(k, tiling.block_m), pl.cdiv(n, columns))
@@ -55,7 +55,8 @@ def run(
       mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.swizzle)
       row, column = mi * tiling.block_m, fp8_matmul.first_column(ni, tiling)
       end = k if k % tiling.block_m else None
-      return Tile(row, column, end, first_G[group], num_G[group], refs.rhs_NK, refs.rhs_scales,
+      return Tile(row, column, end, first_G[group], num_G[group], None, refs.rhs_NK,
+                  refs.rhs_scales,
                   functools.partial(fp8_matmul.store, refs, refs.out.at[group], row, column,
                                     tiling))
 

@@ -238,9 +238,15 @@ def why_not(lhs: jax.Array, rhs: jax.Array, sizes_G: jax.Array, *widths: int) ->
   return None
 
 
-def default_tiling(columns: int) -> Tiling:
-  """Returns the tiling that was fastest most often, among those that divide `columns`."""
-  return Tiling(128, 256) if columns % 256 == 0 else Tiling(128, 128, 6)
+def product_tiling(columns: int) -> Tiling:
+  """Returns the tiling for a product of N columns, fitted to 28 shapes drawn at random.
+
+  Tiles of 256 columns and of 192 are about equally fast for each column, and narrower ones slower.
+  What a tile has past the last column is wasted.
+  """
+  known = {Tiling(128, 256): 1.0, Tiling(128, 192): 1.02, Tiling(128, 128, 6): 0.97}
+  return max(known, key=lambda tiling: known[tiling] / pl.cdiv(columns, tiling.columns)
+             / tiling.columns)
 
 
 def run(
@@ -257,8 +263,8 @@ def run(
     transpose_rhs: whether to multiply by the transpose of every matrix.
     precision: ignored; products are exact and summed in float32.
     dtype: dtype of the result, bfloat16 or float32; None means bfloat16.
-    tiling: how the product is cut; None takes the tiling that was measured fastest for this shape,
-      or else `default_tiling`.
+    tiling: how the product is cut; None takes `product_tiling`, or the exception that the table of
+      tilings has for this shape.
     programs: number of thread blocks among which tiles are divided; None means one for each
       multiprocessor of an H200.
     interpret: `plgpu.InterpretGPUParams`, to run in the interpreter, without a GPU.
@@ -270,7 +276,7 @@ def run(
   columns = rhs.shape[1 if transpose_rhs else 2]
   dtype = jnp.dtype(dtype or jnp.bfloat16)
   operation = "grouped_matmul" + (" transposed" if transpose_rhs else "")
-  tiling = tiling or tuned(default_tiling(columns), operation, dtype, len(sizes_G),
+  tiling = tiling or tuned(product_tiling(columns), operation, dtype, len(sizes_G),
                            lhs_RK.shape[1], columns)
   return _call(schedule.row_tiles(sizes_G, len(lhs_RK), tiling.rows), lhs_RK, rhs,
                jax.ShapeDtypeStruct((len(lhs_RK), columns), dtype), transpose_rhs, tiling,

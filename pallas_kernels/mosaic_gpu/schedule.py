@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 
@@ -185,8 +184,8 @@ def share[Carry](
   return lax.fori_loop(lax.div(begin, blocks), lax.div(end - 1, blocks) + 1, turn, carry)
 
 
-def num_shares[Index: (np.ndarray, jax.Array)](
-    tile: Index, num_tiles: int, blocks: int, programs: int) -> Index:
-  """Returns into how many parts `share` divides each tile, given its index."""
+def most_parts(num_tiles: int, blocks: int, programs: int) -> int:
+  """Returns the largest number of parts into which `share` divides a tile."""
   program = lambda block: ((block + 1) * programs - 1) // (num_tiles * blocks)
-  return program((tile + 1) * blocks - 1) - program(tile * blocks) + 1
+  return max(program((tile + 1) * blocks - 1) - program(tile * blocks) + 1
+             for tile in range(num_tiles))

@@ -61,7 +61,7 @@ class Job:
     flops: FLOPs of one call.
     run: the kernel, a function of the operands and the keyword argument `tiling`.
     operands: makes the operands.
-    candidates: tilings to time, the kernel's default first.
+    candidates: tilings to time, the one that the kernel's rule chooses first.
   """
 
   key: str
@@ -119,32 +119,36 @@ def jobs() -> Iterator[Job]:
   vectors = (
       dense(block_m=256, depth=1, stages=3), dense(depth=1, stages=4), dense(depth=1, stages=3),
       dense(depth=1, stages=4, cluster=2), dense(block_m=256, block_n=96, stages=3))
+  plain = grouped_matmul.Tiling
+  products = plain(128, 256), plain(128, 192), plain(128, 128, 6), plain(256, 128)
+  gradients = plain(128, 256, swizzle=1), plain(256, 128, swizzle=1), plain(128, 256)
   for m, n, k in _BLOCKS:
+    rule = fp8_tiling.dense_tiling(bf16, False, m, n, k)
     yield Job(key("fp8_matmul 128x128", bf16, m, n, k), 2 * m * n * k,
               functools.partial(fp8_matmul.run, dtype=bf16),
-              lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k, tile="128x128")), blocks)
+              lambda m=m, n=n, k=k: (_quantised(m, k), _quantised(n, k, tile="128x128")),
+              _first(rule, blocks))
   for rows, groups, k, n in _EXPERTS:
     make, flops = functools.partial(_grouped, rows, groups, k, n), 2 * rows * k * n
-    for name, dtype, run, kind, candidates in (
-        ("fp8_grouped_matmul", bf16, fp8_grouped.run, "fp8", blocks),
-        ("fp8_grouped_weight_gradient", f32, fp8_weight_gradient.run, "fp8 gradient", vectors),
-        ("grouped_matmul", bf16, grouped_matmul.run, "plain", _fitting(grouped_matmul, n)),
+    product = grouped_matmul.product_tiling(n)
+    for name, dtype, run, kind, rule, others in (
+        ("fp8_grouped_matmul", bf16, fp8_grouped.run, "fp8",
+         fp8_tiling.grouped_tiling(bf16, n), blocks),
+        ("fp8_grouped_weight_gradient", f32, fp8_weight_gradient.run, "fp8 gradient",
+         fp8_tiling.gradient_tiling(f32, groups, k, n), vectors),
+        ("grouped_matmul", bf16, grouped_matmul.run, "plain", product, products),
         ("grouped_matmul transposed", bf16,
-         functools.partial(grouped_matmul.run, transpose_rhs=True), "transposed",
-         _fitting(grouped_matmul, n)),
+         functools.partial(grouped_matmul.run, transpose_rhs=True), "transposed", product,
+         products),
         ("grouped_weight_gradient", f32, grouped_weight_gradient.run, "gradient",
-         _fitting(grouped_weight_gradient, n, rows=k))):
+         grouped_weight_gradient.gradient_tiling(k, n), gradients)):
       yield Job(key(name, dtype, groups, k, n), flops, functools.partial(run, dtype=dtype),
-                functools.partial(make, kind), candidates)
+                functools.partial(make, kind), _first(rule, others))
 
 
-def _fitting(kernel, columns: int, rows: int = 256) -> tuple:
-  """Returns the candidates of which `columns` and `rows` are multiples, the default first."""
-  default = kernel.default_tiling(columns)
-  tiling = type(default)
-  known = (default, tiling(128, 128, 6), tiling(256, 128), tiling(128, 256))
-  return tuple(dict.fromkeys(
-      each for each in known if columns % each.columns == 0 and rows % each.rows == 0))
+def _first(rule, others: tuple) -> tuple:
+  """Returns the tilings without repetitions, the one that the rule chooses first."""
+  return tuple(dict.fromkeys((rule, *others)))
 
 
 def _quantised(rows: int, columns: int, tile: str = "1x128"):

@@ -9,24 +9,18 @@ import pytest
 from experiments.benchmarks.kernels import tune_kernels
 from experiments.options import Options
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul, grouped_matmul, tilings
+from pallas_kernels.mosaic_gpu import fp8_matmul, tilings
 
 HOPPER, NO_GPU = (
     types.SimpleNamespace(local_backend=lambda backend=backend: backend,
                           BACKENDS=implementations.BACKENDS) for backend in ("mosaic_gpu", None))
 
 
-def test_jobs_are_distinct_and_their_first_candidate_is_the_kernels_default():
+def test_jobs_are_distinct_and_so_are_their_candidates():
   jobs = list(tune_kernels.jobs())
   assert len({job.key for job in jobs}) == len(jobs)
   for job in jobs:
     assert len(set(job.candidates)) == len(job.candidates) > 1
-    vectors = "1x128" in job.key or "fp8_grouped_weight_gradient" in job.key
-    if job.key.startswith("fp8"):
-      default = fp8_matmul.default_tiling("float32" if vectors else "bfloat16", vectors)
-    else:
-      default = grouped_matmul.default_tiling(int(job.key.rpartition(" ")[2]))
-    assert job.candidates[0] == default
 
 
 def test_a_run_keeps_the_tilings_of_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
@@ -55,7 +49,6 @@ def test_the_best_tiling_has_the_smallest_time_relative_to_the_defaults():
 
 def test_every_committed_tiling_is_a_candidate_of_its_job():
   jobs = {job.key: job for job in tune_kernels.jobs()}
-  assert tilings.table()
   for name, fields in tilings.table().items():
     assert type(jobs[name].candidates[0])(**fields) in jobs[name].candidates
 
