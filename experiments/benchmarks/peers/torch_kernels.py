@@ -60,3 +60,13 @@ def grouped_mm_forward_backward(x_RK, w_GKN, sizes_G, dy_RN):
   x_RK, w_GKN = x_RK.detach().requires_grad_(), w_GKN.detach().requires_grad_()
   y_RN = grouped_mm(x_RK, w_GKN, sizes_G)
   return y_RN, *torch.autograd.grad(y_RN, (x_RK, w_GKN), dy_RN)
+
+
+def grouped_mm_before_quantisation(x, w, sizes_G, x_RK, w_GKN):
+  """The same grouped product in bfloat16, of the operands before quantisation."""
+  return grouped_mm(x_RK, w_GKN, sizes_G)
+
+
+def grouped_weight_gradient(x, dy, sizes_G, x_RK, dy_RN):
+  """The gradients of a grouped product's matrices in bfloat16, before quantisation."""
+  return torch._grouped_mm(x_RK.t(), dy_RN, offs=sizes_G.cumsum(0, dtype=torch.int32))

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def test_a_contender_or_reference_that_runs_out_of_memory_is_absent_other_errors
     case = kernel_cases.Case("op", "", 1.0, "TFLOP/s", lambda: (jnp.ones(2),),
                              {"ours": lambda x: x, "other": fail}, reference=fail)
     cfg = bench_kernels.BenchConfig(rounds=2, seconds=0)
-    return bench_kernels._measure(case, cfg, {"bf16 TFLOP/s": 1.0})
+    return bench_kernels._measure(case, bench_kernels._compile(case), cfg, {"bf16 TFLOP/s": 1.0})
 
   reason = "RESOURCE_EXHAUSTED: no memory"
   rows = measure(f"{reason}\nmuch more")
@@ -71,6 +72,36 @@ def test_a_contender_or_reference_that_runs_out_of_memory_is_absent_other_errors
   assert (rows[0]["error"], rows[0]["reference_absent"]) == (None, reason)
   with pytest.raises(jax.errors.JaxRuntimeError, match="illegal address"):
     measure("INTERNAL: illegal address")
+
+
+def test_random_shapes_are_those_of_the_seed_and_within_what_every_contender_takes():
+  shapes = kernel_cases.random_shapes(kernel_cases.RANDOM_SEED)
+  assert shapes == kernel_cases.SHAPES["gpu_random"] != kernel_cases.random_shapes(1)
+  assert len(shapes.grouped) == 24 and len(shapes.products) == 36
+  many = [shape for shape in shapes.products if shape[0] > 64]
+  assert len(many) == 24 and all(m % 4 == n % 64 == k % 128 == 0 for m, n, k in many)
+  assert all(k % 128 == n % 128 == 0 for _, _, k, n, _ in shapes.grouped)
+  assert {skew for *_, skew in shapes.grouped} == {"even", "skewed"}
+
+
+def test_an_operation_with_many_shapes_has_the_mean_of_its_speed_ups_and_the_number_of_slow_ones():
+  rows = []
+  for shape, ratio in enumerate((1.0, 2.0, 4.0, 0.5, 1.0, 1.0)):
+    rows += [
+        {"operation": "op", "shape": shape, "contender": "ours", "by_round": [1.0] * 12},
+        {"operation": "op", "shape": shape, "contender": "torch", "by_round": [ratio] * 12,
+         "speedup": (ratio,) * 3, "target": 1.0}]
+  mean, slower = bench_kernels._over_shapes(rows, 12)
+  assert mean["value"] == pytest.approx(4 ** (1 / 6)) and mean["verdict"] == "met"
+  assert (slower["value"], slower["verdict"]) == (1, "missed")
+  assert bench_kernels._over_shapes(rows[:-2], 12) == []
+
+
+def test_a_copy_that_is_too_slow_voids_the_run(monkeypatch):
+  device = types.SimpleNamespace(device_kind="NVIDIA H200")
+  monkeypatch.setattr(bench_kernels.jax, "devices", lambda: [device])
+  with pytest.raises(ValueError, match="no other program may use it"):
+    bench_kernels._ceilings("smoke", bench_kernels.BenchConfig(rounds=2, seconds=0))
 
 
 def test_the_gpu_scale_is_refused_on_a_device_without_kernels(monkeypatch):
