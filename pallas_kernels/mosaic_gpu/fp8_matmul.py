@@ -173,7 +173,7 @@ def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
         store(refs, refs.out.at[part.index], row, column, tiling, sums)
         last = part.first + part.count == blocks
         pl.loop(part.index + 1, jnp.where(last, most_parts, 0))(lambda index: store(
-            refs, refs.out.at[index], row, column, tiling, jax.tree.map(jnp.zeros_like, sums)))
+            refs, refs.out.at[index], row, column, tiling, _no_sums(refs, tiling)))
 
       return schedule.share(math.prod(grid), blocks, programs, lambda part, carry: visit(locate(
           reversed(divmod(part.tile, grid[0])), part.first, part.count,

@@ -90,16 +90,20 @@ def test_every_variant_lowers(tiling):
   lower(**({"m": 4096, "n": 4096, "k": 7168} | tiling))
 
 
+@pytest.mark.parametrize("shape", [(1, 4096, 7168), (40, 2112, 1536), (333, 1408, 6912)])
+@pytest.mark.parametrize("tile", TILES)
+def test_few_rows_and_shared_tiles_lower(shape, tile):
+  lower(*shape, tile)
+  lower(*shape, tile, stages=4, shared=True, depth=1)
+
+
 @pytest.mark.parametrize(("columns", "dtype"), [
-    (16, jnp.float32), (48, jnp.float32), (48, jnp.bfloat16), (80, jnp.bfloat16),
-    (96, jnp.float32), (96, jnp.bfloat16), (160, jnp.float32), (192, jnp.bfloat16)])
-def test_widths_that_do_not_lower_are_refused_and_only_those(columns, dtype):
+    (4, jnp.float32), (8, jnp.bfloat16), (48, jnp.float32), (72, jnp.bfloat16),
+    (84, jnp.float32), (192, jnp.bfloat16)])
+def test_widths_of_any_multiple_of_16_bytes_lower(columns, dtype):
   operands = shaped(256, 256, (1, 128)), shaped(columns, 256, (128, 128))
-  if kernel.unsupported_reason(*operands, dtype=dtype) is None:
-    lower(256, columns, 256, dtype=dtype)
-  else:
-    with pytest.raises(ValueError, match="multiple of its tiling"):
-      lower(256, columns, 256, dtype=dtype)
+  assert kernel.unsupported_reason(*operands, dtype=dtype) is None
+  lower(256, columns, 256, dtype=dtype)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
