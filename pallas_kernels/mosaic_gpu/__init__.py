@@ -1,4 +1,4 @@
 """Kernels for Hopper GPUs, written in Pallas' Mosaic GPU, one file per operation.
 
-`fp8_matmul` explains the constructs and the protocol that the other kernels share with it.
+`fp8_kernel` explains the constructs and the protocol that the other kernels share with it.
 """

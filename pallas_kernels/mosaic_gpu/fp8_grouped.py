@@ -1,4 +1,4 @@
-"""Grouped FP8 matrix product on Hopper, for groups of any size; built from `fp8_matmul`.
+"""Grouped FP8 matrix product on Hopper, for groups of any size; built from `fp8_kernel`.
 
 Each tile belongs to one group. A group's last tile may also cover rows of the next one, which it
 computes and does not store: 64 rows that belong to the tile are stored whole, and fewer in runs of
@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul, fp8_tiling, schedule
-from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Sums, Tile
+from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling, schedule
+from pallas_kernels.mosaic_gpu.fp8_kernel import Refs, Sums, Tile
 from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
@@ -56,7 +56,7 @@ def run(
       fp8_tiling.grouped_tiling(dtype, n), "fp8_grouped_matmul", dtype, groups, k, n)
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
-  programs = fp8_matmul.num_programs(
+  programs = fp8_kernel.num_programs(
       tiling, schedule.most_tiles(rows, groups, tiling.block_m) * num_columns)
 
   def body(fields_TF, count_1, refs: Refs):
@@ -64,7 +64,7 @@ def run(
       # The number of tiles depends on the sizes, so it is read when the kernel runs. Rows of no
       # group are tiles of group G, and zeros.
       ti, ni = plgpu.planar_snake(index, (count_1[0], num_columns), 1, tiling.swizzle)
-      tile, column = schedule.read(fields_TF, ti), fp8_matmul.first_column(ni, tiling)
+      tile, column = schedule.read(fields_TF, ti), fp8_kernel.first_column(ni, tiling)
       return Tile(tile.start, column, tile.end, 0, pl.cdiv(k, BLOCK), tile.group < groups,
                   refs.rhs_NK.at[tile.group], refs.rhs_scales.at[tile.group],
                   functools.partial(_store_owned, refs, tile, column, tiling))
@@ -74,11 +74,11 @@ def run(
                            lambda index, carry: visit(locate(index), carry), carry,
                            schedule.resonates(programs, min(num_columns, tiling.swizzle)))
 
-    fp8_matmul.multiply_tiles(refs, each_tile, tiling)
+    fp8_kernel.multiply_tiles(refs, each_tile, tiling)
 
   operands = (pad_columns(lhs_RK.values_MK), pad_columns(rhs_GNK.values_MK),
               k_major(lhs_RK.scales_mk), rhs_GNK.scales_mk)
-  return fp8_matmul.launch(
+  return fp8_kernel.launch(
       "fp8_grouped_matmul", body, operands, out=jax.ShapeDtypeStruct((rows, n), dtype),
       tiling=tiling, programs=programs, interpret=interpret, vectors=(True, False), any_row=True,
       before=schedule.row_tiles(sizes_G, rows, tiling.block_m))
@@ -98,7 +98,7 @@ def _store_owned(refs: Refs, tile: schedule.Tile, column, tiling: Tiling, sums: 
   """Stores those rows of this warpgroup's part that the tile owns, wave by wave."""
   def store(row, chunks):
     count = owned(tile.end, row)
-    pl.when(count == ROWS)(lambda: fp8_matmul.store_wave(refs, refs.out, row, column, chunks))
+    pl.when(count == ROWS)(lambda: fp8_kernel.store_wave(refs, refs.out, row, column, chunks))
     pl.when((count > 0) & (count < ROWS))(
         lambda: _store_some(refs, row, count, column, chunks))
 
@@ -110,7 +110,7 @@ def _store_some(refs: Refs, row, count, column, chunks) -> None:
   """Stores the first `count` of the 64 rows in `chunks`, at `row` and `column`."""
   wg = lax.axis_index("wg")
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  for piece, value in enumerate(fp8_matmul.pieces(refs, chunks)):
+  for piece, value in enumerate(fp8_kernel.pieces(refs, chunks)):
     # Not swizzled, so that a run may begin at any row.
     staged = as_plain_rows(refs.out_smem, wg, piece, interpreted=refs.interpreted)
     compat.store(staged, value)

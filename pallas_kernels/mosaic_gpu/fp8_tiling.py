@@ -1,6 +1,6 @@
 """How an FP8 product is cut into tiles on Hopper, and which products can be cut so.
 
-The kernel that these tilings are for is in `fp8_matmul`. A tiling is chosen by a rule, fitted to
+The kernel that these tilings are for is in `fp8_kernel`. A tiling is chosen by a rule, fitted to
 times that were measured on an H200 for shapes drawn at random; `tilings.json` lists exceptions.
 """
 

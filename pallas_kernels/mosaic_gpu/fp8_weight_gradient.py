@@ -1,4 +1,4 @@
-"""Gradients of a grouped product's matrices on Hopper in FP8; built from `fp8_matmul`.
+"""Gradients of a grouped product's matrices on Hopper in FP8; built from `fp8_kernel`.
 
 The product contracts over a group's rows. Every group begins at a multiple of 128 rows, so the 128
 rows between two promotions never belong to two groups.
@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul, fp8_tiling, schedule
-from pallas_kernels.mosaic_gpu.fp8_matmul import Refs, Tile
+from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling, schedule
+from pallas_kernels.mosaic_gpu.fp8_kernel import Refs, Tile
 from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import k_major
 from pallas_kernels.mosaic_gpu.tilings import tuned
@@ -45,7 +45,7 @@ def run(
                            "fp8_grouped_weight_gradient", dtype, groups, k, n)
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(k, tiling.block_m), pl.cdiv(n, columns))
-  programs = fp8_matmul.num_programs(tiling, groups * math.prod(grid))
+  programs = fp8_kernel.num_programs(tiling, groups * math.prod(grid))
 
   def body(first_G, num_G, refs: Refs):
     def locate(index):
@@ -53,21 +53,21 @@ def run(
       # stores zeros.
       group = lax.div(index, math.prod(grid))
       mi, ni = plgpu.planar_snake(lax.rem(index, math.prod(grid)), grid, 1, tiling.swizzle)
-      row, column = mi * tiling.block_m, fp8_matmul.first_column(ni, tiling)
+      row, column = mi * tiling.block_m, fp8_kernel.first_column(ni, tiling)
       end = k if k % tiling.block_m else None
       return Tile(row, column, end, first_G[group], num_G[group], None, refs.rhs_NK,
                   refs.rhs_scales,
-                  functools.partial(fp8_matmul.store, refs, refs.out.at[group], row, column,
+                  functools.partial(fp8_kernel.store, refs, refs.out.at[group], row, column,
                                     tiling))
 
     def each_tile(visit, carry):
       return schedule.deal(groups * math.prod(grid), programs,
                            lambda index, carry: visit(locate(index), carry), carry)
 
-    fp8_matmul.multiply_tiles(refs, each_tile, tiling)
+    fp8_kernel.multiply_tiles(refs, each_tile, tiling)
 
   sizes_G = sizes_G.astype(jnp.int32)
-  return fp8_matmul.launch(
+  return fp8_kernel.launch(
       "fp8_grouped_weight_gradient", body,
       (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk), k_major(rhs_NS.scales_mk)),
       out=jax.ShapeDtypeStruct((groups, k, n), dtype), tiling=tiling, programs=programs,

@@ -3,7 +3,7 @@
 A producer warpgroup loads blocks by TMA into a ring in shared memory, and runs ahead of the tile
 that is being multiplied. Two consumer warpgroups multiply half of a tile's rows each. A group may
 end anywhere: 64 rows that belong to the tile are stored whole, and fewer in runs of 1, 2, 4, ...
-rows, so that no other group's rows are written. `fp8_matmul` explains the constructs of Pallas that
+rows, so that no other group's rows are written. `fp8_kernel` explains the constructs of Pallas that
 this kernel shares with it.
 
 Shape letters:  R rows  G groups  K contracted width  N result width  T tiles  F fields of a tile

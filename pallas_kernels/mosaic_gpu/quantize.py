@@ -2,7 +2,7 @@
 
 A thread block is one warpgroup and quantises one piece of the matrix, 128 columns wide. TMA loads
 the piece into shared memory and stores the quantised values from there, and clips both at the last
-row. Several blocks share a multiprocessor, so that some load while others compute. `fp8_matmul`
+row. Several blocks share a multiprocessor, so that some load while others compute. `fp8_kernel`
 explains the constructs of Pallas that are used here.
 
 Shape letters:  M rows  K columns  R rows of 128 columns  S rows in registers at a time

@@ -4,7 +4,7 @@ Two warpgroups share a thread block, of 128 rows of 128 hidden units. First each
 rows, writes their gradients quantised along rows, and overwrites the inputs in shared memory with
 gradients and hidden units in bfloat16. Then each takes half of the columns of those, transposed by
 the load to registers, and writes them quantised along columns. Two blocks fit on a multiprocessor,
-so that one loads while the other computes. `fp8_matmul` explains the constructs of Pallas.
+so that one loads while the other computes. `fp8_kernel` explains the constructs of Pallas.
 
 Shape letters:  M rows  F hidden units  S rows of a step  K columns of a warpgroup
 """

@@ -3,7 +3,7 @@
 A thread block is one warpgroup. It owns some rows and walks along their hidden units, 128 at a
 time, through a ring of pieces in shared memory: the next pieces are loaded by TMA while one is
 computed, and results overwrite in shared memory what they are computed from. The sums for the
-gates' gradients stay in registers. `fp8_matmul` explains the constructs of Pallas.
+gates' gradients stay in registers. `fp8_kernel` explains the constructs of Pallas.
 
 Shape letters:  M rows  F hidden units  S rows in registers at a time
 """

@@ -92,14 +92,15 @@ def main(options: Options) -> None:
   require(chosen, f"only={cfg.only} is in no operation's name")
   ceilings = _ceilings(scale, cfg)
   print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items()))
-  rows = []
-  # Compiling takes longer than measuring, so programs are compiled while others are measured.
+  # Everything is compiled before anything is measured, as XLA times variants on the device.
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    for case, programs in [(case, pool.submit(_compile, case)) for case in chosen]:
-      rows += _measure(case, programs.result(), cfg, ceilings)
-      if options.out:  # after each of the many cases, so that an interrupted run keeps them
-        results.record(options.out, {"config": to_dict(cfg), "scale": scale, "ceilings": ceilings,
-                                     "rows": rows}, summary)
+    compiled = list(pool.map(_compile, chosen))
+  rows = []
+  for case, programs in zip(chosen, compiled, strict=True):
+    rows += _measure(case, programs, cfg, ceilings)
+    if options.out:  # after each of the many cases, so that an interrupted run keeps them
+      results.record(options.out, {"config": to_dict(cfg), "scale": scale, "ceilings": ceilings,
+                                   "rows": rows}, summary)
   print(table(_HEADER, map(_line, rows)))
   print(claims_table(_over_shapes(rows, cfg.rounds)))
 

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Quantized, dequantize, fp8_matmul, implementations, quantize
+from pallas_kernels.mosaic_gpu import fp8_kernel
 from pallas_kernels.mosaic_gpu import fp8_matmul as kernel
 from pallas_kernels.mosaic_gpu import hopper as hopper_module
 from pallas_kernels.quantized import error, round_to
@@ -129,7 +130,7 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
     (33, 256, 384, "1x128", {"stages": 3, "block_n": 64, "shared": True, "swapped": True})])
 def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
     monkeypatch, m, n, k, tile, tiling):
-  monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)  # so that each multiprocessor has several tiles
+  monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 2)  # so that each has several tiles
   lhs, rhs = quantize(jnp.asarray(normal((m, k)))), quantize(jnp.asarray(normal((n, k), 1)), tile)
   assert error(interpreted(lhs, rhs, **tiling), exact(lhs, rhs)) < ROUNDING
 
