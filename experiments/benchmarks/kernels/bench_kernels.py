@@ -326,6 +326,6 @@ def _over_shapes(rows: list[dict], rounds: int) -> list[dict]:
     claims.append(target(text, metric, mean, at_least=goal, n=n) if goal else
                   claim(text, metric, *mean, n=n))
     slower = sum(row["speedup"][2] < _SLOWER for row in found)
-    claims.append(target(f"{text}, whole interval below {_SLOWER}", "shapes", (slower,),
-                         at_most=0, n=n))
+    claims.append(target(f"shapes of {operation} with less than {_SLOWER} of {contender}'s speed",
+                         "whole interval below", (slower,), at_most=0, n=n))
   return claims
