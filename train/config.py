@@ -229,13 +229,16 @@ class OptimizerConfig:
             "constant part: set it to at most 0.5")
 
 
+_BIAS_TRAVEL = 4.0  # gamma x steps; docs/training.md has what other values give
+
+
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
   """How the load of the experts is balanced (V3 section 2.1.2; V2 section 2.2.3; arXiv:2408.15664).
 
   Attributes:
     bias_rate: gamma of loss-free balancing, by which an expert's routing bias is raised or lowered
-      after every step (V3 section 2.1.2).
+      after every step (V3 section 2.1.2). None chooses it by the number of steps; see `gamma`.
     bias_fraction: fraction of the steps after which gamma is 0 (V3: 14.3 of 14.8 T tokens).
     sequence_weight: alpha, the weight of V3's complementary sequence-wise balance loss (V3 eq.
       17-20).
@@ -245,7 +248,7 @@ class BalanceConfig:
       frequencies are those of the experts actually used; needs a batch of one micro-batch.
   """
 
-  bias_rate: float = 1e-3
+  bias_rate: float | None = None
   bias_fraction: float = 0.966
   sequence_weight: float = 1e-4
   batch_weight: float = 0.0
@@ -253,8 +256,17 @@ class BalanceConfig:
 
   def __post_init__(self):
     require_range(self, 0, 1, "bias_fraction")
-    require_range(self, 0, float("inf"), "bias_rate", "sequence_weight", "batch_weight",
-                  "expert_weight")
+    require_range(self, 0, float("inf"), *(("bias_rate",) if self.bias_rate is not None else ()),
+                  "sequence_weight", "batch_weight", "expert_weight")
+
+  def gamma(self, steps: int) -> float:
+    """Returns the bias rate of a run of this many steps.
+
+    A bias moves by gamma each step, whatever the load, and has to make up for differences of a few
+    tenths between scores. V3's 1e-3 takes a few hundred of its 240,000 steps for that, which a
+    short run does not have. So a bias can move by `_BIAS_TRAVEL` in a run, or V3's rate is larger.
+    """
+    return max(1e-3, _BIAS_TRAVEL / steps) if self.bias_rate is None else self.bias_rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from experiments.reports.summary import bench_summary, claim
 from rl.loading import load_model
 from train import cost
 from train.chat import require_chat
-from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.config_io import to_dict
 from train.data import Data, load
 from train.export import check_target, export, run_identity
@@ -105,8 +105,6 @@ SCALES = {
     "cpu": PretrainConfig(
         model=model.get_config("nano"), data=DataConfig(heldout_bytes=460_000),
         optimizer=OptimizerConfig(learning_rate=5e-3),
-        # What carries over from V3 is gamma x steps, so fewer steps need a larger gamma.
-        balance=BalanceConfig(bias_rate=0.01),
         train=TrainConfig(steps=370, batch_size=8, unroll=3)),
     # Trains `small` in bfloat16 in about ten minutes on one H200.
     "gpu": PretrainConfig(

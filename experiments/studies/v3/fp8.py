@@ -25,7 +25,10 @@ import model
 from experiments.stats import Claim
 from experiments.studies.precision_runs import PrecisionRuns
 from experiments.studies.study import Arm, Comparison, Scale, Study
-from train.config import DataConfig, RunConfig, TrainConfig
+from train.config import BalanceConfig, DataConfig, RunConfig, TrainConfig
+
+# The rate with which the committed results were made.
+_BALANCE = BalanceConfig(bias_rate=1e-3)
 
 
 def _nano() -> model.ModelConfig:
@@ -112,7 +115,7 @@ STUDY = Study(
     scales={
         "smoke": Scale(
             RunConfig(
-                model=_nano(),
+                balance=_BALANCE, model=_nano(),
                 data=DataConfig(tokenizer="bytes", seq_len=64, heldout_bytes=10_000),
                 train=TrainConfig(steps=4, batch_size=4, checkpoint_every=0)),
             learning_rates=(1e-3, 3e-3, 1e-2), seeds=2, minutes=0.2,
@@ -120,7 +123,7 @@ STUDY = Study(
         # 0.08 M tokens per run.
         "cpu": Scale(
             RunConfig(
-                model=_nano(),
+                balance=_BALANCE, model=_nano(),
                 data=DataConfig(seq_len=128, bpe_vocab_size=512, heldout_bytes=15_000),
                 train=TrainConfig(steps=150, batch_size=4, checkpoint_every=0)),
             learning_rates=(4e-4, 8e-4, 1.6e-3), seeds=4, minutes=0.7,
@@ -129,7 +132,7 @@ STUDY = Study(
         # compiling six programs.
         "gpu": Scale(
             RunConfig(
-                model=_gpu_model(),
+                balance=_BALANCE, model=_gpu_model(),
                 data=DataConfig(seq_len=256, bpe_vocab_size=8192, heldout_bytes=100_000),
                 train=TrainConfig(steps=200, batch_size=64, checkpoint_every=0)),
             learning_rates=(5e-4, 1e-3, 2e-3), seeds=4, minutes=0.1,
