@@ -264,9 +264,12 @@ class BalanceConfig:
 
     A bias moves by gamma each step, whatever the load, and has to make up for differences of a few
     tenths between scores. V3's 1e-3 takes a few hundred of its 240,000 steps for that, which a
-    short run does not have. So a bias can move by `_BIAS_TRAVEL` in a run, or V3's rate is larger.
+    short run does not have. So a bias can move by `_BIAS_TRAVEL` in a run. V3's rate is the least,
+    and the most is 0.02, above which loads fluctuate.
     """
-    return max(1e-3, _BIAS_TRAVEL / steps) if self.bias_rate is None else self.bias_rate
+    if self.bias_rate is not None:
+      return self.bias_rate
+    return min(max(1e-3, _BIAS_TRAVEL / steps), 2e-2)
 
 
 @dataclasses.dataclass(frozen=True)
