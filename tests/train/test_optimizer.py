@@ -186,7 +186,8 @@ def test_gamma_and_lambda_switch_at_their_fractions_of_the_steps():
                               "expert_balance": f32(0.03)} for s in steps)
 
 
-@pytest.mark.parametrize(("steps", "gamma"), [(240_000, 1e-3), (2000, 2e-3), (400, 1e-2), (40, 2e-2)])
+@pytest.mark.parametrize(("steps", "gamma"), [
+    (240_000, 1e-3), (2000, 2e-3), (400, 1e-2), (40, 2e-2)])
 def test_gamma_lets_a_bias_move_as_far_in_a_short_run_and_is_never_below_v3s(steps, gamma):
   assert schedule(steps)[0]["bias_rate"] == pytest.approx(gamma)
   assert schedule(steps, {}, {"bias_rate": 0.5})[0]["bias_rate"] == np.float32(0.5)
