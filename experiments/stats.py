@@ -1,10 +1,11 @@
 """Statistics of studies whose arms share their seeds, and the verdicts on claims.
 
-Shape letters:  n seeds
+Shape letters:  n seeds  Q quantiles
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -148,6 +149,67 @@ def judge(result: Paired, claim: Claim) -> Verdict:
     above, below = low > centre + claim.margin, high < centre - claim.margin
     supports, opposes = (above, below) if claim.sign > 0 else (below, above)
   return "reproduced" if supports else "contradicted" if opposes else "unresolved"
+
+
+class Power(NamedTuple):
+  """How likely a claim is to be reproduced, if an assumed effect is the true one.
+
+  Attributes:
+    effect: the assumed mean difference, or value for a "threshold", in the metric's unit.
+    probability: probability of the verdict "reproduced" with as many seeds as there are.
+    seeds: smallest number of seeds with which it is at least 80 %; None if 4096 are too few.
+  """
+
+  effect: float
+  probability: float
+  seeds: int | None
+
+
+def power(claim: Claim, std: float, n: int, effect: float | None = None) -> Power | None:
+  """Returns the power of judging a claim, for normal differences.
+
+  Args:
+    claim: the claim.
+    std: standard deviation of the differences between pairs, or of an arm's values for a
+      "threshold".
+    n: number of pairs.
+    effect: the true effect to assume; None for the paper's, or for none where a claim says that
+      there is none.
+
+  Returns:
+    None if no effect is known, or the deviation is zero or unknown.
+  """
+  if effect is None:
+    effect = 0.0 if claim.kind == "equivalent" else claim.paper
+  if effect is None or not std > 0:
+    return None
+  probability = functools.partial(_reproduced, claim, effect, std)
+  enough = next((2**i for i in range(1, 13) if probability(2**i) >= _POWER), None)
+  if enough is not None:
+    enough = next(m for m in range(max(2, enough // 2), enough + 1) if probability(m) >= _POWER)
+  return Power(effect, probability(n), enough)
+
+
+def _reproduced(claim: Claim, effect: float, std: float, n: int) -> float:
+  """Returns the probability that the whole interval supports a claim, for normal differences.
+
+  The mean and the sample deviation, which sets the interval's width, are independent. So this is a
+  mean over quantiles of the deviation.
+  """
+  if n < 2:
+    return 0.0
+  quantiles_Q = (np.arange(1000) + 0.5) / 1000
+  deviation_Q = std * np.sqrt(2 * special.gammaincinv((n - 1) / 2, quantiles_Q) / (n - 1))
+  stderr = std / n**0.5
+  half_Q = special.stdtrit(n - 1, 1 - _SIGNIFICANCE / 2) * deviation_Q / n**0.5
+  below = lambda bound: special.ndtr((bound - effect) / stderr)  # P(mean < bound)
+  if claim.kind == "equivalent":
+    found_Q = np.maximum(below(claim.margin - half_Q) - below(half_Q - claim.margin), 0)
+  else:
+    centre = claim.threshold or 0.0
+    found_Q = (1 - below(centre + claim.margin + half_Q) if claim.sign > 0
+               else below(centre - claim.margin - half_Q))
+  return float(found_Q.mean())
 
 
 def noise(values: ArrayLike) -> float:

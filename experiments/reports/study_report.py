@@ -37,8 +37,18 @@ def _paired(fields: dict) -> Paired:
   return Paired(**unbounded | known)
 
 
+def power_of(c: dict) -> str | None:
+  """Returns how likely a comparison's claim was to be reproduced, in words; None if unknown."""
+  found = c.get("power")
+  if not found:
+    return None
+  seeds = "more than 4096 seeds" if found["seeds"] is None else f"{found['seeds']} seeds"
+  return (f"{found['probability']:.0%} if the true value is {found['effect']:.3g}, 80 % with "
+          f"{seeds}")
+
+
 def _verdicts(comparisons: list[dict]) -> str:
-  lines = []
+  lines, known = [], any(map(power_of, comparisons))
   for c in comparisons:
     pair = _paired(c["paired"])
     arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
@@ -47,9 +57,12 @@ def _verdicts(comparisons: list[dict]) -> str:
         number(pair.mean, 3), f"{number(pair.low, 3)} to {number(pair.high, 3)}",
         f"{pair.same_sign} of {pair.n} {'>' if pair.sign > 0 else '<'} 0"
         if c["claim"]["kind"] == "sign" else pair.n,
-        number(pair.detectable, 3), f"**{c['verdict']}**"])
-  found = table(("claim", "metric", "arms", "claimed", "paper", "mean", "95 % interval",
-                "seeds", "minimum detectable effect", "verdict"), lines) if lines else ""
+        # The formula is that of the claim of a sign.
+        number(pair.detectable, 3) if c["claim"]["kind"] != "equivalent" else None,
+        *([power_of(c)] if known else []), f"**{c['verdict']}**"])
+  found = table(("claim", "metric", "arms", "claimed", "paper", "mean", "95 % interval", "seeds",
+                 "minimum detectable effect", *(["power"] if known else []), "verdict"),
+                lines) if lines else ""
   reasons = [f"- not judged, **{c['name']}**: {c['not_judged']}." for c in comparisons
              if "not_judged" in c]
   note = ("A difference d of the logarithms of losses is a relative difference of the losses of "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from experiments.reports.study_report import FINISHED, SWEEP_SEED
-from experiments.stats import judge, paired
+from experiments.stats import Paired, judge, paired, power
 from experiments.studies.study import Comparison
 
 
@@ -64,8 +64,9 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
   outcome = {"name": comparison.name, "metric": comparison.metric, "arm": arm,
              "baseline": name, "paired": dataclasses.asdict(pair),
              "claim": dataclasses.asdict(comparison.claim), "paper": comparison.paper,
+             "power": (found := power(comparison.claim, pair.std, pair.n)) and found._asdict(),
              "verdict": judge(pair, comparison.claim)}
-  reason = (_rates_differ(comparison, rates or {}, arm, name)
+  reason = (_rates_differ(comparison, rates or {}, arm, name) or _no_noise(comparison, pair)
             or _no_room(comparison, [compared[arm][seed] for seed in seeds]))
   return outcome | {"verdict": "unresolved", "not_judged": reason} if reason else outcome
 
@@ -83,6 +84,14 @@ def _rates_differ(comparison: Comparison, rates: Mapping[str, float], arm: str,
     return None
   return (f"the best learning rate of {arm} is {rates.get(arm)}, that of {baseline} "
           f"{rates.get(baseline)}, and {comparison.metric} depends on the learning rate itself")
+
+
+def _no_noise(comparison: Comparison, pair: Paired) -> str | None:
+  """Returns why an interval of zero width says nothing, or None if it has a width."""
+  if pair.n < 2 or pair.std > 0 or comparison.claim.single_run:
+    return None
+  return (f"all {pair.n} pairs differ by exactly {pair.mean:g}: the arms do not vary with the "
+          "seed, or compute the same, so there is no noise to judge by")
 
 
 def _no_room(comparison: Comparison, by_seed: Sequence[dict]) -> str | None:

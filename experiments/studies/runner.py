@@ -20,7 +20,12 @@ import numpy as np
 from experiments import settings
 from experiments.options import Options
 from experiments.reports import provenance, results
-from experiments.reports.study_report import FINISHED, SWEEP_SEED, write_study_report
+from experiments.reports.study_report import (
+  FINISHED,
+  SWEEP_SEED,
+  power_of,
+  write_study_report,
+)
 from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
@@ -33,6 +38,7 @@ from train.config_io import renamed_setting, upgrade
 from train.loop import TrainingError
 from train.run_folder import RunFolder, read_run_json, write_json_atomic
 
+_SMOKE = "a smoke run checks that everything runs, and is far too short for a verdict"
 _RUN_FIELDS = {"arm", "learning_rate", "seed", "status", "cost", "metrics"}
 
 
@@ -305,6 +311,8 @@ class Runner:
     scores = {arm: score for arm, (_, score) in swept.items()}
     comparisons = [c for c in (compare(c, compared, scores, best) for c in self.study.comparisons)
                    if c]
+    if self.scale_name == "smoke":
+      comparisons = [c | {"verdict": "unresolved", "not_judged": _SMOKE} for c in comparisons]
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
     shown = {*self.arms, *(run["arm"] for run in runs.values())}
@@ -346,6 +354,7 @@ class Runner:
           f"effect {pair['detectable']:.2g}")
       print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} {over}; paper: "
             f"{c['paper'] or 'no value'}"
+            + (f"; power: {power_of(c)}" if power_of(c) else "")
             + (f"; not judged: {c['not_judged']}" if "not_judged" in c else ""))
     if result["runs"]:
       spent = result["total_cost"]

@@ -134,3 +134,35 @@ def test_misuse_is_refused(call, message):
 
 def test_noise_is_the_sample_standard_deviation():
   np.testing.assert_allclose(stats.noise([1.0, 2.0, 3.0, 4.0]), (5 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize(("claim", "effect"), [
+    (stats.Claim("sign", sign=1, margin=0.2), 1.5), (stats.Claim("sign", sign=-1), -0.8),
+    (stats.Claim("equivalent", margin=1.5), 0.2),
+    (stats.Claim("threshold", sign=-1, threshold=4.0), 3.0)])
+def test_the_power_is_how_often_simulated_studies_reproduce_the_claim(claim, effect, n):
+  rng = np.random.default_rng(3)
+  found = stats.power(claim, 1.0, n, effect)
+  samples = rng.normal(effect, 1.0, (4000, n))
+  verdicts = [stats.judge(stats.paired(row, 0), claim) for row in samples]
+  assert found.probability == pytest.approx(np.mean(np.array(verdicts) == "reproduced"), abs=0.03)
+  assert stats.power(claim, 1.0, found.seeds, effect).probability >= 0.8
+  assert stats.power(claim, 1.0, found.seeds - 1, effect).probability < 0.8
+
+
+def test_the_power_assumes_the_papers_effect_or_none_and_is_unknown_without_either_or_noise():
+  sign = stats.Claim("sign", paper=0.5)
+  assert stats.power(sign, 1.0, 4).effect == 0.5
+  assert stats.power(stats.Claim("equivalent", margin=1.0, paper=0.7), 1.0, 4).effect == 0
+  assert stats.power(stats.Claim("sign"), 1.0, 4) is None
+  assert stats.power(sign, 0.0, 4) is None and stats.power(sign, math.nan, 1) is None
+  assert stats.power(stats.Claim("sign", paper=1e-6), 1.0, 4).seeds is None
+
+
+def test_no_more_than_5_percent_of_studies_without_an_effect_reach_a_false_verdict():
+  rng = np.random.default_rng(4)
+  claim = stats.Claim("sign", sign=1)
+  for n in (3, 5, 10):
+    verdicts = [stats.judge(stats.paired(row, 0), claim) for row in rng.normal(0, 1.0, (4000, n))]
+    assert np.mean(np.array(verdicts) != "unresolved") < 0.06

@@ -126,7 +126,7 @@ def test_groups_matched_by_sweep_are_represented_by_the_arms_that_swept_best():
 
 
 def test_a_comparison_at_one_rate_is_not_judged_if_the_best_rates_differ():
-  compared = {"new": seeds({0: 1.0, 1: 1.1}), "plain": seeds({0: 2.0, 1: 2.1})}
+  compared = {"new": seeds({0: 1.0, 1: 1.1}), "plain": seeds({0: 2.0, 1: 2.11})}
   outcome = lambda at_one_rate, **rates: compare(
       question("new", "plain", at_one_rate=at_one_rate), compared, None, rates)
   assert outcome(True, new=1e-3, plain=1e-3)["verdict"] == "reproduced"
@@ -135,6 +135,21 @@ def test_a_comparison_at_one_rate_is_not_judged_if_the_best_rates_differ():
   assert "learning rate of new is 0.001, that of plain 0.002" in differing["not_judged"]
   anyway = outcome(False, new=1e-3, plain=2e-3)
   assert anyway["verdict"] == "reproduced" and "not_judged" not in anyway
+
+
+def test_pairs_that_all_differ_by_the_same_are_determinism_and_are_not_judged():
+  compared = {"new": seeds({0: 1.0, 1: 1.5}), "plain": seeds({0: 2.0, 1: 2.5})}
+  outcome = compare(question("new", "plain"), compared)
+  assert outcome["verdict"] == "unresolved"
+  assert "all 2 pairs differ by exactly -1" in outcome["not_judged"]
+
+
+def test_the_power_of_a_comparison_is_stated_with_the_papers_effect():
+  compared = {"new": seeds({0: 1.0, 1: 1.1, 2: 1.3}), "plain": seeds({0: 2.0, 1: 2.3, 2: 2.1})}
+  claim = Claim("sign", sign=-1, paper=-0.5)
+  found = compare(question("new", "plain", claim=claim), compared)["power"]
+  assert found["effect"] == -0.5 and 0 < found["probability"] < 1 and found["seeds"] > 3
+  assert compare(question("new", "plain"), compared)["power"] is None
 
 
 def test_a_claim_that_a_metric_does_not_rise_is_not_judged_without_room_to_rise():
