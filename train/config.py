@@ -238,7 +238,8 @@ class BalanceConfig:
 
   Attributes:
     bias_rate: gamma of loss-free balancing, by which an expert's routing bias is raised or lowered
-      after every step (V3 section 2.1.2). None chooses it by the number of steps; see `gamma`.
+      after every step (V3 section 2.1.2). None chooses it by the number of steps: 4 / steps, at
+      least V3's 0.001 and at most 0.02; 0.001 for a model that has been trained.
     bias_fraction: fraction of the steps after which gamma is 0 (V3: 14.3 of 14.8 T tokens).
     sequence_weight: alpha, the weight of V3's complementary sequence-wise balance loss (V3 eq.
       17-20).
@@ -259,17 +260,22 @@ class BalanceConfig:
     require_range(self, 0, float("inf"), *(("bias_rate",) if self.bias_rate is not None else ()),
                   "sequence_weight", "batch_weight", "expert_weight")
 
-  def gamma(self, steps: int) -> float:
-    """Returns the bias rate of a run of this many steps.
+  def gamma(self, steps: int, fresh: bool = True) -> float:
+    """Returns the bias rate of a run.
 
     A bias moves by gamma each step, whatever the load, and has to make up for differences of a few
     tenths between scores. V3's 1e-3 takes a few hundred of its 240,000 steps for that, which a
     short run does not have. So a bias can move by `_BIAS_TRAVEL` in a run. V3's rate is the least,
     and the most is 0.02, above which loads fluctuate.
+
+    Args:
+      steps: number of steps of the run.
+      fresh: whether the model starts untrained. Biases of a trained one have converged, so they get
+        V3's rate in a run of any length.
     """
     if self.bias_rate is not None:
       return self.bias_rate
-    return min(max(1e-3, _BIAS_TRAVEL / steps), 2e-2)
+    return min(max(1e-3, _BIAS_TRAVEL / steps), 2e-2) if fresh else 1e-3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Schedule:
     biased = step < balance.bias_fraction * train.steps
     return {
         "learning_rate": np.float32(self._learning_rates[step]),
-        "bias_rate": np.float32(balance.gamma(train.steps) if biased else 0.0),
+        "bias_rate": np.float32(balance.gamma(train.steps, not self.cfg.init) if biased else 0.0),
         "weights": {
             "lm": np.float32(1),
             "mtp": np.float32(train.mtp_weight if early else train.mtp_late_weight),

@@ -137,6 +137,7 @@ def _run(cfg: PretrainConfig, start: LoadedModel | None, out: RunFolder, options
   check_fits(cfg, options.num_seeds())
   if start:
     _check_tokenizer(cfg, start, data)
+  cfg = _keep_bias_rate(cfg, out.path)
   run_cfg = cfg.without_extras()
   seeds = [cfg.train.seed + i for i in range(options.num_seeds())]
   shorter = _extend(run_cfg, seeds, out) if cfg.extend else run_cfg
@@ -226,6 +227,22 @@ def _extend(cfg: RunConfig, seeds: list[int], out: RunFolder) -> RunConfig:
     print(f"extending changes the schedule: {change}", file=sys.stderr)
   write_json_atomic(path, {**stored, "config": to_dict(cfg)})
   return before
+
+
+def _keep_bias_rate(cfg: PretrainConfig, folder: pathlib.Path) -> PretrainConfig:
+  """Returns `cfg` with the bias rate of the run in a folder, if the user has not set one.
+
+  Runs that were made before the rate was chosen by the number of steps can so be resumed.
+  """
+  path = folder / "config.json"
+  if cfg.balance.bias_rate is not None or not path.exists():
+    return cfg
+  try:
+    stored = upgrade_run(read_run_json(path, config=dict, seeds=list))["config"]
+    rate = stored["balance"]["bias_rate"]
+  except (ValueError, TypeError, KeyError):  # not such a run, which is said later
+    return cfg
+  return dataclasses.replace(cfg, balance=dataclasses.replace(cfg.balance, bias_rate=rate))
 
 
 def _with_start(cfg: PretrainConfig, start: LoadedModel, overridden: set[str]) -> PretrainConfig:

@@ -1,5 +1,6 @@
 """AdamW matches optax with moments of either dtype, and schedules have V3's shape."""
 
+import dataclasses
 import functools
 
 import jax
@@ -191,6 +192,8 @@ def test_gamma_and_lambda_switch_at_their_fractions_of_the_steps():
 def test_gamma_lets_a_bias_move_as_far_in_a_short_run_and_is_never_below_v3s(steps, gamma):
   assert schedule(steps)[0]["bias_rate"] == pytest.approx(gamma)
   assert schedule(steps, {}, {"bias_rate": 0.5})[0]["bias_rate"] == np.float32(0.5)
+  trained = dataclasses.replace(schedule(steps).cfg, init="a/model")
+  assert Schedule(trained)[0]["bias_rate"] == np.float32(1e-3)
 
 
 def test_default_fractions_match_v3s_token_counts():
