@@ -229,7 +229,7 @@ class OptimizerConfig:
             "constant part: set it to at most 0.5")
 
 
-_BIAS_TRAVEL = 4.0  # gamma x steps; docs/training.md has what other values give
+_BIAS_TRAVEL = 4.0  # gamma x steps; docs/log.md has what other values give
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.benchmarks import timing
+
 _TURN = "timed turn "  # name of a turn in the trace, before its index
 
 
@@ -33,7 +35,7 @@ def alternate[Name](timed: Mapping[Name, Timed], rounds: int,
                     seconds: float) -> dict[Name, list[float]]:
   """Returns the device seconds per call of every contender, round by round.
 
-  Every other round runs backwards; see `experiments.benchmarks.timing`.
+  Turns are in the order of `timing.turns`.
 
   Args:
     timed: the contenders.
@@ -44,7 +46,7 @@ def alternate[Name](timed: Mapping[Name, Timed], rounds: int,
     RuntimeError: if the trace holds no kernel of a turn.
   """
   calls = {name: _calls(contender, seconds) for name, contender in timed.items()}
-  turns = [name for index in range(rounds) for name in (list, reversed)[index % 2](timed)]
+  turns = timing.turns(timed, rounds)
   with tempfile.TemporaryDirectory() as folder:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0

@@ -59,13 +59,18 @@ class CallTimer:
     return (time.perf_counter() - started) / self._calls
 
 
+def turns[Name](names: Iterable[Name], rounds: int) -> list[Name]:
+  """Returns whose turn it is, in counterbalanced order: every other round runs backwards."""
+  names = list(names)
+  return [name for index in range(rounds) for name in (list, reversed)[index % 2](names)]
+
+
 def alternate[Name](timed: Mapping[Name, Callable[[], float]],
                     rounds: int) -> dict[Name, list[float]]:
   """Returns the seconds of every contender, round by round, timed in counterbalanced order."""
   seconds = {name: [] for name in timed}
-  for index in range(rounds):
-    for name in (list, reversed)[index % 2](timed):
-      seconds[name].append(timed[name]())
+  for name in turns(timed, rounds):
+    seconds[name].append(timed[name]())
   return seconds
 
 

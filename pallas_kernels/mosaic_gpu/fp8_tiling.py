@@ -5,7 +5,6 @@ times that were measured on an H200 for shapes drawn at random; `tilings.json` l
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -132,9 +131,15 @@ def grouped_tiling(dtype: jnp.dtype, n: int) -> Tiling:
 
 
 def gradient_tiling(dtype: jnp.dtype, groups: int, k: int, n: int) -> Tiling:
-  """Returns a tiling for the gradients of `groups` matrices of [K, N]."""
-  columns = pl.cdiv(n, BLOCK) * groups
-  return _tall_or_short(dtype, pl.cdiv(k, 256) * columns, pl.cdiv(k, 128) * columns)
+  """Returns a tiling for the gradients of `groups` matrices of [K, N]; operands have 1x128 scales.
+
+  A tile of 256 rows reads rhs's scales half as often as two tiles of 128 rows, and takes 1.85 times
+  as long as one. Where tiles of 256 rows would leave too many multiprocessors idle in the last
+  round, or exceed the result by too much, tiles of 128 rows are taken.
+  """
+  rounds = lambda rows: pl.cdiv(groups * pl.cdiv(k, rows) * pl.cdiv(n, BLOCK), MULTIPROCESSORS)
+  short = rounds(128) < 1.85 * rounds(256)
+  return _fill(Tiling(block_m=128 if short else 256, depth=1), dtype)
 
 
 _FEW_ROWS = 64
@@ -159,20 +164,8 @@ def _shared_microseconds(m: int, n: int, k: int) -> float:
   return 9.5 + 0.42 * most + parts * m * n * 4 / 2e6
 
 
-def _tall_or_short(dtype, tall_tiles: int, short_tiles: int) -> Tiling:
-  """Returns a tiling of 256 or 128 rows for operands that both have 1x128 scales.
-
-  A tile of 256 rows reads rhs's scales half as often as two tiles of 128 rows, and takes 1.85 times
-  as long as one. Where tiles of 256 rows would leave too many multiprocessors idle in the last
-  round, or exceed the result by too much, tiles of 128 rows are taken.
-  """
-  rounds = lambda tiles: pl.cdiv(tiles, MULTIPROCESSORS)
-  short = rounds(short_tiles) < 1.85 * rounds(tall_tiles)
-  return _fill(Tiling(block_m=128 if short else 256, depth=1), dtype)
-
-
 def _fill(tiling: Tiling, dtype: jnp.dtype) -> Tiling:
   """Returns the tiling with as many stages as fit in shared memory, at most 8."""
   out = WARPGROUPS * ROWS * tiling.block_n * jnp.dtype(dtype).itemsize
   stage = (tiling.block_m + tiling.block_n) * (BLOCK + 4)
-  return dataclasses.replace(tiling, stages=min(8, math.floor((_SHARED - out) / stage)))
+  return dataclasses.replace(tiling, stages=min(8, (_SHARED - out) // stage))

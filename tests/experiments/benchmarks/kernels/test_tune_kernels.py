@@ -9,18 +9,43 @@ import pytest
 from experiments.benchmarks.kernels import tune_kernels
 from experiments.options import Options
 from pallas_kernels import implementations
-from pallas_kernels.mosaic_gpu import fp8_matmul, tilings
+from pallas_kernels.mosaic_gpu import (
+    fp8_matmul,
+    fp8_tiling,
+    grouped_matmul,
+    grouped_weight_gradient,
+    tilings,
+)
 
 HOPPER, NO_GPU = (
     types.SimpleNamespace(local_backend=lambda backend=backend: backend,
                           BACKENDS=implementations.BACKENDS) for backend in ("mosaic_gpu", None))
 
 
-def test_jobs_are_distinct_and_so_are_their_candidates():
+def rule(key):
+  """Returns the tiling that the rules choose for the operation and the sizes of a key."""
+  first, *others = key.split(" x ")
+  *operation, dtype, size = first.split()
+  sizes = (int(size), *map(int, others))
+  match operation[0]:
+    case "fp8_matmul":
+      return fp8_tiling.dense_tiling(dtype, False, *sizes)
+    case "fp8_grouped_matmul":
+      return fp8_tiling.grouped_tiling(dtype, sizes[2])
+    case "fp8_grouped_weight_gradient":
+      return fp8_tiling.gradient_tiling(dtype, *sizes)
+    case "grouped_weight_gradient":
+      return grouped_weight_gradient.gradient_tiling(*sizes[1:])
+    case "grouped_matmul":
+      return grouped_matmul.product_tiling(sizes[2])
+
+
+def test_jobs_are_distinct_and_their_first_candidate_is_the_rules_choice():
   jobs = list(tune_kernels.jobs())
   assert len({job.key for job in jobs}) == len(jobs)
   for job in jobs:
     assert len(set(job.candidates)) == len(job.candidates) > 1
+    assert job.candidates[0] == rule(job.key)
 
 
 def test_a_run_keeps_the_tilings_of_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
