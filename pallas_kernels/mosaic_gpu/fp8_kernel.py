@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
+from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling, clusters_at_once
 from pallas_kernels.mosaic_gpu.hopper import (
     COPY_LENGTH,
     MULTIPROCESSORS,
@@ -50,6 +50,7 @@ _PRODUCTS_PER_ITERATION = 4
 # Registers per thread after setmaxnreg, which counts in eights. One producer and two consumer
 # warpgroups use 128 * (24 + 2 * 240) = 64512 of the 65536 that a multiprocessor has.
 FETCH_REGISTERS, MULTIPLY_REGISTERS = 24, 240
+CLUSTER = ("cluster_m", "cluster_n")  # names of a cluster's axes, along M and N
 
 # The float32 sums of a warpgroup's part of a tile: for each wave of 64 rows a tuple of chunks of
 # columns, such that all columns of a chunk have the same 128x128 scale.
@@ -117,7 +118,17 @@ def first_column(ni: jax.Array, tiling: Tiling) -> jax.Array:
     ni: index of the group of tiles, side by side along N, that the cluster computes at a time.
     tiling: how the result is cut.
   """
-  return (ni * tiling.cluster + lax.axis_index("cluster")) * tiling.block_n
+  return (ni * tiling.cluster + lax.axis_index(CLUSTER[1])) * tiling.block_n
+
+
+def first_row(mi: jax.Array, tiling: Tiling) -> jax.Array:
+  """Returns the first row of this block's tile.
+
+  Args:
+    mi: index of the group of tiles, below one another along M, that the cluster computes at a time.
+    tiling: how the result is cut.
+  """
+  return (mi * tiling.cluster_m + lax.axis_index(CLUSTER[0])) * tiling.block_m
 
 
 def launch(
@@ -149,7 +160,7 @@ def launch(
   # With the default, warpgroup semantics, there would be no PTX yet: a later pass emits it.
   return plgpu.kernel(
       kernel, out_type=out, grid=(programs,), grid_names=("sm",),
-      cluster=(tiling.cluster,), cluster_names=("cluster",), num_threads=WARPGROUPS + 1,
+      cluster=(tiling.cluster_m, tiling.cluster), cluster_names=CLUSTER, num_threads=WARPGROUPS + 1,
       thread_name="wg", scratch_types=_shared(out.dtype, tiling, vectors, any_row),
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -164,7 +175,8 @@ def num_programs(tiling: Tiling, most_tiles: int) -> int:
     most_tiles: upper bound on the number of tiles, or of groups of tiles that a cluster computes at
       a time.
   """
-  return min(MULTIPROCESSORS // tiling.cluster, most_tiles)
+  size = tiling.cluster_m * tiling.cluster
+  return min(MULTIPROCESSORS // size, clusters_at_once(size), most_tiles)
 
 
 def _shared(dtype, tiling, vectors, any_row) -> dict[str, object]:
@@ -176,8 +188,8 @@ def _shared(dtype, tiling, vectors, any_row) -> dict[str, object]:
   # Barriers are mbarriers, one for each stage; `num_arrivals` counts warpgroups, not threads. Both
   # consumers arrive at `empty`. With a cluster they arrive at that of every block in it: its TMA
   # multicasts write to the stages of all blocks, so the consumers of all must have released them.
-  barrier = plgpu.Barrier if tiling.cluster == 1 else functools.partial(
-      plgpu.ClusterBarrier, collective_axes=("cluster",))
+  axes = tuple(CLUSTER[i] for i, size in enumerate((tiling.cluster_m, tiling.cluster)) if size > 1)
+  barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=axes) if axes else plgpu.Barrier
   # Shared memory. A stage has 128 of K, which in FP8 are one row of the 128-byte swizzle, and lies
   # there as TMA writes it and wgmma reads it.
   ring = functools.partial(plgpu.SMEM, dtype=jnp.float8_e4m3fn, transforms=swizzle(1))
@@ -284,8 +296,9 @@ def _fetch(refs, tile, ki, slot, tiling) -> None:
   # of all, and waits at its own barrier for all of them.
   stage = functools.partial(as_rows, interpreted=refs.interpreted)
   copy(refs.lhs_MK.at[rows, block], stage(refs.lhs_smem, slot),
-       collective_axes="cluster" if tiling.cluster > 1 else None)
-  copy(tile.rhs_NK.at[columns, block], stage(refs.rhs_smem, slot))
+       collective_axes=CLUSTER[1] if tiling.cluster > 1 else None)
+  copy(tile.rhs_NK.at[columns, block], stage(refs.rhs_smem, slot),
+       collective_axes=CLUSTER[0] if tiling.cluster_m > 1 else None)
   length = refs.lhs_scale_smem.shape[1] if refs.lhs_scale_smem is not None else 0
   for at in range(0, length, COPY_LENGTH):
     part = min(COPY_LENGTH, length - at)

@@ -56,15 +56,17 @@ def run(
 def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
   """Returns lhs @ rhs.T, of which one operand at least has 1x128 scales: [M, N]."""
   (m, k), n = lhs_MK.shape, rhs_NK.shape[0]
-  grid = (pl.cdiv(m, tiling.block_m), pl.cdiv(n, tiling.block_n * tiling.cluster))
+  grid = (pl.cdiv(m, tiling.block_m * tiling.cluster_m),
+          pl.cdiv(n, tiling.block_n * tiling.cluster))
   blocks = pl.cdiv(k, BLOCK)
 
   def body(refs: Refs):
     def locate(place, first_k, num_k, store_sums):
       mi, ni = place
-      row, column = mi * tiling.block_m, fp8_kernel.first_column(ni, tiling)
-      return Tile(row, column, m if m % tiling.block_m else None, first_k, num_k, None,
-                  refs.rhs_NK, refs.rhs_scales, functools.partial(store_sums, row, column))
+      row, column = fp8_kernel.first_row(mi, tiling), fp8_kernel.first_column(ni, tiling)
+      end = m if m % (tiling.block_m * tiling.cluster_m) else None
+      return Tile(row, column, end, first_k, num_k, None, refs.rhs_NK, refs.rhs_scales,
+                  functools.partial(store_sums, row, column))
 
     def store_tile(row, column, sums):
       fp8_kernel.store(refs, refs.out, row, column, tiling, sums)

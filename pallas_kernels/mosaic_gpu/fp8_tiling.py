@@ -5,6 +5,7 @@ times that were measured on an H200 for shapes drawn at random; `tilings.json` l
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,9 @@ class Tiling:
     swizzle: order in which tiles are computed (L2 rasterisation): bands of this many columns of
       tiles are finished one after another, so that tiles that run at the same time share operands
       in L2. With a cluster, a column is as wide as the cluster.
-    cluster: thread blocks in a cluster, 1, 2 or 4. Their tiles are neighbours along N, and their
-      common block of lhs is fetched once and multicast to all of them.
+    cluster, cluster_m: thread blocks in a cluster along N and along M, each 1, 2 or 4. Blocks along
+      N have the same rows of lhs, and blocks along M the same rows of rhs: each is fetched once and
+      multicast to them. Grouped products have clusters along N only.
     shared: whether several multiprocessors may sum parts of a tile, for results of few tiles. Each
       then has the same number of blocks of 128 of K, and the parts are added afterwards.
     swapped: whether the transpose of the result is computed, rhs @ lhs.T, for an lhs of few rows:
@@ -54,18 +56,17 @@ class Tiling:
   stages: int = 5
   swizzle: int = 8
   cluster: int = 1
+  cluster_m: int = 1
   shared: bool = False
   swapped: bool = False
 
   def __post_init__(self):
     if (self.block_m not in (128, 256) or self.block_n % 32 or self.block_n < 32
         or self.depth not in (1, 2) or self.cluster not in (1, 2, 4)
-        or self.stages <= self.depth or self.swizzle < 1):
+        or self.cluster_m not in (1, 2, 4) or self.stages <= self.depth or self.swizzle < 1):
       raise ValueError(f"the kernel does not support {self}; see Tiling for what it supports")
     if self.swapped and not self.shared:
       raise ValueError(f"{self} swaps operands, so tiles must be shared")
-    if self.shared and self.cluster > 1:
-      raise ValueError(f"{self} divides tiles among multiprocessors, so it can have no clusters")
     if (self.waves + self.depth) * self.block_n > 384:
       raise ValueError(f"{self} leaves too few registers: (block_m / 128 + depth) * block_n must "
                        "be at most 384; narrow block_n, or set depth to 1")
@@ -111,14 +112,15 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
     return _fill(Tiling(block_n=32 if m <= 32 else 64, shared=True, swapped=True), jnp.float32)
   if vectors:
     return gradient_tiling(dtype, 1, m, n)
-  expected = {width: _microseconds(width, m, n, k) for width in _MICROSECONDS}
-  width = min(expected, key=expected.get)
+  expected = {(BLOCK, clusters): _microseconds(BLOCK, clusters, m, n, k) for clusters in _CLUSTERS}
   # The times of the other widths were exceeded where many rounds heat the chip.
-  if expected[BLOCK] < 1.04 * expected[width]:
-    width = BLOCK
-  if _shared_microseconds(m, n, k) < 0.9 * expected[width]:
+  expected |= {(width, (1, 1)): 1.04 * _microseconds(width, (1, 1), m, n, k)
+               for width in _MICROSECONDS if width != BLOCK}
+  width, (cluster_m, cluster) = choice = min(expected, key=expected.get)
+  if _shared_microseconds(m, n, k) < 0.9 * expected[choice]:
     return _fill(Tiling(shared=True), jnp.float32)
-  return _fill(Tiling(block_n=width, depth=1 if width > BLOCK else 2), dtype)
+  return _fill(Tiling(block_n=width, depth=1 if width > BLOCK else 2, cluster_m=cluster_m,
+                      cluster=cluster), dtype)
 
 
 def grouped_tiling(dtype: jnp.dtype, n: int) -> Tiling:
@@ -144,16 +146,36 @@ def gradient_tiling(dtype: jnp.dtype, groups: int, k: int, n: int) -> Tiling:
 
 _FEW_ROWS = 64
 # By the columns of a tile of 128 rows: microseconds before the first round of tiles on all
-# multiprocessors, for each round, and for each block of 128 of K in a round. Fitted to 28 shapes of
-# 64 to 16384 rows.
-_MICROSECONDS = {32: (0.0, 1.5, 0.26), 64: (0.7, 0.2, 0.32), 96: (3.1, 0.4, 0.36),
-                 128: (1.7, 0.7, 0.40), 192: (0.9, 1.2, 0.61)}
+# multiprocessors, for each round, and for each block of 128 of K in a round. Fitted to 60 shapes of
+# 65 to 16384 rows.
+_MICROSECONDS = {32: (2.3, 0.1, 0.257), 64: (2.5, 0.1, 0.325), 96: (3.5, 0.3, 0.38),
+                 128: (3.0, 0.45, 0.42), 192: (2.5, 0.9, 0.63)}
+_CLUSTERS = (1, 1), (1, 2), (2, 2), (1, 4)  # thread blocks along M and N
 
 
-def _microseconds(width: int, m: int, n: int, k: int) -> float:
+def clusters_at_once(size: int) -> int:
+  """Returns how many clusters of `size` thread blocks run on an H200 at a time.
+
+  The blocks of a cluster run in one group of multiprocessors, of which there are 16 or 18, so
+  clusters of four leave some idle: 30 were seen to run, and not 32.
+  """
+  return MULTIPROCESSORS // size if size <= 2 else 120 // size
+
+
+def _microseconds(width: int, clusters: tuple[int, int], m: int, n: int, k: int) -> float:
+  """Returns the expected time with tiles of 128 rows and `width` columns, in these clusters."""
   start, per_round, per_block = _MICROSECONDS[width]
-  rounds = pl.cdiv(pl.cdiv(m, 128) * pl.cdiv(n, width), MULTIPROCESSORS)
-  return start + rounds * (per_round + per_block * pl.cdiv(k, BLOCK))
+  tiles_m, tiles_n = pl.cdiv(m, 128), pl.cdiv(n, width)
+  groups = math.prod(pl.cdiv(tiles, size)
+                     for tiles, size in zip((tiles_m, tiles_n), clusters, strict=True))
+  size = math.prod(clusters)
+  rounds = pl.cdiv(groups, clusters_at_once(size))
+  slower = {1: 1.0, 2: 0.98 if tiles_m > 1 and rounds > 1 else 1.03, 4: 1.08}[size]
+  if tiles_m > 1 and 0 < m % 128 <= ROWS and tiles_m * tiles_n > 100:
+    # Tiles of which only one warpgroup has rows take less time than the others. Multiprocessors
+    # then drift apart, and fetch weights from memory again; clusters keep them together.
+    slower *= 1 + {1: 2.0, 2: 0.7, 4: 0.1}[size] / tiles_m**2
+  return start + rounds * (per_round + slower * per_block * pl.cdiv(k, BLOCK))
 
 
 def _shared_microseconds(m: int, n: int, k: int) -> float:

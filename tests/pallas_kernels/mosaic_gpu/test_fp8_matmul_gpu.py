@@ -124,13 +124,16 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
     (264, 192, 384, "1x128", {"stages": 3, "block_m": 256, "block_n": 96}),
     (8, 384, 256, "128x128", {"stages": 2, "depth": 1, "block_n": 192}),
     (264, 256, 128, "128x128", {"stages": 2, "cluster": 2, "block_m": 256, "depth": 1}),
+    (133, 200, 256, "128x128", {"stages": 2, "cluster_m": 2, "depth": 1}),
+    (385, 256, 128, "1x128", {"stages": 2, "cluster_m": 2, "cluster": 2, "depth": 1}),
     (5, 384, 640, "128x128", {"stages": 3, "shared": True}),
+    (133, 384, 640, "128x128", {"stages": 2, "depth": 1, "shared": True, "cluster": 2}),
     (133, 256, 384, "1x128", {"stages": 2, "depth": 1, "shared": True}),
     (5, 200, 640, "128x128", {"stages": 3, "block_n": 32, "shared": True, "swapped": True}),
     (33, 256, 384, "1x128", {"stages": 3, "block_n": 64, "shared": True, "swapped": True})])
 def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
     monkeypatch, m, n, k, tile, tiling):
-  monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 2)  # so that each has several tiles
+  monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 4)  # so that each has several tiles
   lhs, rhs = quantize(jnp.asarray(normal((m, k)))), quantize(jnp.asarray(normal((n, k), 1)), tile)
   assert error(interpreted(lhs, rhs, **tiling), exact(lhs, rhs)) < ROUNDING
 
