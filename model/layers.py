@@ -90,12 +90,14 @@ class SwiGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    d_model, linear = x_BTD.shape[-1], self.cfg.numerics.linear
+    d_model, numerics = x_BTD.shape[-1], self.cfg.numerics
     w_gate_up = weight(
         self, "w_gate_up", self.cfg, ("embed", None, "mlp"), (d_model, 2, self.width))
     w_down = weight(self, "w_down", self.cfg, ("mlp", "embed"), (self.width, d_model))
-    gate_up = checkpoint_name(linear("btd,dgf->btgf", x_BTD, w_gate_up), "ffn_gate_up")
-    return linear("btf,fd->btd", gated(gate_up), w_down)
+    if numerics.recipe:
+      return numerics.swiglu(x_BTD, w_gate_up, w_down)
+    gate_up = checkpoint_name(numerics.einsum("btd,dgf->btgf", x_BTD, w_gate_up), "ffn_gate_up")
+    return numerics.einsum("btf,fd->btd", gated(gate_up), w_down)
 
 
 class Embedding(nn.Module):

@@ -10,7 +10,7 @@ from jax import lax
 
 from model.checks import require
 from model.token_shards import map_token_shards
-from pallas_kernels import Recipe, Weight, fp8_linear
+from pallas_kernels import Recipe, Weight, fp8_linear, fp8_swiglu
 
 _FORMATS = ("float32", "bfloat16", "float16")
 
@@ -96,6 +96,25 @@ class Numerics:
 
     return map_token_shards(local, w, x.astype(self.compute_dtype))
 
+  def swiglu(
+      self, x_BTD: jax.Array, w_gate_up: jax.Array | Weight, w_down: jax.Array | Weight,
+  ) -> jax.Array:
+    """Applies a SwiGLU layer in FP8; there must be a recipe.
+
+    Args:
+      x_BTD: activations.
+      w_gate_up: weights of the gate and up projections, [D, 2, F].
+      w_down: weight of the down projection, [F, D].
+
+    Returns:
+      [B, T, D] in the compute format.
+    """
+    def local(weights, x_BTD):
+      y = fp8_swiglu(x_BTD.reshape(-1, x_BTD.shape[-1]), *weights, self.recipe)
+      return y.reshape(x_BTD.shape)
+
+    return map_token_shards(local, (w_gate_up, w_down), x_BTD.astype(self.compute_dtype))
+
   def einsum_f32(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Computes `einsum`, but returns the float32 accumulator; gradients have the compute format."""
     return _einsum_f32(spec, self.precision, *self._cast((a, b)))
@@ -129,4 +148,6 @@ NUMERICS = {
     "fp32": Numerics(),
     "bf16": Numerics(compute="bfloat16"),
     "fp8": Numerics(compute="bfloat16", recipe=Recipe()),
+    # Gradients of FP8 weights in bfloat16, where V3 has float32.
+    "fp8_bf16_gradients": Numerics(compute="bfloat16", recipe=Recipe(gradients="bfloat16")),
 }

@@ -22,6 +22,7 @@ from pallas_kernels.ops.fp8_grouped import (
 )
 from pallas_kernels.ops.fp8_linear import fp8_linear
 from pallas_kernels.ops.fp8_matmul import fp8_matmul
+from pallas_kernels.ops.fp8_swiglu import fp8_swiglu
 from pallas_kernels.ops.gather_rows import gather_rows
 from pallas_kernels.ops.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.ops.moe_down_proj import moe_down_proj
@@ -59,6 +60,7 @@ __all__ = [
     "fp8_grouped_weight_gradient",
     "fp8_linear",
     "fp8_matmul",
+    "fp8_swiglu",
     "gather_rows",
     "grouped_matmul",
     "grouped_weight_gradient",

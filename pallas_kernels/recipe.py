@@ -6,6 +6,8 @@ Recipes are data, so that every FP8 study is a configuration (arXiv:2412.19437, 
 import dataclasses
 from typing import Literal
 
+import jax.numpy as jnp
+
 from pallas_kernels.quantized import FORMATS
 
 _TILES = ("1x128", "128x128", "row", "tensor")
@@ -120,6 +122,9 @@ class Recipe:
     dispatch_power_of_two: whether the inputs and gradients that are dispatched to experts have
       scales that are powers of two (V3 section 3.3.3). Requantising them for the weight gradient
       then loses nothing, so the gradient's operand, too, is requantised from the dispatched array.
+    gradients: format to which the gradients of weights are rounded when their product is stored.
+      V3 keeps them in float32 (section 3.3.3); bfloat16 halves the bytes that the product writes
+      and the optimizer reads. Gradients of weights in bfloat16 are in bfloat16 anyway.
   """
 
   forward: Forward | None = Forward()
@@ -129,6 +134,19 @@ class Recipe:
   kept_after_attention: Operand | None = Operand("e5m6", power_of_two=True)
   kept_swiglu: Operand | None = Operand()
   dispatch_power_of_two: bool = True
+  gradients: Literal["float32", "bfloat16"] = "float32"
+
+  def __post_init__(self):
+    if self.gradients not in ("float32", "bfloat16"):
+      raise ValueError(f"Recipe.gradients={self.gradients!r} must be float32 or bfloat16")
+
+  def gradient_dtype(self, master: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which the product that gives a weight's gradient is stored.
+
+    Args:
+      master: dtype of the weight, and of its gradient in the end.
+    """
+    return jnp.dtype(master if self.gradients == "float32" else self.gradients)
 
   @classmethod
   def parse(cls, text: str) -> "Recipe":

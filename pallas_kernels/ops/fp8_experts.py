@@ -21,9 +21,7 @@ from pallas_kernels.ops.fp8_grouped import (
 from pallas_kernels.ops.fp8_linear import (
   SMALLEST_GRADIENT_AMAX,
   V3,
-  as_array,
   as_operand,
-  gradients,
   kept_operand,
   precision_of,
   transposed_operand,
@@ -33,8 +31,8 @@ from pallas_kernels.ops.fp8_linear import (
 from pallas_kernels.ops.gather_rows import gather_rows
 from pallas_kernels.ops.grouped_matmul import grouped_matmul, grouped_weight_gradient
 from pallas_kernels.ops.quantize import swiglu_quantize, swiglu_quantize_with_inputs
-from pallas_kernels.ops.swiglu_backward import SwigluBackward, swiglu_backward_quantize
-from pallas_kernels.ops.swiglu_gated import swiglu_gated, swiglu_gated_backward
+from pallas_kernels.ops.swiglu_backward import backward_operands
+from pallas_kernels.ops.swiglu_gated import swiglu_gated
 from pallas_kernels.quantized import BLOCK, Quantized
 from pallas_kernels.recipe import Operand, Recipe
 from pallas_kernels.weight import Weight, split_weight
@@ -142,33 +140,6 @@ def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | Non
   return Quantized(hidden.values_MK, hidden.scales_mk * gates_S[:, None], hidden.tile), kept_gate_up
 
 
-def _hidden_backward(
-    gate_up, gates_S, dhidden_SF, recipe: Recipe, implementation: str | None) -> SwigluBackward:
-  """Runs SwiGLU's backward pass and returns its results as the operands of the products.
-
-  Args:
-    gate_up: SwiGLU's inputs as kept by the forward pass, [S, 2 F].
-    gates_S: the gate of each row.
-    dhidden_SF: gradient of the gated hidden units.
-    recipe: how the operands of the products are quantised.
-    implementation: which implementation of the quantisation to run.
-  """
-  product = recipe.weight_gradient
-  forms = {recipe.input_gradient and recipe.input_gradient.gradient,
-           product and product.gradient, product and product.activation}
-  (form, *others) = forms
-  if form and not others and form.tile == "1x128":
-    return swiglu_backward_quantize(gate_up, gates_S, dhidden_SF, format=form.format,
-                                    power_of_two=form.power_of_two, implementation=implementation)
-  # The results are rounded to the layer's dtype before they are quantised; that extra
-  # rounding matters less than what it saves.
-  dgate_up, hidden_SF, dgates_S = swiglu_gated_backward(as_array(gate_up), gates_S, dhidden_SF)
-  return SwigluBackward(
-      *gradients(dgate_up, recipe, implementation),
-      transposed_operand(hidden_SF, product and product.activation, dhidden_SF.dtype,
-                         implementation=implementation), dgates_S)
-
-
 def _product(lhs_SK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
   """Multiplies each row with the transpose of its expert's matrix: [S, K] to [S, N]."""
   sizes_E = aligned_sizes(sizes_E)  # padding rows may count as their expert's: they are zeros
@@ -180,14 +151,15 @@ def _product(lhs_SK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | N
       implementation=implementation)
 
 
-def _weight_gradient(x_KS, dy_NS, sizes_E, dtype: jnp.dtype, implementation: str | None):
+def _weight_gradient(
+    x_KS, dy_NS, sizes_E, recipe: Recipe, dtype: jnp.dtype, implementation: str | None):
   """Returns each expert's x @ dy.T, [E, K, N], for operands that are transposed."""
   if isinstance(x_KS, jax.Array):
     return grouped_weight_gradient(x_KS.T, dy_NS.T, aligned_sizes(sizes_E), dtype=dtype,
                                    implementation=implementation)
   return fp8_grouped_weight_gradient(
-      with_tiles(x_KS, (1, BLOCK)), with_tiles(dy_NS, (1, BLOCK)), sizes_E, dtype=dtype,
-      implementation=implementation)
+      with_tiles(x_KS, (1, BLOCK)), with_tiles(dy_NS, (1, BLOCK)), sizes_E,
+      dtype=recipe.gradient_dtype(dtype), implementation=implementation).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -226,7 +198,7 @@ def _experts_backward(static: _Static, residuals, dy_ND):
   transposed = functools.partial(transposed_operand, **options)
   product = functools.partial(_product, sizes_E=rows.sizes_E, **options)
   weight_gradient = functools.partial(
-      _weight_gradient, sizes_E=rows.sizes_E, implementation=static.implementation)
+      _weight_gradient, sizes_E=rows.sizes_E, recipe=recipe, implementation=static.implementation)
   dy_form = recipe.dispatched.input_gradient and recipe.dispatched.input_gradient.gradient
   wgrad = recipe.dispatched.weight_gradient
 
@@ -234,8 +206,8 @@ def _experts_backward(static: _Static, residuals, dy_ND):
   # With scales that are powers of two requantising loses nothing, so nothing more is dispatched.
   requantised = wgrad and recipe.dispatch_power_of_two and dy_form == wgrad.gradient
   sent = dy if requantised else _send(dy_ND, rows, None, gradient)
-  back = _hidden_backward(gate_up, _gates(gates_NK, rows), product(dy, w_down), recipe,
-                          static.implementation)
+  back = backward_operands(gate_up, _gates(gates_NK, rows), product(dy, w_down), recipe,
+                           static.implementation)
   dw_down = weight_gradient(
       back.hidden_t,
       transposed(sent, wgrad and wgrad.gradient, smallest_amax=SMALLEST_GRADIENT_AMAX),

@@ -128,7 +128,7 @@ def precision_of(dtype: jnp.dtype) -> lax.Precision | None:
   return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _product(lhs_MK, rhs_NK, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
+def product(lhs_MK, rhs_NK, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
   """Returns lhs @ rhs.T in `dtype`, of two quantised operands or of two plain arrays."""
   if isinstance(lhs_MK, jax.Array):
     return jnp.einsum("mk,nk->mn", lhs_MK, rhs_NK, precision=precision_of(lhs_MK.dtype),
@@ -137,6 +137,13 @@ def _product(lhs_MK, rhs_NK, dtype: jnp.dtype, implementation: str | None) -> ja
     rhs_NK = with_tiles(rhs_NK, (BLOCK, BLOCK))
   return fp8_matmul(with_tiles(lhs_MK, (1, BLOCK)), rhs_NK, dtype=dtype,
                     implementation=implementation)
+
+
+def weight_gradient(
+    x_KM, dy_NM, recipe: Recipe, dtype: jnp.dtype, implementation: str | None) -> jax.Array:
+  """Returns x @ dy.T for operands that are transposed, rounded as the recipe says: [K, N]."""
+  rounded = recipe.gradient_dtype(dtype)
+  return product(x_KM, dy_NM, rounded, implementation).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -150,7 +157,7 @@ def _linear_forward(static: _Static, x_MK, w_KN, quantized: WeightOperands):
   operand = functools.partial(as_operand, x_MK, **options)
   x = operand(recipe.forward and recipe.forward.activation)
   w_NK, dgrad_w_KN = weight_operands(w_KN, quantized, recipe, **options)
-  y_MN = _product(x, w_NK, **options)
+  y_MN = product(x, w_NK, **options)
   # Residuals are arrays, so an empty one passes the master weight's dtype to the backward pass.
   return y_MN, (kept_operand(x, static.kept, recipe, operand), dgrad_w_KN,
                 jnp.zeros(0, w_KN.dtype))
@@ -196,8 +203,8 @@ def _linear_backward(static: _Static, residuals, dy_MN):
   dy, dy_NM = gradients(dy_MN, recipe, implementation)
   x_KM = transposed_operand(kept, recipe.weight_gradient and recipe.weight_gradient.activation,
                             dtype, implementation=implementation)
-  return (_product(dy, w_KN, dtype, implementation),
-          _product(x_KM, dy_NM, empty.dtype, implementation), None)
+  return (product(dy, w_KN, dtype, implementation),
+          weight_gradient(x_KM, dy_NM, recipe, empty.dtype, implementation), None)
 
 
 def transposed_operand(

@@ -10,11 +10,17 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels import implementations
-from pallas_kernels.ops.fp8_linear import SMALLEST_GRADIENT_AMAX, as_array
+from pallas_kernels.ops.fp8_linear import (
+    SMALLEST_GRADIENT_AMAX,
+    as_array,
+    gradients,
+    transposed_operand,
+)
 from pallas_kernels.ops.quantize import SMALLEST_AMAX, check, quantize
 from pallas_kernels.ops.requantize import quantize_transposed
 from pallas_kernels.ops.swiglu_gated import swiglu_gated_backward
 from pallas_kernels.quantized import Quantized
+from pallas_kernels.recipe import Recipe
 
 _KERNELS = {"mosaic_gpu": implementations.lazy("mosaic_gpu.swiglu_backward")}
 
@@ -89,3 +95,31 @@ def _xla(gate_up, gates_M, dhidden_MF, *, smallest_amax, smallest_gradient_amax,
   return (quantize(dgate_up, **gradient_options),
           quantize_transposed(dgate_up, **gradient_options),
           quantize_transposed(hidden_MF, **hidden_options), dgates_M)
+
+
+def backward_operands(
+    gate_up: jax.Array | Quantized, gates_M: jax.Array, dhidden_MF: jax.Array, recipe: Recipe,
+    implementation: str | None) -> SwigluBackward:
+  """Runs SwiGLU's backward pass and returns its results as a recipe's operands of the products.
+
+  Args:
+    gate_up: SwiGLU's inputs as kept by the forward pass, [M, 2 F].
+    gates_M: the gate of each row.
+    dhidden_MF: gradient of the gated hidden units.
+    recipe: how the operands of the products are quantised.
+    implementation: which implementation of the quantisation to run.
+  """
+  product = recipe.weight_gradient
+  forms = {recipe.input_gradient and recipe.input_gradient.gradient,
+           product and product.gradient, product and product.activation}
+  (form, *others) = forms
+  if form and not others and form.tile == "1x128":
+    return swiglu_backward_quantize(gate_up, gates_M, dhidden_MF, format=form.format,
+                                    power_of_two=form.power_of_two, implementation=implementation)
+  # The results are rounded to the layer's dtype before they are quantised; that extra
+  # rounding matters less than what it saves.
+  dgate_up, hidden_MF, dgates_M = swiglu_gated_backward(as_array(gate_up), gates_M, dhidden_MF)
+  return SwigluBackward(
+      *gradients(dgate_up, recipe, implementation),
+      transposed_operand(hidden_MF, product and product.activation, dhidden_MF.dtype,
+                         implementation=implementation), dgates_M)
