@@ -47,16 +47,31 @@ FORMATS = {
 class Quantized:
   """A quantised array: each element is its value times the scale of its tile.
 
+  Where tiles are one row high, products read the scales of neighbouring rows for one block of K at
+  a time. So that those lie together, scales are then stored transposed, [..., k, M'], where M' is M
+  rounded up to a multiple of 128; the entries past M are finite and mean nothing.
+
   Attributes:
     values_MK: [..., M, K], in the format's dtype.
-    scales_mk: float32 [..., ceil(M / tile[0]), ceil(K / tile[1])].
+    scales: float32, one for each tile, as they are stored: [..., k, M'] if tiles are one row high,
+      otherwise [..., m, k], where m is ceil(M / tile[0]) and k is ceil(K / tile[1]).
     tile: rows and columns of the tiles that share a scale; the last tile along an axis may be
       smaller.
   """
 
   values_MK: jax.Array
-  scales_mk: jax.Array
+  scales: jax.Array
   tile: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+  @classmethod
+  def of(cls, values_MK: jax.Array, scales_mk: jax.Array, tile: tuple[int, int]) -> "Quantized":
+    """Returns a quantised array with these scales, [..., m, k]; see the attributes."""
+    return cls(values_MK, whole_blocks(scales_mk.mT) if tile[0] == 1 else scales_mk, tile)
+
+  @property
+  def scales_mk(self) -> jax.Array:
+    """The scales as [..., m, k]."""
+    return self.scales.mT[..., :self.shape[-2], :] if self.tile[0] == 1 else self.scales
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -65,7 +80,13 @@ class Quantized:
   @property
   def mT(self) -> "Quantized":
     """The transpose over the last two axes; values, scales and tile are exchanged, not rounded."""
-    return Quantized(self.values_MK.mT, self.scales_mk.mT, self.tile[::-1])
+    return Quantized.of(self.values_MK.mT, self.scales_mk.mT, self.tile[::-1])
+
+
+def whole_blocks(scales_kM: jax.Array) -> jax.Array:
+  """Appends ones to the last axis, up to a multiple of 128."""
+  padding = [(0, 0)] * (scales_kM.ndim - 1) + [(0, -scales_kM.shape[-1] % BLOCK)]
+  return jnp.pad(scales_kM, padding, constant_values=1) if padding[-1][1] else scales_kM
 
 
 def num_tiles(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, int]:

@@ -23,7 +23,6 @@ from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     as_plain_rows,
-    k_major,
     owned,
     pad_columns,
     store_runs,
@@ -77,7 +76,7 @@ def run(
     fp8_kernel.multiply_tiles(refs, each_tile, tiling)
 
   operands = (pad_columns(lhs_RK.values_MK), pad_columns(rhs_GNK.values_MK),
-              k_major(lhs_RK.scales_mk), rhs_GNK.scales_mk)
+              lhs_RK.scales, rhs_GNK.scales)
   return fp8_kernel.launch(
       "fp8_grouped_matmul", body, operands, out=jax.ShapeDtypeStruct((rows, n), dtype),
       tiling=tiling, programs=programs, interpret=interpret, vectors=(True, False), any_row=True,

@@ -23,7 +23,7 @@ from pallas_kernels.mosaic_gpu.fp8_tiling import (
     unsupported_columns,
     unsupported_formats,
 )
-from pallas_kernels.mosaic_gpu.hopper import k_major, pad_columns
+from pallas_kernels.mosaic_gpu.hopper import pad_columns
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.quantized import BLOCK, Quantized
 
@@ -91,12 +91,9 @@ def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
 
     fp8_kernel.multiply_tiles(refs, each_part if tiling.shared else each_tile, tiling)
 
-  # Scales of rows are transposed to [k, M], so that those that a tile needs for 128 of K are
-  # contiguous, which makes them a single TMA copy.
   vectors = tuple(x.tile == (1, BLOCK) for x in (lhs_MK, rhs_NK))
-  operands = (pad_columns(lhs_MK.values_MK), pad_columns(rhs_NK.values_MK),
-              *(k_major(x.scales_mk) if each_row else x.scales_mk
-                for x, each_row in zip((lhs_MK, rhs_NK), vectors, strict=True)))
+  operands = (pad_columns(lhs_MK.values_MK), pad_columns(rhs_NK.values_MK), lhs_MK.scales,
+              rhs_NK.scales)
   call = functools.partial(fp8_kernel.launch, "fp8_matmul", body, operands, tiling=tiling,
                            interpret=interpret, vectors=vectors)
   if not tiling.shared:

@@ -20,7 +20,6 @@ from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling, schedule
 from pallas_kernels.mosaic_gpu.fp8_kernel import Refs, Tile
 from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
-from pallas_kernels.mosaic_gpu.hopper import k_major
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.ops.fp8_grouped import aligned_sizes, aligned_starts
 from pallas_kernels.quantized import BLOCK, Quantized
@@ -69,7 +68,7 @@ def run(
   sizes_G = sizes_G.astype(jnp.int32)
   return fp8_kernel.launch(
       "fp8_grouped_weight_gradient", body,
-      (lhs_KS.values_MK, rhs_NS.values_MK, k_major(lhs_KS.scales_mk), k_major(rhs_NS.scales_mk)),
+      (lhs_KS.values_MK, rhs_NS.values_MK, lhs_KS.scales, rhs_NS.scales),
       out=jax.ShapeDtypeStruct((groups, k, n), dtype), tiling=tiling, programs=programs,
       interpret=interpret, vectors=(True, True),
       before=(aligned_starts(sizes_G) // BLOCK, aligned_sizes(sizes_G) // BLOCK))

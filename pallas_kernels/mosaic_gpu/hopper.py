@@ -1,8 +1,7 @@
 """What Hopper's kernels share: sizes of the hardware, swizzles, ragged copies, and padding.
 
 Shape letters:  R rows  N columns  M rows of a matrix or of a piece in shared memory
-                C columns of a piece  K columns of a matrix  k blocks of 128 of them
-                S stages
+                C columns of a piece  K columns of a matrix  S stages
 """
 
 import functools
@@ -60,14 +59,6 @@ def pad_columns(x_MK: jax.Array, multiple: int = 16) -> jax.Array:
   """
   pad = [(0, 0)] * (x_MK.ndim - 1) + [(0, -x_MK.shape[-1] % multiple)]
   return jnp.pad(x_MK, pad) if pad[-1][1] else x_MK
-
-
-def k_major(scales_Mk: jax.Array, multiple: int = 4) -> jax.Array:
-  """Returns scales as [k, M], with zeros up to a multiple of `multiple` along M.
-
-  The default gives rows of a multiple of 16 bytes, as TMA requires.
-  """
-  return jnp.pad(scales_Mk.T, ((0, 0), (0, -len(scales_Mk) % multiple)))
 
 
 def as_rows(

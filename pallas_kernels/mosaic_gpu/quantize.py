@@ -66,13 +66,12 @@ def run(
   """
   tiling = tiling or Tiling()
   rows, columns = math.prod(x_MK.shape[:-1]), x_MK.shape[-1]
-  if tile[0] == 1:  # Each 128 elements of a row are independent, so view each as a row of its own.
-    rows, columns = rows * columns // BLOCK, BLOCK
-  else:
+  if tile[0] > 1:
     tiling = dataclasses.replace(tiling, rows=BLOCK)
   x = pad_rows(x_MK.reshape(rows, columns))
-  grid = (pl.cdiv(rows, tiling.rows), columns // BLOCK)
-  scales_shape = {(1, BLOCK): (grid[0] * tiling.rows,), (BLOCK, 1): (grid[0], columns),
+  # Scales of rows are stored for a multiple of 128 rows.
+  grid = (pl.cdiv(rows, BLOCK) * BLOCK // tiling.rows, columns // BLOCK)
+  scales_shape = {(1, BLOCK): (grid[1], grid[0] * tiling.rows), (BLOCK, 1): (grid[0], columns),
                   (BLOCK, BLOCK): grid}[tile]
   quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
   dtype = FORMATS[format].dtype
@@ -84,7 +83,7 @@ def run(
     plgpu.barrier_wait(loaded)
     if tile == (1, BLOCK):
       write_scale = lambda first, scale_S: compat.store(
-          scales.at[pl.ds(i * tiling.rows + first, tiling.step)], scale_S)
+          scales.at[j, pl.ds(i * tiling.rows + first, tiling.step)], scale_S)
       quantizer.rows(x_smem, values_smem, tiling.step, write_scale)
     elif tile == (BLOCK, 1):
       scale_K = quantizer.columns(x_smem, values_smem, scales_smem, tiling.step)
@@ -104,10 +103,19 @@ def run(
                      plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
       compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="quantize",
   )(x)
-  scales = scales[:rows] if tile == (1, BLOCK) else scales
+  if tile == (1, BLOCK):
+    return of_rows(values[:rows], scales, x_MK.shape)
   counts = (-(-x_MK.shape[-2] // tile[0]), x_MK.shape[-1] // tile[1])
   return Quantized(values[:rows].reshape(x_MK.shape),
                    scales.reshape(*x_MK.shape[:-2], *counts), tile)
+
+
+def of_rows(values_RK: jax.Array, scales_kR: jax.Array, shape: tuple[int, ...]) -> Quantized:
+  """Returns a matrix, or several below one another, as an array of this shape with 1x128 scales."""
+  values, tile = values_RK.reshape(shape), (1, BLOCK)
+  if values.ndim == 2:
+    return Quantized(values, scales_kR, tile)
+  return Quantized.of(values, scales_kR.T[:len(values_RK)].reshape(*values.shape[:-1], -1), tile)
 
 
 def unsupported_reason(

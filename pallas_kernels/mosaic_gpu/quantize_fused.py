@@ -21,10 +21,10 @@ from pallas_kernels.mosaic_gpu.quantize import (
   COMPILER_PARAMS,
   Quantizer,
   Tiling,
+  of_rows,
   row_layout,
   sigmoid,
   steps,
-  store_in_column,
   swizzled,
   this_block,
   unsupported_any,
@@ -61,7 +61,8 @@ def _run_swiglu(
   dtype, layout = gate_up_M2F.dtype, row_layout(gate_up_M2F.dtype)
   num_rows = math.prod(batch)
   gate_up = pad_rows(gate_up_M2F.reshape(num_rows, 2 * width))
-  grid = (pl.cdiv(num_rows, tiling.rows), width // BLOCK)
+  # Scales are stored for a multiple of 128 rows.
+  grid = (pl.cdiv(num_rows, BLOCK) * BLOCK // tiling.rows, width // BLOCK)
   quantizer = Quantizer(format, power_of_two, smallest_amax, interpret is not None)
   halves = (0, 1) if with_inputs else ()
 
@@ -81,8 +82,7 @@ def _run_swiglu(
       numbers = gate_SF * sigmoid(gate_SF) * up_SF, gate_SF, up_SF
       for at, (((_, scales), column), x_SF) in enumerate(zip(places, numbers, strict=False)):
         scale_S = quantizer.row_values(x_SF, values_smem.at[at, piece], layout)
-        store_in_column(scales.at[pl.ds(i * tiling.rows + first, tiling.step), pl.ds(column, 1)],
-                        scale_S, layout)
+        compat.store(scales.at[column, pl.ds(i * tiling.rows + first, tiling.step)], scale_S)
     plgpu.commit_smem()
     for at, ((values, _), column) in enumerate(places):
       plgpu.copy_smem_to_gmem(values_smem.at[at], values.at[rows, pl.ds(column * BLOCK, BLOCK)])
@@ -95,7 +95,7 @@ def _run_swiglu(
       out_type=tuple(
           array for columns in widths for array in (
               jax.ShapeDtypeStruct((len(gate_up), columns), small),
-              jax.ShapeDtypeStruct((grid[0] * tiling.rows, columns // BLOCK), jnp.float32))),
+              jax.ShapeDtypeStruct((columns // BLOCK, grid[0] * tiling.rows), jnp.float32))),
       grid=(math.prod(grid),), grid_names=("block",),
       scratch_types=(
           smem, smem,
@@ -103,11 +103,8 @@ def _run_swiglu(
           plgpu.Barrier(num_arrivals=2)),
       compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name=name,
   )(gate_up)
-  shapes = (*batch, width), (*batch, 2, width)
-  return tuple(
-      Quantized(values[:num_rows].reshape(shape),
-                scales[:num_rows].reshape(*shape[:-1], -1), (1, BLOCK))
-      for values, scales, shape in zip(outs[::2], outs[1::2], shapes, strict=False))
+  return tuple(of_rows(values[:num_rows], scales, (*batch, -1))
+               for values, scales in zip(outs[::2], outs[1::2], strict=True))
 
 
 def run_both(
@@ -132,7 +129,7 @@ def run_both(
   blocks = tile[0] == BLOCK  # one scale of a 128x128 block then serves both orientations
 
   def kernel(x, values, scales, values_t, *refs):
-    *scales_t, x_smem, values_smem, values_t_smem, scales_t_smem, loaded = refs
+    scales_t, x_smem, values_smem, values_t_smem, scales_t_smem, loaded = refs
     i, j = this_block(grid)
     place = (pl.ds(i * BLOCK, BLOCK), pl.ds(j * BLOCK, BLOCK))
     matrix, block_row = lax.div(i, per_matrix), lax.rem(i, per_matrix)
@@ -142,42 +139,42 @@ def run_both(
     plgpu.barrier_wait(loaded)
     if blocks:
       column_scales = scales[i, j] = quantizer.block(x_smem, values_smem, tiling.step)
+      scales_t[matrix * grid[1] + j, block_row] = column_scales
     else:
-      quantizer.rows(x_smem, values_smem, tiling.step, lambda first, scale_S: store_in_column(
-          scales.at[pl.ds(i * BLOCK + first, tiling.step), pl.ds(j, 1)], scale_S,
-          row_layout(x_smem.dtype)))
+      quantizer.rows(x_smem, values_smem, tiling.step, lambda first, scale_S: compat.store(
+          scales.at[j, pl.ds(i * BLOCK + first, tiling.step)], scale_S))
     plgpu.commit_smem()
     # This copy runs while the transpose is computed.
     plgpu.copy_smem_to_gmem(values_smem, values.at[place])
     if not blocks:
       scale_K = quantizer.column_scales(x_smem, scales_t_smem, tiling.step)
-      compat.store(scales_t[0].at[i, place[1]], scale_K)
+      compat.store(scales_t.at[i, place[1]], scale_K)
       column_scales = scales_t_smem
     write_transposed(quantizer, x_smem, (), column_scales, values_t_smem)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_t_smem, values_t.at[place_t])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  scales_t = () if blocks else (jax.ShapeDtypeStruct((grid[0], columns), jnp.float32),)
-  values, scales, values_t, *scales_t = plgpu.kernel(
+  count = math.prod(batch)
+  scales_shapes = (grid, (count * grid[1], per_matrix)) if blocks else (
+      (grid[1], grid[0] * BLOCK), (grid[0], columns))
+  scales_type, scales_t_type = (jax.ShapeDtypeStruct(x, jnp.float32) for x in scales_shapes)
+  values, scales, values_t, scales_t = plgpu.kernel(
       kernel,
       out_type=(
-          jax.ShapeDtypeStruct(x.shape, small),
-          jax.ShapeDtypeStruct(grid if blocks else (grid[0] * BLOCK, grid[1]), jnp.float32),
-          jax.ShapeDtypeStruct((math.prod(batch) * columns, per_matrix * BLOCK), small),
-          *scales_t),
+          jax.ShapeDtypeStruct(x.shape, small), scales_type,
+          jax.ShapeDtypeStruct((count * columns, per_matrix * BLOCK), small), scales_t_type),
       grid=(math.prod(grid),), grid_names=("block",),
       scratch_types=(
           swizzled(BLOCK, x_MK.dtype), swizzled(BLOCK, small), swizzled(BLOCK, small),
           plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
       compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="quantize_both",
   )(x)
-  scales = scales if blocks else scales[:rows]
-  straight = Quantized(values[:math.prod(batch) * rows].reshape(x_MK.shape),
-                       scales.reshape(*batch, -1, grid[1]), tile)
-  return straight, Quantized(
-      values_t.reshape(*batch, columns, -1)[..., :rows],
-      straight.scales_mk.mT if blocks else scales_t[0].T, tile)
+  values = values[:count * rows].reshape(x_MK.shape)
+  values_t = values_t.reshape(*batch, columns, -1)[..., :rows]
+  if blocks:
+    scales, scales_t = (x.reshape(*batch, -1, x.shape[1]) for x in (scales, scales_t))
+  return Quantized(values, scales, tile), Quantized(values_t, scales_t, tile)
 
 
 def unsupported_both(x_MK: jax.Array, tile: tuple[int, int], **options) -> str | None:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu.hopper import k_major, pad_rows, swizzle
+from pallas_kernels.mosaic_gpu.hopper import pad_rows, swizzle
 from pallas_kernels.mosaic_gpu.quantize import (
   COMPILER_PARAMS,
   Quantizer,
@@ -45,7 +45,7 @@ def run(
   del tile  # `unsupported_reason` refuses all but one
   values_MK, scales = x_MK, ()
   if isinstance(x_MK, Quantized):
-    values_MK, scales = x_MK.values_MK, (k_major(x_MK.scales_mk, BLOCK),)
+    values_MK, scales = x_MK.values_MK, (x_MK.scales,)
   (rows, columns), small = values_MK.shape, FORMATS[format].dtype
   x = pad_rows(values_MK)
   grid = (pl.cdiv(rows, BLOCK), columns // BLOCK)
@@ -77,7 +77,7 @@ def run(
           swizzled(BLOCK, small), plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
       compiler_params=COMPILER_PARAMS, interpret=interpret, kernel_name="requantize",
   )(x, *scales)
-  return Quantized(values_t[:, :rows], scales_t.T, (1, BLOCK))
+  return Quantized(values_t[:, :rows], scales_t, (1, BLOCK))
 
 
 def unsupported_reason(x_MK: jax.Array | Quantized, tile: str, **options) -> str | None:

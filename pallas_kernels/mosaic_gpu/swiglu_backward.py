@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import compat, implementations
-from pallas_kernels.mosaic_gpu.hopper import ROWS, WARPGROUPS, k_major, pad_rows
+from pallas_kernels.mosaic_gpu.hopper import ROWS, WARPGROUPS, pad_rows
 from pallas_kernels.mosaic_gpu.quantize import (
   COMPILER_PARAMS,
   Quantizer,
@@ -141,7 +141,7 @@ def run(
       BfloatQuantizer(format, power_of_two, smallest, interpreted)
       for smallest in (smallest_amax, smallest_gradient_amax))
   if isinstance(gate_up, Quantized):
-    inputs = jnp.pad(gate_up.values_MK, ((0, padding), (0, 0))), k_major(gate_up.scales_mk, BLOCK)
+    inputs = jnp.pad(gate_up.values_MK, ((0, padding), (0, 0))), gate_up.scales
   else:
     inputs = pad_rows(gate_up),
 
@@ -166,15 +166,15 @@ def run(
           plgpu.Barrier(num_arrivals=WARPGROUPS)),
       compiler_params=_PARAMS, interpret=interpret, kernel_name="swiglu_backward",
   )(jnp.pad(gates_M.astype(jnp.float32), (0, padding)), pad_rows(dhidden_MF), *inputs)
-  transposed = lambda values, scales: Quantized(values[:, :rows], scales.T, (1, BLOCK))
-  return (Quantized(values[:rows], scales[:rows], (1, BLOCK)), transposed(values_t, scales_t),
+  transposed = lambda values, scales: Quantized(values[:, :rows], scales, (1, BLOCK))
+  return (Quantized(values[:rows], scales, (1, BLOCK)), transposed(values_t, scales_t),
           transposed(hidden_t, hidden_scales_t), dgates[:rows].sum(1))
 
 
 def _results(grid: tuple[int, int], small: jnp.dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
   """Returns the types of the results, in the order of the first attributes of `_Refs`."""
   rows, columns = (count * BLOCK for count in grid)
-  shapes = (((rows, 2 * columns), small), ((rows, 2 * grid[1]), jnp.float32),
+  shapes = (((rows, 2 * columns), small), ((2 * grid[1], rows), jnp.float32),
             ((2 * columns, rows), small), ((grid[0], 2 * columns), jnp.float32),
             ((columns, rows), small), ((grid[0], columns), jnp.float32),
             ((rows, grid[1]), jnp.float32))
@@ -250,8 +250,7 @@ def _along_rows(
       scale_S = quantizer.scale(jnp.abs(x_SF).max(1))
       compat.store(refs.values.at[rows, place.columns(k)],
                    quantizer.values(x_SF, scale_S, (0,), layout))
-      column = pl.ds(k * place.width // BLOCK + place.block_column, 1)
-      store_in_column(refs.scales.at[rows, column], scale_S, layout)
+      compat.store(refs.scales.at[k * place.width // BLOCK + place.block_column, rows], scale_S)
 
 
 def _along_columns(

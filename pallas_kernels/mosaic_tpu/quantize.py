@@ -78,7 +78,7 @@ def run(
   if tile[0] > 1:  # each block wrote its scales to 8 equal rows, the fewest that a block can have
     scales = scales[::SUBLANES]
   values = values.reshape(padded.shape)[..., :x_MK.shape[-2], :x_MK.shape[-1]]
-  return Quantized(values, scales.reshape(*x_MK.shape[:-2], -1, columns // BLOCK), tile)
+  return Quantized.of(values, scales.reshape(*x_MK.shape[:-2], -1, columns // BLOCK), tile)
 
 
 def unsupported_reason(

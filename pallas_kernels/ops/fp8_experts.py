@@ -98,7 +98,8 @@ def _send(x_ND, rows: ExpertRows, form: Operand | None, operand) -> Quantized | 
   token_S = rows.assignment_S // rows.place_NK.shape[1]
   take = functools.partial(gather_rows, index=token_S)
   if form and form.tile in ("1x128", "row"):  # no two rows share a scale: send the fewer bits
-    return jax.tree.map(take, operand(x_ND, form))
+    x = operand(x_ND, form)
+    return Quantized.of(take(x.values_MK), take(x.scales_mk, implementation="xla"), x.tile)
   return operand(take(x_ND), form)
 
 
@@ -132,12 +133,12 @@ def _hidden_and_kept(gate_up, gates_S, form: Operand | None, kept: Operand | Non
     return operand(hidden_SF, form), operand(gate_up, kept)
   split, options = gate_up.reshape(len(gate_up), 2, -1), {"implementation": implementation}
   if kept == form and split.shape[-1] % BLOCK == 0:  # else a tile would hold gate and up
-    hidden, inputs = swiglu_quantize_with_inputs(split, format=form.format, **options)
-    kept_gate_up = jax.tree.map(lambda x: x.reshape(len(gate_up), -1), inputs)
+    hidden, kept_gate_up = swiglu_quantize_with_inputs(split, format=form.format, **options)
   else:
     hidden = swiglu_quantize(split, format=form.format, **options)
     kept_gate_up = operand(gate_up, kept)
-  return Quantized(hidden.values_MK, hidden.scales_mk * gates_S[:, None], hidden.tile), kept_gate_up
+  scaled_mk = hidden.scales_mk * gates_S[:, None]
+  return Quantized.of(hidden.values_MK, scaled_mk, hidden.tile), kept_gate_up
 
 
 def _product(lhs_SK, rhs_ENK, sizes_E, dtype: jnp.dtype, implementation: str | None) -> jax.Array:

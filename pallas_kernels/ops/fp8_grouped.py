@@ -163,7 +163,11 @@ def quantize_groups(
                      "`with_tiles` to give each row its own scales; the tiles are "
                      f"{x_RK.tile[0]}x{x_RK.tile[1]}")
   # Rows are moved first, before they are dequantised, so that they have the fewest bits.
-  x_SK = jax.tree.map(lambda x_R: align_groups(x_R, sizes_G), x_RK)
+  if isinstance(x_RK, Quantized):
+    parts = (align_groups(x_R, sizes_G) for x_R in (x_RK.values_MK, x_RK.scales_mk))
+    x_SK = Quantized.of(*parts, x_RK.tile)
+  else:
+    x_SK = align_groups(x_RK, sizes_G)
   return quantize_transposed(x_SK, tile, format=format, power_of_two=power_of_two,
                              smallest_amax=smallest_amax, implementation=implementation)
 

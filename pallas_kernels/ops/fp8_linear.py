@@ -81,7 +81,7 @@ def _whole_blocks(x_MK, w_KN, quantized: WeightOperands):
     if w is None:
       return None
     w = with_tiles(w, (BLOCK, BLOCK))
-    return Quantized(pad(w.values_MK, rows, columns), w.scales_mk, w.tile)
+    return Quantized(pad(w.values_MK, rows, columns), w.scales, w.tile)
 
   w_NK, dgrad_w_KN = quantized
   return (pad(x_MK, 0, k), pad(w_KN, k, n),
@@ -117,7 +117,7 @@ def with_tiles(x: Quantized, tile: tuple[int, int]) -> Quantized:
     return x
   rows, columns = (jnp.arange(count) * new // old
                    for count, new, old in zip(num_tiles(x.shape, tile), tile, x.tile, strict=True))
-  return Quantized(x.values_MK, x.scales_mk[..., rows[:, None], columns], tile)
+  return Quantized.of(x.values_MK, x.scales_mk[..., rows[:, None], columns], tile)
 
 
 def precision_of(dtype: jnp.dtype) -> lax.Precision | None:

@@ -108,15 +108,19 @@ def swiglu_quantize_with_inputs(
     format, power_of_two, smallest_amax, implementation: see `quantize`.
 
   Returns:
-    The hidden units, [..., M, F], and gate and up, [..., M, 2, F].
+    The hidden units, [..., M, F], and gate and up, [..., M, 2 F].
 
   Raises:
-    ValueError: if the format is unknown, if gate_up has another dtype or shape, or if the named
-      implementation cannot run here.
+    ValueError: if the format is unknown, if gate_up has another dtype or shape, if F is not a
+      multiple of 128, or if the named implementation cannot run here.
   """
+  if gate_up_M2F.shape[-1] % BLOCK:
+    raise ValueError("swiglu_quantize_with_inputs needs F to be a multiple of 128, so that no tile "
+                     f"holds gate and up, and the shape is {gate_up_M2F.shape}")
   return _run_swiglu(
       "swiglu_quantize_with_inputs", gate_up_M2F, implementation, _WITH_INPUTS_KERNELS,
-      lambda x, **options: (_swiglu_quantize(x, **options), _quantize(x, (1, BLOCK), **options)),
+      lambda x, **options: (_swiglu_quantize(x, **options), _quantize(
+          x.reshape(*x.shape[:-2], -1), (1, BLOCK), **options)),
       format=format, power_of_two=power_of_two, smallest_amax=smallest_amax)
 
 
@@ -180,7 +184,7 @@ def _quantize(x_MK, tile, *, format, power_of_two, smallest_amax) -> Quantized:
   scales_mk = scales_of(jnp.abs(tiles).max((-3, -1)), format=format, power_of_two=power_of_two,
                         smallest_amax=smallest_amax)
   values = round_to(tiles / scales_mk[..., :, None, :, None], format)
-  return Quantized(_join(values, x_MK.shape), scales_mk, tile)
+  return Quantized.of(_join(values, x_MK.shape), scales_mk, tile)
 
 
 def _swiglu_quantize(gate_up_M2F, **options) -> Quantized:

@@ -268,8 +268,9 @@ def _array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def _quantized(*shape: int, tile: tuple[int, int] = (1, BLOCK)) -> Quantized:
-  scales = _array(*shape[:-2], *num_tiles(shape, tile), dtype=jnp.float32)
-  return Quantized(_array(*shape, dtype=jnp.float8_e4m3fn), scales, tile)
+  return jax.eval_shape(functools.partial(Quantized.of, tile=tile),
+                        _array(*shape, dtype=jnp.float8_e4m3fn),
+                        _array(*shape[:-2], *num_tiles(shape, tile), dtype=jnp.float32))
 
 
 def speedups(rows: list[dict]) -> dict[str, dict[str, float]]:

@@ -131,7 +131,7 @@ def _measure(cfg: AccumulationConfig, numbers: str, width: int) -> dict[str, dic
 
 
 def _promote(lhs_MK: jax.Array, rhs_NK: jax.Array) -> jax.Array:
-  unscaled = lambda x: Quantized(x, jnp.ones((len(x), x.shape[1] // BLOCK)), (1, BLOCK))
+  unscaled = lambda x: Quantized.of(x, jnp.ones((len(x), x.shape[1] // BLOCK)), (1, BLOCK))
   return fp8_matmul(unscaled(lhs_MK), unscaled(rhs_NK), dtype=jnp.float32,
                     implementation="mosaic_gpu")
 

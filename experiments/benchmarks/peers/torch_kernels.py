@@ -12,9 +12,18 @@ def wait(_) -> None:
 
 
 def tensors(operands: tuple) -> tuple:
-  """Returns torch views of arrays, FP8 included; a quantised array becomes (values, scales)."""
-  return jax.tree.map(_tensor, tuple(
-      (x.values_MK, x.scales_mk) if hasattr(x, "values_MK") else x for x in operands))
+  """Returns torch views of arrays, FP8 included; a quantised array becomes (values, scales).
+
+  Scales are [rows, k], and those of tiles of one row are in column-major order.
+  """
+  return tuple((_tensor(x.values_MK), _scales(x)) if hasattr(x, "values_MK")
+               else jax.tree.map(_tensor, x) for x in operands)
+
+
+def _scales(x):
+  if x.tile[0] > 1:
+    return _tensor(x.scales)
+  return _tensor(x.scales)[:, :x.shape[0]].contiguous().t()
 
 
 def _tensor(x: jax.Array):
@@ -27,7 +36,7 @@ def _tensor(x: jax.Array):
 def scaled_mm(x, w, *_):
   """cuBLASLt's product with 1x128 and 128x128 scales, which it requires in column-major order."""
   (x_MK, scales_Mk), (w_NK, scales_nk) = x, w
-  return torch._scaled_mm(x_MK, w_NK.t(), scale_a=_columns(scales_Mk), scale_b=scales_nk.t(),
+  return torch._scaled_mm(x_MK, w_NK.t(), scale_a=scales_Mk, scale_b=scales_nk.t(),
                           out_dtype=torch.bfloat16)
 
 
@@ -44,10 +53,6 @@ def unscaled_mm(lhs_MK: jax.Array, rhs_NK: jax.Array, *, fast: bool) -> jax.Arra
 def plain_mm(x, w, x_MK, w_NK):
   """The same product in bfloat16, of the operands before quantisation."""
   return x_MK @ w_NK.t()
-
-
-def _columns(x):
-  return x.t().contiguous().t()
 
 
 def grouped_mm(x_RK, w_GKN, sizes_G):

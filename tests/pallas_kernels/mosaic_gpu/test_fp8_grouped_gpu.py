@@ -46,8 +46,9 @@ def outliers(shape, seed=0):
 
 def shaped(shape, tile):
   scales = (*shape[:-2], -(-shape[-2] // tile[0]), shape[-1] // 128)
-  return Quantized(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
-                   jax.ShapeDtypeStruct(scales, jnp.float32), tile)
+  return jax.eval_shape(functools.partial(Quantized.of, tile=tile),
+                        jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+                        jax.ShapeDtypeStruct(scales, jnp.float32))
 
 
 def lower(run, lhs, rhs, groups, dtype, tiling):
@@ -141,8 +142,8 @@ def test_each_group_equals_the_dense_product_to_the_bit(sizes, make):
   for group, size in enumerate(sizes):
     rows = slice(first, first + size)
     if size:
-      some = Quantized(lhs.values_MK[rows], lhs.scales_mk[rows], lhs.tile)
-      one = Quantized(rhs.values_MK[group], rhs.scales_mk[group], rhs.tile)
+      some = Quantized.of(lhs.values_MK[rows], lhs.scales_mk[rows], lhs.tile)
+      one = Quantized.of(rhs.values_MK[group], rhs.scales_mk[group], rhs.tile)
       # By the same tiling: few rows are summed in another order otherwise.
       want = dense.run(some, one, dtype=jnp.float32, tiling=dense.Tiling(stages=4))
       np.testing.assert_array_equal(ours[rows], np.asarray(want))
@@ -179,7 +180,7 @@ def test_each_weight_gradient_equals_the_dense_product_to_the_bit(sizes, make):
       assert not ours[group].any()
       continue
     first = int(start) // 128
-    parts = [Quantized(x.values_MK[:, first * 128:(first + blocks) * 128],
+    parts = [Quantized.of(x.values_MK[:, first * 128:(first + blocks) * 128],
                        x.scales_mk[:, first:first + blocks], x.tile) for x in (lhs, rhs)]
     want = fp8_matmul(*parts, dtype=jnp.float32, implementation="mosaic_gpu")
     np.testing.assert_array_equal(ours[group], np.asarray(want))

@@ -36,7 +36,7 @@ def outliers(shape, seed=0):
 def shaped(rows, columns, tile):
   values = jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn)
   scales = jax.ShapeDtypeStruct((-(-rows // tile[0]), columns // 128), jnp.float32)
-  return Quantized(values, scales, tile)
+  return jax.eval_shape(functools.partial(Quantized.of, tile=tile), values, scales)
 
 
 def lower(m, n, k, tile="128x128", dtype=jnp.bfloat16, **tiling):
@@ -163,7 +163,7 @@ def test_error_is_that_of_14_bit_sums_over_blocks_of_128(make, tile):
   lhs = quantize(jnp.asarray(make((200, 4096))))
   rhs = quantize(jnp.asarray(make((384, 4096), 1)), tile)
   ours = fp8_matmul(lhs, rhs, dtype=jnp.float32, implementation="mosaic_gpu")
-  some = Quantized(lhs.values_MK[:24], lhs.scales_mk[:24], lhs.tile)
+  some = Quantized.of(lhs.values_MK[:24], lhs.scales_mk[:24], lhs.tile)
   want = exact(lhs, rhs)
   # A tensor core may keep a bit more or less than the emulation, and 24 rows are a sample.
   assert error(ours, want) < 2 * error(fourteen_bits(some, rhs), want[:24])
@@ -210,7 +210,7 @@ def test_results_are_bit_identical_for_every_tiling(m, tiling):
 def test_zeros_give_zeros_and_subnormal_numbers_are_not_flushed():
   def values(scale, seed):
     x = round_to(jnp.asarray(normal((128, 512), seed)) * scale, "e4m3")
-    return Quantized(x, jnp.ones((128, 4)), (1, 128))
+    return Quantized.of(x, jnp.ones((128, 4)), (1, 128))
 
   smallest = 2.0**-8  # e4m3's smallest normal number is 2**-6
   lhs, rhs = values(smallest, 0), values(1.0, 1)

@@ -48,7 +48,7 @@ def test_shapes_that_are_not_multiples_of_a_tile_are_refused(m, n, k):
 @hopper
 def test_error_of_sums_that_stay_in_the_tensor_core_grows_with_their_length():
   """Their 14 bits, truncated towards zero, err more than twice as much as promoted sums."""
-  unscaled = lambda x: Quantized(x, jnp.ones((len(x), x.shape[1] // 128)), (1, 128))
+  unscaled = lambda x: Quantized.of(x, jnp.ones((len(x), x.shape[1] // 128)), (1, 128))
   errors = {}
   for width in (512, 4096):
     lhs, rhs = normal(128, width, 0), normal(128, width, 1)

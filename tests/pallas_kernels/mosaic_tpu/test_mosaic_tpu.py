@@ -79,7 +79,7 @@ def assert_sums_agree(ours, want, magnitude, terms):
 
 
 def absolute(x):
-  return Quantized(abs(x.values_MK.astype(jnp.float32)).astype(x.values_MK.dtype), x.scales_mk,
+  return Quantized.of(abs(x.values_MK.astype(jnp.float32)).astype(x.values_MK.dtype), x.scales_mk,
                    x.tile)
 
 
@@ -115,7 +115,7 @@ def test_fp8_groups_are_multiplied_by_their_own_matrix_and_rows_past_them_give_z
   lhs, rhs = quantize(numbers((ROWS, 256))), quantize(numbers((4, 200, 256), 1), "128x128")
   sizes_G = jnp.array(sizes, jnp.int32)
   scales_mk = jnp.where(jnp.arange(ROWS)[:, None] < sum(sizes), lhs.scales_mk, jnp.nan)
-  ours = fp8_grouped_run(Quantized(lhs.values_MK, scales_mk, lhs.tile), rhs, sizes_G)
+  ours = fp8_grouped_run(Quantized.of(lhs.values_MK, scales_mk, lhs.tile), rhs, sizes_G)
   want, magnitude = (fp8_grouped_oracle(*pair, sizes_G)
                      for pair in ((lhs, rhs), map(absolute, (lhs, rhs))))
   assert_sums_agree(ours, want, magnitude, 256)

@@ -25,7 +25,7 @@ from pallas_kernels.quantized import error
 
 M, D, F = 96, 256, 128
 NAMES = ("y", "dx", "dw_gate_up", "dw_down")
-NO_FP8 = Recipe(None, None, None)
+V3, NO_FP8 = Recipe(), Recipe(None, None, None)
 
 
 def normal(shape, seed, scale=1.0):
@@ -42,7 +42,7 @@ def two_layers(x, w_gate_up, w_down, recipe):
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "recipe"))
-def run(x, w_gate_up, w_down, dy, *, layer=fp8_swiglu, recipe=Recipe()):
+def run(x, w_gate_up, w_down, dy, *, layer=fp8_swiglu, recipe=V3):
   y, vjp = jax.vjp(functools.partial(layer, recipe=recipe), x, w_gate_up, w_down)
   return dict(zip(NAMES, (y, *vjp(dy.astype(y.dtype))), strict=True))
 
