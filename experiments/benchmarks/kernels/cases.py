@@ -72,8 +72,9 @@ class Shapes(NamedTuple):
 
 # The first eight digits of the commit that fixed the rules by which tilings are chosen: no shape
 # that is drawn with it was known to them.
-RANDOM_SEED = 0xb761c41b
+RANDOM_SEED = 0x02bc404f
 _RANDOM = 24  # shapes of each kind
+_RANDOM_OURS = ("ours", "ours, float32 result")  # contenders on random shapes, besides torch
 
 
 def random_shapes(seed: int) -> Shapes:
@@ -120,7 +121,8 @@ def cases(scale: str, implementation: str | None) -> Iterator[Case]:
   for case in _of_products(shapes, implementation):
     # XLA's grouped products take a second each: random shapes are compared with torch's alone.
     yield case if scale != "gpu_random" else dataclasses.replace(
-        case, contenders={"ours": case.contenders["ours"]},
+        case, contenders={
+            name: run for name, run in case.contenders.items() if name in _RANDOM_OURS},
         reference=case.reference if case.operation.startswith("fp8_matmul") else None)
   for shape in shapes.quantised:
     yield from _quantised(*shape, implementation)
@@ -210,6 +212,11 @@ def _fp8_grouped(shape, flops, plain, bf16, implementation) -> Case:
 
 
 def _fp8_weight_gradient(shape, flops, plain, implementation) -> Case:
+  """Gradients in bfloat16, as torch's are, and in float32, which are twice the bytes to write."""
+  def gradient(x, dy, sizes, *_, dtype=jnp.bfloat16, implementation=implementation):
+    return ops.fp8_grouped_weight_gradient(
+        x, dy, sizes, dtype=dtype, implementation=implementation)
+
   def operands():
     x_RK, dy_RN, sizes_G = plain()
     quantised = (ops.quantize_groups(x, sizes_G) for x in (x_RK, dy_RN))
@@ -217,13 +224,11 @@ def _fp8_weight_gradient(shape, flops, plain, implementation) -> Case:
 
   return Case(
       "fp8_grouped_weight_gradient", shape, flops, "TFLOP/s", operands,
-      {"ours": lambda x, dy, sizes, *_: ops.fp8_grouped_weight_gradient(
-          x, dy, sizes, implementation=implementation),
+      {"ours": gradient, "ours, float32 result": functools.partial(gradient, dtype=jnp.float32),
        "ours, bf16": lambda x, dy, sizes, x_RK, dy_RN: ops.grouped_weight_gradient(
-           x_RK, dy_RN, sizes, dtype=jnp.float32, implementation=implementation)},
+           x_RK, dy_RN, sizes, dtype=jnp.bfloat16, implementation=implementation)},
       {"torch grouped_mm": "grouped_weight_gradient"},
-      reference=lambda x, dy, sizes, *_: ops.fp8_grouped_weight_gradient(
-          x, dy, sizes, implementation="xla"),
+      reference=functools.partial(gradient, dtype=jnp.float32, implementation="xla"),
       targets=(Target("ours, bf16", 1.2), Target("torch grouped_mm", 1.0)))
 
 
