@@ -5,6 +5,9 @@ how long each kernel ran; what ran between the start and the end of a contender'
 Between its kernels the GPU may wait for the host, and that time counts for no one.
 """
 
+import contextlib
+import fcntl
+import os
 import pathlib
 import tempfile
 import time
@@ -17,6 +20,18 @@ import numpy as np
 from experiments.benchmarks import timing
 
 _TURN = "timed turn "  # name of a turn in the trace, before its index
+
+
+@contextlib.contextmanager
+def alone():
+  """Waits until no other process of this user measures, and lets none begin before it ends.
+
+  So benchmarks may be started together: while one measures, the others compile.
+  """
+  name = f"deepseek-jax-measures-{os.getuid()}"
+  with open(pathlib.Path(tempfile.gettempdir()) / name, "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 class Timed(NamedTuple):

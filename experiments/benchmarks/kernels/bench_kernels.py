@@ -90,14 +90,16 @@ def main(options: Options) -> None:
           "use --scale=smoke")
   chosen = [case for case in cases(scale, kernels) if cfg.only in case.operation]
   require(chosen, f"only={cfg.only} is in no operation's name")
-  ceilings = _ceilings(scale, cfg)
+  with device_time.alone():
+    ceilings = _ceilings(scale, cfg)
   print("ceilings: " + ", ".join(f"{name} {value:,.0f}" for name, value in ceilings.items()))
   # Everything is compiled before anything is measured, as XLA times variants on the device.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     compiled = list(pool.map(_compile, chosen))
   rows = []
   for case, programs in zip(chosen, compiled, strict=True):
-    rows += _measure(case, programs, cfg, ceilings)
+    with device_time.alone():
+      rows += _measure(case, programs, cfg, ceilings)
     if options.out:  # after each of the many cases, so that an interrupted run keeps them
       results.record(options.out, {"config": to_dict(cfg), "scale": scale, "ceilings": ceilings,
                                    "rows": rows}, summary)
