@@ -19,8 +19,8 @@ _FORMATS = ("float32", "bfloat16", "float16")
 class Numerics:
   """A numerics policy. It names formats, and so is data: hashable, comparable, writable to JSON.
 
-  Whatever the policy, the router's gate, norms, softmax and rotations are computed in float32, and
-  the balancing bias is stored in float32.
+  Whatever the policy, the router's gate, norms, softmax and rotations are computed in float32 (for
+  the gate see `model.wide_product`), and the balancing bias is stored in float32.
 
   Attributes:
     params: format in which `init` creates parameters: "float32", "bfloat16" or "float16".

@@ -40,6 +40,26 @@ def map_token_shards(
   return jax.shard_map(local, in_specs=(PartitionSpec(), tokens), out_specs=tokens)(weights, x_BT)
 
 
+def num_token_shards() -> int:
+  """Returns over how many devices the compiler spreads arrays of tokens; 1 without a mesh.
+
+  Inside a `jax.shard_map` arrays are those of one device, and the axes that it maps do not count.
+  """
+  mesh, axes = jax.sharding.get_abstract_mesh(), jax.tree.leaves(tuple(_axes_of_tokens()))
+  return math.prod(mesh.shape[axis] for axis in axes if axis not in mesh.manual_axes)
+
+
+def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Marks arrays as varying over all axes of a `jax.shard_map` over which any of them varies.
+
+  A `jax.custom_vjp` needs it: its gradients vary as its operands do.
+  """
+  varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+  axes = frozenset().union(*varying)
+  return tuple(jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
+               for x, own in zip(arrays, varying, strict=True))
+
+
 def _axes_of_tokens() -> PartitionSpec:
   if jax.sharding.get_abstract_mesh().empty or not nn.get_logical_axis_rules():
     return PartitionSpec()
