@@ -10,6 +10,7 @@ Everything is generated from the `summary.json` files.
 """
 
 import collections
+import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -160,8 +161,10 @@ def _rows(arguments: str, summaries: Summaries) -> str:
     found = ([c for c in claims if c["claim"] == beginning]
              or [c for c in claims if c["claim"].startswith(beginning)])
     if len(found) != 1:
-      raise ValueError(f"{len(found)} claims of {folder} begin with {beginning!r}; its claims: "
-                       + "; ".join(c["claim"] for c in summaries[folder]["claims"]))
+      names = [c["claim"] for c in claims]
+      close = difflib.get_close_matches(beginning, names, n=5, cutoff=0) if names else ["none"]
+      raise ValueError(f"{len(found)} of the {len(names)} claims of {folder} begin with "
+                       f"{beginning!r}; the closest are: " + "; ".join(close))
     c = found[0]
     lines.append([c["claim"], metric_of(c), c["claimed"] or None, c["reference"] or None,
                   estimate(c), f"**{c['verdict']}**", f"[{folder}{_RESULTS}{folder}/report.md)"])

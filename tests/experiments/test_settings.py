@@ -307,6 +307,7 @@ def test_numerics_and_recipes_can_be_named_and_their_fields_set_on_top():
   assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
   assert apply(*(f"{key}={value}" for key, _, value in settings.fields(config))) == config
   assert errors("model.numerics=fp9") == [
-      "model.numerics: there is no numerics policy 'fp9'; there are: fp32, bf16, fp8"]
+      "model.numerics: there is no numerics policy 'fp9'; there are: fp32, bf16, fp8, "
+      "fp8_bf16_gradients"]
   assert "Numerics.compute='float16' cannot be used with a recipe" in errors(
       "model.numerics=fp8", "model.numerics.compute=float16")[0]
