@@ -12,6 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from model.token_shards import num_devices, sum_over_devices
+
 
 @flax.struct.dataclass
 class RouterStats:
@@ -77,6 +79,17 @@ def _dot_frequencies(
   return (jax.lax.stop_gradient(f_E) * affinity_E / tokens).sum(-1)
 
 
+def _of_batch(counts_BE: jax.Array, stats: RouterStats, experts_per_token: int) -> jax.Array:
+  """Returns `_dot_frequencies` of all sequences.
+
+  In a `jax.shard_map` over sequences, it is that of the sequences of all devices, divided by the
+  number of devices, so that it is counted once where losses of devices are added up.
+  """
+  sums = (sum_over_devices(x) for x in (
+      counts_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1)))
+  return _dot_frequencies(*sums, experts_per_token) / num_devices(counts_BE)
+
+
 def sequence_balance_loss(stats: RouterStats, experts_per_token: int) -> jax.Array:
   """V3's complementary sequence-wise balance loss (eq. 17-20), without its weight alpha.
 
@@ -102,8 +115,7 @@ def batch_balance_loss(stats: RouterStats, experts_per_token: int) -> jax.Array:
   Returns:
     float32, a scalar.
   """
-  return _dot_frequencies(stats.top_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1),
-                          experts_per_token)
+  return _of_batch(stats.top_BE, stats, experts_per_token)
 
 
 def expert_balance_loss(stats: RouterStats, experts_per_token: int) -> jax.Array:
@@ -118,8 +130,7 @@ def expert_balance_loss(stats: RouterStats, experts_per_token: int) -> jax.Array
   Returns:
     float32, a scalar.
   """
-  return _dot_frequencies(stats.load_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1),
-                          experts_per_token)
+  return _of_batch(stats.load_BE, stats, experts_per_token)
 
 
 def device_balance_loss(

@@ -49,6 +49,17 @@ def num_token_shards() -> int:
   return math.prod(mesh.shape[axis] for axis in axes if axis not in mesh.manual_axes)
 
 
+def sum_over_devices(x: jax.Array) -> jax.Array:
+  """Returns the sum over all devices of a `jax.shard_map` on which x varies; x without one."""
+  axes = tuple(jax.typeof(x).manual_axis_type.varying)
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def num_devices(x: jax.Array) -> int:
+  """Returns the number of devices of a `jax.shard_map` on which x varies; 1 without one."""
+  return math.prod(jax.lax.axis_size(axis) for axis in jax.typeof(x).manual_axis_type.varying)
+
+
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   """Marks arrays as varying over all axes of a `jax.shard_map` over which any of them varies.
 

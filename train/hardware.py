@@ -90,14 +90,3 @@ def _cpu_joules() -> float | None:
     return sum(int(path.read_text()) for path in counters) / 1e6 if counters else None
   except OSError:
     return None
-
-
-def release_freed_memory() -> None:
-  """Returns memory that this process has freed to the system, where its malloc is glibc's.
-
-  Compiling a step takes a few hundred megabytes, which malloc keeps if it is told to keep what is
-  freed; see `experiments.run`. Steps allocate a few large blocks, for which those do not serve.
-  """
-  trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-  if trim is not None:
-    trim(0)

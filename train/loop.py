@@ -20,7 +20,6 @@ from train.config import RunConfig
 from train.config_io import to_dict
 from train.cost import CostMeter, total
 from train.data import Data
-from train.hardware import release_freed_memory
 from train.program import Program, mean_evaluation
 from train.progress import Progress
 from train.run_folder import MetricsFile, RunFolder
@@ -156,7 +155,6 @@ class _Run:
         trace.end(step, metrics)
         if step == start + 1:
           jax.block_until_ready(metrics)
-          release_freed_memory()  # that of the compiler
           self.progress.compiled()
           signals.can_save()
         self.checkpoints.check()

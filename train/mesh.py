@@ -189,6 +189,35 @@ class ShardedModel:
     run.lower = on_mesh(jitted.lower)
     return run
 
+  @property
+  def shares_parameters(self) -> bool:
+    """Whether every device has all parameters, and only sequences are divided."""
+    used = {axis for axis, size in self.mesh.shape.items() if size > 1}
+    return used == {"data"} and "data" in _tuple(self.rules.batch)
+
+  def on_each_device(self, function: Callable) -> Callable:
+    """Returns a function that each device runs on its own sequences, and that adds up the results.
+
+    Nothing is communicated before the results are, once; the compiler would add up the gradients of
+    every layer and micro-batch as soon as it has them. Where a sum over all sequences is needed
+    earlier, `model.token_shards.sum_over_devices` gives it.
+
+    Args:
+      function: takes a tree of arrays that all devices share, and a tree of arrays [..., B, T]
+        of which each device has some of B; returns a tree of arrays, sums over sequences.
+    """
+    def local(shared, sequences):
+      with nn.logical_axis_rules(()):  # there is nothing left to divide
+        varying = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), shared)
+        return jax.tree.map(lambda x: jax.lax.psum(x, "data"), function(varying, sequences))
+
+    def run(shared, sequences):
+      divided = jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 2), "data"), sequences)
+      return jax.shard_map(local, mesh=self.mesh, in_specs=(PartitionSpec(), divided),
+                           out_specs=PartitionSpec())(shared, sequences)
+
+    return run
+
   def dispatch(self) -> Callable:
     """Returns a `model.moe` dispatch with which each device runs the experts on its own tokens.
 

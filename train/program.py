@@ -62,13 +62,17 @@ def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Calla
   They are cached, so that equal configs are compiled once.
   """
   mesh = _make_mesh(cfg, num_runs)
-  net = mesh.transformer if mesh else functools.partial(model.Transformer, cfg.model)
+  alone = functools.partial(model.Transformer, cfg.model)
+  net = mesh.transformer if mesh else alone
   jit = mesh.jit if mesh else compiling.jit
-  trained = net(remat=cfg.train.remat, unroll=cfg.train.unroll, attend=cfg.train.attend)
+  by_device = mesh is not None and mesh.shares_parameters
+  trained = (alone if by_device else net)(
+      remat=cfg.train.remat, unroll=cfg.train.unroll, attend=cfg.train.attend)
   step = make_train_step(
       LanguageModelLoss(trained), cfg.optimizer, decay_mask(cfg.model),
       cfg.train.num_micro_batches, prepare=functools.partial(model.quantize_weights, cfg.model),
-      by_layer=unstack_layers(trained))
+      by_layer=unstack_layers(trained),
+      **({"on_each_device": mesh.on_each_device} if by_device else {}))
   counts = functools.partial(count, net(attend=cfg.train.attend))
   if num_runs > 1:
     hyper = {"learning_rate": 0, "bias_rate": 0, "weights": 0, "num_micro_batches": None}

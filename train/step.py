@@ -1,5 +1,6 @@
 """The optimizer step: a pure function, for any objective that is a weighted sum of named terms."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from model import Transformer, balance
 from train.config import OptimizerConfig
@@ -88,6 +90,7 @@ def make_train_step(
     objective: Objective, cfg: OptimizerConfig, decays: Tree, num_micro_batches: int = 1, *,
     prepare: Callable[[Tree], dict] = lambda params: {},
     by_layer: Callable[[Tree], Tree] = lambda params: params,
+    on_each_device: Callable[[Callable], Callable] = lambda function: function,
 ) -> Callable[[TrainState, Tree, dict], tuple[TrainState, dict]]:
   """Returns `train_step(state, batch, hyper) -> (state, metrics)`, to be jitted or vmapped.
 
@@ -108,32 +111,17 @@ def make_train_step(
       given as constants, such as `model.quantize_weights`.
     by_layer: rearranges the parameters, linearly, into the tree that the objective is given and in
       which the gradient norm is computed; see `unstack_layers`.
+    on_each_device: see `train.mesh.ShardedModel.on_each_device`; the default is for a single
+      device, and for meshes over which the compiler divides the step.
   """
-
-  def loss_and_grads(state, params, prepared, micro, weights, denominators):
-    def loss(params):
-      variables = {"params": params, "router": state.router, **prepared}
-      sums, observed = objective.sums(variables, micro)
-      terms = {name: value / denominators[name] for name, value in sums.items()}
-      return sum(weights[name] * value for name, value in terms.items()), (terms, observed)
-
-    (total, (terms, observed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return {"total": total, **terms}, observed, grads
-
-  def accumulate(state, params, batch, hyper):
-    denominators = objective.denominators(batch)
-    prepared = prepare(state.params)
-    one = lambda i: loss_and_grads(state, params, prepared, jax.tree.map(lambda x: x[i], batch),
-                                   hyper["weights"], denominators)
-    if num_micro_batches == 1:
-      return one(0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    add = lambda i, sums: jax.tree.map(jnp.add, sums, one(i))
-    return jax.lax.fori_loop(0, hyper["num_micro_batches"], add, zeros)
+  gradients = functools.partial(_gradients, objective, prepare, num_micro_batches)
 
   def train_step(state: TrainState, batch: Tree, hyper: dict) -> tuple[TrainState, dict]:
     params, join_gradients = jax.vjp(by_layer, state.params)
-    terms, observed, grads = accumulate(state, params, batch, hyper)
+    shared = (state.replace(moments=None, ema=None), params, hyper["weights"],
+              objective.denominators(batch))
+    terms, observed, grads = on_each_device(
+        functools.partial(gradients, hyper.get("num_micro_batches", 1)))(shared, batch)
     grad_norm = optax.tree.norm(grads)
     grads, = join_gradients(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
@@ -158,6 +146,40 @@ def make_train_step(
     return after, metrics
 
   return train_step
+
+
+def _gradients(
+    objective: Objective, prepare: Callable[[Tree], dict], most: int, num: jax.Array,
+    shared: tuple, batch: Tree) -> tuple[dict[str, jax.Array], Any, Tree]:
+  """Returns the terms, what else was observed, and the gradients, summed over micro-batches.
+
+  Args:
+    objective, prepare: see `make_train_step`.
+    most: size of the leading axis of the batch's arrays.
+    num: the number of micro-batches that are used.
+    shared: the state, the parameters by which the loss is differentiated, and the weights and
+      denominators of the terms.
+    batch: the micro-batches.
+  """
+  state, params, weights, denominators = shared
+  prepared = prepare(state.params)
+
+  def one(index):
+    def loss(params):
+      variables = {"params": params, "router": state.router, **prepared}
+      sums, observed = objective.sums(variables, jax.tree.map(lambda x: x[index], batch))
+      terms = {name: value / denominators[name] for name, value in sums.items()}
+      return sum(weights[name] * value for name, value in terms.items()), (terms, observed)
+
+    (total, (terms, observed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return {"total": total, **terms}, observed, grads
+
+  if most == 1:
+    return one(0)
+  # In a shard_map, zeros must vary over devices as the sums do.
+  zeros = jax.tree.map(lambda x: lax.full_like(state.step, 0, x.dtype, x.shape),
+                       jax.eval_shape(one, 0))
+  return lax.fori_loop(0, num, lambda i, sums: jax.tree.map(jnp.add, sums, one(i)), zeros)
 
 
 def _named(terms: dict) -> dict:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tests.train import small
-from train.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from train.config import BalanceConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from train.program import Program
 
 ROWS = small.rows(16)
@@ -25,6 +25,13 @@ ONE = RunConfig(
     MODEL, data=DataConfig(sample_masking=True),
     optimizer=small.OPTIMIZER, train=TrainConfig(steps=2, batch_size=16, micro_batch_size=8))
 EIGHT = dataclasses.replace(ONE, mesh=MeshConfig(data=2, fsdp=4))
+# Here every device has all parameters.
+DATA = dataclasses.replace(ONE, mesh=MeshConfig(data=8))
+# Losses of the whole batch need sums over all devices.
+BALANCED = dataclasses.replace(
+    ONE, balance=BalanceConfig(sequence_weight=0.5, batch_weight=0.5, expert_weight=0.5),
+    train=dataclasses.replace(ONE.train, micro_batch_size=None))
+BALANCED_DATA = dataclasses.replace(BALANCED, mesh=MeshConfig(data=8))
 # Together with EIGHT, this uses every axis that a mesh may have: experts over `expert`, heads and
 # hidden widths over `tensor`. A sequence is never divided.
 MIXED = dataclasses.replace(ONE, mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
@@ -55,9 +62,18 @@ def run(cfg):
           "as_declared": all(jax.tree.leaves(as_declared))}
 
 
+def compared(ours, want) -> dict:
+  """Returns how much results differ from those of one device."""
+  return {"params": small.max_rel_diff(ours["state"].params, want["state"].params),
+          "router": small.max_rel_diff(ours["state"].router, want["state"].router),
+          "metrics": small.max_rel_diff(ours["metrics"], want["metrics"]),
+          "shard": ours["w_down"], "as_declared": ours["as_declared"]}
+
+
 def main() -> None:
   assert jax.device_count() == 8
-  one, eight, mixed = run(ONE), run(EIGHT), run(MIXED)
+  one, eight, mixed, data, balanced, balanced_data = map(
+      run, (ONE, EIGHT, MIXED, DATA, BALANCED, BALANCED_DATA))
   state, want = eight["state"], one["state"]
   print(json.dumps({
       "start": small.max_rel_diff(eight["start"], one["start"]),
@@ -69,10 +85,8 @@ def main() -> None:
       "whole": one["w_down"], "shard": eight["w_down"], "as_declared": eight["as_declared"],
       "loss": eight["loss"], "joined_loss": eight["joined_loss"],
       "refusal": refusal(micro_batch_size=4),
-      "mixed": {"params": small.max_rel_diff(mixed["state"].params, want.params),
-                "router": small.max_rel_diff(mixed["state"].router, want.router),
-                "metrics": small.max_rel_diff(mixed["metrics"], one["metrics"]),
-                "shard": mixed["w_down"], "as_declared": mixed["as_declared"]}}))
+      "data": compared(data, one), "balanced": compared(balanced_data, balanced),
+      "mixed": compared(mixed, one)}))
 
 
 if __name__ == "__main__":

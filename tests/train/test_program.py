@@ -197,6 +197,13 @@ def eight_devices():
   return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("losses", ["data", "balanced"])
+def test_a_step_of_devices_that_have_all_parameters_equals_that_of_one(eight_devices, losses):
+  found = eight_devices[losses]
+  assert found["router"] == 0 and max(found["params"], found["metrics"]) < 1e-5
+  assert found["shard"] == eight_devices["whole"] and found["as_declared"]
+
+
 def test_a_step_on_eight_devices_equals_that_on_one(eight_devices):
   assert eight_devices["start"] == eight_devices["router"] == 0
   # Rounding of float32: eight devices add up the tokens in another order.

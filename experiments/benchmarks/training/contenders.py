@@ -24,7 +24,6 @@ from experiments.benchmarks.training import profiles
 from model import NUMERICS, MLAConfig, ModelConfig
 from model.checks import require, require_positive
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.hardware import release_freed_memory
 from train.program import Program
 from train.step import init_state
 
@@ -143,7 +142,6 @@ class OwnTrainer:
       self.state = random_variables(self._program.compute_config().model)
       self._compiled = self._program.lower_gradients().compile()
     self.seconds(1)
-    release_freed_memory()  # as `train.loop` does
     self._start_seconds = time.perf_counter() - started
     self.seconds(self._cfg.bench.warm_up)
 
