@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.token_shards import num_devices, sum_over_devices
+from model.token_shards import num_devices, sum_over_devices, varying_alike
 
 
 @flax.struct.dataclass
@@ -85,9 +85,9 @@ def _of_batch(counts_BE: jax.Array, stats: RouterStats, experts_per_token: int) 
   In a `jax.shard_map` over sequences, it is that of the sequences of all devices, divided by the
   number of devices, so that it is counted once where losses of devices are added up.
   """
-  sums = (sum_over_devices(x) for x in (
-      counts_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1)))
-  return _dot_frequencies(*sums, experts_per_token) / num_devices(counts_BE)
+  # Without padding, the numbers of tokens are constants, which are not marked as varying.
+  parts = varying_alike(counts_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1))
+  return _dot_frequencies(*map(sum_over_devices, parts), experts_per_token) / num_devices(parts[0])
 
 
 def sequence_balance_loss(stats: RouterStats, experts_per_token: int) -> jax.Array:

@@ -50,13 +50,17 @@ def num_token_shards() -> int:
 
 
 def sum_over_devices(x: jax.Array) -> jax.Array:
-  """Returns the sum over all devices of a `jax.shard_map` on which x varies; x without one."""
+  """Returns the sum over all devices of a `jax.shard_map` on which x varies; x without one.
+
+  Arrays that follow from shapes alone do not vary, and are not summed: mark them by `varying_alike`
+  if every device has its own part of what they count.
+  """
   axes = tuple(jax.typeof(x).manual_axis_type.varying)
   return jax.lax.psum(x, axes) if axes else x
 
 
 def num_devices(x: jax.Array) -> int:
-  """Returns the number of devices of a `jax.shard_map` on which x varies; 1 without one."""
+  """Returns on how many devices of a `jax.shard_map` x varies; see `sum_over_devices`."""
   return math.prod(jax.lax.axis_size(axis) for axis in jax.typeof(x).manual_axis_type.varying)
 
 

@@ -193,7 +193,8 @@ class ShardedModel:
   def shares_parameters(self) -> bool:
     """Whether every device has all parameters, and only sequences are divided."""
     used = {axis for axis, size in self.mesh.shape.items() if size > 1}
-    return used == {"data"} and "data" in _tuple(self.rules.batch)
+    divided = {name for name, axes in self.rules.pairs() if "data" in _tuple(axes)}
+    return used == {"data"} and divided == {"batch"}
 
   def on_each_device(self, function: Callable) -> Callable:
     """Returns a function that each device runs on its own sequences, and that adds up the results.

@@ -120,8 +120,9 @@ def make_train_step(
     params, join_gradients = jax.vjp(by_layer, state.params)
     shared = (state.replace(moments=None, ema=None), params, hyper["weights"],
               objective.denominators(batch))
+    num = hyper["num_micro_batches"] if num_micro_batches > 1 else 1
     terms, observed, grads = on_each_device(
-        functools.partial(gradients, hyper.get("num_micro_batches", 1)))(shared, batch)
+        functools.partial(gradients, num))(shared, batch)
     grad_norm = optax.tree.norm(grads)
     grads, = join_gradients(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)

@@ -154,8 +154,8 @@ def launch(
     body(*refs[:-5], Refs(*refs[-5:], **shared, interpreted=interpret is not None))
 
   # A launch of grid * cluster blocks of 3 * 128 CUDA threads. The grid counts clusters, so
-  # lax.axis_index("sm") is the same in all blocks of a cluster, and axis_index("cluster") is a
-  # block's rank there. `num_threads` counts warpgroups, and axis_index("wg") tells them apart.
+  # lax.axis_index("sm") is the same in all blocks of a cluster, and CLUSTER names a block's place
+  # there. `num_threads` counts warpgroups, and axis_index("wg") tells them apart.
   # With lane semantics Pallas lowers a wgmma to inline PTX at once, which `wgmma_overwrite` edits.
   # With the default, warpgroup semantics, there would be no PTX yet: a later pass emits it.
   return plgpu.kernel(
@@ -168,7 +168,7 @@ def launch(
 
 
 def num_programs(tiling: Tiling, most_tiles: int) -> int:
-  """Returns the number of clusters: one for each multiprocessor, but no more than there are tiles.
+  """Returns the number of clusters: as many as run at a time, but no more than there are tiles.
 
   Args:
     tiling: how the result is cut.

@@ -67,6 +67,8 @@ class Tiling:
       raise ValueError(f"the kernel does not support {self}; see Tiling for what it supports")
     if self.swapped and not self.shared:
       raise ValueError(f"{self} swaps operands, so tiles must be shared")
+    if self.cluster * self.cluster_m > 8:
+      raise ValueError(f"{self} has clusters of more than 8 blocks, the most that CUDA promises")
     if (self.waves + self.depth) * self.block_n > 384:
       raise ValueError(f"{self} leaves too few registers: (block_m / 128 + depth) * block_n must "
                        "be at most 384; narrow block_n, or set depth to 1")

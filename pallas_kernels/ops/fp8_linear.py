@@ -52,8 +52,8 @@ def fp8_linear(
     implementation: which implementation of quantisation and products to run; see `pallas_kernels`.
 
   Returns:
-    [M, N] in x's dtype. The gradients have the dtypes of x and of the master weight, and are
-    rounded once, from float32 accumulators.
+    [M, N] in x's dtype. The gradients have the dtypes of x and of the master weight. They are
+    rounded once, from float32 accumulators, that of the weight as `Recipe.gradients` says.
 
   Raises:
     ValueError: if the shapes do not match, or the named implementation cannot run here.

@@ -39,9 +39,9 @@ def fp8_swiglu(
     recipe: Recipe = V3, *, implementation: str | None = None) -> jax.Array:
   """Returns swiglu(x @ w_gate_up) @ w_down, with all products in FP8 as the recipe says.
 
-  It equals two `fp8_linear` with SwiGLU between them, but quantises SwiGLU's output where it is
-  computed. SwiGLU's inputs are kept unquantised for the backward pass, which recomputes its output
-  from them.
+  Up to rounding, it equals two `fp8_linear` with SwiGLU between them, but quantises SwiGLU's output
+  where it is computed. SwiGLU's inputs are kept unquantised for the backward pass, which recomputes
+  its output from them.
 
   Args:
     x_MD: bfloat16 or float32.
@@ -67,8 +67,9 @@ def fp8_swiglu(
   if backend == "mosaic_gpu" and (d_model % BLOCK or width % BLOCK):
     # `fp8_linear` pads such widths, but padding would mix gate and up.
     linear = functools.partial(fp8_linear, recipe=recipe, implementation=implementation)
-    hidden_MF = swiglu(linear(x_MD, w_gate_up).reshape(len(x_MD), 2, width))
-    return linear(hidden_MF, w_down_FD)
+    gate_up = checkpoint_name(linear(x_MD, w_gate_up), "ffn_gate_up")
+    recomputed = jax.checkpoint(swiglu, prevent_cse=False)
+    return linear(recomputed(gate_up.reshape(len(x_MD), 2, width)), w_down_FD)
   (w_gate_up, gate_up), (w_down, down) = split_weight(w_gate_up), split_weight(w_down_FD)
   return _swiglu(_Static(recipe, implementation), x_MD, w_gate_up, w_down, (gate_up, down))
 

@@ -30,7 +30,7 @@ DATA = dataclasses.replace(ONE, mesh=MeshConfig(data=8))
 # Losses of the whole batch need sums over all devices.
 BALANCED = dataclasses.replace(
     ONE, balance=BalanceConfig(sequence_weight=0.5, batch_weight=0.5, expert_weight=0.5),
-    train=dataclasses.replace(ONE.train, micro_batch_size=None))
+    data=DataConfig(), train=dataclasses.replace(ONE.train, micro_batch_size=None))
 BALANCED_DATA = dataclasses.replace(BALANCED, mesh=MeshConfig(data=8))
 # Together with EIGHT, this uses every axis that a mesh may have: experts over `expert`, heads and
 # hidden widths over `tensor`. A sequence is never divided.
