@@ -222,7 +222,8 @@ def test_blocks_are_filled_and_the_rest_of_the_text_is_unchanged():
     ("claims bench/other", "there is no result bench/other; there are: bench/bench_moe/cpu"),
     ("table bench/bench_moe/cpu ms", "no table 'ms'"),
     ("rows bench/bench_moe/cpu: slots", "2 claims of bench/bench_moe/cpu begin with 'slots'"),
-    ("rows bench/bench_moe/cpu: tiles", "0 claims of bench/bench_moe/cpu begin with 'tiles'")])
+    ("rows bench/bench_moe/cpu: tiles",
+     "0 of the 2 claims of bench/bench_moe/cpu begin with 'tiles'; the closest are: slots")])
 def test_a_block_that_names_something_that_does_not_exist_is_refused(block, message):
   claims = [summary.claim(f"slots are {what}", "speed-up", 1.0) for what in ("fast", "small")]
   with pytest.raises(ValueError, match=re.escape(message)):
