@@ -12,7 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.token_shards import num_devices, sum_over_devices, varying_alike
+from model.token_shards import num_devices, sum_over_devices
+from pallas_kernels.implementations import varying_as
 
 
 @flax.struct.dataclass
@@ -86,7 +87,8 @@ def _of_batch(counts_BE: jax.Array, stats: RouterStats, experts_per_token: int) 
   number of devices, so that it is counted once where losses of devices are added up.
   """
   # Without padding, the numbers of tokens are constants, which are not marked as varying.
-  parts = varying_alike(counts_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1))
+  parts = counts_BE.sum(-2), stats.affinity_BE.sum(-2), stats.tokens_B.sum(-1)
+  parts = varying_as(parts, parts)
   return _dot_frequencies(*map(sum_over_devices, parts), experts_per_token) / num_devices(parts[0])
 
 

@@ -52,8 +52,8 @@ def num_token_shards() -> int:
 def sum_over_devices(x: jax.Array) -> jax.Array:
   """Returns the sum over all devices of a `jax.shard_map` on which x varies; x without one.
 
-  Arrays that follow from shapes alone do not vary, and are not summed: mark them by `varying_alike`
-  if every device has its own part of what they count.
+  Arrays that follow from shapes alone do not vary, and are not summed: mark them by
+  `pallas_kernels.implementations.varying_as` if every device has its own part of what they count.
   """
   axes = tuple(jax.typeof(x).manual_axis_type.varying)
   return jax.lax.psum(x, axes) if axes else x
@@ -62,17 +62,6 @@ def sum_over_devices(x: jax.Array) -> jax.Array:
 def num_devices(x: jax.Array) -> int:
   """Returns on how many devices of a `jax.shard_map` x varies; see `sum_over_devices`."""
   return math.prod(jax.lax.axis_size(axis) for axis in jax.typeof(x).manual_axis_type.varying)
-
-
-def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Marks arrays as varying over all axes of a `jax.shard_map` over which any of them varies.
-
-  A `jax.custom_vjp` needs it: its gradients vary as its operands do.
-  """
-  varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-  axes = frozenset().union(*varying)
-  return tuple(jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
-               for x, own in zip(arrays, varying, strict=True))
 
 
 def _axes_of_tokens() -> PartitionSpec:

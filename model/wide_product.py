@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.token_shards import varying_alike
+from pallas_kernels.implementations import varying_as
 
 
 def wide_product(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
@@ -26,7 +26,8 @@ def wide_product(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
   w_DE = w_DE.astype(jnp.float32)
   if x_BTD.dtype != jnp.bfloat16:
     return _whole_product(x_BTD, w_DE)
-  return _bf16_product(*varying_alike(x_BTD, w_DE))
+  # The gradients of a custom_vjp vary over devices as its operands do.
+  return _bf16_product(*varying_as((x_BTD, w_DE), (x_BTD, w_DE)))
 
 
 def _whole_product(x_BTD, w_DE):

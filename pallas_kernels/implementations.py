@@ -51,15 +51,15 @@ def lazy(module: str, name: str = "KERNEL") -> Kernel:
     return jax.jit(kernel().run, static_argnames=options)
 
   def run(*operands, **options):
-    return _varying_as(operands, traced_once(tuple(options))(*operands, **options))
+    return varying_as(operands, traced_once(tuple(options))(*operands, **options))
 
   return Kernel(run, lambda *operands, **options: kernel().unsupported_reason(*operands, **options))
 
 
-def _varying_as(operands: Any, results: Any) -> Any:
+def varying_as(operands: Any, results: Any) -> Any:
   """Returns the results marked as varying over the `shard_map` axes over which operands vary.
 
-  Pallas leaves its results unmarked.
+  Pallas leaves its results unmarked, and so are arrays that follow from shapes alone.
   """
   varies = lambda x: jax.typeof(x).manual_axis_type.varying
   arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]

@@ -114,15 +114,13 @@ def make_train_step(
     on_each_device: see `train.mesh.ShardedModel.on_each_device`; the default is for a single
       device, and for meshes over which the compiler divides the step.
   """
-  gradients = functools.partial(_gradients, objective, prepare, num_micro_batches)
-
   def train_step(state: TrainState, batch: Tree, hyper: dict) -> tuple[TrainState, dict]:
     params, join_gradients = jax.vjp(by_layer, state.params)
     shared = (state.replace(moments=None, ema=None), params, hyper["weights"],
               objective.denominators(batch))
-    num = hyper["num_micro_batches"] if num_micro_batches > 1 else 1
+    num = hyper["num_micro_batches"] if num_micro_batches > 1 else None
     terms, observed, grads = on_each_device(
-        functools.partial(gradients, num))(shared, batch)
+        functools.partial(_gradients, objective, prepare, num))(shared, batch)
     grad_norm = optax.tree.norm(grads)
     grads, = join_gradients(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
@@ -150,14 +148,13 @@ def make_train_step(
 
 
 def _gradients(
-    objective: Objective, prepare: Callable[[Tree], dict], most: int, num: jax.Array,
-    shared: tuple, batch: Tree) -> tuple[dict[str, jax.Array], Any, Tree]:
+    objective: Objective, prepare: Callable[[Tree], dict], num: jax.Array | None, shared: tuple,
+    batch: Tree) -> tuple[dict[str, jax.Array], Any, Tree]:
   """Returns the terms, what else was observed, and the gradients, summed over micro-batches.
 
   Args:
     objective, prepare: see `make_train_step`.
-    most: size of the leading axis of the batch's arrays.
-    num: the number of micro-batches that are used.
+    num: the number of micro-batches that are used; None if the batch has a single one.
     shared: the state, the parameters by which the loss is differentiated, and the weights and
       denominators of the terms.
     batch: the micro-batches.
@@ -175,7 +172,7 @@ def _gradients(
     (total, (terms, observed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return {"total": total, **terms}, observed, grads
 
-  if most == 1:
+  if num is None:
     return one(0)
   # In a shard_map, zeros must vary over devices as the sums do.
   zeros = jax.tree.map(lambda x: lax.full_like(state.step, 0, x.dtype, x.shape),

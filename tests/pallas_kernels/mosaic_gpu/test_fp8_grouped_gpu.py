@@ -181,7 +181,7 @@ def test_each_weight_gradient_equals_the_dense_product_to_the_bit(sizes, make):
       continue
     first = int(start) // 128
     parts = [Quantized.of(x.values_MK[:, first * 128:(first + blocks) * 128],
-                       x.scales_mk[:, first:first + blocks], x.tile) for x in (lhs, rhs)]
+                          x.scales_mk[:, first:first + blocks], x.tile) for x in (lhs, rhs)]
     want = fp8_matmul(*parts, dtype=jnp.float32, implementation="mosaic_gpu")
     np.testing.assert_array_equal(ours[group], np.asarray(want))
   if any(sizes):

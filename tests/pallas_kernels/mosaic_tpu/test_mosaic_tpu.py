@@ -80,7 +80,7 @@ def assert_sums_agree(ours, want, magnitude, terms):
 
 def absolute(x):
   return Quantized.of(abs(x.values_MK.astype(jnp.float32)).astype(x.values_MK.dtype), x.scales_mk,
-                   x.tile)
+                      x.tile)
 
 
 @pytest.mark.parametrize("tile", TILES)
