@@ -104,7 +104,9 @@ def _product(lhs_MK, rhs_NK, dtype, tiling: Tiling, interpret) -> jax.Array:
   columns = -(-n // 4) * 4  # for rows of a multiple of 16 bytes
   parts_PMN = call(out=jax.ShapeDtypeStruct((most_parts, m, columns), jnp.float32),
                    programs=programs)
-  return parts_PMN.sum(0)[:, :n].astype(dtype)
+  # Without the added columns first, so that XLA sums and transposes in one kernel; it would move a
+  # slice of the sum behind the transposition, and copy.
+  return parts_PMN[..., :n].sum(0).astype(dtype)
 
 
 def unsupported_reason(lhs_MK: Quantized, rhs_NK: Quantized, *, dtype: jnp.dtype) -> str | None:
