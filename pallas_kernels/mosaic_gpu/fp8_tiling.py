@@ -111,19 +111,32 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
     m, n, k: the shape.
   """
   if m <= _FEW_ROWS:
-    return _fill(Tiling(block_n=32 if m <= 32 else 64, shared=True, swapped=True), jnp.float32)
+    return _few_rows_tiling(dtype, vectors, m, n, k)
   if vectors:
     return gradient_tiling(dtype, 1, m, n)
   clusters = _CLUSTERS if m <= _CLUSTERED_ROWS else _CLUSTERS[:1]
   expected = {(BLOCK, each): _microseconds(BLOCK, each, m, n, k) for each in clusters}
-  # The times of the other widths were exceeded where many rounds heat the chip.
-  expected |= {(width, (1, 1)): 1.04 * _microseconds(width, (1, 1), m, n, k)
+  # The times of the other widths were exceeded where many rounds heat the chip. But large results
+  # of a small K took up to 1.4 times as long with 128 columns as expected, and not with 192.
+  short = k <= 1024 and n > MULTIPROCESSORS * BLOCK
+  expected |= {(width, (1, 1)): (0.92 if short else 1.04) * _microseconds(width, (1, 1), m, n, k)
                for width in _MICROSECONDS if width != BLOCK}
   width, (cluster_m, cluster) = choice = min(expected, key=expected.get)
   if _shared_microseconds(m, n, k) < 0.9 * expected[choice]:
     return _fill(Tiling(shared=True), jnp.float32)
   return _fill(Tiling(block_n=width, depth=1 if width > BLOCK else 2, cluster_m=cluster_m,
                       cluster=cluster), dtype)
+
+
+def _few_rows_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Tiling:
+  """Returns `dense_tiling` for products of few rows, most of whose time goes into reading rhs."""
+  swapped = Tiling(block_n=32 if m <= 32 else 64, shared=True, swapped=True)
+  expected = {_fill(swapped, jnp.float32): _swapped_microseconds(m, n, k)}
+  if not vectors:
+    for width in _DIRECT_MICROSECONDS:
+      tiling = Tiling(block_n=width, cluster=2 if width == BLOCK else 1)
+      expected[_fill(tiling, dtype)] = _direct_microseconds(width, n, k)
+  return min(expected, key=expected.get)
 
 
 def grouped_tiling(dtype: jnp.dtype, n: int) -> Tiling:
@@ -152,7 +165,13 @@ _FEW_ROWS = 64
 # multiprocessors, for each round, and for each block of 128 of K in a round. Fitted to 60 shapes of
 # 65 to 16384 rows.
 _MICROSECONDS = {32: (2.3, 0.1, 0.257), 64: (2.5, 0.1, 0.325), 96: (3.5, 0.3, 0.38),
-                 128: (3.0, 0.45, 0.42), 192: (2.5, 0.9, 0.63)}
+                 128: (3.0, 0.45, 0.42), 192: (2.5, 0.55, 0.63)}
+# For at most 64 rows, by the columns of a tile: microseconds before the first round, and for each
+# block of 128 of K in a round. The latter is a tile's own time or, if more, the time that memory
+# needs, which is the third number for each tile of the round. Fitted to 62 shapes, as was
+# `_swapped_microseconds`.
+_DIRECT_MICROSECONDS = {32: (1.8, 0.195, 0.0043), 64: (1.6, 0.27, 0.0055),
+                        128: (3.0, 0.32, 0.0058)}
 _CLUSTERS = (1, 1), (1, 2), (2, 2), (1, 4)  # thread blocks along M and N
 # With more rows clusters gain little, and one product of 1216 rows took a quarter longer.
 _CLUSTERED_ROWS = 1024
@@ -181,6 +200,22 @@ def _microseconds(width: int, clusters: tuple[int, int], m: int, n: int, k: int)
     # then drift apart, and fetch weights from memory again; clusters keep them together.
     slower *= 1 + {1: 2.0, 2: 0.7, 4: 0.1}[size] / tiles_m**2
   return start + rounds * (per_round + slower * per_block * pl.cdiv(k, BLOCK))
+
+
+def _swapped_microseconds(m: int, n: int, k: int) -> float:
+  """Returns the expected time of a swapped product, including the sum of the parts of its tiles."""
+  blocks = pl.cdiv(k, BLOCK)
+  most = pl.cdiv(pl.cdiv(n, 128) * blocks, MULTIPROCESSORS)
+  parts = pl.cdiv(blocks, most) + 1
+  return (4.2 if m <= 32 else 5.1) + 0.584 * most + 0.2e-6 * parts * m * n * 4
+
+
+def _direct_microseconds(width: int, n: int, k: int) -> float:
+  """Returns the expected time of a product of one row of tiles that are not shared."""
+  start, per_block, per_tile = _DIRECT_MICROSECONDS[width]
+  rounds, left = divmod(pl.cdiv(n, width), MULTIPROCESSORS)
+  round_of = lambda tiles: max(per_block, per_tile * tiles) if tiles else 0
+  return start + pl.cdiv(k, BLOCK) * (rounds * round_of(MULTIPROCESSORS) + round_of(left))
 
 
 def _shared_microseconds(m: int, n: int, k: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Quantized, dequantize, fp8_matmul, implementations, quantize
-from pallas_kernels.mosaic_gpu import fp8_kernel
+from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling
 from pallas_kernels.mosaic_gpu import fp8_matmul as kernel
 from pallas_kernels.mosaic_gpu import hopper as hopper_module
 from pallas_kernels.quantized import error, round_to
@@ -91,11 +91,20 @@ def test_every_variant_lowers(tiling):
   lower(**({"m": 4096, "n": 4096, "k": 7168} | tiling))
 
 
-@pytest.mark.parametrize("shape", [(1, 4096, 7168), (40, 2112, 1536), (333, 1408, 6912)])
+@pytest.mark.parametrize("shape", [
+    (1, 4096, 7168), (40, 2112, 1536), (40, 14592, 2304), (7, 1664, 1280), (333, 1408, 6912)])
 @pytest.mark.parametrize("tile", TILES)
 def test_few_rows_and_shared_tiles_lower(shape, tile):
   lower(*shape, tile)
   lower(*shape, tile, stages=4, shared=True, depth=1)
+
+
+@pytest.mark.parametrize(("shape", "swapped"), [
+    ((20, 18432, 7168), True), ((63, 18432, 7168), True), ((7, 512, 7168), True),
+    ((63, 13952, 2048), False), ((33, 1664, 1280), False), ((7, 1024, 512), False)])
+def test_few_rows_take_the_tiling_that_was_measured_to_be_faster(shape, swapped):
+  tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
+  assert tiling.swapped is swapped and tiling.shared is swapped
 
 
 @pytest.mark.parametrize(("columns", "dtype"), [
