@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments import settings
 from experiments.benchmarks.timing import alternate, attempt, describe, require_packages, speedup
+from experiments.benchmarks.training import profiles
 from experiments.benchmarks.training.contenders import (
   Bench,
   BenchConfig,
@@ -39,7 +40,6 @@ from train.data import load
 from train.hardware import peak_flops
 
 _STEPS_TO_CHECKPOINT, _CHECKPOINT_EVERY = 6, 100
-_KERNELS_LISTED = 40
 _MOST_ON_A_CPU = 200_000_000  # parameters; larger models take hours
 _GPU_FLAGS = "--device=cuda --dtype=bfloat16 --experts=grouped_mm --adamw=fused"
 
@@ -123,7 +123,9 @@ def _measure(cfg: BenchConfig, phase: str, contenders: list[Trainer], excluded: 
       {contender.name: lambda contender=contender: contender.seconds(steps) / steps
        for contender in contenders}, cfg.bench.rounds)
   if options.profile:
-    _write_profiles(phase, [own for own in contenders if isinstance(own, OwnTrainer)], options)
+    for own in contenders:
+      if isinstance(own, OwnTrainer):
+        profiles.write(own.trace(), f"{phase}, {own.name}", options.out)
   first = contenders[0].name
   return {
       "contenders": {contender.name: _rates(cfg, seconds[contender.name]) | contender.finish()
@@ -153,23 +155,6 @@ def _report(cfg: BenchConfig, phase: str, timed: dict) -> None:
   for name, row in found.items():
     print(f"{name:{width}}{row['tokens_per_second']:10,.0f}{row['flops_per_second'] / 1e12:9.2f}"
           f"{row['fraction_of_peak']:9.1%}{row['peak_mb']:9,.0f}{row['start_seconds']:9.1f}")
-
-
-def _write_profiles(phase: str, ours: list[OwnTrainer], options: Options) -> None:
-  """Prints where the time of a step goes, and writes it next to the results."""
-  for own in ours:
-    parts = own.trace()
-    total = sum(part.seconds for part in parts["kinds"])
-    text = f"# Where the time goes: {own.name}, {phase}\n"
-    for title, timings in (("kind of work", parts["kinds"]),
-                           ("kernel", parts["kernels"][:_KERNELS_LISTED])):
-      rows = [(timing.name, 1e3 * timing.seconds, timing.seconds / total, timing.count)
-              for timing in timings]
-      text += "\n" + markdown.table((title, "ms per step", "fraction", "runs"), rows) + "\n"
-    print(text)
-    if options.out:
-      name = f"{phase}-{own.name}".replace(" ", "-")
-      (options.out / f"profile-{name}.md").write_text(text, encoding="utf-8")
 
 
 def _pipeline_and_checkpoint(cfg: BenchConfig, ours: OwnTrainer) -> dict:

@@ -10,7 +10,6 @@ import pathlib
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from typing import Any, Literal, Protocol
 
@@ -29,7 +28,6 @@ from train.step import init_state
 
 PHASES = ("forward_backward", "train")
 _PEER = pathlib.Path(__file__).parent.parent / "peers" / "transformers_train.py"
-_STEPS_TRACED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +163,7 @@ class OwnTrainer:
 
   def trace(self) -> dict[str, list[profiles.Timing]]:
     """Takes a few more steps; returns the seconds of a step by kind of work and by kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-      with jax.profiler.trace(folder):
-        self.seconds(_STEPS_TRACED)
-      found = profiles.kernels(pathlib.Path(folder))
-    came_from = profiles.origins(self._compiled.as_text())
-    per_step = lambda timings: [profiles.Timing(timing.name, timing.seconds / _STEPS_TRACED,
-                                                timing.count // _STEPS_TRACED)
-                                for timing in timings]
-    return {"kinds": per_step(profiles.by_kind(found, came_from)),
-            "kernels": per_step(profiles.by_kernel(found, came_from))}
+    return profiles.trace(self.seconds, self._compiled.as_text())
 
   def finish(self) -> dict[str, Any]:
     used = self._compiled.memory_analysis()

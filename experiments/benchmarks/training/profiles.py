@@ -8,11 +8,16 @@ overlap, so that the fractions may add up to more than one.
 import collections
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
+from experiments.reports import markdown
+
+_STEPS_TRACED = 3
+_KERNELS_LISTED = 40
 # The first pattern that matches "origin; instruction; kernel" gives the kind of work.
 _KINDS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
     ("attention", r"fmha|flash|sdpa|dot_product_attention"),
@@ -58,6 +63,48 @@ class Timing(NamedTuple):
   name: str
   seconds: float
   count: int
+
+
+def trace(run: Callable[[int], Any], compiled_text: str) -> dict[str, list[Timing]]:
+  """Runs a few steps; returns the seconds of one on the first device, by kind and by kernel.
+
+  Args:
+    run: takes a number of steps, and waits until they are done.
+    compiled_text: `as_text()` of the compiled step.
+
+  Returns:
+    Timings, longest first, as "kinds" and "kernels".
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      run(_STEPS_TRACED)
+    found = kernels(pathlib.Path(folder))
+  came_from = origins(compiled_text)
+  per_step = lambda timings: [Timing(timing.name, timing.seconds / _STEPS_TRACED,
+                                     timing.count // _STEPS_TRACED) for timing in timings]
+  return {"kinds": per_step(by_kind(found, came_from)),
+          "kernels": per_step(by_kernel(found, came_from))}
+
+
+def write(parts: Mapping[str, list[Timing]], name: str, out: pathlib.Path | None) -> None:
+  """Prints what `trace` returned, and writes it into a folder, if there is one.
+
+  Args:
+    parts: what `trace` returned.
+    name: what was traced, for the title and the file's name.
+    out: the folder.
+  """
+  total = sum(part.seconds for part in parts["kinds"])
+  text = f"# Where the time goes: {name}\n"
+  for title, timings in (("kind of work", parts["kinds"]),
+                         ("kernel", parts["kernels"][:_KERNELS_LISTED])):
+    rows = [(timing.name, 1e3 * timing.seconds, timing.seconds / total, timing.count)
+            for timing in timings]
+    text += "\n" + markdown.table((title, "ms per step", "fraction", "runs"), rows) + "\n"
+  print(text)
+  if out:
+    name = name.replace(",", "").replace(" ", "-")
+    (out / f"profile-{name}.md").write_text(text, encoding="utf-8")
 
 
 def kernels(folder: pathlib.Path) -> list[Kernel]:

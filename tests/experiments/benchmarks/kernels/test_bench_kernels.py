@@ -97,6 +97,14 @@ def test_an_operation_with_many_shapes_has_the_mean_of_its_speed_ups_and_the_num
   assert bench_kernels._over_shapes(rows[:-2], 12) == []
 
 
+def test_shapes_are_not_counted_as_slow_without_intervals():
+  rows = [{"operation": "product", "shape": str(i), "contender": name, "by_round": [1.0] * 10,
+           **({"speedup": [1.0, None, None]} if name == "peer" else {})}  # as read from JSON
+          for i in range(bench_kernels._MANY) for name in ("ours", "peer")]
+  mean, = bench_kernels._over_shapes(rows, 10)
+  assert mean["value"] == 1 and mean["low"] is None
+
+
 def test_a_copy_that_is_too_slow_voids_the_run(monkeypatch):
   device = types.SimpleNamespace(device_kind="NVIDIA H200")
   monkeypatch.setattr(bench_kernels.jax, "devices", lambda: [device])
