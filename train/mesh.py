@@ -222,9 +222,10 @@ class ShardedModel:
   def dispatch(self) -> Callable:
     """Returns a `model.moe` dispatch with which each device runs the experts on its own tokens.
 
-    Every device gathers the weights of all experts.
+    Every device gathers the weights of all experts, in the compute format, in which their gradients
+    are then added up over devices, as are those of other weights.
     """
-    axes = _tuple(self.rules.batch)
+    axes, numerics = _tuple(self.rules.batch), self.cfg.numerics
     tokens, replicated = PartitionSpec(axes or None), PartitionSpec()
 
     def dispatch(experts, weights, x_ND, gates_NK, experts_NK):
@@ -233,6 +234,8 @@ class ShardedModel:
         varying = jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), weights)
         return experts(varying, *tokens)
 
+      if not numerics.recipe:  # whose weights are quantised already
+        weights = jax.tree.map(lambda w: w.astype(numerics.compute_dtype), weights)
       return jax.shard_map(
           local, mesh=self.mesh, in_specs=(replicated, tokens, tokens, tokens),
           out_specs=tokens)(weights, x_ND, gates_NK, experts_NK)

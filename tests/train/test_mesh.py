@@ -1,5 +1,6 @@
 """A mesh changes the placement of arrays, and nothing else."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import model
@@ -84,3 +86,17 @@ def test_every_variable_of_deepseek_v3_has_a_sharding_that_divides_its_shape():
   experts = parts["params"]["moe_layers"]["ffn"]
   assert experts["w_down"] == experts["w_gate_up"] == 8 * 4 * 2
   assert ShardedModel(cfg, mesh).batch().spec == jax.sharding.PartitionSpec(("data", "fsdp"), None)
+
+
+@pytest.mark.parametrize("numerics", ["bf16", "fp32"])
+def test_experts_are_gathered_in_the_compute_format(numerics):
+  cfg = dataclasses.replace(model.get_config("nano"), numerics=model.NUMERICS[numerics])
+  seen = []
+
+  def experts(weights, x_ND, gates_NK, experts_NK):
+    seen.append(weights.dtype)
+    return x_ND
+
+  weights, x_ND = jnp.ones((2, 4, 4)), jnp.ones((3, 4))
+  ShardedModel(cfg, make_mesh()).dispatch()(experts, weights, x_ND, x_ND[:, :2], x_ND[:, :2])
+  assert seen == [cfg.numerics.compute_dtype]
