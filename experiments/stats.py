@@ -5,6 +5,7 @@ Shape letters:  n seeds  Q quantiles
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 Verdict = Literal["reproduced", "contradicted", "unresolved"]
-_SIGNIFICANCE, _POWER = 0.05, 0.8
+SIGNIFICANCE, _POWER = 0.05, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
   std = float(difference_n.std(ddof=1))
   stderr = std / n**0.5
   half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * stderr
-  needed = special.stdtrit(n - 1, 1 - _SIGNIFICANCE / 2) + special.stdtrit(n - 1, _POWER)
+  needed = special.stdtrit(n - 1, 1 - SIGNIFICANCE / 2) + special.stdtrit(n - 1, _POWER)
   return Paired(n, mean, std, stderr, mean - half, mean + half, expected, same_sign,
                 float(needed) * stderr)
 
@@ -151,6 +152,45 @@ def judge(result: Paired, claim: Claim) -> Verdict:
   return "reproduced" if supports else "contradicted" if opposes else "unresolved"
 
 
+class Evidence(NamedTuple):
+  """How strongly a result supports and opposes a claim, as two-sided p-values of Student's t.
+
+  `judge` says "reproduced" where `supports`, and "contradicted" where `opposes`, is below 5 %.
+  """
+
+  supports: float
+  opposes: float
+
+
+def evidence(result: Paired, claim: Claim) -> Evidence | None:
+  """Returns the p-values for and against a claim; None for a single seed, or without noise."""
+  if result.n < 2 or not result.std > 0:
+    return None
+  tail = lambda distance: 2 * float(special.stdtr(result.n - 1, -distance / result.stderr))
+  if claim.kind == "equivalent":
+    supports = max(tail(claim.margin - result.mean), tail(result.mean + claim.margin))
+    opposes = min(tail(result.mean - claim.margin), tail(-claim.margin - result.mean))
+  else:
+    distance = claim.sign * (result.mean - (claim.threshold or 0.0))
+    supports, opposes = tail(distance - claim.margin), tail(-distance - claim.margin)
+  return Evidence(min(1.0, supports), min(1.0, opposes))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+  """Returns p-values of one family of tests, corrected for their number.
+
+  That any of them falls below a bound by chance is as likely as the bound, or less (Holm, 1979).
+
+  Args:
+    p_values: one for each test.
+  """
+  corrected, largest = [1.0] * len(p_values), 0.0
+  for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+    largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+    corrected[index] = largest
+  return corrected
+
+
 class Power(NamedTuple):
   """How likely a claim is to be reproduced, if an assumed effect is the true one.
 
@@ -165,7 +205,8 @@ class Power(NamedTuple):
   seeds: int | None
 
 
-def power(claim: Claim, std: float, n: int, effect: float | None = None) -> Power | None:
+def power(claim: Claim, std: float, n: int, effect: float | None = None,
+          family: int = 1) -> Power | None:
   """Returns the power of judging a claim, for normal differences.
 
   Args:
@@ -175,6 +216,8 @@ def power(claim: Claim, std: float, n: int, effect: float | None = None) -> Powe
     n: number of pairs.
     effect: the true effect to assume; None for the paper's, or for none where a claim says that
       there is none.
+    family: number of claims that are corrected together (`holm`): the power is that of a claim
+      of which all others are unresolved, and no less otherwise.
 
   Returns:
     None if no effect is known, or the deviation is zero or unknown.
@@ -183,15 +226,15 @@ def power(claim: Claim, std: float, n: int, effect: float | None = None) -> Powe
     effect = 0.0 if claim.kind == "equivalent" else claim.paper
   if effect is None or not std > 0:
     return None
-  probability = functools.partial(_reproduced, claim, effect, std)
+  probability = functools.partial(_reproduced, claim, effect, std, SIGNIFICANCE / family)
   enough = next((2**i for i in range(1, 13) if probability(2**i) >= _POWER), None)
   if enough is not None:
     enough = next(m for m in range(max(2, enough // 2), enough + 1) if probability(m) >= _POWER)
   return Power(effect, probability(n), enough)
 
 
-def _reproduced(claim: Claim, effect: float, std: float, n: int) -> float:
-  """Returns the probability that the whole interval supports a claim, for normal differences.
+def _reproduced(claim: Claim, effect: float, std: float, significance: float, n: int) -> float:
+  """Returns the probability that a claim is supported at a significance, for normal differences.
 
   The mean and the sample deviation, which sets the interval's width, are independent. So this is a
   mean over quantiles of the deviation.
@@ -201,7 +244,7 @@ def _reproduced(claim: Claim, effect: float, std: float, n: int) -> float:
   quantiles_Q = (np.arange(1000) + 0.5) / 1000
   deviation_Q = std * np.sqrt(2 * special.gammaincinv((n - 1) / 2, quantiles_Q) / (n - 1))
   stderr = std / n**0.5
-  half_Q = special.stdtrit(n - 1, 1 - _SIGNIFICANCE / 2) * deviation_Q / n**0.5
+  half_Q = special.stdtrit(n - 1, 1 - significance / 2) * deviation_Q / n**0.5
   below = lambda bound: special.ndtr((bound - effect) / stderr)  # P(mean < bound)
   if claim.kind == "equivalent":
     found_Q = np.maximum(below(claim.margin - half_Q) - below(half_Q - claim.margin), 0)

@@ -1,6 +1,7 @@
 """Regenerate the index of committed results and the result tables in README and docs.
 
-`--set keep=FOLDER` first adds the results that a study or benchmark has written to FOLDER. With
+`--set keep=FOLDER` first adds the results that a study or benchmark has written to FOLDER, and
+`--set judge=true` first judges the runs of all committed studies again, by today's rules. With
 `--set check=true`, no generated file is written, and it is an error if one is out of date.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 from experiments import catalogue, settings
 from experiments.options import Options
 from experiments.reports import config_reference, results, results_index
+from experiments.studies.runner import judge_again
 from train.run_folder import write_text_atomic
 
 _ROOT = results.ROOT.parents[1]
@@ -28,11 +30,13 @@ class ResultsConfig:
       None to add nothing.
     name: name of the folder in which they are committed, of letters, digits, "_", "-" and "."; None
       for the scale at which they ran. A result that has that name is replaced.
+    judge: whether to judge the committed studies again, without training anything.
     check: whether to write no generated file, and fail if one is out of date.
   """
 
   keep: str | None = None
   name: str | None = None
+  judge: bool = False
   check: bool = False
 
   def __post_init__(self):
@@ -52,10 +56,14 @@ CONFIG = ResultsConfig()
 def main(options: Options) -> None:
   options.require_supported("scale", "out", "seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(CONFIG, options.settings)
-  if cfg.keep and cfg.check:
-    raise ValueError("keep adds a result and check writes nothing: leave one of them out")
+  if (cfg.keep or cfg.judge) and cfg.check:
+    raise ValueError("keep and judge change results and check writes nothing: leave one out")
   if cfg.keep:
     print(f"results added in {_keep(pathlib.Path(cfg.keep), cfg.name)}")
+  if cfg.judge:
+    for folder, summary in results.summaries().items():
+      if "definition" in summary:
+        _judge(results.ROOT / folder, summary)
   changed = []
   for path, text in generated().items():
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -77,6 +85,14 @@ def _keep(folder: pathlib.Path, name: str | None) -> pathlib.Path:
   name = name or summary["scale"]
   _require_folder_name(name)
   return results.keep(folder, results.ROOT / experiment.results_folder / name)
+
+
+def _judge(committed: pathlib.Path, summary: Mapping[str, Any]) -> None:
+  """Replaces the verdicts of a committed study by those of today's rules."""
+  study = catalogue.find(summary["experiment"]).load().STUDY
+  with results.raw(committed) as folder:
+    judge_again(study, folder, summary["provenance"])
+    results.keep(folder, committed)
 
 
 def _require_study(experiment: catalogue.Experiment, scale: str, folder: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ from experiments.reports.markdown import (
   table,
 )
 from experiments.reports.run_report import cost_table
-from experiments.reports.summary import criterion, is_relative
+from experiments.reports.summary import criterion, is_relative, not_judged
 from experiments.stats import Paired
 
 FINISHED = "finished"  # status of the runs that are evaluated
@@ -49,6 +49,7 @@ def power_of(c: dict) -> str | None:
 
 def _verdicts(comparisons: list[dict]) -> str:
   lines, known = [], any(map(power_of, comparisons))
+  corrected = any(c.get("p_value") is not None for c in comparisons)
   for c in comparisons:
     pair = _paired(c["paired"])
     arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
@@ -59,16 +60,21 @@ def _verdicts(comparisons: list[dict]) -> str:
         if c["claim"]["kind"] == "sign" else pair.n,
         # The formula is that of the claim of a sign.
         number(pair.detectable, 3) if c["claim"]["kind"] != "equivalent" else None,
+        *([number(c.get("p_value"), 2)] if corrected else []),
         *([power_of(c)] if known else []), f"**{c['verdict']}**"])
   found = table(("claim", "metric", "arms", "claimed", "paper", "mean", "95 % interval", "seeds",
-                 "minimum detectable effect", *(["power"] if known else []), "verdict"),
+                 "minimum detectable effect", *(["p-value"] if corrected else []),
+                 *(["power"] if known else []), "verdict"),
                 lines) if lines else ""
-  reasons = [f"- not judged, **{c['name']}**: {c['not_judged']}." for c in comparisons
-             if "not_judged" in c]
+  reasons = not_judged({c["name"]: c["not_judged"] for c in comparisons if "not_judged" in c},
+                       len(comparisons))
   note = ("A difference d of the logarithms of losses is a relative difference of the losses of "
           "exp(d) − 1: 0.0025 is 0.25 %."
           if any(is_relative(c["metric"]) for c in comparisons) else "")
-  return "\n\n".join(filter(None, [found, note, "\n".join(reasons)]))
+  family = ("P-values, for or against a claim, are corrected for the number of claims (Holm), as "
+            "are powers; a claim is decided below 0.05. Intervals and minimum detectable effects "
+            "are those of each claim by itself." if corrected else "")
+  return "\n\n".join(filter(None, [found, note, family, reasons]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[study_plots.Comparison]:
@@ -227,6 +233,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
         whose status is `FINISHED` are evaluated.
       "comparisons": [{"name", "metric", "arm", "baseline", "paired": fields of `stats.Paired`,
         "claim": fields of `stats.Claim`, "verdict", "paper": what the paper reports, in words,
+        "p_value": corrected for the number of claims, "power": fields of `stats.Power`,
         "not_judged": the reason, if there is no verdict}].
       "missing": names of the runs that the command asks for and that have not run.
       "noise": {metric: seed standard deviation}.

@@ -144,8 +144,24 @@ def claims_table(claims: Sequence[Mapping[str, Any]], results: Sequence[str] = (
                                           zip(results, lines, strict=True)]
   used = [i for i in range(len(header)) if any(line[i] is not None for line in lines)]
   shown = table([header[i] for i in used], [[line[i] for i in used] for line in lines])
-  reasons = [f"- not judged, **{c['claim']}**: {c['reason']}." for c in claims if c.get("reason")]
-  return "\n\n".join(filter(None, [shown, "\n".join(reasons)]))
+  reasons = not_judged({c["claim"]: c["reason"] for c in claims if c.get("reason")}, len(claims))
+  return "\n\n".join(filter(None, [shown, reasons]))
+
+
+def not_judged(reasons: Mapping[str, str], count: int) -> str:
+  """Returns why claims were not judged, as a list with an entry for each reason.
+
+  Args:
+    reasons: the reasons, by claim.
+    count: number of all claims.
+  """
+  claims: dict[str, list[str]] = {}
+  for claim, reason in reasons.items():
+    claims.setdefault(reason, []).append(f"**{claim}**")
+  return "\n".join(
+      f"- {'none of the claims is' if len(names) == count > 1 else 'not'} judged, "
+      + ("" if len(names) == count > 1 else f"{', '.join(names)}: ") + f"{reason}."
+      for reason, names in claims.items())
 
 
 def is_relative(metric: str) -> bool:

@@ -1,12 +1,21 @@
 """Computes the outcome of each comparison from the metrics of all runs."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from experiments.reports.study_report import FINISHED, SWEEP_SEED
-from experiments.stats import Paired, judge, paired, power
+from experiments.stats import (
+  SIGNIFICANCE,
+  Claim,
+  Paired,
+  evidence,
+  holm,
+  judge,
+  paired,
+  power,
+)
 from experiments.studies.study import Comparison
 
 
@@ -27,7 +36,8 @@ def compared_runs(
 
 def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
             swept: Mapping[str, float] | None = None,
-            rates: Mapping[str, float] | None = None) -> dict | None:
+            rates: Mapping[str, float] | None = None,
+            at_end: Collection[str] = ()) -> dict | None:
   """Returns the outcome of a comparison over the seeds that both arms have.
 
   Args:
@@ -35,7 +45,8 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
     compared: metrics by arm and seed.
     swept: best score of each arm's learning-rate sweep, where larger is better; for comparisons
       whose `matched` is "sweep".
-    rates: best learning rate of each arm; for comparisons with `at_one_rate`.
+    rates: best learning rate of each arm.
+    at_end: the arms whose best learning rate is at an end of their sweep.
 
   Returns:
     An entry of "comparisons" in results.json, with the reason as "not_judged" if a condition of the
@@ -64,11 +75,41 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
   outcome = {"name": comparison.name, "metric": comparison.metric, "arm": arm,
              "baseline": name, "paired": dataclasses.asdict(pair),
              "claim": dataclasses.asdict(comparison.claim), "paper": comparison.paper,
-             "power": (found := power(comparison.claim, pair.std, pair.n)) and found._asdict(),
              "verdict": judge(pair, comparison.claim)}
-  reason = (_rates_differ(comparison, rates or {}, arm, name) or _no_noise(comparison, pair)
+  reason = (_rates_differ(comparison, rates or {}, arm, name)
+            or _sweep_ends(comparison, [each for each in (arm, name) if each in at_end])
+            or _no_noise(comparison, pair)
             or _no_room(comparison, [compared[arm][seed] for seed in seeds]))
   return outcome | {"verdict": "unresolved", "not_judged": reason} if reason else outcome
+
+
+def corrected(outcomes: Sequence[dict]) -> list[dict]:
+  """Returns the outcomes of a study's comparisons, with verdicts corrected for their number.
+
+  Those that were judged are one family: the smaller of a claim's p-values, for and against it, is
+  corrected by `stats.holm`, and what is then not below 5 % is unresolved. Intervals remain those of
+  each claim by itself.
+
+  Args:
+    outcomes: outcomes of `compare`; those that are not judged stay as they are.
+
+  Returns:
+    The outcomes with "p_value", the corrected one, and "power"; both None where they are unknown.
+  """
+  claims = [Claim(**outcome["claim"]) for outcome in outcomes]
+  pairs = [Paired(**outcome["paired"]) for outcome in outcomes]
+  found = [None if "not_judged" in outcome else evidence(pair, claim)
+           for outcome, pair, claim in zip(outcomes, pairs, claims, strict=True)]
+  family = max(1, sum(each is not None for each in found))
+  p_values = iter(holm([min(each) for each in found if each]))
+  results = []
+  for outcome, pair, claim, each in zip(outcomes, pairs, claims, found, strict=True):
+    p_value = next(p_values) if each else None
+    chance = power(claim, pair.std, pair.n, family=family)
+    verdict = "unresolved" if each and p_value >= SIGNIFICANCE else outcome["verdict"]
+    results.append(outcome | {"verdict": verdict, "p_value": p_value,
+                              "power": chance and chance._asdict()})
+  return results
 
 
 def finite(metrics: dict, name: str, otherwise: float | None = None) -> float | None:
@@ -84,6 +125,14 @@ def _rates_differ(comparison: Comparison, rates: Mapping[str, float], arm: str,
     return None
   return (f"the best learning rate of {arm} is {rates.get(arm)}, that of {baseline} "
           f"{rates.get(baseline)}, and {comparison.metric} depends on the learning rate itself")
+
+
+def _sweep_ends(comparison: Comparison, at_end: Sequence[str]) -> str | None:
+  """Returns why sweeps do not allow a verdict: the best rate may lie beyond them. None if they do.
+  """
+  if comparison.any_rate or not at_end:
+    return None
+  return "the best learning rate of an arm is at an end of its sweep"
 
 
 def _no_noise(comparison: Comparison, pair: Paired) -> str | None:

@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
 from experiments.studies.commands import reproducing_command
-from experiments.studies.comparing import compare, compared_runs, finite
+from experiments.studies.comparing import compare, compared_runs, corrected, finite
 from experiments.studies.runs import Task
 from experiments.studies.study import Study
 from train import cost
@@ -63,6 +64,36 @@ def execute(study: Study, scale_name: str, options: Options) -> dict:
     if not finished:
       print("stopped and saved; rerun the same command to resume")
     return judged
+  finally:
+    runner.out.close()
+
+
+def judge_again(study: Study, folder: pathlib.Path, origin: Mapping[str, Any]) -> dict:
+  """Judges a finished study's runs by the rules of today, without training any.
+
+  The learning rates are those that were swept then.
+
+  Args:
+    study: the study as it is declared today.
+    folder: its output folder, whose results.json is replaced, with its summary and report.
+    origin: the provenance in its summary, which is kept.
+
+  Returns:
+    The content of results.json.
+
+  Raises:
+    ValueError: if the folder is not that of this study.
+  """
+  before = read_run_json(folder / "results.json", scale=str, definition=dict, provenance=dict)
+  name = before["scale"]
+  scale = dataclasses.replace(
+      study.scales[name], learning_rates=tuple(before["definition"]["learning_rates"]),
+      extra_rates=0)
+  study = dataclasses.replace(study, scales=study.scales | {name: scale})
+  runner = Runner(study, name, Options(study.name, out=folder))
+  try:
+    kept = {"provenance": before["provenance"] | origin, "missing": before.get("missing", [])}
+    return runner.write(runner.outcome() | kept)
   finally:
     runner.out.close()
 
@@ -168,17 +199,56 @@ class Runner:
       cost = self.study.cost(self.scale_name, self.arms, len(self.seeds))
       print(f"{self.study.name}: {cost}", file=sys.stderr, flush=True)
     self.runs.prepare()
-    if not self._run_all(self._sweep()):
-      return False
+    done = self.finished()
+    while sweep := [task for task in self._sweep(done) if task not in done]:
+      if not self._run_all(sweep):
+        return False
+      done = self.finished()
     best = self.best_learning_rates(self.finished())
     return self._run_all([task for task in self._compared(best)
                           if task.arm in best or not self.scale.learning_rates])
 
-  def _sweep(self) -> list[Task]:
-    """Returns the runs that choose learning rates."""
+  def _sweep(self, runs: Mapping[Task, dict]) -> list[Task]:
+    """Returns the runs that choose learning rates, as far as finished runs tell which these are."""
     swept = self.study.swept_arms(self.scale) if self.study.one_rate else self.arms
-    return [Task(arm, rate, SWEEP_SEED + i) for arm in swept
-            for rate in self.scale.learning_rates for i in range(self.scale.sweep_seeds)]
+    return [Task(arm, rate, SWEEP_SEED + i) for arm in swept for rate in self._rates(arm, runs)
+            for i in range(self.scale.sweep_seeds)]
+
+  def _rates(self, arm: str, runs: Mapping[Task, dict]) -> list[float]:
+    """Returns the learning rates of an arm's sweep, extended beyond an end where the best one lies.
+    """
+    rates = list(self.scale.learning_rates)
+    for _ in range(self.scale.extra_rates * (self.scale_name != "smoke")):
+      found = self._best(arm, rates, runs)
+      if found is None or not self._at_end(found[0], rates):
+        break
+      lower = found[0] == rates[0]
+      end, inner = (rates[0], rates[1]) if lower else (rates[-1], rates[-2])
+      rates.insert(0 if lower else len(rates), float(f"{end**2 / inner:.6g}"))
+    return rates
+
+  @staticmethod
+  def _at_end(rate: float, rates: Sequence[float]) -> bool:
+    return rate in (rates[0], rates[-1])
+
+  def _best(self, arm: str, rates: Sequence[float],
+            runs: Mapping[Task, dict]) -> tuple[float, float] | None:
+    """Returns the rate with the best mean score and that score; None if runs are missing or failed.
+
+    Scores have a sign such that larger is better; that of a failed run is minus infinity.
+    """
+    score, scores = self.runs.score, {}
+    value = lambda run: finite(run["metrics"], score.metric, -np.inf * score.sign) * score.sign
+    for rate in rates:
+      found = [runs.get(Task(arm, rate, SWEEP_SEED + i)) for i in range(self.scale.sweep_seeds)]
+      if None in found:
+        return None
+      scores[rate] = float(np.mean(list(map(value, found))))
+    # Of equal scores, that of the rate nearest to the middle, so that none extends the sweep.
+    middle = (len(rates) - 1) / 2
+    rate = max(scores, key=lambda rate: (scores[rate], -abs(rates.index(rate) - middle)),
+               default=None)
+    return (rate, scores[rate]) if rate is not None and np.isfinite(scores[rate]) else None
 
   def _compared(self, best: Mapping[str, float]) -> list[Task]:
     """Returns the runs that are compared; the learning rate is None where none was chosen."""
@@ -192,7 +262,7 @@ class Runner:
     Runs of an arm that failed at every learning rate of its sweep are not missing.
     """
     done = self.finished()
-    sweep, best = [task for task in self._sweep() if task not in done], self._swept(done)
+    sweep, best = [task for task in self._sweep(done) if task not in done], self._swept(done)
     unswept = {task.arm for task in sweep}
     if not self.scale.learning_rates or (self.study.one_rate and sweep):
       unswept = set(self.arms)
@@ -208,23 +278,10 @@ class Runner:
     return {arm: rate for arm, (rate, _) in self._swept(runs).items()}
 
   def _swept(self, runs: dict[Task, dict]) -> dict[str, tuple[float, float]]:
-    """Returns by arm the learning rate with the best mean score, and that score.
-
-    Scores have a sign such that larger is better; that of a failed run is minus infinity.
-    """
-    score, best = self.runs.score, {}
-    value = lambda run: finite(run["metrics"], score.metric, -np.inf * score.sign) * score.sign
-    for arm in self.study.swept_arms(self.scale):
-      swept = {rate: [runs.get(Task(arm, rate, SWEEP_SEED + i))
-                      for i in range(self.scale.sweep_seeds)]
-               for rate in self.scale.learning_rates}
-      if any(None in at_rate for at_rate in swept.values()):
-        continue
-      scores = {rate: float(np.mean([value(run) for run in at_rate]))
-                for rate, at_rate in swept.items()}
-      rate = max(scores, key=scores.get)
-      if np.isfinite(scores[rate]):
-        best[arm] = (rate, scores[rate])
+    """Returns the best learning rate by arm, and its mean score, for arms with a complete sweep."""
+    found = {arm: self._best(arm, self._rates(arm, runs), runs)
+             for arm in self.study.swept_arms(self.scale)}
+    best = {arm: of_arm for arm, of_arm in found.items() if of_arm}
     if self.study.one_rate and best:
       return {arm.name: best[self.study.baseline] for arm in self.study.arms}
     return best
@@ -291,11 +348,16 @@ class Runner:
 
   def judge(self) -> dict:
     """Writes `outcome` as results.json, its summary and the report, prints it, and returns it."""
-    result = self.outcome()
+    result = self.write(self.outcome())
+    self._print(result)
+    print(f"report: {self.out.path / 'report.md'}")
+    return result
+
+  def write(self, result: dict) -> dict:
+    """Writes results.json, the summary and the report, and returns the content of the former."""
     write_json_atomic(self.out.path / "results.json", result)
     write_json_atomic(self.out.path / results.SUMMARY, study_summary(result))
-    self._print(result)
-    print(f"report: {write_study_report(self.out.path, result)}")
+    write_study_report(self.out.path, result)
     return result
 
   def outcome(self) -> dict:
@@ -309,8 +371,11 @@ class Runner:
     compared = {arm: {seed: run["metrics"] for seed, run in by_seed.items()}
                 for arm, by_seed in ran.items()}
     scores = {arm: score for arm, (_, score) in swept.items()}
-    comparisons = [c for c in (compare(c, compared, scores, best) for c in self.study.comparisons)
-                   if c]
+    swept_arm = lambda arm: self.study.baseline if self.study.one_rate else arm
+    at_end = {arm for arm, rate in best.items()
+              if self._at_end(rate, self._rates(swept_arm(arm), runs))}
+    comparisons = corrected([c for c in (compare(c, compared, scores, best, at_end)
+                                         for c in self.study.comparisons) if c])
     if self.scale_name == "smoke":
       comparisons = [c | {"verdict": "unresolved", "not_judged": _SMOKE} for c in comparisons]
     seeds = compared[self.study.baseline]
@@ -320,26 +385,25 @@ class Runner:
         "name": self.study.name, "claim": self.study.claim, "source": self.study.source,
         "scale": self.scale_name, "definition": self.study.definition(self.scale_name),
         "arms": [{"name": arm.name, "settings": " ".join(arm.settings) or "none",
-                  "best learning rate": self._describe_rate(best.get(arm.name))}
+                  "best learning rate": self._describe_rate(best.get(arm.name), arm.name in at_end)}
                  for arm in self.study.arms if arm.name in shown],
         "best_learning_rates": best, "runs": list(runs.values()), "missing": self.missing(),
         "comparisons": comparisons,
         "noise": {metric: noise([values[metric] for values in seeds.values()])
                   for metric in metrics if len(seeds) > 1},
         "detectable": {f"{c['name']} ({c['metric']})": c["paired"]["detectable"]
-                       for c in comparisons},
+                       for c in comparisons if c["claim"]["kind"] != "equivalent"},
         **self.runs.report_parts({arm: [by_seed[seed] for seed in sorted(by_seed)]
                                   for arm, by_seed in ran.items()}),
         "total_cost": cost.add_up([run["cost"] for run in runs.values()]),
         "provenance": self.where_it_ran()}
 
-  def _describe_rate(self, rate: float | None) -> str:
-    rates = self.scale.learning_rates
-    if not rates:
+  def _describe_rate(self, rate: float | None, at_end: bool) -> str:
+    if not self.scale.learning_rates:
       return "not swept"
     if rate is None:
       return "sweep not finished"
-    return f"{rate:g}" + (" (at the edge of the sweep)" if rate in (rates[0], rates[-1]) else "")
+    return f"{rate:g}" + (" (at the edge of the sweep)" if at_end else "")
 
   def _print(self, result: dict) -> None:
     metrics = dict.fromkeys(c.metric for c in self.study.comparisons)
@@ -350,8 +414,9 @@ class Runner:
     for c in result["comparisons"]:
       pair = c["paired"]
       over = "on one seed, which gives no interval" if pair["n"] == 1 else (
-          f"[{pair['low']:.4g}, {pair['high']:.4g}] on {pair['n']} seeds, minimum detectable "
-          f"effect {pair['detectable']:.2g}")
+          f"[{pair['low']:.4g}, {pair['high']:.4g}] on {pair['n']} seeds"
+          + (f", minimum detectable effect {pair['detectable']:.2g}"
+             if c["claim"]["kind"] != "equivalent" else ""))
       print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} {over}; paper: "
             f"{c['paper'] or 'no value'}"
             + (f"; power: {power_of(c)}" if power_of(c) else "")

@@ -44,6 +44,8 @@ class Comparison:
     at_one_rate: whether the comparison is judged only if the sweeps of both arms chose the same
       learning rate: for metrics that depend on the learning rate itself, such as the KL from the
       base.
+    any_rate: whether the claim is about every learning rate, so that it does not matter if the best
+      one is at an end of its sweep.
     room: (metric, bound): the comparison is judged only if the treatment's mean of that metric is
       below the bound. This is for claims that something does not rise, which could not be
       contradicted if the base were already at the maximum.
@@ -57,6 +59,7 @@ class Comparison:
   paper: str = ""
   matched: str = "max_violation"
   at_one_rate: bool = False
+  any_rate: bool = False
   room: tuple[str, float] | None = None
 
 
@@ -75,6 +78,9 @@ class Scale:
       them.
     sweep_seeds: number of seeds for each learning rate of the sweep.
     shared_minutes: duration of what is done once for all runs, such as pretraining bases.
+    extra_rates: number of learning rates by which an arm's sweep may be extended, one at a time, as
+      long as its best rate is at an end of it. Arms whose best rate is still at an end are not
+      judged. A smoke run extends nothing.
   """
 
   config: Any
@@ -85,6 +91,7 @@ class Scale:
   vmapped_runs: int = 1
   sweep_seeds: int = 1
   shared_minutes: float = 0.0
+  extra_rates: int = 3
 
   def __post_init__(self):
     if 0 < len(self.learning_rates) < 3:
@@ -187,6 +194,8 @@ def claim_identity(comparison: Comparison) -> str:
     conditions.append(f"matched by {comparison.matched}")
   if comparison.at_one_rate:
     conditions.append("at one rate")
+  if comparison.any_rate:
+    conditions.append("at any rate")
   if comparison.room:
     conditions.append("if {} < {:g}".format(*comparison.room))
   if claim.single_run:

@@ -166,3 +166,54 @@ def test_no_more_than_5_percent_of_studies_without_an_effect_reach_a_false_verdi
   for n in (3, 5, 10):
     verdicts = [stats.judge(stats.paired(row, 0), claim) for row in rng.normal(0, 1.0, (4000, n))]
     assert np.mean(np.array(verdicts) != "unresolved") < 0.06
+
+
+@pytest.mark.parametrize("claim", [
+    Claim("sign", sign=-1), Claim("sign", margin=0.3), Claim("equivalent", margin=1.5),
+    Claim("threshold", sign=-1, threshold=0.2)])
+def test_p_values_fall_below_5_percent_exactly_where_the_verdict_is_given(claim):
+  rng = np.random.default_rng(0)
+  for mean in np.linspace(-3, 3, 41):
+    found = stats.paired(rng.normal(mean, 1, 5), 0.0)
+    evidence = stats.evidence(found, claim)
+    assert (evidence.supports < 0.05) == (stats.judge(found, claim) == "reproduced")
+    assert (evidence.opposes < 0.05) == (stats.judge(found, claim) == "contradicted")
+
+
+def test_a_single_seed_and_equal_pairs_are_no_evidence():
+  assert stats.evidence(stats.paired([1.0], 0.0), Claim("sign")) is None
+  assert stats.evidence(stats.paired([1.0, 1.0], 0.0), Claim("sign")) is None
+
+
+def test_holm_equals_hand_computed_values():
+  assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+  assert stats.holm([0.6, 0.7]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_intervals_cover_the_true_difference_95_percent_of_the_time(n):
+  rng = np.random.default_rng(n)
+  studies = (stats.paired(rng.normal(0.3, 1, n), rng.normal(0, 1, n)) for _ in range(4000))
+  covered = np.mean([found.low < 0.3 < found.high for found in studies])
+  assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_at_most_5_percent_of_studies_without_effects_give_a_verdict_on_any_claim(n):
+  """Six arms that equal the baseline, which all of them share: uncorrected, a fifth would."""
+  rng, claim, wrong, uncorrected = np.random.default_rng(n), Claim("sign"), 0, 0
+  for _ in range(2000):
+    baseline_n, arms = rng.normal(0, 1, n), rng.normal(0, 1, (6, n))
+    p_values = [min(stats.evidence(stats.paired(arm_n, baseline_n), claim)) for arm_n in arms]
+    wrong += min(stats.holm(p_values)) < 0.05
+    uncorrected += min(p_values) < 0.05
+  assert wrong / 2000 < 0.05 + 0.015 < uncorrected / 2000  # three standard errors
+
+
+def test_the_power_of_one_of_several_claims_is_that_of_simulated_studies():
+  rng, claim, n, found = np.random.default_rng(0), Claim("sign", paper=1.2), 6, 0
+  for _ in range(2000):
+    effects = (1.2, 0, 0, 0)  # of the claims, only the first is true
+    pairs = [stats.paired(rng.normal(effect, 1, n), 0.0) for effect in effects]
+    found += stats.holm([min(stats.evidence(pair, claim)) for pair in pairs])[0] < 0.05
+  assert found / 2000 == pytest.approx(stats.power(claim, 1.0, n, family=4).probability, abs=0.05)

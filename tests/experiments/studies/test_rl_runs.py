@@ -31,7 +31,7 @@ RATES = (1e-4, 1e-3, 1e-2)
 
 def a_study():
   tiny = settings.apply(rl_maj_pass.STUDY.scales["smoke"].config, TINY)
-  scale = Scale(tiny, RATES, seeds=1, minutes=1, hardware="none")
+  scale = Scale(tiny, RATES, seeds=1, minutes=1, hardware="none", extra_rates=0)
   return dataclasses.replace(rl_maj_pass.STUDY, scales={"tiny": scale})
 
 

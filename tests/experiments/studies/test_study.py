@@ -13,7 +13,7 @@ from experiments.programs.ab import flops_to_loss
 from experiments.stats import Claim
 from experiments.studies import runner as studies_runner
 from experiments.studies.commands import reproducing_command
-from experiments.studies.comparing import compare
+from experiments.studies.comparing import compare, corrected
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task
 from experiments.studies.study import Arm, Comparison, Scale, Study
@@ -31,8 +31,9 @@ def question(arm, baseline, metric="validation_loss", claim=LOWER, **fields) -> 
   return Comparison(f"{arm} and {baseline}", metric, arm, baseline, claim, **fields)
 
 
-def a_study(*comparisons, arms=("plain", "new"), cfg=CFG, sweep_seeds=1) -> Study:
-  scale = Scale(cfg, RATES, seeds=2, minutes=1, hardware="none", sweep_seeds=sweep_seeds)
+def a_study(*comparisons, arms=("plain", "new"), cfg=CFG, sweep_seeds=1, extra_rates=0) -> Study:
+  scale = Scale(cfg, RATES, seeds=2, minutes=1, hardware="none", sweep_seeds=sweep_seeds,
+                extra_rates=extra_rates)
   return Study("invented", "new is better", "nowhere", tuple(Arm(name, WIDE) for name in arms),
                arms[0], comparisons or (question("new", "plain"),), {"tiny": scale})
 
@@ -147,9 +148,32 @@ def test_pairs_that_all_differ_by_the_same_are_determinism_and_are_not_judged():
 def test_the_power_of_a_comparison_is_stated_with_the_papers_effect():
   compared = {"new": seeds({0: 1.0, 1: 1.1, 2: 1.3}), "plain": seeds({0: 2.0, 1: 2.3, 2: 2.1})}
   claim = Claim("sign", sign=-1, paper=-0.5)
-  found = compare(question("new", "plain", claim=claim), compared)["power"]
-  assert found["effect"] == -0.5 and 0 < found["probability"] < 1 and found["seeds"] > 3
-  assert compare(question("new", "plain"), compared)["power"] is None
+  known = compare(question("new", "plain", claim=claim), compared)
+  unknown = compare(question("new", "plain"), compared)
+  (alone,), (first, second) = corrected([known]), corrected([known, unknown])
+  assert alone["power"]["effect"] == -0.5 and 0 < alone["power"]["probability"] < 1
+  assert first["power"]["probability"] < alone["power"]["probability"]  # one claim of two
+  assert alone["power"]["seeds"] > 3 and second["power"] is None
+
+
+def test_verdicts_are_corrected_for_the_number_of_claims_that_are_judged():
+  compared = {"new": seeds({0: 1.9, 1: 2.0, 2: 2.05}), "plain": seeds({0: 2.0, 1: 2.2, 2: 2.2})}
+  (alone,) = corrected([compare(question("new", "plain"), compared)])
+  assert alone["verdict"] == "reproduced" and 0.025 < alone["p_value"] < 0.05
+  several = corrected([compare(question("new", "plain"), compared)] * 2)
+  assert [each["verdict"] for each in several] == ["unresolved"] * 2
+  assert several[0]["p_value"] == pytest.approx(2 * alone["p_value"])
+  assert several[0]["paired"] == alone["paired"]
+
+  barred = compare(question("new", "plain"), compared, at_end=("new",))
+  first, second = corrected([compare(question("new", "plain"), compared), barred])
+  assert first["verdict"] == "reproduced" and second["p_value"] is None
+
+
+def test_a_claim_about_every_rate_is_judged_at_the_end_of_a_sweep():
+  compared = {"new": seeds({0: 1.0, 1: 1.1}), "plain": seeds({0: 2.0, 1: 2.2})}
+  found = compare(question("new", "plain", any_rate=True), compared, at_end=("new", "plain"))
+  assert "not_judged" not in found
 
 
 def test_a_claim_that_a_metric_does_not_rise_is_not_judged_without_room_to_rise():
@@ -224,16 +248,20 @@ def test_a_sweep_of_several_seeds_chooses_by_their_mean_and_needs_all_of_them(tm
 
 # Several invocations.
 
-def fill(folder) -> None:
-  """Writes four parts: two sweeps, and compared seeds, one failed and one at another rate."""
+def fill(folder, rate=RATES[1]) -> None:
+  """Writes four parts: two sweeps, and compared seeds, one failed and one at another rate.
+
+  The arm "new" has its best loss at `rate`, one of the first two.
+  """
   write_part(folder, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
-  write_part(folder, "2", a_sweep("new", (2.9, None, 3.0)))
+  write_part(folder, "2", a_sweep(
+      "new", (2.9, None, 3.0) if rate == RATES[0] else (None, 2.9, 3.0)))
   write_part(folder, "3", [a_run("plain", RATES[1], seed, 2.0 + 0.1 * seed, max_violation=0.5)
                            for seed in range(4)])
-  new = [a_run("new", RATES[0], 0, 1.9, max_violation=0.1),
-         a_run("new", RATES[0], 1, 1.99, max_violation=0.9),
-         a_run("new", RATES[0], 2, 2.11, max_violation=0.3),
-         a_run("new", RATES[0], 3, 0, "failed: not finite"),
+  new = [a_run("new", rate, 0, 1.9, max_violation=0.1),
+         a_run("new", rate, 1, 1.99, max_violation=0.9),
+         a_run("new", rate, 2, 2.11, max_violation=0.3),
+         a_run("new", rate, 3, 0, "failed: not finite"),
          a_run("new", RATES[2], 4, 100.0, max_violation=100.0)]
   write_part(folder, "4", new, device="1 x gpu")
 
@@ -255,7 +283,7 @@ def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys
   assert pair["n"] == 3 and pair["mean"] == pytest.approx(-0.1)
   assert judged["noise"]["validation_loss"] == pytest.approx(math.sqrt(0.05 / 3))
   assert [arm["best learning rate"] for arm in judged["arms"]] == [
-      "0.002", "0.001 (at the edge of the sweep)", "sweep not finished"]
+      "0.002", "0.002", "sweep not finished"]
   assert judged["total_cost"] == {
       "device_seconds": 30.0, "flops": 15e9, "tokens": 150, "joules": None}
   where = judged["provenance"]
@@ -287,13 +315,45 @@ def test_nothing_is_trained_if_no_run_is_missing(tmp_path):
 
 def test_a_seed_whose_loss_is_not_finite_is_left_out_and_the_others_are_judged(tmp_path):
   fill(tmp_path)
-  write_part(tmp_path, "5", [a_run("new", RATES[0], 3, math.inf, max_violation=0.1)])
+  write_part(tmp_path, "5", [a_run("new", RATES[1], 3, math.inf, max_violation=0.1)])
   judged = runner(tmp_path, a_study(*COMPARISONS)).judge()
   assert judged["comparisons"][0]["paired"]["n"] == 3
 
 
+def test_a_best_rate_at_an_end_extends_the_sweep_and_bars_verdicts_until_it_is_inside(tmp_path):
+  fill(tmp_path, RATES[0])
+  fixed = runner(tmp_path, a_study(question("new", "plain")))
+  (outcome,) = fixed.judge()["comparisons"]
+  assert outcome["verdict"] == "unresolved"
+  assert outcome["not_judged"] == "the best learning rate of an arm is at an end of its sweep"
+  assert fixed.outcome()["arms"][1]["best learning rate"] == "0.001 (at the edge of the sweep)"
+  fixed.out.close()
+
+  extended = runner(tmp_path, a_study(question("new", "plain"), extra_rates=2))
+  rates = lambda: [task.learning_rate for task in extended._sweep(extended.finished())
+                   if task.arm == "new"]
+  assert rates() == [5e-4, *RATES]
+  assert extended.missing()[0] == "new-lr0.0005-seed1000"
+  assert extended.best_learning_rates(extended.finished()) == {"plain": RATES[1]}
+  write_part(tmp_path, "6", [a_run("new", 5e-4, 1000, 2.8)])
+  assert rates() == [2.5e-4, 5e-4, *RATES]
+  write_part(tmp_path, "7", [a_run("new", 2.5e-4, 1000, 2.85)])
+  assert rates() == [2.5e-4, 5e-4, *RATES]
+  assert extended.best_learning_rates(extended.finished()) == {"plain": RATES[1], "new": 5e-4}
+
+
+def test_a_smoke_run_extends_no_sweep_and_gives_no_verdict(tmp_path):
+  fill(tmp_path, RATES[0])
+  study = a_study(question("new", "plain"), extra_rates=3)
+  study = dataclasses.replace(study, scales={"smoke": study.scales["tiny"]})
+  small = Runner(study, "smoke", Options(experiment="invented", out=tmp_path))
+  assert len(small._sweep(small.finished())) == 2 * len(RATES)
+  (outcome,) = small.judge()["comparisons"]
+  assert outcome["verdict"] == "unresolved" and "smoke run" in outcome["not_judged"]
+
+
 def test_the_report_and_the_output_say_why_a_comparison_was_not_judged(tmp_path, capsys):
-  fill(tmp_path)
+  fill(tmp_path, RATES[0])
   judged = runner(tmp_path, a_study(question("new", "plain", at_one_rate=True))).judge()
   assert judged["comparisons"][0]["verdict"] == "unresolved"
   why = "learning rate of new is 0.001, that of plain 0.002"
@@ -448,8 +508,8 @@ def test_missing_runs_are_those_that_the_command_asks_for_and_no_part_has(tmp_pa
       "plain-seed0", "plain-seed1"]
   fill(tmp_path / "full")
   made = runner(tmp_path / "full", seeds="6")
-  assert made.missing() == ["plain-lr0.002-seed4", "plain-lr0.002-seed5", "new-lr0.001-seed4",
-                            "new-lr0.001-seed5"]
+  assert made.missing() == ["plain-lr0.002-seed4", "plain-lr0.002-seed5", "new-lr0.002-seed4",
+                            "new-lr0.002-seed5"]
   made.out.close()
   assert runner(tmp_path / "full").missing() == []
 
