@@ -318,6 +318,8 @@ class LoopConfig:
     seed: seed of sampling, of the order of minibatches and, from the second pass over the questions
       of a file on, of their order; the problems and the order of the first pass have a seed of
       their own, in the task's spec.
+    nudge: whether every parameter of the policy is moved to the next larger number of its format
+      before the first step, as in `TrainConfig.nudge`.
     eval_every: RL steps between evaluations; 0 to evaluate only before the first and after the last
       step.
     eval_problems: number of held-out problems in an evaluation.
@@ -332,6 +334,7 @@ class LoopConfig:
 
   steps: int = 50
   seed: int = 0
+  nudge: bool = False
   eval_every: int = 0
   eval_problems: int = 128
   eval_samples: int = 4

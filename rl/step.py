@@ -28,7 +28,7 @@ from train.losses import AuxOutputs, Sums
 from train.mesh import ShardedModel, make_sharded_model
 from train.optimizer import decay_mask
 from train.program import without_data_fields
-from train.step import TrainState, init_state, make_train_step
+from train.step import TrainState, init_state, make_train_step, nudged
 
 
 @flax.struct.dataclass
@@ -251,8 +251,9 @@ def init_rl_state(
   needs_reference = cfg.objective.spec(1).kl_in != "none"
   reference = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
   value = init_value(variables, cfg.optimizer) if cfg.objective.name == "ppo" else None
+  start = nudged(variables) if cfg.loop.nudge else variables
   state = RLState(
-      init_state(variables, cfg.optimizer), reference if needs_reference else None, value,
+      init_state(start, cfg.optimizer), reference if needs_reference else None, value,
       init_state(modules, cfg.optimizer) if train_mtp else None)
   return jax.device_put(state, state_shardings(state, mesh)) if mesh else state
 

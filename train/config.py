@@ -297,6 +297,8 @@ class TrainConfig:
     mtp_fraction: fraction of the steps after which lambda changes from `mtp_weight` to
       `mtp_late_weight` (V3: 10 of 14.8 T tokens).
     seed: seed of the initial parameters, the order of the data and everything else that is random.
+    nudge: whether every initial parameter is moved to the next larger number of its format. How far
+      such a run ends from one without shows how much of a difference rounding alone makes.
     eval_every: steps between evaluations on held-out documents; 0 evaluates before the first and
       after the last step only.
     checkpoint_every: steps between checkpoints; 0 saves only when the run ends or is stopped.
@@ -321,6 +323,7 @@ class TrainConfig:
   mtp_late_weight: float = 0.1
   mtp_fraction: float = 0.676
   seed: int = 0
+  nudge: bool = False
   eval_every: int = 0
   checkpoint_every: int = 100
   keep_checkpoints: int = 2

@@ -22,7 +22,7 @@ from train.evaluate import Evaluation, Evaluator, count
 from train.losses import Batch, LanguageModelLoss
 from train.mesh import ShardedModel, make_sharded_model
 from train.optimizer import Schedule, decay_mask
-from train.step import TrainState, init_state, make_train_step, unstack_layers
+from train.step import TrainState, init_state, make_train_step, nudged, unstack_layers
 
 _EVALUATION_TOKENS = 16384  # tokens evaluated at a time, over all runs
 
@@ -31,7 +31,7 @@ DATA_FIELDS = {
     "optimizer": ("learning_rate", "schedule", "warmup_fraction", "warmup_steps", "decay_steps",
                   "final_ratio"),
     "balance": ("bias_rate", "bias_fraction", "sequence_weight", "batch_weight", "expert_weight"),
-    "train": ("seed", "mtp_weight", "mtp_late_weight", "mtp_fraction"),
+    "train": ("seed", "nudge", "mtp_weight", "mtp_late_weight", "mtp_fraction"),
 }
 
 
@@ -111,7 +111,7 @@ class Program:
     if any(static_config(cfg) != static_config(self.cfg) for cfg in configs):
       allowed = [f"{part}.{name}" for part, names in DATA_FIELDS.items() for name in names]
       raise ValueError(f"runs of a vmapped batch may differ in {', '.join(allowed)} only")
-    self._seeds = [cfg.train.seed for cfg in configs]
+    self._starts = [(cfg.train.seed, cfg.train.nudge) for cfg in configs]
     self._schedules = [Schedule(cfg) for cfg in configs]
     self._mesh, self._step, count = _compiled(static_config(self.cfg), self.num_runs)
     rows = max(1, _EVALUATION_TOKENS // (self.cfg.data.seq_len * self.num_runs))
@@ -124,13 +124,13 @@ class Program:
     Args:
       variables: initial variables of all runs; None for random ones, from each run's seed.
     """
-    def one(seed):
+    def one(seed, nudge):
       start = variables or model.init_on_host(self.cfg.model, seed)
-      return init_state(start, self.cfg.optimizer)
+      return init_state(nudged(start) if nudge else start, self.cfg.optimizer)
 
     if self.num_runs == 1:
-      return self._place(one(self._seeds[0]))
-    return jax.tree.map(lambda *runs: jnp.stack(runs), *map(one, self._seeds))
+      return self._place(one(*self._starts[0]))
+    return jax.tree.map(lambda *runs: jnp.stack(runs), *(one(*start) for start in self._starts))
 
   def abstract_state(self) -> TrainState:
     """Returns the state's shapes, dtypes and shardings, from which a checkpoint is restored."""

@@ -71,6 +71,12 @@ def init_state(variables: dict, cfg: OptimizerConfig) -> TrainState:
       moments=init_moments(params, cfg), ema=ema)
 
 
+def nudged(variables: dict) -> dict:
+  """Returns variables with every parameter moved to the next larger number of its format."""
+  larger = lambda p: jnp.nextafter(p, jnp.full_like(p, jnp.inf))
+  return {**variables, "params": jax.tree.map(larger, variables["params"])}
+
+
 def _copy(x: jax.Array | np.ndarray, dtype) -> jax.Array:
   # What is copied on the host needs no program, of which there would be one for every shape.
   if isinstance(x, np.ndarray):

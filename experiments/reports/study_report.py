@@ -47,9 +47,19 @@ def power_of(c: dict) -> str | None:
           f"{seeds}")
 
 
-def _verdicts(comparisons: list[dict]) -> str:
+def again_of(study: dict, metric: str) -> str | None:
+  """Returns how far the baseline ends from itself, started one rounding away; None if unknown."""
+  found = study.get("again", {}).get(metric)
+  if not found:
+    return None
+  return f"{found['std']:.2g}" if found["std"] else "0, deterministic"
+
+
+def _verdicts(study: dict) -> str:
+  comparisons = study.get("comparisons", [])
   lines, known = [], any(map(power_of, comparisons))
   corrected = any(c.get("p_value") is not None for c in comparisons)
+  repeated = bool(study.get("again"))
   for c in comparisons:
     pair = _paired(c["paired"])
     arms = f"{c['arm']} − {c['baseline']}" if c.get("baseline") else c["arm"]
@@ -60,12 +70,17 @@ def _verdicts(comparisons: list[dict]) -> str:
         if c["claim"]["kind"] == "sign" else pair.n,
         # The formula is that of the claim of a sign.
         number(pair.detectable, 3) if c["claim"]["kind"] != "equivalent" else None,
+        *([again_of(study, c["metric"])] if repeated else []),
         *([number(c.get("p_value"), 2)] if corrected else []),
         *([power_of(c)] if known else []), f"**{c['verdict']}**"])
   found = table(("claim", "metric", "arms", "claimed", "paper", "mean", "95 % interval", "seeds",
-                 "minimum detectable effect", *(["p-value"] if corrected else []),
+                 "minimum detectable effect", *(["A/A deviation"] if repeated else []),
+                 *(["p-value"] if corrected else []),
                  *(["power"] if known else []), "verdict"),
                 lines) if lines else ""
+  equal = ("The A/A deviation is that of the differences, seed by seed, between the baseline and "
+           "the same runs with initial weights one rounding away: what rounding alone makes of it."
+           if repeated else "")
   reasons = not_judged({c["name"]: c["not_judged"] for c in comparisons if "not_judged" in c},
                        len(comparisons))
   note = ("A difference d of the logarithms of losses is a relative difference of the losses of "
@@ -74,7 +89,7 @@ def _verdicts(comparisons: list[dict]) -> str:
   family = ("P-values, for or against a claim, are corrected for the number of claims (Holm), as "
             "are powers; a claim is decided below 0.05. Intervals and minimum detectable effects "
             "are those of each claim by itself." if corrected else "")
-  return "\n\n".join(filter(None, [found, note, family, reasons]))
+  return "\n\n".join(filter(None, [found, note, equal, family, reasons]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[study_plots.Comparison]:
@@ -235,6 +250,8 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
         "claim": fields of `stats.Claim`, "verdict", "paper": what the paper reports, in words,
         "p_value": corrected for the number of claims, "power": fields of `stats.Power`,
         "not_judged": the reason, if there is no verdict}].
+      "again": {metric: {"std", "n"}}, how far the baseline ends from itself, started one rounding
+        away.
       "missing": names of the runs that the command asks for and that have not run.
       "noise": {metric: seed standard deviation}.
       "detectable": {metric: minimum detectable effect}.
@@ -255,7 +272,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
   comparisons, runs = study.get("comparisons", []), study.get("runs", [])
   return document(folder / "report.md", f"Study {study['name']}", [
       ("", _study_summary(study)),
-      ("Verdicts", _verdicts(comparisons)),
+      ("Verdicts", _verdicts(study)),
       ("", figure(folder, "forest", "Every comparison with its interval", study_plots.forest,
                    _forest_lines(comparisons))),
       ("Metrics by arm", _outcomes(folder, study)),

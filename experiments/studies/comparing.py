@@ -13,6 +13,7 @@ from experiments.stats import (
   evidence,
   holm,
   judge,
+  noise,
   paired,
   power,
 )
@@ -110,6 +111,29 @@ def corrected(outcomes: Sequence[dict]) -> list[dict]:
     results.append(outcome | {"verdict": verdict, "p_value": p_value,
                               "power": chance and chance._asdict()})
   return results
+
+
+def repeated(again: Mapping[int, dict], baseline: Mapping[int, dict],
+             metrics: Iterable[str]) -> dict[str, dict]:
+  """Returns how far the baseline's runs end from the same ones, started one rounding away.
+
+  Args:
+    again: metrics of the latter by seed.
+    baseline: metrics of the baseline by seed.
+    metrics: names of the metrics.
+
+  Returns:
+    By metric, the standard deviation "std" of the paired differences and their number "n". Metrics
+    of fewer than two pairs are left out.
+  """
+  found = {}
+  for name in metrics:
+    differences = [again[seed][name] - baseline[seed][name] for seed in again.keys() & baseline
+                   if finite(again[seed], name) is not None
+                   and finite(baseline[seed], name) is not None]
+    if len(differences) > 1:
+      found[name] = {"std": noise(differences), "n": len(differences)}
+  return found
 
 
 def finite(metrics: dict, name: str, otherwise: float | None = None) -> float | None:

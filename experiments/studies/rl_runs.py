@@ -90,6 +90,7 @@ class RLRuns:
   score: ClassVar = Score("pass@1", 1)
   named: ClassVar = {"base.model": model.get_config}
   learning_rate: ClassVar = "rl.optimizer.learning_rate"
+  nudge: ClassVar = "rl.loop.nudge"
   ignored: ClassVar = {
       "rl.loop.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
       "base.train.seed": "a base has the seed of its run: give --seeds=N or --seeds=FROM:TO",

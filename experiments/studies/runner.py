@@ -24,6 +24,7 @@ from experiments.reports import provenance, results
 from experiments.reports.study_report import (
   FINISHED,
   SWEEP_SEED,
+  again_of,
   power_of,
   write_study_report,
 )
@@ -31,7 +32,7 @@ from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
 from experiments.studies.commands import reproducing_command
-from experiments.studies.comparing import compare, compared_runs, corrected, finite
+from experiments.studies.comparing import compare, compared_runs, corrected, finite, repeated
 from experiments.studies.runs import Task
 from experiments.studies.study import Study
 from train import cost
@@ -139,12 +140,15 @@ class Runner:
                        + ", ".join(known))
     base = settings.apply(self.scale.config, options.settings, named=study.kind.named)
     self.arms, self.options = list(options.arms or study.arms_to_run()), options
+    self.seeds, self.again = options.seed_range(self.scale.seeds), study.again()
+    self.repeats = study.baseline in self.arms and len(self.seeds) > 1  # the arm `again`
     needed = {*self.arms, *(study.swept_arms(self.scale) if study.one_rate else ())}
     # The settings of these arms are applied before anything runs, so that errors are found early.
     configs = {arm.name: apply_arm(study, self.scale, options.settings, arm)
-               for arm in study.arms if arm.name in needed}
-    require_effect(study, self.scale, options.settings, configs)
-    self.seeds = options.seed_range(self.scale.seeds)
+               for arm in (*study.arms, *([self.again] if self.repeats else []))
+               if arm.name in {*needed, self.again.name}}
+    require_effect(study, self.scale, options.settings,
+                   {name: cfg for name, cfg in configs.items() if name != self.again.name})
     if self.seeds.stop > SWEEP_SEED:
       raise ValueError(f"--seeds={options.seeds}: seeds from {SWEEP_SEED} on are reserved for "
                        "learning-rate sweeps")
@@ -206,7 +210,7 @@ class Runner:
       done = self.finished()
     best = self.best_learning_rates(self.finished())
     return self._run_all([task for task in self._compared(best)
-                          if task.arm in best or not self.scale.learning_rates])
+                          if self._swept_as(task.arm) in best or not self.scale.learning_rates])
 
   def _sweep(self, runs: Mapping[Task, dict]) -> list[Task]:
     """Returns the runs that choose learning rates, as far as finished runs tell which these are."""
@@ -252,9 +256,14 @@ class Runner:
 
   def _compared(self, best: Mapping[str, float]) -> list[Task]:
     """Returns the runs that are compared; the learning rate is None where none was chosen."""
+    arms = [*self.arms, *([self.again.name] if self.repeats else [])]
     if not self.scale.learning_rates:
-      return [Task(arm, None, seed) for seed in self.seeds for arm in self.arms]
-    return [Task(arm, best.get(arm), seed) for arm in self.arms for seed in self.seeds]
+      return [Task(arm, None, seed) for seed in self.seeds for arm in arms]
+    return [Task(arm, best.get(self._swept_as(arm)), seed) for arm in arms for seed in self.seeds]
+
+  def _swept_as(self, arm: str) -> str:
+    """Returns the arm whose learning rate an arm trains at: itself, except for the one `again`."""
+    return self.study.baseline if arm == self.again.name else arm
 
   def missing(self) -> list[str]:
     """Returns the names of the runs that this command asks for and that are not recorded.
@@ -268,7 +277,8 @@ class Runner:
       unswept = set(self.arms)
     compared = self._compared({arm: rate for arm, (rate, _) in best.items()})
     return [task.name for task in (*sweep, *compared)
-            if task not in done and (task in sweep or task.arm in {*best, *unswept})]
+            if task not in done
+            and (task in sweep or self._swept_as(task.arm) in {*best, *unswept})]
 
   def best_learning_rates(self, runs: dict[Task, dict]) -> dict[str, float]:
     """Returns the best learning rates of the arms whose sweep is complete.
@@ -370,6 +380,8 @@ class Runner:
            for arm in self.study.arms}
     compared = {arm: {seed: run["metrics"] for seed, run in by_seed.items()}
                 for arm, by_seed in ran.items()}
+    again = {seed: run["metrics"] for seed, run in compared_runs(
+        runs.values(), self.again.name, best.get(self.study.baseline)).items()}
     scores = {arm: score for arm, (_, score) in swept.items()}
     swept_arm = lambda arm: self.study.baseline if self.study.one_rate else arm
     at_end = {arm for arm, rate in best.items()
@@ -381,14 +393,16 @@ class Runner:
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
     shown = {*self.arms, *(run["arm"] for run in runs.values())}
+    listed = (*self.study.arms, self.again)
     return {
         "name": self.study.name, "claim": self.study.claim, "source": self.study.source,
         "scale": self.scale_name, "definition": self.study.definition(self.scale_name),
         "arms": [{"name": arm.name, "settings": " ".join(arm.settings) or "none",
-                  "best learning rate": self._describe_rate(best.get(arm.name), arm.name in at_end)}
-                 for arm in self.study.arms if arm.name in shown],
+                  "best learning rate": self._describe_rate(
+                      best.get(self._swept_as(arm.name)), self._swept_as(arm.name) in at_end)}
+                 for arm in listed if arm.name in shown],
         "best_learning_rates": best, "runs": list(runs.values()), "missing": self.missing(),
-        "comparisons": comparisons,
+        "comparisons": comparisons, "again": repeated(again, seeds, metrics),
         "noise": {metric: noise([values[metric] for values in seeds.values()])
                   for metric in metrics if len(seeds) > 1},
         "detectable": {f"{c['name']} ({c['metric']})": c["paired"]["detectable"]
@@ -419,6 +433,7 @@ class Runner:
              if c["claim"]["kind"] != "equivalent" else ""))
       print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} {over}; paper: "
             f"{c['paper'] or 'no value'}"
+            + (f"; A/A: {again_of(result, c['metric'])}" if again_of(result, c["metric"]) else "")
             + (f"; power: {power_of(c)}" if power_of(c) else "")
             + (f"; not judged: {c['not_judged']}" if "not_judged" in c else ""))
     if result["runs"]:

@@ -52,6 +52,7 @@ class Runs(Protocol):
     score: the metric by which learning rates are chosen.
     named: argument `named` of `settings.apply`, for values that are plain words.
     learning_rate: dotted name of the setting that a sweep replaces.
+    nudge: the setting with which a run starts one rounding of its weights away.
     ignored: dotted names of settings that the runs replace or ignore, each with the reason and what
       to do instead.
   """
@@ -59,6 +60,7 @@ class Runs(Protocol):
   score: ClassVar[Score]
   named: ClassVar[Mapping[str, Any]]
   learning_rate: ClassVar[str]
+  nudge: ClassVar[str]
   ignored: ClassVar[Mapping[str, str]]
 
   def __init__(self, base: Any, configs: Mapping[str, Any], overridden: Collection[str],

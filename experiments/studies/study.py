@@ -108,7 +108,7 @@ class Study:
     claim: the paper's claim in a sentence or two.
     source: where the paper makes it.
     arms: the configurations that are compared.
-    baseline: the arm whose seed standard deviation is reported.
+    baseline: the arm whose seed standard deviation is reported, and which runs once more (`again`).
     comparisons: the comparisons of the arms, each with its criterion.
     scales: budgets by name.
     kind: the class that trains and measures the runs.
@@ -130,6 +130,15 @@ class Study:
   default_arms: tuple[str, ...] | None = None
   keep_runs: bool = False
 
+  def again(self) -> Arm:
+    """Returns the arm that is the baseline again, started one rounding of its weights away.
+
+    It runs at the baseline's learning rate on the same seeds. What it differs by from the baseline
+    is what rounding alone makes of a run, and smaller differences between arms say nothing.
+    """
+    settings, = (arm.settings for arm in self.arms if arm.name == self.baseline)
+    return Arm(f"{self.baseline}_again", (*settings, f"{self.kind.nudge}=true"))
+
   def swept_arms(self, scale: Scale) -> tuple[str, ...]:
     """Returns the arms whose learning rates are swept."""
     if not scale.learning_rates:
@@ -150,7 +159,8 @@ class Study:
       num_seeds: number of compared seeds; None for that of the scale.
     """
     scale, names = self.scales[scale_name], arms or self.arms_to_run()
-    arms, num_seeds = len(names), num_seeds or scale.seeds
+    num_seeds = num_seeds or scale.seeds
+    arms = len(names) + (self.baseline in names and num_seeds > 1)
     swept = set(self.swept_arms(scale)) & {*names, *((self.baseline,) if self.one_rate else ())}
     swept = len(swept) * len(scale.learning_rates) * scale.sweep_seeds
     runs = swept + arms * num_seeds

@@ -29,6 +29,7 @@ class TextRuns:
   score: ClassVar = Score("validation_loss", -1)
   named: ClassVar = {}
   learning_rate: ClassVar = "optimizer.learning_rate"
+  nudge: ClassVar = "train.nudge"
   ignored: ClassVar = {
       "train.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
       "init": "the runs of a study start from random weights: leave it out"}

@@ -293,6 +293,16 @@ def test_the_reference_is_kept_until_it_is_refreshed():
   assert start(config(name="dapo")).reference is None
 
 
+def test_a_nudged_policy_starts_one_rounding_away_from_its_reference():
+  cfg_ = config()
+  state = init_rl_state(tiny.variables(DENSE), dataclasses.replace(
+      cfg_, loop=dataclasses.replace(cfg_.loop, nudge=True)))
+  train_small.assert_same_bits(state.reference, start().reference)
+  for plain, moved in zip(jax.tree.leaves(start().train.params),
+                          jax.tree.leaves(state.train.params), strict=True):
+    np.testing.assert_array_equal(np.nextafter(plain, np.float32(np.inf)), moved)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.01])
 def test_the_balancing_bias_is_frozen_unless_a_rate_is_given(rate):
   cfg_ = config(name="dapo", **({"bias_rate": rate, "sequence_balance": 0.5} if rate else {}))

@@ -138,6 +138,15 @@ def test_runs_of_a_vmapped_batch_may_start_from_the_same_variables():
                            tiny.variables(cfg))
 
 
+def test_a_nudged_run_starts_one_rounding_away_and_shares_the_program(alone):
+  nudged = dataclasses.replace(FIRST, train=dataclasses.replace(FIRST.train, nudge=True))
+  assert static_config(nudged) == static_config(FIRST)
+  _, start, _ = alone[0]
+  for plain, moved in zip(jax.tree.leaves(start.params),
+                          jax.tree.leaves(Program([nudged], {}).init().params), strict=True):
+    np.testing.assert_array_equal(np.nextafter(plain, np.float32(np.inf)), moved)
+
+
 def test_abstract_state_has_the_shapes_and_dtypes_of_the_state(alone, as_batch):
   shapes = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
   for program, start in (alone[0][:2], as_batch[:2]):

@@ -207,7 +207,8 @@ def test_every_arm_gets_the_learning_rate_with_its_lowest_validation_loss(tmp_pa
 
 def test_with_one_rate_only_the_baseline_is_swept_and_all_arms_use_its_best(tmp_path):
   invented = dataclasses.replace(a_study(), one_rate=True)
-  assert "3 learning rates + 2 arms x 2 seeds" in invented.cost("tiny")
+  assert "3 learning rates + 3 arms x 2 seeds" in invented.cost("tiny")  # one of them again
+  assert "3 learning rates + 2 arms x 1 seed)" in invented.cost("tiny", num_seeds=1)
   trained = []
   losses = dict(zip(RATES, (3.0, 2.0, 2.5), strict=True))
 
@@ -256,8 +257,9 @@ def fill(folder, rate=RATES[1]) -> None:
   write_part(folder, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
   write_part(folder, "2", a_sweep(
       "new", (2.9, None, 3.0) if rate == RATES[0] else (None, 2.9, 3.0)))
-  write_part(folder, "3", [a_run("plain", RATES[1], seed, 2.0 + 0.1 * seed, max_violation=0.5)
-                           for seed in range(4)])
+  write_part(folder, "3", [
+      a_run(arm, RATES[1], seed, 2.0 + 0.1 * seed + change * seed, max_violation=0.5)
+      for arm, change in (("plain", 0), ("plain_again", 0.01)) for seed in range(4)])
   new = [a_run("new", rate, 0, 1.9, max_violation=0.1),
          a_run("new", rate, 1, 1.99, max_violation=0.9),
          a_run("new", rate, 2, 2.11, max_violation=0.3),
@@ -283,9 +285,11 @@ def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys
   assert pair["n"] == 3 and pair["mean"] == pytest.approx(-0.1)
   assert judged["noise"]["validation_loss"] == pytest.approx(math.sqrt(0.05 / 3))
   assert [arm["best learning rate"] for arm in judged["arms"]] == [
-      "0.002", "0.002", "sweep not finished"]
+      "0.002", "0.002", "sweep not finished", "0.002"]
+  assert judged["again"]["validation_loss"]["std"] == pytest.approx(0.01 * math.sqrt(5 / 3))
+  assert judged["again"]["max_violation"] == {"std": 0, "n": 4}
   assert judged["total_cost"] == {
-      "device_seconds": 30.0, "flops": 15e9, "tokens": 150, "joules": None}
+      "device_seconds": 38.0, "flops": 19e9, "tokens": 190, "joules": None}
   where = judged["provenance"]
   assert (where["commit"], where["device"]) == ("c0ffee", {"several": ["1 x cpu", "1 x gpu"]})
   (losses,) = judged["panels"]
@@ -294,8 +298,21 @@ def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys
   assert json.loads((tmp_path / "results.json").read_text()) == judged
   text = (tmp_path / "report.md").read_text()
   assert "3 reproduced, 1 contradicted, 1 unresolved" in text
-  assert "2 of 15" in text and "failed: not finite" in text
-  assert "on 3 seeds" in capsys.readouterr().out
+  assert "2 of 19" in text and "failed: not finite" in text
+  assert "0.013" in text and "0, deterministic" in text
+  assert "on 3 seeds, minimum detectable effect 0.031; paper: no value; A/A: 0.013" in (
+      capsys.readouterr().out)
+
+
+def test_the_arm_that_repeats_the_baseline_starts_one_rounding_away_at_its_rate(tmp_path):
+  fill(tmp_path)
+  made = runner(tmp_path, seeds="5")
+  task = made._compared(made.best_learning_rates(made.finished()))[-1]
+  assert (task.arm, task.learning_rate, task.seed) == ("plain_again", RATES[1], 4)
+  plain, again = (made.runs.configs[arm] for arm in ("plain", "plain_again"))
+  assert again == dataclasses.replace(plain, train=dataclasses.replace(plain.train, nudge=True))
+  assert not runner(tmp_path / "one", seeds="1").repeats
+  assert not runner(tmp_path / "new", arms=("new",)).repeats
 
 
 def test_nothing_is_trained_if_no_run_is_missing(tmp_path):
@@ -308,7 +325,7 @@ def test_nothing_is_trained_if_no_run_is_missing(tmp_path):
   options = Options(experiment="invented", out=folder, seeds="0:3")
   invented = a_study(cfg=RunConfig(model=CFG.model, data=data))
   judged = execute(invented, "tiny", options)
-  assert len(judged["runs"]) == 15
+  assert len(judged["runs"]) == 19
   assert not (folder / "runs").exists()
   assert len(list((folder / "parts").iterdir())) == 4
 
@@ -505,11 +522,12 @@ def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path):
 def test_missing_runs_are_those_that_the_command_asks_for_and_no_part_has(tmp_path):
   assert runner(tmp_path / "empty", arms=("plain",)).missing() == [
       "plain-lr0.001-seed1000", "plain-lr0.002-seed1000", "plain-lr0.004-seed1000",
-      "plain-seed0", "plain-seed1"]
+      "plain-seed0", "plain-seed1", "plain_again-seed0", "plain_again-seed1"]
   fill(tmp_path / "full")
   made = runner(tmp_path / "full", seeds="6")
   assert made.missing() == ["plain-lr0.002-seed4", "plain-lr0.002-seed5", "new-lr0.002-seed4",
-                            "new-lr0.002-seed5"]
+                            "new-lr0.002-seed5", "plain_again-lr0.002-seed4",
+                            "plain_again-lr0.002-seed5"]
   made.out.close()
   assert runner(tmp_path / "full").missing() == []
 
@@ -517,7 +535,7 @@ def test_missing_runs_are_those_that_the_command_asks_for_and_no_part_has(tmp_pa
 def test_a_report_says_how_many_runs_are_missing(tmp_path):
   write_part(tmp_path, "1", a_sweep("plain", (3.0, 2.0, 2.5)))
   runner(tmp_path, arms=("plain",)).judge()
-  assert "**Not finished**: 2 of the runs" in (tmp_path / "report.md").read_text()
+  assert "**Not finished**: 4 of the runs" in (tmp_path / "report.md").read_text()
 
 
 def test_an_arm_that_failed_at_every_learning_rate_is_not_missing(tmp_path):
