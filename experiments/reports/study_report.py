@@ -26,6 +26,7 @@ from experiments.reports.summary import criterion, is_relative, not_judged
 from experiments.stats import Paired
 
 FINISHED = "finished"  # status of the runs that are evaluated
+PILOT_SEED = 900  # seeds from here on are for pilots: their deviation is reported, and no verdict
 SWEEP_SEED = 1000  # seeds from here on are for learning-rate sweeps, and are never compared
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from experiments.reports.study_report import FINISHED, SWEEP_SEED
+from experiments.reports.study_report import FINISHED, PILOT_SEED, SWEEP_SEED
 from experiments.stats import (
   SIGNIFICANCE,
   Claim,
@@ -20,8 +20,8 @@ from experiments.stats import (
 from experiments.studies.study import Comparison
 
 
-def compared_runs(
-    runs: Iterable[dict], arm: str, learning_rate: float | None) -> dict[int, dict]:
+def compared_runs(runs: Iterable[dict], arm: str, learning_rate: float | None,
+                  pilot: bool = False) -> dict[int, dict]:
   """Returns an arm's finished runs at its best learning rate, by seed, without those of the sweep.
 
   Args:
@@ -29,10 +29,12 @@ def compared_runs(
     arm: name of the arm.
     learning_rate: the arm's best learning rate; None if nothing is swept, or if the sweep is not
       finished, in which case there are no such runs.
+    pilot: whether to return the pilot's runs, instead of all others.
   """
+  seeds = range(PILOT_SEED, SWEEP_SEED) if pilot else range(PILOT_SEED)
   return {run["seed"]: run for run in runs
           if run["arm"] == arm and run["learning_rate"] == learning_rate
-          and run["seed"] < SWEEP_SEED and run["status"] == FINISHED}
+          and run["seed"] in seeds and run["status"] == FINISHED}
 
 
 def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
@@ -84,7 +86,36 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
   return outcome | {"verdict": "unresolved", "not_judged": reason} if reason else outcome
 
 
-def corrected(outcomes: Sequence[dict]) -> list[dict]:
+def without_another_look(
+    outcomes: Sequence[dict], before: Sequence[Mapping], missing: Collection[str]) -> list[dict]:
+  """Returns outcomes without verdicts on part of the seeds, or on more seeds than before.
+
+  Whoever looks at a verdict after every few seeds, and stops once there is one, is wrong more often
+  than the 5 % of a single look.
+
+  Args:
+    outcomes: outcomes of `compare`.
+    before: the comparisons of the results.json that the new one replaces; empty if there is none.
+    missing: arms of which compared runs are missing.
+  """
+  looks = {c["name"]: c["paired"]["n"] for c in before
+           if c["verdict"] != "unresolved" or "not_judged" not in c}
+
+  def reason(outcome: dict) -> str | None:
+    waiting = sorted({outcome["arm"], outcome["baseline"]} & set(missing))
+    n, seen = outcome["paired"]["n"], looks.get(outcome["name"], 0)
+    if waiting:
+      return f"runs of {' and '.join(waiting)} are missing"
+    if 0 < seen < n:
+      return (f"a verdict was given on {seen} seeds, and one on {n} would be a second look: judge "
+              f"seeds of their own in another folder")
+    return None
+
+  return [outcome | {"verdict": "unresolved", "not_judged": reason(outcome)}
+          if "not_judged" not in outcome and reason(outcome) else outcome for outcome in outcomes]
+
+
+def corrected(outcomes: Sequence[dict], n: int | None = None) -> list[dict]:
   """Returns the outcomes of a study's comparisons, with verdicts corrected for their number.
 
   Those that were judged are one family: the smaller of a claim's p-values, for and against it, is
@@ -93,6 +124,7 @@ def corrected(outcomes: Sequence[dict]) -> list[dict]:
 
   Args:
     outcomes: outcomes of `compare`; those that are not judged stay as they are.
+    n: number of seeds for which the power is stated; None for that of each comparison.
 
   Returns:
     The outcomes with "p_value", the corrected one, and "power"; both None where they are unknown.
@@ -106,7 +138,7 @@ def corrected(outcomes: Sequence[dict]) -> list[dict]:
   results = []
   for outcome, pair, claim, each in zip(outcomes, pairs, claims, found, strict=True):
     p_value = next(p_values) if each else None
-    chance = power(claim, pair.std, pair.n, family=family)
+    chance = power(claim, pair.std, n or pair.n, family=family)
     verdict = "unresolved" if each and p_value >= SIGNIFICANCE else outcome["verdict"]
     results.append(outcome | {"verdict": verdict, "p_value": p_value,
                               "power": chance and chance._asdict()})

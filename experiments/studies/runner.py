@@ -23,6 +23,7 @@ from experiments.options import Options
 from experiments.reports import provenance, results
 from experiments.reports.study_report import (
   FINISHED,
+  PILOT_SEED,
   SWEEP_SEED,
   again_of,
   power_of,
@@ -32,7 +33,15 @@ from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
 from experiments.studies.commands import reproducing_command
-from experiments.studies.comparing import compare, compared_runs, corrected, finite, repeated
+from experiments.studies.comparing import (
+  compare,
+  compared_runs,
+  corrected,
+  finite,
+  repeated,
+  without_another_look,
+)
+from experiments.studies.planning import expected_power
 from experiments.studies.runs import Task
 from experiments.studies.study import Study
 from train import cost
@@ -41,6 +50,7 @@ from train.loop import TrainingError
 from train.run_folder import RunFolder, read_run_json, write_json_atomic
 
 _SMOKE = "a smoke run checks that everything runs, and is far too short for a verdict"
+_PILOT = "pilot seeds are never judged: their deviation tells how many seeds a claim needs"
 _RUN_FIELDS = {"arm", "learning_rate", "seed", "status", "cost", "metrics"}
 
 
@@ -92,6 +102,7 @@ def judge_again(study: Study, folder: pathlib.Path, origin: Mapping[str, Any]) -
       extra_rates=0)
   study = dataclasses.replace(study, scales=study.scales | {name: scale})
   runner = Runner(study, name, Options(study.name, out=folder))
+  runner.seeds = range(0)  # nothing more is asked for, however many seeds the scale has today
   try:
     kept = {"provenance": before["provenance"] | origin, "missing": before.get("missing", [])}
     return runner.write(runner.outcome() | kept)
@@ -149,6 +160,10 @@ class Runner:
                if arm.name in {*needed, self.again.name}}
     require_effect(study, self.scale, options.settings,
                    {name: cfg for name, cfg in configs.items() if name != self.again.name})
+    self.pilot = self.seeds.start >= PILOT_SEED
+    if not self.pilot and self.seeds.stop > PILOT_SEED:
+      raise ValueError(f"--seeds={options.seeds}: seeds from {PILOT_SEED} on are for pilots, which "
+                       "are never judged: ask for a range below or from there on")
     if self.seeds.stop > SWEEP_SEED:
       raise ValueError(f"--seeds={options.seeds}: seeds from {SWEEP_SEED} on are reserved for "
                        "learning-rate sweeps")
@@ -202,6 +217,8 @@ class Runner:
     if self.missing():
       cost = self.study.cost(self.scale_name, self.arms, len(self.seeds))
       print(f"{self.study.name}: {cost}", file=sys.stderr, flush=True)
+      for line in expected_power(self.study, self.scale_name, self.arms, len(self.seeds)):
+        print(f"power: {line}", file=sys.stderr)
     self.runs.prepare()
     done = self.finished()
     while sweep := [task for task in self._sweep(done) if task not in done]:
@@ -350,7 +367,7 @@ class Runner:
     """Returns the merged provenance of all parts, with a command that reproduces all of them."""
     seeds = {arm: set(self.seeds) for arm in self.arms}
     for task in self.finished():
-      if task.seed < SWEEP_SEED:
+      if task.seed < (SWEEP_SEED if self.pilot else PILOT_SEED):
         seeds.setdefault(task.arm, set()).add(task.seed)
     command = reproducing_command(self.study, self.scale_name, self.options, seeds)
     return provenance.merged([part["provenance"] for part in self._recorded()]) | {
@@ -376,20 +393,23 @@ class Runner:
     runs = self.finished()
     swept = self._swept(runs)
     best = {arm: rate for arm, (rate, _) in swept.items()}
-    ran = {arm.name: compared_runs(runs.values(), arm.name, best.get(arm.name))
-           for arm in self.study.arms}
+    compared_of = lambda arm: compared_runs(
+        runs.values(), arm, best.get(self._swept_as(arm)), self.pilot)
+    ran = {arm.name: compared_of(arm.name) for arm in self.study.arms}
     compared = {arm: {seed: run["metrics"] for seed, run in by_seed.items()}
                 for arm, by_seed in ran.items()}
-    again = {seed: run["metrics"] for seed, run in compared_runs(
-        runs.values(), self.again.name, best.get(self.study.baseline)).items()}
+    again = {seed: run["metrics"] for seed, run in compared_of(self.again.name).items()}
     scores = {arm: score for arm, (_, score) in swept.items()}
     swept_arm = lambda arm: self.study.baseline if self.study.one_rate else arm
     at_end = {arm for arm, rate in best.items()
               if self._at_end(rate, self._rates(swept_arm(arm), runs))}
-    comparisons = corrected([c for c in (compare(c, compared, scores, best, at_end)
-                                         for c in self.study.comparisons) if c])
-    if self.scale_name == "smoke":
-      comparisons = [c | {"verdict": "unresolved", "not_judged": _SMOKE} for c in comparisons]
+    comparisons = [c for c in (compare(c, compared, scores, best, at_end)
+                               for c in self.study.comparisons) if c]
+    if reason := _SMOKE if self.scale_name == "smoke" else _PILOT if self.pilot else None:
+      comparisons = [c | {"verdict": "unresolved", "not_judged": reason} for c in comparisons]
+    comparisons = corrected(
+        without_another_look(comparisons, self._judged_before(), self._unfinished(best)),
+        self.scale.seeds if self.pilot else None)
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
     shown = {*self.arms, *(run["arm"] for run in runs.values())}
@@ -411,6 +431,18 @@ class Runner:
                                   for arm, by_seed in ran.items()}),
         "total_cost": cost.add_up([run["cost"] for run in runs.values()]),
         "provenance": self.where_it_ran()}
+
+  def _judged_before(self) -> list[dict]:
+    """Returns the comparisons of the folder's results.json; none if there is no such file."""
+    path = self.out.path / "results.json"
+    return read_run_json(path).get("comparisons", []) if path.exists() else []
+
+  def _unfinished(self, best: Mapping[str, float]) -> set[str]:
+    """Returns the arms of which compared runs of this command are missing."""
+    done = self.finished()
+    return {task.arm for task in self._compared(best)
+            if task.arm in self.arms and task not in done
+            and (task.arm in best or not self.scale.learning_rates)}
 
   def _describe_rate(self, rate: float | None, at_end: bool) -> str:
     if not self.scale.learning_rates:

@@ -161,21 +161,18 @@ class Study:
     scale, names = self.scales[scale_name], arms or self.arms_to_run()
     num_seeds = num_seeds or scale.seeds
     arms = len(names) + (self.baseline in names and num_seeds > 1)
-    swept = set(self.swept_arms(scale)) & {*names, *((self.baseline,) if self.one_rate else ())}
-    swept = len(swept) * len(scale.learning_rates) * scale.sweep_seeds
+    needed = {*names, self.baseline} if self.one_rate else set(names)
+    sweeps = len(needed & set(self.swept_arms(scale)))
+    swept = sweeps * len(scale.learning_rates) * scale.sweep_seeds
     runs = swept + arms * num_seeds
     minutes = runs / scale.vmapped_runs * scale.minutes + scale.shared_minutes
     count = lambda number, what: f"{number} {what}{'s' * (number != 1)}"
     total = count(round(minutes), "minute") if minutes < 120 else f"{minutes / 60:.1f} hours"
     vmapped = f", {scale.vmapped_runs} at a time" if scale.vmapped_runs > 1 else ""
     rates, seeds = count(len(scale.learning_rates), "learning rate"), count(num_seeds, "seed")
-    arms = count(arms, "arm")
-    if not swept:
-      parts = f"{arms} x {seeds}"
-    elif self.one_rate:
-      parts = f"{rates} + {arms} x {seeds}"
-    else:
-      parts = f"{arms} x ({rates} + {seeds})"
+    parts = f"{count(arms, 'arm')} x {seeds}"
+    if swept:
+      parts = f"{count(sweeps, 'arm')} x {rates} + {parts}"
     return f"{count(runs, 'run')} ({parts}){vmapped}, {total} on {scale.hardware}"
 
   def definition(self, scale_name: str) -> dict[str, Any]:

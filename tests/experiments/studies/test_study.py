@@ -1,5 +1,6 @@
 """Studies of synthetic runs: choice of learning rates, pairing of seeds, and verdicts."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,7 +8,7 @@ import math
 import pytest
 
 import model
-from experiments import settings
+from experiments import settings, stats
 from experiments.options import Options
 from experiments.programs.ab import flops_to_loss
 from experiments.stats import Claim
@@ -313,6 +314,46 @@ def test_the_arm_that_repeats_the_baseline_starts_one_rounding_away_at_its_rate(
   assert again == dataclasses.replace(plain, train=dataclasses.replace(plain.train, nudge=True))
   assert not runner(tmp_path / "one", seeds="1").repeats
   assert not runner(tmp_path / "new", arms=("new",)).repeats
+
+
+def test_there_is_no_verdict_before_all_seeds_that_a_command_asks_for_have_run(tmp_path):
+  fill(tmp_path)
+  early = runner(tmp_path, seeds="5").judge()["comparisons"][0]
+  assert early["verdict"] == "unresolved" and early["paired"]["n"] == 3
+  assert early["not_judged"] == "runs of new and plain are missing"
+
+
+def test_there_is_no_second_verdict_on_more_seeds(tmp_path):
+  fill(tmp_path)
+
+  def verdict():
+    made = runner(tmp_path, seeds="3")
+    with contextlib.closing(made.out):
+      return made.judge()["comparisons"][0]
+
+  assert verdict()["verdict"] == "reproduced" and verdict()["verdict"] == "reproduced"
+  write_part(tmp_path, "5", [a_run(arm, RATES[1], 5, 1.0, max_violation=0.1)
+                             for arm in ("plain", "new")])
+  again = verdict()
+  assert again["verdict"] == "unresolved" and again["paired"]["n"] == 4
+  assert again["not_judged"].startswith("a verdict was given on 3 seeds, and one on 4 would be")
+
+
+def test_a_pilot_gives_the_power_of_the_seeds_that_are_planned_and_no_verdict(tmp_path):
+  fill(tmp_path)
+  write_part(tmp_path, "5", [
+      a_run(arm, RATES[1], seed, 2.0 + 0.1 * seed * (arm == "new") - 90 * (arm == "new"))
+      for arm in ("plain", "new") for seed in range(900, 904)])
+  claim = Claim("sign", sign=-1, paper=-1.0)
+  made = runner(tmp_path, a_study(question("new", "plain", claim=claim)), seeds="900:904")
+  (found,) = made.judge()["comparisons"]
+  assert found["paired"]["n"] == 4 and "pilot seeds are never judged" in found["not_judged"]
+  assert found["power"] == stats.power(claim, found["paired"]["std"], 2)._asdict()
+  made.out.close()
+  judged = runner(tmp_path, a_study(question("new", "plain", claim=claim))).judge()
+  assert judged["comparisons"][0]["paired"]["n"] == 3  # without those of the pilot
+  with pytest.raises(ValueError, match="seeds from 900 on are for pilots"):
+    runner(tmp_path / "mixed", seeds="898:902")
 
 
 def test_nothing_is_trained_if_no_run_is_missing(tmp_path):
