@@ -15,7 +15,7 @@ from experiments.options import Options
 from experiments.programs.pretrain import SCALES
 from experiments.stats import Claim
 from experiments.studies.checks import apply_arm
-from experiments.studies.comparing import compared_runs
+from experiments.studies.judging.comparing import compared_runs
 from experiments.studies.runner import execute
 from experiments.studies.study import Arm, Comparison, Scale, Study
 

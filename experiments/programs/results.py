@@ -15,6 +15,7 @@ from typing import Any
 from experiments import catalogue, settings
 from experiments.options import Options
 from experiments.reports import config_reference, results, results_index
+from experiments.studies.judging import rules
 from experiments.studies.runner import judge_again
 from train.run_folder import write_text_atomic
 
@@ -136,7 +137,9 @@ def generated() -> dict[pathlib.Path, str]:
 
 
 def stale(folder: str) -> str:
-  """Returns whether a study's definition has changed since a result, and in what; "–" for others.
+  """Returns whether a study has changed since a result, and in what; "–" for other results.
+
+  That is its definition, the code that judges runs, or the code that measured them, if it is known.
 
   Args:
     folder: folder of the result, relative to `results/`.
@@ -148,4 +151,8 @@ def stale(folder: str) -> str:
   study = experiment.load().STUDY
   if summary["scale"] not in study.scales:
     return f"yes: there is no scale {summary['scale']}"
-  return results_index.difference(summary["definition"], study.definition(summary["scale"]))
+  known = {"judging": rules.judging(), "metrics": rules.syntax_hash(study.kind.measuring)}
+  measured = set(summary.get("measured_by", ())) - {None, known["metrics"]}
+  then = {"judging": summary.get("judged_by"), "metrics": measured or known["metrics"]}
+  return results_index.difference(
+      summary["definition"] | then, study.definition(summary["scale"]) | known)

@@ -101,6 +101,7 @@ def study_summary(result: Mapping[str, Any]) -> dict[str, Any]:
       "source": result["source"], "claims": claims, "tables": [],
       "seed_standard_deviation": result["noise"], "cost": result["total_cost"],
       "runs": len(result["runs"]), "definition": result["definition"],
+      "judged_by": result.get("judged_by"), "measured_by": result.get("measured_by", [None]),
       "provenance": short_provenance(result["provenance"])}
 
 

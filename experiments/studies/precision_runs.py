@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.stats import paired
 from experiments.studies.runs import Task
@@ -14,19 +14,6 @@ from train.run_folder import RunFolder
 _BASELINE = "bf16"
 _SEEDS = "two seeds of bf16"
 _SMOOTHING = 0.9  # decay rate of the moving average in V3's figure 10
-
-
-class PrecisionRuns(TextRuns):
-  """Runs that train on text, with logarithms of their losses as further metrics."""
-
-  def train(self, tasks: Sequence[Task], folder: RunFolder,
-            max_seconds: float | None) -> list[dict[str, Any]] | None:
-    runs = super().train(tasks, folder, max_seconds)
-    return runs and [run | {"metrics": run["metrics"] | log_losses(run)} for run in runs]
-
-  def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    parts, relative = super().report_parts(runs), relative_errors(runs)
-    return parts | relative | {"panels": parts["panels"] + relative.get("panels", [])}
 
 
 def log_losses(run: Mapping[str, Any]) -> dict[str, float]:
@@ -41,6 +28,21 @@ def log_losses(run: Mapping[str, Any]) -> dict[str, float]:
   late = [math.log(loss) for _, loss in run["curve"][len(run["curve"]) // 2:]]
   return {"log_validation_loss": math.log(run["metrics"]["validation_loss"]),
           "log_training_loss": math.fsum(late) / len(late)}
+
+
+class PrecisionRuns(TextRuns):
+  """Runs that train on text, with logarithms of their losses as further metrics."""
+
+  measuring: ClassVar = (*TextRuns.measuring, log_losses)
+
+  def train(self, tasks: Sequence[Task], folder: RunFolder,
+            max_seconds: float | None) -> list[dict[str, Any]] | None:
+    runs = super().train(tasks, folder, max_seconds)
+    return runs and [run | {"metrics": run["metrics"] | log_losses(run)} for run in runs]
+
+  def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    parts, relative = super().report_parts(runs), relative_errors(runs)
+    return parts | relative | {"panels": parts["panels"] + relative.get("panels", [])}
 
 
 def relative_errors(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Literal
 
 import model
 from experiments.reports.labels import metric_label
-from experiments.studies import rl_tables
+from experiments.studies import rl_evaluation, rl_metrics, rl_tables
 from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import gains, metrics_of_rows
 from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
 from model.checks import require, require_positive
-from rl import loop, rewards
+from rl import extraction, loop, rewards
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
 from rl.evaluate import require_memory
@@ -91,6 +91,7 @@ class RLRuns:
   named: ClassVar = {"base.model": model.get_config}
   learning_rate: ClassVar = "rl.optimizer.learning_rate"
   nudge: ClassVar = "rl.loop.nudge"
+  measuring: ClassVar = (rl_metrics, rl_evaluation, rewards, extraction)
   ignored: ClassVar = {
       "rl.loop.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
       "base.train.seed": "a base has the seed of its run: give --seeds=N or --seeds=FROM:TO",

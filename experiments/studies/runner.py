@@ -33,7 +33,8 @@ from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
 from experiments.studies.commands import reproducing_command
-from experiments.studies.comparing import (
+from experiments.studies.judging import rules
+from experiments.studies.judging.comparing import (
   compare,
   compared_runs,
   corrected,
@@ -41,7 +42,7 @@ from experiments.studies.comparing import (
   repeated,
   without_another_look,
 )
-from experiments.studies.planning import expected_power
+from experiments.studies.judging.planning import expected_power
 from experiments.studies.runs import Task
 from experiments.studies.study import Study
 from train import cost
@@ -182,6 +183,7 @@ class Runner:
     self.parts.mkdir(exist_ok=True)
     self.part = self.parts / f"{time.time_ns()}-{os.getpid()}.json"
     self.own_runs: list[dict] = []
+    self._measuring = rules.syntax_hash(study.kind.measuring)
 
   def _upgrade(self, stored: dict) -> dict:
     """Converts an earlier version's `config.json` to the current version.
@@ -350,7 +352,9 @@ class Runner:
     per_run = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
     self.own_runs += [{**dataclasses.asdict(task), "status": status, "cost": per_run, **result}
                       for task, result in zip(tasks, found, strict=True)]
-    write_json_atomic(self.part, {"provenance": provenance.describe(), "runs": self.own_runs})
+    write_json_atomic(self.part, {
+        "provenance": provenance.describe(), "measured_by": self._measuring,
+        "runs": self.own_runs})
     if not self.study.keep_runs:
       shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
     return True
@@ -422,6 +426,7 @@ class Runner:
                       best.get(self._swept_as(arm.name)), self._swept_as(arm.name) in at_end)}
                  for arm in listed if arm.name in shown],
         "best_learning_rates": best, "runs": list(runs.values()), "missing": self.missing(),
+        "judged_by": rules.judging(), "measured_by": self._measured_by(),
         "comparisons": comparisons, "again": repeated(again, seeds, metrics),
         "noise": {metric: noise([values[metric] for values in seeds.values()])
                   for metric in metrics if len(seeds) > 1},
@@ -431,6 +436,10 @@ class Runner:
                                   for arm, by_seed in ran.items()}),
         "total_cost": cost.add_up([run["cost"] for run in runs.values()]),
         "provenance": self.where_it_ran()}
+
+  def _measured_by(self) -> list[str | None]:
+    """Returns the hashes of the code that measured the recorded runs; None where it is unknown."""
+    return list(dict.fromkeys(part.get("measured_by") for part in self._recorded()))
 
   def _judged_before(self) -> list[dict]:
     """Returns the comparisons of the folder's results.json; none if there is no such file."""

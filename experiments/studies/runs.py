@@ -53,6 +53,8 @@ class Runs(Protocol):
     named: argument `named` of `settings.apply`, for values that are plain words.
     learning_rate: dotted name of the setting that a sweep replaces.
     nudge: the setting with which a run starts one rounding of its weights away.
+    measuring: modules and functions that compute the metrics; runs that were measured by others do
+      not tell what today's would.
     ignored: dotted names of settings that the runs replace or ignore, each with the reason and what
       to do instead.
   """
@@ -61,6 +63,7 @@ class Runs(Protocol):
   named: ClassVar[Mapping[str, Any]]
   learning_rate: ClassVar[str]
   nudge: ClassVar[str]
+  measuring: ClassVar[tuple[Any, ...]]
   ignored: ClassVar[Mapping[str, str]]
 
   def __init__(self, base: Any, configs: Mapping[str, Any], overridden: Collection[str],

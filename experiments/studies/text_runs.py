@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from experiments.studies import specialisation
 from experiments.studies.runs import Score, Task, binned_curve
-from experiments.studies.specialisation import expert_domain_information
 from model.checks import require
 from train.config import RunConfig
 from train.data import Data, load
@@ -18,6 +18,37 @@ from train.run_folder import RunFolder
 from train.stages import fit_vocabulary
 
 _SHUFFLES = 20
+
+
+def measure(result: Result, run: int | None) -> dict[str, float]:
+  """Returns the metrics of a finished run on held-out text.
+
+  Args:
+    result: the result of the run, or of several that trained as a vmapped batch.
+    run: index of the run in the batch; None if there is only one.
+
+  Returns:
+    "validation_loss", in nats per token, and "bits_per_byte", means over domains; with experts also
+    "max_violation", MaxVio over all held-out tokens, averaged over layers; and, with several
+    domains, "specialisation", the mutual information of expert and domain in nats, corrected for
+    chance and averaged over layers.
+  """
+  evaluation = result.evaluation
+  pick = lambda x: np.asarray(x) if run is None else np.asarray(x)[run]
+  metrics = {"validation_loss": float(pick(evaluation.mean_loss)),
+             "bits_per_byte": float(pick(evaluation.mean_bits_per_byte))}
+  if evaluation.max_violation is not None:
+    metrics["max_violation"] = float(pick(evaluation.max_violation))
+  loads = {domain: pick(rows) for domain, rows in evaluation.row_loads.items()}
+  layers = next(iter(loads.values())).shape[1]
+  if layers and len(loads) > 1:
+    rows_RLE = np.concatenate(list(loads.values()))
+    domain_R = np.repeat(list(loads), [len(rows) for rows in loads.values()])
+    information = specialisation.expert_domain_information
+    metrics["specialisation"] = float(np.mean([
+        information(rows_RLE[:, layer], domain_R, _SHUFFLES, layer).corrected
+        for layer in range(layers)]))
+  return metrics
 
 
 class TextRuns:
@@ -30,6 +61,7 @@ class TextRuns:
   named: ClassVar = {}
   learning_rate: ClassVar = "optimizer.learning_rate"
   nudge: ClassVar = "train.nudge"
+  measuring: ClassVar = (measure, specialisation)
   ignored: ClassVar = {
       "train.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
       "init": "the runs of a study start from random weights: leave it out"}
@@ -78,36 +110,6 @@ class TextRuns:
       optimizer = dataclasses.replace(optimizer, learning_rate=task.learning_rate)
     return dataclasses.replace(
         cfg, train=dataclasses.replace(cfg.train, seed=task.seed), optimizer=optimizer)
-
-
-def measure(result: Result, run: int | None) -> dict[str, float]:
-  """Returns the metrics of a finished run on held-out text.
-
-  Args:
-    result: the result of the run, or of several that trained as a vmapped batch.
-    run: index of the run in the batch; None if there is only one.
-
-  Returns:
-    "validation_loss", in nats per token, and "bits_per_byte", means over domains; with experts also
-    "max_violation", MaxVio over all held-out tokens, averaged over layers; and, with several
-    domains, "specialisation", the mutual information of expert and domain in nats, corrected for
-    chance and averaged over layers.
-  """
-  evaluation = result.evaluation
-  pick = lambda x: np.asarray(x) if run is None else np.asarray(x)[run]
-  metrics = {"validation_loss": float(pick(evaluation.mean_loss)),
-             "bits_per_byte": float(pick(evaluation.mean_bits_per_byte))}
-  if evaluation.max_violation is not None:
-    metrics["max_violation"] = float(pick(evaluation.max_violation))
-  loads = {domain: pick(rows) for domain, rows in evaluation.row_loads.items()}
-  layers = next(iter(loads.values())).shape[1]
-  if layers and len(loads) > 1:
-    rows_RLE = np.concatenate(list(loads.values()))
-    domain_R = np.repeat(list(loads), [len(rows) for rows in loads.values()])
-    metrics["specialisation"] = float(np.mean([
-        expert_domain_information(rows_RLE[:, layer], domain_R, _SHUFFLES, layer).corrected
-        for layer in range(layers)]))
-  return metrics
 
 
 def _flops(cfg: RunConfig) -> float:

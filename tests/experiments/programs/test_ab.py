@@ -35,5 +35,5 @@ def test_a_sweep_and_its_cost_are_announced_and_nothing_is_concluded_if_it_was_s
   compare(tmp_path / "out", b=("balance.bias_rate=0",), settings=(
       "data.tokenizer=bytes", f"data.cache_dir={tmp_path}"), max_minutes=1e-9, seeds="2")
   out, err = capsys.readouterr()
-  assert "ab: 10 runs (2 arms x (3 learning rates + 2 seeds)), 5 minutes on 2 CPU cores" in err
+  assert "ab: 12 runs (2 arms x 3 learning rates + 3 arms x 2 seeds), 6 minutes on 2 CPU" in err
   assert "stopped and saved" in out and "speed-up" not in out and "two seeds" not in out

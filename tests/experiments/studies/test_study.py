@@ -14,7 +14,7 @@ from experiments.programs.ab import flops_to_loss
 from experiments.stats import Claim
 from experiments.studies import runner as studies_runner
 from experiments.studies.commands import reproducing_command
-from experiments.studies.comparing import compare, corrected
+from experiments.studies.judging.comparing import compare, corrected
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task
 from experiments.studies.study import Arm, Comparison, Scale, Study

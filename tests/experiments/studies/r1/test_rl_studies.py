@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import catalogue, settings
-from experiments.studies.comparing import compare
+from experiments.studies.judging.comparing import compare
 from experiments.studies.r1 import rl_length
 from experiments.studies.rl_metrics import metrics_of_rows
 from experiments.studies.rl_runs import RLRuns

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import stats
 from experiments.reports import results
-from experiments.studies.planning import expected_power
+from experiments.studies.judging.planning import expected_power
 from experiments.studies.v3 import load_balancing
 
 STUDY = load_balancing.STUDY

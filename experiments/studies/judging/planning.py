@@ -1,4 +1,4 @@
-"""What a study is likely to find: the power of its claims, by the deviation of a committed result."""
+"""What a study is likely to find: the power of its claims, by a committed deviation."""
 
 from collections.abc import Collection
 

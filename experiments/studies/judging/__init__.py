@@ -1,0 +1,1 @@
+"""Verdicts of studies: comparisons of arms, their power, and the code that they depend on."""

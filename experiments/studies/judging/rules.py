@@ -1,0 +1,45 @@
+"""Which code a verdict depends on, as hashes of its syntax.
+
+A hash changes with what code does, but not with comments, docstrings, layout or the Python version.
+"""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+from experiments import stats
+from experiments.studies.judging import comparing
+
+# Fields of syntax trees that other versions of Python lack, or fill in otherwise.
+_LEFT_OUT = {"ctx", "kind", "type_comment", "type_ignores", "type_params"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_JUDGING = (stats, comparing)
+
+
+def judging() -> str:
+  """Returns the hash of the code that judges the metrics of runs."""
+  return syntax_hash(_JUDGING)
+
+
+def syntax_hash(code: Iterable[ModuleType | Callable]) -> str:
+  """Returns a hash of modules and functions: 16 hexadecimal digits."""
+  digest = hashlib.sha256()
+  for each in code:
+    digest.update(_dump(ast.parse(textwrap.dedent(inspect.getsource(each)))).encode())
+  return digest.hexdigest()[:16]
+
+
+def _dump(node: object) -> str:
+  """Returns a node of a syntax tree as text, without docstrings."""
+  if isinstance(node, list):
+    return f"[{','.join(map(_dump, node))}]"
+  if not isinstance(node, ast.AST):
+    return repr(node)
+  fields = {name: value for name, value in ast.iter_fields(node)
+            if name not in _LEFT_OUT and value not in (None, [])}
+  if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+    fields["body"] = node.body[1:]
+  return f"{type(node).__name__}({','.join(f'{k}={_dump(v)}' for k, v in sorted(fields.items()))})"
