@@ -80,7 +80,7 @@ def _verdicts(study: dict) -> str:
                  *(["power"] if known else []), "verdict"),
                 lines) if lines else ""
   equal = ("The A/A deviation is that of the differences, seed by seed, between the baseline and "
-           "the same runs with initial weights one rounding away: what rounding alone makes of it."
+           "the same runs with initial weights one rounding away: what rounding alone changes."
            if repeated else "")
   reasons = not_judged({c["name"]: c["not_judged"] for c in comparisons if "not_judged" in c},
                        len(comparisons))

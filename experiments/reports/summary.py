@@ -160,9 +160,8 @@ def not_judged(reasons: Mapping[str, str], count: int) -> str:
   for claim, reason in reasons.items():
     claims.setdefault(reason, []).append(f"**{claim}**")
   return "\n".join(
-      f"- {'none of the claims is' if len(names) == count > 1 else 'not'} judged, "
-      + ("" if len(names) == count > 1 else f"{', '.join(names)}: ") + f"{reason}."
-      for reason, names in claims.items())
+      f"- none of the claims is judged: {reason}." if len(names) == count > 1
+      else f"- not judged, {', '.join(names)}: {reason}." for reason, names in claims.items())
 
 
 def is_relative(metric: str) -> bool:

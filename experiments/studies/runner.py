@@ -96,13 +96,16 @@ def judge_again(study: Study, folder: pathlib.Path, origin: Mapping[str, Any]) -
   Raises:
     ValueError: if the folder is not that of this study.
   """
-  before = read_run_json(folder / "results.json", scale=str, definition=dict, provenance=dict)
+  before = read_run_json(
+      folder / "results.json", name=str, scale=str, definition=dict, provenance=dict)
+  if before["name"] != study.name:
+    raise ValueError(f"{folder} holds results of {before['name']}, not of {study.name}")
   name = before["scale"]
   scale = dataclasses.replace(
       study.scales[name], learning_rates=tuple(before["definition"]["learning_rates"]),
       extra_rates=0)
   study = dataclasses.replace(study, scales=study.scales | {name: scale})
-  runner = Runner(study, name, Options(study.name, out=folder))
+  runner = Runner(study, name, Options(study.name, out=folder), trains=False)
   runner.seeds = range(0)  # nothing more is asked for, however many seeds the scale has today
   try:
     kept = {"provenance": before["provenance"] | origin, "missing": before.get("missing", [])}
@@ -137,13 +140,14 @@ class Runner:
     study: the study.
     scale_name: name of one of its scales.
     options: the flags of the command line.
+    trains: whether runs may be added to the folder, which must then be of the same definition.
 
   Raises:
     ValueError: if an arm does not exist, a setting is invalid, a seed is reserved for sweeps, or
       the folder is in use or belongs to another study, scale or definition.
   """
 
-  def __init__(self, study: Study, scale_name: str, options: Options):
+  def __init__(self, study: Study, scale_name: str, options: Options, trains: bool = True):
     self.study, self.scale, self.scale_name = study, study.scales[scale_name], scale_name
     known = {arm.name: arm for arm in study.arms}
     unknown = set(options.arms) - known.keys()
@@ -172,9 +176,10 @@ class Runner:
     self.runs = study.kind(base, configs, settings.assigned(options.settings), folder)
     self.out = RunFolder(folder)
     try:
-      self.out.check_config({
-          "study": study.name, "scale": scale_name, "settings": sorted(options.settings),
-          "definition": study.definition(scale_name), **self.runs.identity()}, self._upgrade)
+      if trains:
+        self.out.check_config({
+            "study": study.name, "scale": scale_name, "settings": sorted(options.settings),
+            "definition": study.definition(scale_name), **self.runs.identity()}, self._upgrade)
     except ValueError:
       self.out.close()
       raise
