@@ -122,12 +122,20 @@ def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
   same_sign = int((np.sign(difference_n) == expected).sum())
   if n == 1:
     return Paired(1, mean, np.nan, np.nan, -np.inf, np.inf, expected, same_sign, np.inf)
-  std = float(difference_n.std(ddof=1))
+  std = _deviation(difference_n, (treatment_n, baseline_n))
   stderr = std / n**0.5
   half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * stderr
   needed = special.stdtrit(n - 1, 1 - SIGNIFICANCE / 2) + special.stdtrit(n - 1, _POWER)
   return Paired(n, mean, std, stderr, mean - half, mean + half, expected, same_sign,
                 float(needed) * stderr)
+
+
+def _deviation(values_n: np.ndarray, computed_from: Sequence[np.ndarray]) -> float:
+  """Returns the sample standard deviation; 0 where values differ by no more than their rounding."""
+  largest = max(float(np.abs(each).max()) for each in computed_from)
+  if np.ptp(values_n) <= 8 * np.finfo(float).eps * largest:
+    return 0.0
+  return float(values_n.std(ddof=1))
 
 
 def judge(result: Paired, claim: Claim) -> Verdict:
@@ -267,4 +275,4 @@ def noise(values: ArrayLike) -> float:
   values_n = np.asarray(values, float)
   if values_n.ndim != 1 or values_n.size < 2:
     raise ValueError(f"noise needs at least two runs, as an array [n], got shape {values_n.shape}")
-  return float(values_n.std(ddof=1))
+  return _deviation(values_n, (values_n,))

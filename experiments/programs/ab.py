@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.options import Options
 from experiments.programs.pretrain import SCALES
+from experiments.reports.study_report import PILOT_SEED
 from experiments.stats import Claim
 from experiments.studies.checks import apply_arm
 from experiments.studies.judging.comparing import compared_runs
@@ -51,9 +52,11 @@ def main(options: Options) -> None:
     raise ValueError("the arms do not differ: with --a and --b, both have the same configuration; "
                      "give one of them another value")
   results = execute(study, scale, options)
+  pilot = options.seed_range(budget.seeds).start >= PILOT_SEED
   if results["missing"]:
     return
-  print(_speed_up(*(compared_runs(results["runs"], arm, results["best_learning_rates"].get(arm))
+  print(_speed_up(*(compared_runs(results["runs"], arm, results["best_learning_rates"].get(arm),
+                                  pilot)
                     for arm in "ab")))
 
 

@@ -16,7 +16,8 @@ from experiments import catalogue, settings
 from experiments.options import Options
 from experiments.reports import config_reference, results, results_index
 from experiments.studies.judging import rules
-from experiments.studies.runner import judge_again
+from experiments.studies.judging.again import judge_again
+from experiments.studies.runner import judging
 from train.run_folder import write_text_atomic
 
 _ROOT = results.ROOT.parents[1]
@@ -91,6 +92,8 @@ def _keep(folder: pathlib.Path, name: str | None) -> pathlib.Path:
 def _judge(committed: pathlib.Path, summary: Mapping[str, Any]) -> None:
   """Replaces the verdicts of a committed study by those of today's rules."""
   study = catalogue.find(summary["experiment"]).load().STUDY
+  if summary["scale"] not in study.scales:  # the index says so
+    return
   with results.raw(committed) as folder:
     judge_again(study, folder, summary["provenance"])
     results.keep(folder, committed)
@@ -151,7 +154,7 @@ def stale(folder: str) -> str:
   study = experiment.load().STUDY
   if summary["scale"] not in study.scales:
     return f"yes: there is no scale {summary['scale']}"
-  known = {"judging": rules.judging(), "metrics": rules.syntax_hash(study.kind.measuring)}
+  known = {"judging": judging(), "metrics": rules.syntax_hash(study.kind.measuring)}
   measured = set(summary.get("measured_by", ())) - {None, known["metrics"]}
   then = {"judging": summary.get("judged_by"), "metrics": measured or known["metrics"]}
   return results_index.difference(

@@ -191,6 +191,8 @@ def outcomes(
   arms = list(dict.fromkeys(arm for by_arm in values.values() for arm in by_arm))
   figure, (axes_C,) = drawing.new_figure(0.7 + 0.25 * len(arms), 1, len(values), sharey=True)
   for axes, (label, by_arm) in zip(axes_C, values.items(), strict=True):
+    by_arm = {arm: known for arm, of_seeds in by_arm.items()
+              if (known := [value for value in of_seeds if value is not None])}
     for arm, of_seeds in by_arm.items():
       y = arms.index(arm)
       axes.plot(of_seeds, [y] * len(of_seeds), "o", color=drawing.COLOURS[0], markersize=4,

@@ -149,7 +149,7 @@ def _names(arms: list) -> list[str]:
 
 def _arms(arms: list, runs: list[dict]) -> str:
   """Returns every arm's metrics over its compared seeds, and the settings that it changes."""
-  results = _metrics(_names(arms), [run for run in runs if run["seed"] < SWEEP_SEED])
+  results = _metrics(_names(arms), [run for run in runs if run["seed"] < PILOT_SEED])
   meanings = [f"- **{arm['name']}**: " + ", ".join(f"{key} {value}" for key, value in flat(
       {key: value for key, value in arm.items() if key != "name"}))
               for arm in arms if isinstance(arm, dict) and len(arm) > 1]
@@ -282,6 +282,8 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       ("Completions", _samples(study.get("samples", []))),
       ("Bases", _bases(study.get("bases", []))),
       ("Arms", _arms(study.get("arms", []), runs)),
+      ("Pilot", _metrics(_names(study.get("arms", [])), [
+          run for run in runs if PILOT_SEED <= run["seed"] < SWEEP_SEED])),
       ("Sweep of the learning rates", _sweep(study.get("arms", []), runs)),
       ("Noise", _sensitivity(study.get("noise", {}), study.get("detectable", {}))),
       ("Failed runs", _failures(runs)),

@@ -3,7 +3,8 @@
 There are two phases. First, learning rates are swept on separate seeds, for every arm or only for
 the baseline. Then each arm trains at its best learning rate on the seeds that are compared. Runs
 that share a program may train as a vmapped batch. Every invocation writes its finished runs to one
-small file in `parts/`: to merge the results of several machines, copy these files into one folder.
+small file in `parts/`: to merge the results of several machines, copy these files into a new
+folder, and repeat the command there for all seeds.
 """
 
 import dataclasses
@@ -14,11 +15,10 @@ import shutil
 import sys
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from experiments import settings
+from experiments import settings, stats
 from experiments.options import Options
 from experiments.reports import provenance, results
 from experiments.reports.study_report import (
@@ -33,12 +33,13 @@ from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
 from experiments.studies.commands import reproducing_command
-from experiments.studies.judging import rules
+from experiments.studies.judging import comparing, rules
 from experiments.studies.judging.comparing import (
   compare,
   compared_runs,
   corrected,
   finite,
+  known_values,
   repeated,
   without_another_look,
 )
@@ -80,40 +81,6 @@ def execute(study: Study, scale_name: str, options: Options) -> dict:
     runner.out.close()
 
 
-def judge_again(study: Study, folder: pathlib.Path, origin: Mapping[str, Any]) -> dict:
-  """Judges a finished study's runs by the rules of today, without training any.
-
-  The learning rates are those that were swept then.
-
-  Args:
-    study: the study as it is declared today.
-    folder: its output folder, whose results.json is replaced, with its summary and report.
-    origin: the provenance in its summary, which is kept.
-
-  Returns:
-    The content of results.json.
-
-  Raises:
-    ValueError: if the folder is not that of this study.
-  """
-  before = read_run_json(
-      folder / "results.json", name=str, scale=str, definition=dict, provenance=dict)
-  if before["name"] != study.name:
-    raise ValueError(f"{folder} holds results of {before['name']}, not of {study.name}")
-  name = before["scale"]
-  scale = dataclasses.replace(
-      study.scales[name], learning_rates=tuple(before["definition"]["learning_rates"]),
-      extra_rates=0)
-  study = dataclasses.replace(study, scales=study.scales | {name: scale})
-  runner = Runner(study, name, Options(study.name, out=folder), trains=False)
-  runner.seeds = range(0)  # nothing more is asked for, however many seeds the scale has today
-  try:
-    kept = {"provenance": before["provenance"] | origin, "missing": before.get("missing", [])}
-    return runner.write(runner.outcome() | kept)
-  finally:
-    runner.out.close()
-
-
 def _read_part(path: pathlib.Path) -> dict:
   """Returns the content of a file in `parts/`.
 
@@ -149,6 +116,7 @@ class Runner:
 
   def __init__(self, study: Study, scale_name: str, options: Options, trains: bool = True):
     self.study, self.scale, self.scale_name = study, study.scales[scale_name], scale_name
+    self.trains = trains
     known = {arm.name: arm for arm in study.arms}
     unknown = set(options.arms) - known.keys()
     if unknown:
@@ -224,8 +192,9 @@ class Runner:
     if self.missing():
       cost = self.study.cost(self.scale_name, self.arms, len(self.seeds))
       print(f"{self.study.name}: {cost}", file=sys.stderr, flush=True)
-      for line in expected_power(self.study, self.scale_name, self.arms, len(self.seeds)):
-        print(f"power: {line}", file=sys.stderr)
+      if not (self.pilot or self.options.settings):  # which change the deviation
+        for line in expected_power(self.study, self.scale_name, self.arms, len(self.seeds)):
+          print(f"power, by the committed result: {line}", file=sys.stderr)
     self.runs.prepare()
     done = self.finished()
     while sweep := [task for task in self._sweep(done) if task not in done]:
@@ -246,6 +215,9 @@ class Runner:
     """Returns the learning rates of an arm's sweep, extended beyond an end where the best one lies.
     """
     rates = list(self.scale.learning_rates)
+    if not self.trains:  # those that were swept then
+      return sorted({task.learning_rate for task in runs
+                     if task.arm == arm and task.seed >= SWEEP_SEED}) or rates
     for _ in range(self.scale.extra_rates * (self.scale_name != "smoke")):
       found = self._best(arm, rates, runs)
       if found is None or not self._at_end(found[0], rates):
@@ -412,12 +384,15 @@ class Runner:
     swept_arm = lambda arm: self.study.baseline if self.study.one_rate else arm
     at_end = {arm for arm, rate in best.items()
               if self._at_end(rate, self._rates(swept_arm(arm), runs))}
-    comparisons = [c for c in (compare(c, compared, scores, best, at_end)
+    attempted = {arm: [task.seed for task in runs if self._is_compared(task)
+                       and (task.arm, task.learning_rate) == (arm, best.get(arm))]
+                 for arm in compared}
+    comparisons = [c for c in (compare(c, compared, scores, best, at_end, attempted)
                                for c in self.study.comparisons) if c]
     if reason := _SMOKE if self.scale_name == "smoke" else _PILOT if self.pilot else None:
       comparisons = [c | {"verdict": "unresolved", "not_judged": reason} for c in comparisons]
     comparisons = corrected(
-        without_another_look(comparisons, self._judged_before(), self._unfinished(best)),
+        without_another_look(comparisons, self._judged_before(), self._unfinished(runs)),
         self.scale.seeds if self.pilot else None)
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
@@ -431,10 +406,10 @@ class Runner:
                       best.get(self._swept_as(arm.name)), self._swept_as(arm.name) in at_end)}
                  for arm in listed if arm.name in shown],
         "best_learning_rates": best, "runs": list(runs.values()), "missing": self.missing(),
-        "judged_by": rules.judging(), "measured_by": self._measured_by(),
+        "judged_by": judging(), "measured_by": self._measured_by(),
         "comparisons": comparisons, "again": repeated(again, seeds, metrics),
-        "noise": {metric: noise([values[metric] for values in seeds.values()])
-                  for metric in metrics if len(seeds) > 1},
+        "noise": {metric: noise(values) for metric in metrics
+                  if len(values := known_values(seeds.values(), metric)) > 1},
         "detectable": {f"{c['name']} ({c['metric']})": c["paired"]["detectable"]
                        for c in comparisons if c["claim"]["kind"] != "equivalent"},
         **self.runs.report_parts({arm: [by_seed[seed] for seed in sorted(by_seed)]
@@ -451,12 +426,17 @@ class Runner:
     path = self.out.path / "results.json"
     return read_run_json(path).get("comparisons", []) if path.exists() else []
 
-  def _unfinished(self, best: Mapping[str, float]) -> set[str]:
-    """Returns the arms of which compared runs of this command are missing."""
-    done = self.finished()
-    return {task.arm for task in self._compared(best)
-            if task.arm in self.arms and task not in done
-            and (task.arm in best or not self.scale.learning_rates)}
+  def _unfinished(self, runs: Mapping[Task, dict]) -> list[str]:
+    """Returns the missing runs of this command, and of the other arms that have compared runs."""
+    arms = {task.arm for task in runs if self._is_compared(task)} - {self.again.name}
+    best = self.best_learning_rates(runs)
+    others = [Task(arm, best.get(arm), seed) for arm in sorted(arms - set(self.arms))
+              for seed in self.seeds]
+    return [*self.missing(), *(task.name for task in others if task not in runs)]
+
+  def _is_compared(self, task: Task) -> bool:
+    """Whether a run is one of those that are compared, or of the pilot if that is asked for."""
+    return task.seed in (range(PILOT_SEED, SWEEP_SEED) if self.pilot else range(PILOT_SEED))
 
   def _describe_rate(self, rate: float | None, at_end: bool) -> str:
     if not self.scale.learning_rates:
@@ -488,3 +468,10 @@ class Runner:
       runs = f"{len(result['runs'])} run{'s' * (len(result['runs']) != 1)}"
       print(f"{runs} cost {spent['device_seconds'] / 60:.1f} device-minutes, "
             f"{spent['flops']:.3g} FLOP{joules}")
+
+
+def judging() -> str:
+  """Returns the hash of the code that judges the metrics of runs."""
+  return rules.syntax_hash((
+      stats, comparing, Runner.outcome, Runner._rates, Runner._best, Runner._at_end,
+      Runner._unfinished, Runner._is_compared))

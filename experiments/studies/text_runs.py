@@ -99,7 +99,7 @@ class TextRuns:
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     metrics = dict.fromkeys(name for by_seed in runs.values() for run in by_seed
                             for name in run["metrics"])
-    return {"outcomes": {name: {arm: [run["metrics"][name] for run in by_seed]
+    return {"outcomes": {name: {arm: [run["metrics"].get(name) for run in by_seed]
                                 for arm, by_seed in runs.items()} for name in metrics},
             "panels": [loss_panel(runs)] if runs else []}
 

@@ -19,6 +19,8 @@ from experiments.stats import (
 )
 from experiments.studies.study import Comparison
 
+_FAILED = 0.25  # largest fraction of seeds that may fail without barring a verdict
+
 
 def compared_runs(runs: Iterable[dict], arm: str, learning_rate: float | None,
                   pilot: bool = False) -> dict[int, dict]:
@@ -40,7 +42,8 @@ def compared_runs(runs: Iterable[dict], arm: str, learning_rate: float | None,
 def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
             swept: Mapping[str, float] | None = None,
             rates: Mapping[str, float] | None = None,
-            at_end: Collection[str] = ()) -> dict | None:
+            at_end: Collection[str] = (),
+            attempted: Mapping[str, Collection[int]] | None = None) -> dict | None:
   """Returns the outcome of a comparison over the seeds that both arms have.
 
   Args:
@@ -50,6 +53,7 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
       whose `matched` is "sweep".
     rates: best learning rate of each arm.
     at_end: the arms whose best learning rate is at an end of their sweep.
+    attempted: seeds by arm, those of failed runs included; None for those of `compared`.
 
   Returns:
     An entry of "comparisons" in results.json, with the reason as "not_judged" if a condition of the
@@ -65,8 +69,10 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
     group = [other for other, seeds in compared.items() if other.startswith(arm[:-1]) and seeds]
     if not group or not baseline:
       return None
-    mean = lambda seeds: np.mean([values[comparison.matched] for values in seeds.values()])
-    arm = min(group, key=lambda other: abs(mean(compared[other]) - mean(baseline)))
+    matched = _mean(baseline.values(), comparison.matched)
+    distances = {other: abs(_mean(compared[other].values(), comparison.matched) - matched)
+                 for other in group}
+    arm = min(distances, key=lambda other: np.nan_to_num(distances[other], nan=np.inf))
   arms = (compared[arm],) if baseline is None else (compared[arm], baseline)
   seeds = sorted(seed for seed in arms[0].keys() & arms[-1].keys()
                  if all(finite(values[seed], comparison.metric) is not None for values in arms))
@@ -79,15 +85,39 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
              "baseline": name, "paired": dataclasses.asdict(pair),
              "claim": dataclasses.asdict(comparison.claim), "paper": comparison.paper,
              "verdict": judge(pair, comparison.claim)}
-  reason = (_rates_differ(comparison, rates or {}, arm, name)
+  tried = set.intersection(*(set((attempted or compared)[each]) for each in (arm, name) if each))
+  reason = (_failed(len(tried) - len(seeds), len(tried))
+            or _rates_differ(comparison, rates or {}, arm, name)
             or _sweep_ends(comparison, [each for each in (arm, name) if each in at_end])
             or _no_noise(comparison, pair)
             or _no_room(comparison, [compared[arm][seed] for seed in seeds]))
   return outcome | {"verdict": "unresolved", "not_judged": reason} if reason else outcome
 
 
+def known_values(runs: Iterable[dict], metric: str) -> list[float]:
+  """Returns the values of a metric, of the runs in which it was measured and is finite."""
+  values = [finite(metrics, metric) for metrics in runs]
+  return [value for value in values if value is not None]
+
+
+def _mean(runs: Iterable[dict], metric: str) -> float:
+  """Returns the mean of `known_values`; NaN if there are none."""
+  values = known_values(runs, metric)
+  return float(np.mean(values)) if values else np.nan
+
+
+def _failed(left_out: int, tried: int) -> str | None:
+  """Returns why failed runs do not allow a verdict, or None if they are few or none.
+
+  What is left out is not random: an arm that often diverges is compared by the runs that did not.
+  """
+  if left_out <= _FAILED * tried:
+    return None
+  return f"{left_out} of {tried} seeds failed, or have no value"
+
+
 def without_another_look(
-    outcomes: Sequence[dict], before: Sequence[Mapping], missing: Collection[str]) -> list[dict]:
+    outcomes: Sequence[dict], before: Sequence[Mapping], missing: Sequence[str]) -> list[dict]:
   """Returns outcomes without verdicts on part of the seeds, or on more seeds than before.
 
   Whoever looks at a verdict after every few seeds, and stops once there is one, is wrong more often
@@ -96,23 +126,27 @@ def without_another_look(
   Args:
     outcomes: outcomes of `compare`.
     before: the comparisons of the results.json that the new one replaces; empty if there is none.
-    missing: arms of which compared runs are missing.
+    missing: names of the runs that are missing.
+
+  Returns:
+    The outcomes, with the number of seeds of the first verdict as "seen"; 0 if there was none.
   """
-  looks = {c["name"]: c["paired"]["n"] for c in before
-           if c["verdict"] != "unresolved" or "not_judged" not in c}
+  looks = {c["name"]: c.get("seen", 0 if "not_judged" in c else c["paired"]["n"]) for c in before}
 
-  def reason(outcome: dict) -> str | None:
-    waiting = sorted({outcome["arm"], outcome["baseline"]} & set(missing))
+  def looked(outcome: dict) -> dict:
     n, seen = outcome["paired"]["n"], looks.get(outcome["name"], 0)
-    if waiting:
-      return f"runs of {' and '.join(waiting)} are missing"
-    if 0 < seen < n:
-      return (f"a verdict was given on {seen} seeds, and one on {n} would be a second look: judge "
-              f"seeds of their own in another folder")
-    return None
+    if "not_judged" not in outcome and missing:
+      outcome = outcome | {"verdict": "unresolved", "not_judged": (
+          f"{len(missing)} of the runs are missing" if len(missing) > 1
+          else "one of the runs is missing")}
+    elif "not_judged" not in outcome and 0 < seen < n:
+      outcome = outcome | {"verdict": "unresolved", "not_judged": (
+          f"a verdict was given on {seen} seeds, and one on {n} would be a second look: judge new "
+          "seeds by themselves, in another folder")}
+    judged = "not_judged" not in outcome and (n > 1 or outcome["claim"]["single_run"])
+    return outcome | {"seen": seen or (n if judged else 0)}
 
-  return [outcome | {"verdict": "unresolved", "not_judged": reason(outcome)}
-          if "not_judged" not in outcome and reason(outcome) else outcome for outcome in outcomes]
+  return list(map(looked, outcomes))
 
 
 def corrected(outcomes: Sequence[dict], n: int | None = None) -> list[dict]:
@@ -127,18 +161,18 @@ def corrected(outcomes: Sequence[dict], n: int | None = None) -> list[dict]:
     n: number of seeds for which the power is stated; None for that of each comparison.
 
   Returns:
-    The outcomes with "p_value", the corrected one, and "power"; both None where they are unknown.
+    The outcomes with "p_value", the corrected one, and "power", that of one of all claims, judged
+    or not; both are None where they are unknown.
   """
   claims = [Claim(**outcome["claim"]) for outcome in outcomes]
   pairs = [Paired(**outcome["paired"]) for outcome in outcomes]
   found = [None if "not_judged" in outcome else evidence(pair, claim)
            for outcome, pair, claim in zip(outcomes, pairs, claims, strict=True)]
-  family = max(1, sum(each is not None for each in found))
   p_values = iter(holm([min(each) for each in found if each]))
   results = []
   for outcome, pair, claim, each in zip(outcomes, pairs, claims, found, strict=True):
     p_value = next(p_values) if each else None
-    chance = power(claim, pair.std, n or pair.n, family=family)
+    chance = power(claim, pair.std, n or pair.n, family=len(outcomes))
     verdict = "unresolved" if each and p_value >= SIGNIFICANCE else outcome["verdict"]
     results.append(outcome | {"verdict": verdict, "p_value": p_value,
                               "power": chance and chance._asdict()})
@@ -204,7 +238,7 @@ def _no_room(comparison: Comparison, by_seed: Sequence[dict]) -> str | None:
   if comparison.room is None:
     return None
   metric, bound = comparison.room
-  mean = np.mean([values[metric] for values in by_seed])
+  mean = _mean(by_seed, metric)
   return None if mean < bound else (
       f"the claim could not have been contradicted: {metric} is {mean:.3g}, not below {bound:g}")
 

@@ -10,18 +10,9 @@ import textwrap
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
-from experiments import stats
-from experiments.studies.judging import comparing
-
 # Fields of syntax trees that other versions of Python lack, or fill in otherwise.
 _LEFT_OUT = {"ctx", "kind", "type_comment", "type_ignores", "type_params"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_JUDGING = (stats, comparing)
-
-
-def judging() -> str:
-  """Returns the hash of the code that judges the metrics of runs."""
-  return syntax_hash(_JUDGING)
 
 
 def syntax_hash(code: Iterable[ModuleType | Callable]) -> str:

@@ -14,7 +14,7 @@ from experiments.options import Options
 from experiments.programs import results as program
 from experiments.reports import results, results_index, summary
 from experiments.stats import Claim
-from experiments.studies.runner import judge_again
+from experiments.studies.judging.again import judge_again
 
 SUMMARIES = results.summaries()
 STUDIES = [folder for folder, of in SUMMARIES.items() if "definition" in of]

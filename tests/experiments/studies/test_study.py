@@ -14,7 +14,8 @@ from experiments.programs.ab import flops_to_loss
 from experiments.stats import Claim
 from experiments.studies import runner as studies_runner
 from experiments.studies.commands import reproducing_command
-from experiments.studies.judging.comparing import compare, corrected
+from experiments.studies.judging.again import judge_again
+from experiments.studies.judging.comparing import compare, corrected, without_another_look
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task
 from experiments.studies.study import Arm, Comparison, Scale, Study
@@ -279,14 +280,15 @@ COMPARISONS = (
 def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys):
   fill(tmp_path)
   judged = runner(tmp_path, a_study(
-      *COMPARISONS, question("absent", "plain"), arms=("plain", "new", "absent"))).judge()
+      *COMPARISONS, question("absent", "plain"), arms=("plain", "new", "absent")),
+                  arms=("plain", "new")).judge()
   assert [c["verdict"] for c in judged["comparisons"]] == [
       "reproduced", "contradicted", "reproduced", "unresolved", "reproduced"]
   pair = judged["comparisons"][0]["paired"]
   assert pair["n"] == 3 and pair["mean"] == pytest.approx(-0.1)
   assert judged["noise"]["validation_loss"] == pytest.approx(math.sqrt(0.05 / 3))
   assert [arm["best learning rate"] for arm in judged["arms"]] == [
-      "0.002", "0.002", "sweep not finished", "0.002"]
+      "0.002", "0.002", "0.002"]
   assert judged["again"]["validation_loss"]["std"] == pytest.approx(0.01 * math.sqrt(5 / 3))
   assert judged["again"]["max_violation"] == {"std": 0, "n": 4}
   assert judged["total_cost"] == {
@@ -320,7 +322,37 @@ def test_there_is_no_verdict_before_all_seeds_that_a_command_asks_for_have_run(t
   fill(tmp_path)
   early = runner(tmp_path, seeds="5").judge()["comparisons"][0]
   assert early["verdict"] == "unresolved" and early["paired"]["n"] == 3
-  assert early["not_judged"] == "runs of new and plain are missing"
+  # Of the seed 4 of both arms and of the baseline again.
+  assert early["not_judged"] == "3 of the runs are missing"
+
+
+def test_no_claim_is_judged_while_another_arm_of_the_command_has_not_run(tmp_path):
+  fill(tmp_path)
+  invented = a_study(question("new", "plain"), question("late", "plain"),
+                     arms=("plain", "new", "late"))
+  found, = runner(tmp_path, invented, seeds="4").judge()["comparisons"]
+  assert found["verdict"] == "unresolved" and found["not_judged"].endswith("runs are missing")
+
+
+def test_seeds_that_another_arm_has_not_run_are_missing_too(tmp_path):
+  fill(tmp_path)
+  write_part(tmp_path, "5", [a_run("new", RATES[1], seed, 1.9, max_violation=0.1)
+                             for seed in (4, 5)])
+  found, = runner(tmp_path, a_study(question("new", "plain")), arms=("new",),
+                  seeds="6").judge()["comparisons"]
+  assert found["not_judged"] == "2 of the runs are missing"
+
+
+def test_many_failed_seeds_bar_a_verdict_and_few_do_not(tmp_path):
+  fill(tmp_path)  # one of four failed
+  judged = runner(tmp_path, a_study(question("new", "plain")))
+  (found,) = judged.outcome()["comparisons"]
+  assert found["verdict"] == "reproduced" and found["paired"]["n"] == 3
+  write_part(tmp_path, "5", [a_run(arm, RATES[1], seed, 1.0, status)
+                             for seed in (4, 5) for arm, status in (
+                                 ("plain", "finished"), ("new", "failed: not finite"))])
+  (found,) = judged.outcome()["comparisons"]
+  assert found["verdict"] == "unresolved" and found["not_judged"].startswith("3 of 6 seeds failed")
 
 
 def test_there_is_no_second_verdict_on_more_seeds(tmp_path):
@@ -334,9 +366,37 @@ def test_there_is_no_second_verdict_on_more_seeds(tmp_path):
   assert verdict()["verdict"] == "reproduced" and verdict()["verdict"] == "reproduced"
   write_part(tmp_path, "5", [a_run(arm, RATES[1], 5, 1.0, max_violation=0.1)
                              for arm in ("plain", "new")])
-  again = verdict()
-  assert again["verdict"] == "unresolved" and again["paired"]["n"] == 4
-  assert again["not_judged"].startswith("a verdict was given on 3 seeds, and one on 4 would be")
+  for _ in range(2):  # it is refused every time
+    again = verdict()
+    assert again["verdict"] == "unresolved" and again["paired"]["n"] == 4
+    assert again["not_judged"].startswith("a verdict was given on 3 seeds, and one on 4 would be")
+
+
+def test_a_verdict_on_one_seed_is_no_look():
+  outcome = {"name": "it", "paired": {"n": 1}, "claim": {"single_run": False},
+             "verdict": "unresolved"}
+  (first,) = without_another_look([outcome], [], [])
+  (second,) = without_another_look([outcome | {"paired": {"n": 8}}], [first], [])
+  assert first["seen"] == 0 and second["seen"] == 8 and "not_judged" not in second
+
+
+def test_committed_runs_are_judged_again_at_the_rates_that_their_sweep_reached(tmp_path):
+  fill(tmp_path, RATES[0])
+  write_part(tmp_path, "6", [a_run("new", 5e-4, 1000, 2.8), a_run("new", 2.5e-4, 1000, 2.85)])
+  write_part(tmp_path, "7", [a_run("new", 5e-4, seed, 1.9 + 0.11 * seed, max_violation=0.1)
+                             for seed in range(4)])
+  invented = a_study(question("new", "plain"), extra_rates=2)
+  made = runner(tmp_path, invented, seeds="4")
+  before = made.judge()
+  made.out.close()
+  assert before["best_learning_rates"]["new"] == 5e-4
+  assert before["comparisons"][0]["verdict"] == "reproduced"
+  changed = dataclasses.replace(invented, arms=(invented.arms[0], Arm("new", ())))
+  after = judge_again(changed, tmp_path, before["provenance"])
+  assert after["comparisons"] == before["comparisons"]
+  assert after["definition"] == before["definition"]  # of the arms that were trained
+  with pytest.raises(ValueError, match="has no scale 'tiny' any more"):
+    judge_again(dataclasses.replace(invented, scales={}), tmp_path, before["provenance"])
 
 
 def test_a_pilot_gives_the_power_of_the_seeds_that_are_planned_and_no_verdict(tmp_path):
