@@ -37,7 +37,7 @@ _TRAIN = TrainConfig(steps=1000, batch_size=16, unroll=_BASE.num_layers)
 class ScalingConfig(RunConfig):
   """A training run on one device, and how it is divided over all.
 
-  `train.batch_size` is the number of sequences of each device.
+  The batch size is the number of sequences of each device.
 
   Attributes:
     axes: the axes of the mesh along which the run is divided over all devices, one after another.
