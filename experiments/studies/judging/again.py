@@ -40,6 +40,8 @@ def judge_again(study: Study, folder: pathlib.Path, origin: Mapping[str, Any]) -
   study = dataclasses.replace(study, scales=study.scales | {name: scale})
   runner = Runner(study, name, Options(study.name, out=folder), trains=False)
   runner.seeds = range(0)  # nothing more is asked for, however many seeds the scale has today
+  recorded = {task.arm for task in runner.finished()}
+  runner.arms = [arm for arm in runner.arms if arm in recorded]
   compared = [task.seed for task in runner.finished() if task.seed < SWEEP_SEED]
   runner.pilot = bool(compared) and min(compared) >= PILOT_SEED
   try:

@@ -391,10 +391,12 @@ def test_committed_runs_are_judged_again_at_the_rates_that_their_sweep_reached(t
   made.out.close()
   assert before["best_learning_rates"]["new"] == 5e-4
   assert before["comparisons"][0]["verdict"] == "reproduced"
-  changed = dataclasses.replace(invented, arms=(invented.arms[0], Arm("new", ())))
+  # Today the arm has other settings, and there is one more.
+  changed = dataclasses.replace(
+      invented, arms=(invented.arms[0], Arm("new", ()), Arm("later", ())))
   after = judge_again(changed, tmp_path, before["provenance"])
   assert after["comparisons"] == before["comparisons"]
-  assert after["definition"] == before["definition"]  # of the arms that were trained
+  assert after["definition"] == before["definition"]  # that of the arms that were trained
   with pytest.raises(ValueError, match="has no scale 'tiny' any more"):
     judge_again(dataclasses.replace(invented, scales={}), tmp_path, before["provenance"])
 
