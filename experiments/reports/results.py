@@ -132,12 +132,6 @@ def read_summary(folder: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text(encoding="utf-8"))
 
 
-def find(experiment: str, scale: str, root: pathlib.Path = ROOT) -> pathlib.Path | None:
-  """Returns the folder of an experiment's committed result at a scale, None if there is none."""
-  return next((path for path in sorted(root.glob(f"*/{experiment}/{scale}"))
-               if (path / SUMMARY).exists()), None)
-
-
 def summaries(root: pathlib.Path = ROOT) -> dict[str, dict[str, Any]]:
   """Returns all committed summaries by folder, such as "v3/load_balancing/cpu"."""
   return {path.parent.relative_to(root).as_posix(): json.loads(path.read_text(encoding="utf-8"))

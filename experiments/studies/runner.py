@@ -37,11 +37,13 @@ from experiments.studies.judging import comparing, rules
 from experiments.studies.judging.comparing import (
   compare,
   compared_runs,
+  compared_seeds,
   corrected,
   finite,
   known_values,
   repeated,
   without_another_look,
+  without_verdict,
 )
 from experiments.studies.judging.planning import expected_power
 from experiments.studies.runs import Task
@@ -258,8 +260,8 @@ class Runner:
     return [Task(arm, best.get(self._swept_as(arm)), seed) for arm in arms for seed in self.seeds]
 
   def _swept_as(self, arm: str) -> str:
-    """Returns the arm whose learning rate an arm trains at: itself, except for the one `again`."""
-    return self.study.baseline if arm == self.again.name else arm
+    """Returns the arm whose sweep chooses an arm's learning rate: itself, or the baseline."""
+    return self.study.baseline if self.study.one_rate or arm == self.again.name else arm
 
   def missing(self) -> list[str]:
     """Returns the names of the runs that this command asks for and that are not recorded.
@@ -270,7 +272,7 @@ class Runner:
     sweep, best = [task for task in self._sweep(done) if task not in done], self._swept(done)
     unswept = {task.arm for task in sweep}
     if not self.scale.learning_rates or (self.study.one_rate and sweep):
-      unswept = set(self.arms)
+      unswept |= {self._swept_as(arm) for arm in self.arms}
     compared = self._compared({arm: rate for arm, (rate, _) in best.items()})
     return [task.name for task in (*sweep, *compared)
             if task not in done
@@ -381,18 +383,19 @@ class Runner:
                 for arm, by_seed in ran.items()}
     again = {seed: run["metrics"] for seed, run in compared_of(self.again.name).items()}
     scores = {arm: score for arm, (_, score) in swept.items()}
-    swept_arm = lambda arm: self.study.baseline if self.study.one_rate else arm
     at_end = {arm for arm, rate in best.items()
-              if self._at_end(rate, self._rates(swept_arm(arm), runs))}
+              if self._at_end(rate, self._rates(self._swept_as(arm), runs))}
     attempted = {arm: [task.seed for task in runs if self._is_compared(task)
                        and (task.arm, task.learning_rate) == (arm, best.get(arm))]
                  for arm in compared}
     comparisons = [c for c in (compare(c, compared, scores, best, at_end, attempted)
                                for c in self.study.comparisons) if c]
+    missing = self.missing()
     if reason := _SMOKE if self.scale_name == "smoke" else _PILOT if self.pilot else None:
-      comparisons = [c | {"verdict": "unresolved", "not_judged": reason} for c in comparisons]
+      comparisons = [without_verdict(c, reason) for c in comparisons]
     comparisons = corrected(
-        without_another_look(comparisons, self._judged_before(), self._unfinished(runs)),
+        without_another_look(
+            comparisons, self._judged_before(), [*missing, *self._unfinished(runs)]),
         self.scale.seeds if self.pilot else None)
     seeds = compared[self.study.baseline]
     metrics = list(next(iter(seeds.values()), {}))
@@ -405,7 +408,7 @@ class Runner:
                   "best learning rate": self._describe_rate(
                       best.get(self._swept_as(arm.name)), self._swept_as(arm.name) in at_end)}
                  for arm in listed if arm.name in shown],
-        "best_learning_rates": best, "runs": list(runs.values()), "missing": self.missing(),
+        "best_learning_rates": best, "runs": list(runs.values()), "missing": missing,
         "judged_by": judging(), "measured_by": self._measured_by(),
         "comparisons": comparisons, "again": repeated(again, seeds, metrics),
         "noise": {metric: noise(values) for metric in metrics
@@ -427,16 +430,16 @@ class Runner:
     return read_run_json(path).get("comparisons", []) if path.exists() else []
 
   def _unfinished(self, runs: Mapping[Task, dict]) -> list[str]:
-    """Returns the missing runs of this command, and of the other arms that have compared runs."""
+    """Returns the missing runs of arms that this command does not ask for, and that have others."""
     arms = {task.arm for task in runs if self._is_compared(task)} - {self.again.name}
     best = self.best_learning_rates(runs)
     others = [Task(arm, best.get(arm), seed) for arm in sorted(arms - set(self.arms))
               for seed in self.seeds]
-    return [*self.missing(), *(task.name for task in others if task not in runs)]
+    return [task.name for task in others if task not in runs]
 
   def _is_compared(self, task: Task) -> bool:
     """Whether a run is one of those that are compared, or of the pilot if that is asked for."""
-    return task.seed in (range(PILOT_SEED, SWEEP_SEED) if self.pilot else range(PILOT_SEED))
+    return task.seed in compared_seeds(self.pilot)
 
   def _describe_rate(self, rate: float | None, at_end: bool) -> str:
     if not self.scale.learning_rates:

@@ -22,6 +22,11 @@ from experiments.studies.study import Comparison
 _FAILED = 0.25  # largest fraction of seeds that may fail without barring a verdict
 
 
+def compared_seeds(pilot: bool) -> range:
+  """Returns the seeds that are compared, or those of pilots; neither are those of sweeps."""
+  return range(PILOT_SEED, SWEEP_SEED) if pilot else range(PILOT_SEED)
+
+
 def compared_runs(runs: Iterable[dict], arm: str, learning_rate: float | None,
                   pilot: bool = False) -> dict[int, dict]:
   """Returns an arm's finished runs at its best learning rate, by seed, without those of the sweep.
@@ -33,10 +38,9 @@ def compared_runs(runs: Iterable[dict], arm: str, learning_rate: float | None,
       finished, in which case there are no such runs.
     pilot: whether to return the pilot's runs, instead of all others.
   """
-  seeds = range(PILOT_SEED, SWEEP_SEED) if pilot else range(PILOT_SEED)
   return {run["seed"]: run for run in runs
           if run["arm"] == arm and run["learning_rate"] == learning_rate
-          and run["seed"] in seeds and run["status"] == FINISHED}
+          and run["seed"] in compared_seeds(pilot) and run["status"] == FINISHED}
 
 
 def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
@@ -91,7 +95,12 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
             or _sweep_ends(comparison, [each for each in (arm, name) if each in at_end])
             or _no_noise(comparison, pair)
             or _no_room(comparison, [compared[arm][seed] for seed in seeds]))
-  return outcome | {"verdict": "unresolved", "not_judged": reason} if reason else outcome
+  return without_verdict(outcome, reason) if reason else outcome
+
+
+def without_verdict(outcome: dict, reason: str) -> dict:
+  """Returns an outcome without a verdict, for a reason."""
+  return outcome | {"verdict": "unresolved", "not_judged": reason}
 
 
 def known_values(runs: Iterable[dict], metric: str) -> list[float]:
@@ -135,16 +144,16 @@ def without_another_look(
 
   def looked(outcome: dict) -> dict:
     n, seen = outcome["paired"]["n"], looks.get(outcome["name"], 0)
-    if "not_judged" not in outcome and missing:
-      outcome = outcome | {"verdict": "unresolved", "not_judged": (
-          f"{len(missing)} of the runs are missing" if len(missing) > 1
-          else "one of the runs is missing")}
-    elif "not_judged" not in outcome and 0 < seen < n:
-      outcome = outcome | {"verdict": "unresolved", "not_judged": (
+    if "not_judged" in outcome:
+      return outcome | {"seen": seen}
+    if missing:
+      return without_verdict(outcome, f"{len(missing)} of the runs are missing" if len(missing) > 1
+                        else "one of the runs is missing") | {"seen": seen}
+    if 0 < seen < n:
+      return without_verdict(outcome, (
           f"a verdict was given on {seen} seeds, and one on {n} would be a second look: judge new "
-          "seeds by themselves, in another folder")}
-    judged = "not_judged" not in outcome and (n > 1 or outcome["claim"]["single_run"])
-    return outcome | {"seen": seen or (n if judged else 0)}
+          "seeds by themselves, in another folder")) | {"seen": seen}
+    return outcome | {"seen": seen or (n if n > 1 or outcome["claim"]["single_run"] else 0)}
 
   return list(map(looked, outcomes))
 

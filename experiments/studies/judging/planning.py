@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from experiments import catalogue
 from experiments.reports import results
 from experiments.stats import power
 from experiments.studies.study import Study
@@ -19,8 +20,9 @@ def expected_power(study: Study, scale_name: str, arms: Collection[str], n: int)
     arms: the arms that run.
     n: number of seeds.
   """
-  committed = results.find(study.name, scale_name)
-  if committed is None:
+  entry = catalogue.experiments().get(study.name)
+  committed = results.ROOT / entry.results_folder / scale_name if entry else None
+  if committed is None or not committed.exists():
     return []
   with results.raw(committed) as folder:
     outcomes = read_run_json(folder / "results.json")["comparisons"]

@@ -13,7 +13,7 @@ STUDY = load_balancing.STUDY
 
 
 def test_the_power_of_claims_follows_from_the_committed_deviation():
-  with results.raw(results.find("load_balancing", "gpu")) as folder:
+  with results.raw(results.ROOT / "v3" / "load_balancing" / "gpu") as folder:
     outcomes = json.loads((folder / "results.json").read_text())["comparisons"]
   std, = (outcome["paired"]["std"] for outcome in outcomes
           if outcome["name"].startswith("a batch-wise loss costs no quality"))
