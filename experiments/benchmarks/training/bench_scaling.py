@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments import settings
 from experiments.benchmarks.timing import alternate, median_interval
 from experiments.benchmarks.training import profiles
+from experiments.benchmarks.training.contenders import random_rows, random_variables
 from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim, target
@@ -88,9 +89,8 @@ def main(options: Options) -> None:
             "numerics": cfg.model.numerics.compute, "seconds_per_step": by_round}
   result["all_reduce"] = {"mebibytes": cfg.mebibytes, "seconds": alternate(
       {"sum": _AllReduce(cfg.mebibytes)}, _ROUNDS)["sum"]}
-  for name, seconds in by_round.items():
-    rate = tokens * (1 if name == "one device" else count) / float(np.median(seconds))
-    print(f"{name}: {1e3 * float(np.median(seconds)):.2f} ms per step, {rate:,.0f} tokens/s")
+  for name, milliseconds, rate in _rates(result):
+    print(f"{name}: {milliseconds:.2f} ms per step, {rate:,.0f} tokens/s")
   print(f"all-reduce of {cfg.mebibytes:,} MiB: {_gigabytes_per_second(result):.0f} GB/s")
   if options.out:
     results.record(options.out, result, summary)
@@ -115,7 +115,10 @@ class _Stepper:
     self._step = self._program.lower().compile()
 
   def start(self) -> None:
-    self._state, self._arguments = self._program.init(), self._random_arguments()
+    cfg, rng = self._run, np.random.default_rng(0)
+    self._state = self._program.init(random_variables(cfg.model))
+    self._arguments = self._program.step_arguments(
+        0, random_rows(rng, cfg.model.vocab_size, cfg.train.batch_size, cfg.data.seq_len))
 
   def seconds(self, steps: int | None = None) -> float:
     """Returns the seconds that some steps take, or those of a round."""
@@ -128,13 +131,6 @@ class _Stepper:
   def trace(self) -> dict[str, list[profiles.Timing]]:
     """Returns where the time of a step goes; see `profiles.trace`."""
     return profiles.trace(self.seconds, self._step.as_text())
-
-  def _random_arguments(self) -> tuple:
-    shape = self._run.train.batch_size, self._run.data.seq_len
-    tokens = np.random.default_rng(0).integers(
-        0, self._run.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
-    return self._program.step_arguments(
-        0, {"tokens": tokens, "loss_mask": np.ones(shape, bool)})
 
 
 class _AllReduce:
@@ -160,6 +156,16 @@ class _AllReduce:
     return (time.perf_counter() - started) / _ALL_REDUCES
 
 
+def _rates(result: dict) -> list[list]:
+  """Returns a row for every mesh: its name, milliseconds per step, and tokens per second."""
+  rows = []
+  for name, by_round in result["seconds_per_step"].items():
+    seconds = float(np.median(by_round))
+    devices = 1 if name == "one device" else result["devices"]
+    rows.append([name, 1e3 * seconds, devices * result["tokens_of_a_device"] / seconds])
+  return rows
+
+
 def _gigabytes_per_second(result: dict) -> float:
   """Returns the size of the all-reduced array over the time; a ring sends 2 (n - 1) / n of it."""
   reduced = result["all_reduce"]
@@ -171,8 +177,6 @@ def summary(result: dict) -> dict:
   seconds = {name: np.asarray(took) for name, took in result["seconds_per_step"].items()}
   alone, count = seconds["one device"], result["devices"]
   tokens, numerics = result["tokens_of_a_device"], result["numerics"]
-  rate = lambda name: tokens * (1 if name == "one device" else count) / float(
-      np.median(seconds[name]))
   return bench_summary(
       "bench_scaling", f"{backend(result)}-{count}-{numerics}",
       f"Training steps of {result['params']:,} parameters on {count} devices against one, with "
@@ -186,5 +190,4 @@ def summary(result: dict) -> dict:
                 _gigabytes_per_second(result), n=f"{len(result['all_reduce']['seconds'])} rounds")],
       tables=[{"name": "steps", "caption": "Training steps",
                "header": ["mesh", "ms per step", "tokens/s"],
-               "rows": [[name, 1e3 * float(np.median(took)), rate(name)]
-                        for name, took in seconds.items()]}])
+               "rows": _rates(result)}])

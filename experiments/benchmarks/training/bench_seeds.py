@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments import settings
 from experiments.benchmarks.timing import alternate, median_interval
+from experiments.benchmarks.training.contenders import random_rows
 from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim, target
@@ -71,11 +72,8 @@ class _Stepper:
     self._program = Program(with_seeds(cfg, list(range(count))), {})
     self._state, self._index = self._program.init(), 0
     lead = (count,) if count > 1 else ()
-    shape = (*lead, cfg.train.batch_size, cfg.data.seq_len)
-    rng = np.random.default_rng(0)
-    self._batch = {
-        "tokens": rng.integers(0, cfg.model.vocab_size, (*shape[:-1], shape[-1] + 1), np.int32),
-        "loss_mask": np.ones(shape, bool)}
+    self._batch = random_rows(np.random.default_rng(0), cfg.model.vocab_size, *lead,
+                              cfg.train.batch_size, cfg.data.seq_len)
     self.seconds()  # compiles
 
   def seconds(self) -> float:

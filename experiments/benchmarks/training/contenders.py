@@ -144,9 +144,8 @@ class OwnTrainer:
     self.seconds(self._cfg.bench.warm_up)
 
   def _batch(self) -> dict[str, np.ndarray]:
-    rows, length = self._cfg.batch_size, self._cfg.seq_len
-    tokens = self._rng.integers(0, self._run.model.vocab_size, (rows, length + 1), np.int32)
-    return {"tokens": tokens, "loss_mask": np.ones((rows, length), bool)}
+    return random_rows(
+        self._rng, self._run.model.vocab_size, self._cfg.batch_size, self._cfg.seq_len)
 
   def seconds(self, steps: int) -> float:
     started = time.perf_counter()
@@ -177,6 +176,13 @@ class OwnTrainer:
 
   def quit(self) -> None:
     pass
+
+
+def random_rows(rng: np.random.Generator, vocab_size: int, *shape: int) -> dict[str, np.ndarray]:
+  """Returns rows of random tokens, all of which are learned; the last size is a row's length."""
+  *lead, length = shape
+  return {"tokens": rng.integers(0, vocab_size, (*lead, length + 1), np.int32),
+          "loss_mask": np.ones(shape, bool)}
 
 
 def random_variables(cfg: ModelConfig) -> dict:
