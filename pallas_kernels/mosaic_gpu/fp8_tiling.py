@@ -204,10 +204,18 @@ def _microseconds(width: int, clusters: tuple[int, int], m: int, n: int, k: int)
 
 def _swapped_microseconds(m: int, n: int, k: int) -> float:
   """Returns the expected time of a swapped product, including the sum of the parts of its tiles."""
-  blocks = pl.cdiv(k, BLOCK)
-  most = pl.cdiv(pl.cdiv(n, 128) * blocks, MULTIPROCESSORS)
-  parts = pl.cdiv(blocks, most) + 1
+  most, parts = _shares(pl.cdiv(n, 128), k)
   return (4.2 if m <= 32 else 5.1) + 0.584 * most + 0.2e-6 * parts * m * n * 4
+
+
+def _shares(tiles: int, k: int) -> tuple[int, int]:
+  """Returns the blocks of K that a multiprocessor sums of shared tiles, and the parts of a tile.
+
+  Both are the most that any has.
+  """
+  blocks = pl.cdiv(k, BLOCK)
+  most = pl.cdiv(tiles * blocks, MULTIPROCESSORS)
+  return most, pl.cdiv(blocks, most) + 1
 
 
 def _direct_microseconds(width: int, n: int, k: int) -> float:
@@ -220,9 +228,7 @@ def _direct_microseconds(width: int, n: int, k: int) -> float:
 
 def _shared_microseconds(m: int, n: int, k: int) -> float:
   """Returns the expected time with shared tiles of 128 x 128, including the sum of their parts."""
-  blocks = pl.cdiv(k, BLOCK)
-  most = pl.cdiv(pl.cdiv(m, 128) * pl.cdiv(n, 128) * blocks, MULTIPROCESSORS)
-  parts = pl.cdiv(blocks, most) + 1
+  most, parts = _shares(pl.cdiv(m, 128) * pl.cdiv(n, 128), k)
   return 9.5 + 0.42 * most + parts * m * n * 4 / 2e6
 
 
