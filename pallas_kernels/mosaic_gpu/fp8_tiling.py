@@ -114,18 +114,25 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
     return _few_rows_tiling(dtype, vectors, m, n, k)
   if vectors:
     return gradient_tiling(dtype, 1, m, n)
-  clusters = _CLUSTERS if m <= _CLUSTERED_ROWS else _CLUSTERS[:1]
-  expected = {(BLOCK, each): _microseconds(BLOCK, each, m, n, k) for each in clusters}
   # The times of the other widths were exceeded where many rounds heat the chip. But large results
   # of a small K took up to 1.4 times as long with 128 columns as expected, and not with 192.
   short = k <= 1024 and n > MULTIPROCESSORS * BLOCK
-  expected |= {(width, (1, 1)): (0.92 if short else 1.04) * _microseconds(width, (1, 1), m, n, k)
-               for width in _MICROSECONDS if width != BLOCK}
-  width, (cluster_m, cluster) = choice = min(expected, key=expected.get)
-  if _shared_microseconds(m, n, k) < 0.9 * expected[choice]:
+  expected = {Tiling(block_n=width, depth=1 if width > BLOCK else 2):
+              (1.0 if width == BLOCK else 0.92 if short else 1.04)
+              * _microseconds(width, (1, 1), m, n, k) for width in _MICROSECONDS}
+  if m <= _CLUSTERED_ROWS:
+    for width in (BLOCK, 192):
+      expected |= {Tiling(block_n=width, depth=1 if width > BLOCK else 2, cluster_m=cluster_m,
+                          cluster=cluster): _microseconds(width, (cluster_m, cluster), m, n, k)
+                   for cluster_m, cluster in _CLUSTERS[width]}
+  if BLOCK < m <= 256:
+    expected[Tiling(block_m=256, depth=1)] = _tall_microseconds(n, k)
+  best = min(expected, key=expected.get)
+  if BLOCK < m <= 160 and _swapped_microseconds(m, n, k) < expected[best]:
+    return _fill(Tiling(block_n=160, depth=1, shared=True, swapped=True), jnp.float32)
+  if _shared_microseconds(m, n, k) < 0.9 * expected[best]:
     return _fill(Tiling(shared=True), jnp.float32)
-  return _fill(Tiling(block_n=width, depth=1 if width > BLOCK else 2, cluster_m=cluster_m,
-                      cluster=cluster), dtype)
+  return _fill(best, dtype)
 
 
 def _few_rows_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Tiling:
@@ -170,9 +177,10 @@ _MICROSECONDS = {32: (2.3, 0.1, 0.257), 64: (2.5, 0.1, 0.325), 96: (3.5, 0.3, 0.
 # block of 128 of K in a round. The latter is a tile's own time or, if more, the time that memory
 # needs, which is the third number for each tile of the round. Fitted to 62 shapes, as was
 # `_swapped_microseconds`.
-_DIRECT_MICROSECONDS = {32: (1.8, 0.195, 0.0043), 64: (1.6, 0.27, 0.0055),
+_DIRECT_MICROSECONDS = {32: (2.2, 0.195, 0.0043), 64: (1.6, 0.27, 0.0055),
                         128: (3.0, 0.32, 0.0058)}
-_CLUSTERS = (1, 1), (1, 2), (2, 2), (1, 4)  # thread blocks along M and N
+# By the columns of a tile: clusters of thread blocks along M and N that are worth their cost.
+_CLUSTERS = {128: ((1, 2), (2, 2), (1, 4)), 192: ((1, 2), (2, 2))}
 # With more rows clusters gain little, and one product of 1216 rows took a quarter longer.
 _CLUSTERED_ROWS = 1024
 
@@ -195,17 +203,37 @@ def _microseconds(width: int, clusters: tuple[int, int], m: int, n: int, k: int)
   size = math.prod(clusters)
   rounds = pl.cdiv(groups, clusters_at_once(size))
   slower = {1: 1.0, 2: 0.98 if tiles_m > 1 and rounds > 1 else 1.03, 4: 1.08}[size]
-  if tiles_m > 1 and 0 < m % 128 <= ROWS and tiles_m * tiles_n > 100:
-    # Tiles of which only one warpgroup has rows take less time than the others. Multiprocessors
-    # then drift apart, and fetch weights from memory again; clusters keep them together.
-    slower *= 1 + {1: 2.0, 2: 0.7, 4: 0.1}[size] / tiles_m**2
+  if width > BLOCK and size > 1:  # each of which fetches more for the same rows
+    slower *= 0.95
+  slower *= _drift(m, tiles_m * tiles_n, size)
   return start + rounds * (per_round + slower * per_block * pl.cdiv(k, BLOCK))
 
 
+def _tall_microseconds(n: int, k: int) -> float:
+  """Returns the expected time of a product of one row of tiles of 256 x 128."""
+  return 3.5 + 0.85 * pl.cdiv(k, BLOCK) * pl.cdiv(pl.cdiv(n, 128), MULTIPROCESSORS)
+
+
+def _drift(m: int, tiles: int, cluster: int) -> float:
+  """Returns how much longer tiles take where some have rows for one of two warpgroups only.
+
+  Those take less time than the others. Multiprocessors then drift apart, and fetch weights from
+  memory again; clusters keep them together.
+  """
+  tiles_m = pl.cdiv(m, 128)
+  if tiles_m == 1 or not 0 < m % 128 <= ROWS or tiles <= 100:
+    return 1.0
+  return 1 + {1: 2.0, 2: 0.7, 4: 0.1}[cluster] / tiles_m**2
+
+
 def _swapped_microseconds(m: int, n: int, k: int) -> float:
-  """Returns the expected time of a swapped product, including the sum of the parts of its tiles."""
+  """Returns the expected time of a swapped product, including the sum of the parts of its tiles.
+
+  It has one tile of the transpose for each 128 columns: m is at most 64, or 129 to 160.
+  """
   most, parts = _shares(pl.cdiv(n, 128), k)
-  return (4.2 if m <= 32 else 5.1) + 0.584 * most + 0.2e-6 * parts * m * n * 4
+  start, per_block = (4.2, 0.584) if m <= 32 else (5.1, 0.584) if m <= 64 else (9.5, 0.78)
+  return start + per_block * most + 0.2e-6 * parts * m * n * 4
 
 
 def _shares(tiles: int, k: int) -> tuple[int, int]:
@@ -228,8 +256,9 @@ def _direct_microseconds(width: int, n: int, k: int) -> float:
 
 def _shared_microseconds(m: int, n: int, k: int) -> float:
   """Returns the expected time with shared tiles of 128 x 128, including the sum of their parts."""
-  most, parts = _shares(pl.cdiv(m, 128) * pl.cdiv(n, 128), k)
-  return 9.5 + 0.42 * most + parts * m * n * 4 / 2e6
+  tiles = pl.cdiv(m, 128) * pl.cdiv(n, 128)
+  most, parts = _shares(tiles, k)
+  return 9.5 + 0.42 * _drift(m, tiles, 1) * most + parts * m * n * 4 / 2e6
 
 
 def _fill(tiling: Tiling, dtype: jnp.dtype) -> Tiling:

@@ -107,6 +107,16 @@ def test_few_rows_take_the_tiling_that_was_measured_to_be_faster(shape, swapped)
   assert tiling.swapped is swapped and tiling.shared is swapped
 
 
+@pytest.mark.parametrize(("shape", "taken"), [
+    ((136, 11904, 13056), {"swapped": True, "block_n": 160}),
+    ((180, 16384, 8192), {"block_m": 256, "shared": False}),
+    ((256, 7168, 16384), {"block_m": 128})])
+def test_up_to_256_rows_of_large_weights_read_them_once(shape, taken):
+  tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
+  assert {name: getattr(tiling, name) for name in taken} == taken
+  lower(*shape)
+
+
 @pytest.mark.parametrize(("columns", "dtype"), [
     (4, jnp.float32), (8, jnp.bfloat16), (48, jnp.float32), (72, jnp.bfloat16),
     (84, jnp.float32), (192, jnp.bfloat16)])
@@ -139,7 +149,10 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
     (133, 384, 640, "128x128", {"stages": 2, "depth": 1, "shared": True, "cluster": 2}),
     (133, 256, 384, "1x128", {"stages": 2, "depth": 1, "shared": True}),
     (5, 200, 640, "128x128", {"stages": 3, "block_n": 32, "shared": True, "swapped": True}),
-    (33, 256, 384, "1x128", {"stages": 3, "block_n": 64, "shared": True, "swapped": True})])
+    (33, 256, 384, "1x128", {"stages": 3, "block_n": 64, "shared": True, "swapped": True}),
+    (136, 256, 384, "128x128",
+     {"stages": 2, "block_n": 160, "depth": 1, "shared": True, "swapped": True}),
+    (180, 384, 256, "128x128", {"stages": 2, "block_m": 256, "depth": 1})])
 def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
     monkeypatch, m, n, k, tile, tiling):
   monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 4)  # so that each has several tiles
