@@ -75,8 +75,10 @@ def test_a_contender_or_reference_that_runs_out_of_memory_is_absent_other_errors
 
 
 def test_random_shapes_are_those_of_the_seed_and_within_what_every_contender_takes():
-  shapes = kernel_cases.random_shapes(kernel_cases.RANDOM_SEED)
-  assert shapes == kernel_cases.SHAPES["gpu_random"] != kernel_cases.random_shapes(1)
+  shapes = kernel_cases.SHAPES["gpu_random"]
+  assert shapes.products == kernel_cases.random_shapes(kernel_cases.DENSE_SEED).products
+  assert shapes.grouped == kernel_cases.random_shapes(kernel_cases.GROUPED_SEED).grouped
+  assert kernel_cases.random_shapes(1) == kernel_cases.random_shapes(1) != shapes
   assert len(shapes.grouped) == 24 and len(shapes.products) == 36
   many = [shape for shape in shapes.products if shape[0] > 64]
   assert len(many) == 24 and all(m % 4 == n % 64 == k % 128 == 0 for m, n, k in many)
