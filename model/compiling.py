@@ -19,8 +19,6 @@ from jax.extend.core import get_opaque_trace_state
 from model.config import ModelConfig
 
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
-# XLA fails to tune with it: "IndexError: absl::container_internal::raw_hash_map<>::at", jax 0.11.2.
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _LARGE = 2**24  # parameters
 _TOP_LEVEL = get_opaque_trace_state()  # modules are imported outside of all transformations
 
@@ -39,16 +37,15 @@ def is_tuned(cfg: ModelConfig, unroll: int) -> bool:
 def compiler_options(*, tuned: bool = False) -> dict[str, bool]:
   """Returns the compiler options of a program for the default backend.
 
-  An option that the environment variable XLA_FLAGS names is left to it. With deterministic
-  operations nothing is tuned.
+  An option that the environment variable XLA_FLAGS names is left to it.
 
   Args:
     tuned: whether XLA tunes the program's matrix products on a GPU.
   """
-  flags = os.environ.get("XLA_FLAGS", "")
-  if jax.default_backend() != "gpu" or _TRITON_PRODUCTS in flags:
+  if tuned or jax.default_backend() != "gpu" or (
+      _TRITON_PRODUCTS in os.environ.get("XLA_FLAGS", "")):
     return {}
-  return {} if tuned and _DETERMINISTIC not in flags else {_TRITON_PRODUCTS: False}
+  return {_TRITON_PRODUCTS: False}
 
 
 class Jitted:
