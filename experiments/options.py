@@ -32,6 +32,7 @@ class Options:
   arms: tuple[str, ...] = ()
   max_minutes: float | None = None
   profile: bool = False
+  reuse_runs: bool = False
 
   def folder(self, default: str) -> pathlib.Path:
     """Returns `--out`, or the folder `default` below `runs/` if it is not given."""

@@ -21,7 +21,8 @@ _GPU = pathlib.Path("/dev/nvidiactl")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", None, "name of the experiment; --list shows all")
 _LIST = flags.DEFINE_bool("list", False, "list all experiments, or that of --experiment, and the "
-                          "cost of every study")
+                          "cost of every study; with the --scale of a study, what of it is still "
+                          "to train here")
 _HELP_CONFIG = flags.DEFINE_bool(
     "help_config", False, "describe every setting of --experiment at --scale; without an "
     "--experiment, every setting of all experiments")
@@ -45,6 +46,9 @@ flags.register_validator(
     message="it must be a finite number of minutes")
 _PROFILE = flags.DEFINE_bool("profile", False, "pretrain: write a profiler trace of a few steps to "
                              "--out; bench_train: show where the time of a step goes")
+_REUSE_RUNS = flags.DEFINE_bool(
+    "reuse_runs", True, "studies: take runs that were trained on this machine before, by any study "
+    "with the same configuration, data, code, versions and hardware, instead of training them")
 
 
 def _out() -> pathlib.Path | None:
@@ -79,6 +83,9 @@ def _unexpected(argument: str) -> str:
 
 def _list(name: str | None) -> None:
   """Prints all experiments, or the one of that name."""
+  if name is None and _SCALE.value:
+    raise ValueError("--list with --scale says what is still to train of a study: name it with "
+                     "--experiment")
   known = [catalogue.find(name)] if name else catalogue.experiments().values()
   width = max(len(entry.name) for entry in known)
   for kind in dict.fromkeys(entry.kind for entry in known):
@@ -92,6 +99,10 @@ def _list(name: str | None) -> None:
 
 def _list_study(entry: catalogue.Experiment, width: int) -> None:
   study = entry.load().STUDY
+  if _SCALE.value:
+    from experiments.studies import runner
+    print(f"  {'':{width}}  {runner.left(study, _options())}")
+    return
   print(f"  {'':{width}}  source: {study.source}")
   for scale in study.scales:
     print(f"  {'':{width}}  --scale={scale}: {study.cost(scale)}")
@@ -102,7 +113,7 @@ def _options() -> Options:
       experiment=_EXPERIMENT.value, scale=_SCALE.value,
       out=_out(), seeds=_SEEDS.value,
       settings=tuple(_SET.value), a=tuple(_A.value), b=tuple(_B.value), arms=tuple(_ARMS.value),
-      max_minutes=_MAX_MINUTES.value, profile=_PROFILE.value)
+      max_minutes=_MAX_MINUTES.value, profile=_PROFILE.value, reuse_runs=_REUSE_RUNS.value)
 
 
 def _keep_compiled_programs() -> None:

@@ -67,6 +67,9 @@ class Source:
     return cls(path=text)
 
 
+TOKENIZERS = ("bytes", "bpe", "deepseek")  # the tokenizers that have a name; others have a path
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Documents, the tokenizer, and how documents are turned into training sequences.

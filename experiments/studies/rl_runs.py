@@ -34,7 +34,7 @@ from rl.stages import BaseConfig, pretrain_base, run_rl
 from rl.tasks import get_task
 from train import cost
 from train.chat import require_chat
-from train.config import RunConfig
+from train.config import TOKENIZERS, RunConfig
 from train.config_io import to_dict
 from train.loading import LoadedModel, prompt_format, stored_prompting
 from train.optimizer import learning_rate
@@ -92,6 +92,7 @@ class RLRuns:
   learning_rate: ClassVar = "rl.optimizer.learning_rate"
   nudge: ClassVar = "rl.loop.nudge"
   measuring: ClassVar = (rl_metrics, rl_evaluation, rewards, extraction)
+  packages: ClassVar = ("model", "pallas_kernels", "train", "rl")
   ignored: ClassVar = {
       "rl.loop.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
       "base.train.seed": "a base has the seed of its run: give --seeds=N or --seeds=FROM:TO",
@@ -118,6 +119,17 @@ class RLRuns:
   def identity(self) -> dict[str, Any]:
     """Returns the scale's config, most of which is declared outside the study's module."""
     return {"config": to_dict(_without_cache(self._scale))}
+
+  @property
+  def cache_folder(self) -> pathlib.Path:
+    return self._scale.base.data.cache_folder
+
+  def identifies(self, task: Task) -> dict[str, Any] | None:
+    cfg = _without_cache(self.config(task))
+    # The contents of files may change, and so may what is not part of this project.
+    elsewhere = (cfg.init or cfg.rl.task.startswith(("file:", "gym:")) or cfg.rl.rewards.custom
+                 or cfg.base.data.tokenizer not in TOKENIZERS)
+    return None if elsewhere else {"config": to_dict(cfg), "keep_vocabulary": self._keep_vocabulary}
 
   def prepare(self) -> None:
     for cfg in self._configs.values():  # before a base is trained

@@ -4,7 +4,8 @@ There are two phases. First, learning rates are swept on separate seeds, for eve
 the baseline. Then each arm trains at its best learning rate on the seeds that are compared. Runs
 that share a program may train as a vmapped batch. Every invocation writes its finished runs to one
 small file in `parts/`: to merge the results of several machines, copy these files into a new
-folder, and repeat the command there for all seeds.
+folder, and repeat the command there for all seeds. Runs that another study, or an earlier command,
+has trained on this machine are taken from its store (`experiments.studies.store`).
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ from experiments.studies.judging.comparing import (
 )
 from experiments.studies.judging.planning import expected_power
 from experiments.studies.runs import Task
+from experiments.studies.store import Parts, RunStore
 from experiments.studies.study import Study
 from train import cost
 from train.config_io import renamed_setting, upgrade
@@ -55,7 +57,6 @@ from train.run_folder import RunFolder, read_run_json, write_json_atomic
 
 _SMOKE = "a smoke run checks that everything runs, and is far too short for a verdict"
 _PILOT = "pilot seeds are never judged: their deviation tells how many seeds a claim needs"
-_RUN_FIELDS = {"arm", "learning_rate", "seed", "status", "cost", "metrics"}
 
 
 def main(study: Study, options: Options) -> None:
@@ -83,23 +84,14 @@ def execute(study: Study, scale_name: str, options: Options) -> dict:
     runner.out.close()
 
 
-def _read_part(path: pathlib.Path) -> dict:
-  """Returns the content of a file in `parts/`.
-
-  Raises:
-    ValueError: if it is damaged; the message names the file.
-  """
+def left(study: Study, options: Options) -> str:
+  """Returns in words what the command of `options` without `--list` would still train."""
+  name = options.scale_of(study.scales)
+  runner = Runner(study, name, options)
   try:
-    part = read_run_json(path, provenance=dict, runs=list)
-    for run in part["runs"]:
-      if not (isinstance(run, dict) and isinstance(run.get("metrics"), dict)
-              and run.keys() >= _RUN_FIELDS):
-        raise ValueError(f"a run in {path} should be an object with "
-                         + ", ".join(sorted(_RUN_FIELDS)))
-  except ValueError as error:
-    raise ValueError(f"{error}. This file holds finished runs: restore it from a copy, or delete "
-                     "it, and its runs train again") from error
-  return part
+    return runner.left()
+  finally:
+    runner.out.close()
 
 
 class Runner:
@@ -154,9 +146,11 @@ class Runner:
       self.out.close()
       raise
     self.deadline = (time.monotonic() + 60 * options.max_minutes if options.max_minutes else None)
-    self.parts = self.out.path / "parts"
-    self.parts.mkdir(exist_ok=True)
-    self.part = self.parts / f"{time.time_ns()}-{os.getpid()}.json"
+    self.parts = Parts(self.out.path / "parts")
+    self.part = f"{time.time_ns()}-{os.getpid()}"
+    # Smoke runs check that everything runs, and the folders of kept runs are needed.
+    self.store = (RunStore(self.runs, vmapped=self.scale.vmapped_runs > 1)
+                  if options.reuse_runs and scale_name != "smoke" and not study.keep_runs else None)
     self.own_runs: list[dict] = []
     self._measuring = rules.syntax_hash(study.kind.measuring)
 
@@ -182,30 +176,52 @@ class Runner:
 
   def finished(self) -> dict[Task, dict]:
     """Returns all runs that are recorded in `parts/`, including those that failed."""
-    return {Task(run["arm"], run["learning_rate"], run["seed"]): run
-            for part in self._recorded() for run in part["runs"]}
-
-  def _recorded(self) -> list[dict]:
-    """Returns the contents of `parts/`."""
-    return [_read_part(path) for path in sorted(self.parts.glob("*.json"))]
+    return self.parts.runs()
 
   def run(self) -> bool:
     """Trains all runs that are missing; returns False if the time limit was reached."""
+    self._record_stored()
     if self.missing():
       cost = self.study.cost(self.scale_name, self.arms, len(self.seeds))
       print(f"{self.study.name}: {cost}", file=sys.stderr, flush=True)
       if not (self.pilot or self.options.settings):  # which change the deviation
         for line in expected_power(self.study, self.scale_name, self.arms, len(self.seeds)):
           print(f"power, by the committed result: {line}", file=sys.stderr)
-    self.runs.prepare()
-    done = self.finished()
-    while sweep := [task for task in self._sweep(done) if task not in done]:
-      if not self._run_all(sweep):
+    prepared = False
+    while tasks := self._next(self.finished()):
+      if not prepared:
+        self.runs.prepare()
+      prepared = True
+      if not self._run_all(tasks):
         return False
-      done = self.finished()
-    best = self.best_learning_rates(self.finished())
-    return self._run_all([task for task in self._compared(best)
-                          if self._swept_as(task.arm) in best or not self.scale.learning_rates])
+      self._record_stored()
+    return True
+
+  def _next(self, done: Mapping[Task, dict]) -> list[Task]:
+    """Returns the runs that can train next: those of sweeps, then those that are compared."""
+    sweep = [task for task in self._sweep(done) if task not in done]
+    best = self.best_learning_rates(done)
+    return sweep or [task for task in self._compared(best) if task not in done
+                     and (self._swept_as(task.arm) in best or not self.scale.learning_rates)]
+
+  def _record_stored(self) -> None:
+    """Records those of the next runs that were trained before, by this or by another study."""
+    while self.store and (found := {task: part for task in self._next(self.finished())
+                                    if (part := self.store.find(task))}):
+      for task, part in found.items():
+        print(f"{self.study.name}: {task.name}, trained before", file=sys.stderr, flush=True)
+        self.parts.write(f"{time.time_ns()}-{os.getpid()}", part)
+
+  def left(self) -> str:
+    """Returns in words what is still to train: neither recorded here nor trained before."""
+    done = self.finished()
+    while self.store and (found := {task: part["runs"][0] for task in self._next(done)
+                                    if (part := self.store.find(task))}):
+      done |= found
+    count = len(self.missing(done))
+    minutes = count / self.scale.vmapped_runs * self.scale.minutes
+    return (f"--scale={self.scale_name}: {count} runs to train, about {minutes:.3g} "
+            f"device-minutes on {self.scale.hardware}; {len(done)} are finished")
 
   def _sweep(self, runs: Mapping[Task, dict]) -> list[Task]:
     """Returns the runs that choose learning rates, as far as finished runs tell which these are."""
@@ -263,12 +279,15 @@ class Runner:
     """Returns the arm whose sweep chooses an arm's learning rate: itself, or the baseline."""
     return self.study.baseline if self.study.one_rate or arm == self.again.name else arm
 
-  def missing(self) -> list[str]:
-    """Returns the names of the runs that this command asks for and that are not recorded.
+  def missing(self, done: Mapping[Task, dict] | None = None) -> list[str]:
+    """Returns the names of the runs that this command asks for and that are not in `done`.
 
     Runs of an arm that failed at every learning rate of its sweep are not missing.
+
+    Args:
+      done: finished runs; None for those that are recorded.
     """
-    done = self.finished()
+    done = self.finished() if done is None else done
     sweep, best = [task for task in self._sweep(done) if task not in done], self._swept(done)
     unswept = {task.arm for task in sweep}
     if not self.scale.learning_rates or (self.study.one_rate and sweep):
@@ -295,9 +314,8 @@ class Runner:
     return best
 
   def _run_all(self, tasks: Sequence[Task]) -> bool:
-    """Trains the runs that no part has; returns False if the time limit was reached."""
-    done = self.finished()
-    for group in self._groups([task for task in tasks if task not in done]):
+    """Trains runs; returns False if the time limit was reached."""
+    for group in self._groups(tasks):
       if self.deadline and time.monotonic() > self.deadline:
         return False
       if not self._run_group(group):
@@ -329,11 +347,13 @@ class Runner:
       return False
     spent = cost.total(folder.path)
     per_run = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
-    self.own_runs += [{**dataclasses.asdict(task), "status": status, "cost": per_run, **result}
-                      for task, result in zip(tasks, found, strict=True)]
-    write_json_atomic(self.part, {
-        "provenance": provenance.describe(), "measured_by": self._measuring,
-        "runs": self.own_runs})
+    where = {"provenance": provenance.describe(), "measured_by": self._measuring}
+    for task, result in zip(tasks, found, strict=True):
+      self.own_runs.append(
+          {**dataclasses.asdict(task), "status": status, "cost": per_run, **result})
+      if self.store:
+        self.store.keep(task, where | {"runs": self.own_runs[-1:]})
+    self.parts.write(self.part, where | {"runs": self.own_runs})
     if not self.study.keep_runs:
       shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
     return True
@@ -353,7 +373,7 @@ class Runner:
       if task.seed < (SWEEP_SEED if self.pilot else PILOT_SEED):
         seeds.setdefault(task.arm, set()).add(task.seed)
     command = reproducing_command(self.study, self.scale_name, self.options, seeds)
-    return provenance.merged([part["provenance"] for part in self._recorded()]) | {
+    return provenance.merged([part["provenance"] for part in self.parts.read()]) | {
         "command": command}
 
   def judge(self) -> dict:
@@ -422,7 +442,7 @@ class Runner:
 
   def _measured_by(self) -> list[str | None]:
     """Returns the hashes of the code that measured the recorded runs; None where it is unknown."""
-    return list(dict.fromkeys(part.get("measured_by") for part in self._recorded()))
+    return list(dict.fromkeys(part.get("measured_by") for part in self.parts.read()))
 
   def _judged_before(self) -> list[dict]:
     """Returns the comparisons of the folder's results.json; none if there is no such file."""

@@ -55,6 +55,7 @@ class Runs(Protocol):
     nudge: the setting with which a run starts one rounding of its weights away.
     measuring: modules and functions that compute the metrics; runs that were measured by others do
       not tell what today's would.
+    packages: folders of the code that determines how a run is trained.
     ignored: dotted names of settings that the runs replace or ignore, each with the reason and what
       to do instead.
   """
@@ -64,6 +65,7 @@ class Runs(Protocol):
   learning_rate: ClassVar[str]
   nudge: ClassVar[str]
   measuring: ClassVar[tuple[Any, ...]]
+  packages: ClassVar[tuple[str, ...]]
   ignored: ClassVar[Mapping[str, str]]
 
   def __init__(self, base: Any, configs: Mapping[str, Any], overridden: Collection[str],
@@ -79,6 +81,17 @@ class Runs(Protocol):
 
   def identity(self) -> dict[str, Any]:
     """Returns further entries of `config.json`, besides the study, its arms and user settings."""
+
+  @property
+  def cache_folder(self) -> pathlib.Path:
+    """The user's cache folder, in which finished runs are stored for other studies."""
+
+  def identifies(self, task: Task) -> dict[str, Any] | None:
+    """Returns JSON data that is equal for equal runs, whichever study they belong to.
+
+    It has all that determines a run's result besides code, versions and hardware; None if that
+    cannot be known, or if the run leaves more than its result.
+    """
 
   def prepare(self) -> None:
     """Loads what all runs share; called once before the first run."""

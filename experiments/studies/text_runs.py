@@ -1,6 +1,7 @@
 """Runs of studies that train on text."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,11 +11,13 @@ import numpy as np
 from experiments.studies import specialisation
 from experiments.studies.runs import Score, Task, binned_curve
 from model.checks import require
-from train.config import RunConfig
+from train.config import TOKENIZERS, RunConfig
+from train.config_io import to_dict
 from train.data import Data, load
 from train.loop import Result, train
 from train.program import static_config
 from train.run_folder import RunFolder
+from train.sources import fingerprint
 from train.stages import fit_vocabulary
 
 _SHUFFLES = 20
@@ -62,6 +65,7 @@ class TextRuns:
   learning_rate: ClassVar = "optimizer.learning_rate"
   nudge: ClassVar = "train.nudge"
   measuring: ClassVar = (measure, specialisation)
+  packages: ClassVar = ("model", "pallas_kernels", "train")
   ignored: ClassVar = {
       "train.seed": "every run has its own seed: give --seeds=N or --seeds=FROM:TO",
       "init": "the runs of a study start from random weights: leave it out"}
@@ -77,6 +81,22 @@ class TextRuns:
 
   def identity(self) -> dict[str, Any]:
     return {}
+
+  @property
+  def cache_folder(self) -> pathlib.Path:
+    return self.base.data.cache_folder
+
+  def identifies(self, task: Task) -> dict[str, Any] | None:
+    cfg = self._assigned(task)
+    if cfg.data.tokenizer not in TOKENIZERS:  # a file, whose contents may change
+      return None
+    data = dataclasses.replace(cfg.data, cache_dir=None)
+    return {"config": to_dict(dataclasses.replace(cfg, data=data)), "contents": self._contents,
+            "keep_vocabulary": self.keep_vocabulary}
+
+  @functools.cached_property
+  def _contents(self) -> list[str]:
+    return [fingerprint(source, self.base.data.template) for source in self.base.data.sources]
 
   def prepare(self) -> None:
     self.data: Data = load(self.base.data)
@@ -104,7 +124,11 @@ class TextRuns:
             "panels": [loss_panel(runs)] if runs else []}
 
   def _config(self, task: Task) -> RunConfig:
-    cfg = fit_vocabulary(self.configs[task.arm], self.data, keep=self.keep_vocabulary)
+    return fit_vocabulary(self._assigned(task), self.data, keep=self.keep_vocabulary)
+
+  def _assigned(self, task: Task) -> RunConfig:
+    """Returns a run's config, with the vocabulary size of the settings."""
+    cfg = self.configs[task.arm]
     optimizer = cfg.optimizer
     if task.learning_rate is not None:
       optimizer = dataclasses.replace(optimizer, learning_rate=task.learning_rate)

@@ -22,7 +22,7 @@ def expected_power(study: Study, scale_name: str, arms: Collection[str], n: int)
   """
   entry = catalogue.experiments().get(study.name)
   committed = results.ROOT / entry.results_folder / scale_name if entry else None
-  if committed is None or not committed.exists():
+  if committed is None or not (committed / results.RAW).exists():
     return []
   with results.raw(committed) as folder:
     outcomes = read_run_json(folder / "results.json")["comparisons"]

@@ -6,6 +6,7 @@ A hash changes with what code does, but not with comments, docstrings, layout or
 import ast
 import hashlib
 import inspect
+import pathlib
 import textwrap
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -20,6 +21,22 @@ def syntax_hash(code: Iterable[ModuleType | Callable]) -> str:
   digest = hashlib.sha256()
   for each in code:
     digest.update(_dump(ast.parse(textwrap.dedent(inspect.getsource(each)))).encode())
+  return digest.hexdigest()[:16]
+
+
+def files_hash(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> str:
+  """Returns a hash of the syntax of Python files, and of tables in JSON files as they are.
+
+  Args:
+    root: the folder relative to which files are named.
+    paths: the files; those of other kinds are left out.
+  """
+  digest = hashlib.sha256()
+  for path in paths:
+    content = (_dump(ast.parse(path.read_bytes())).encode() if path.suffix == ".py" else
+               path.read_bytes() if path.suffix == ".json" else None)
+    if content is not None:
+      digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + content + b"\0")
   return digest.hexdigest()[:16]
 
 
