@@ -86,16 +86,21 @@ def require_memory(problems: int, samples: int, max_length: int) -> None:
 
 
 def draw(sampler: Sampler, variables: dict, *, split: str, problems: int, samples: int,
-         temperature: float | None = None, top_p: float = 1.0) -> Samples:
-  """Samples the completions that `evaluate` judges, with its arguments and errors."""
+         temperature: float | None = None, top_p: float = 1.0, first: int = 0) -> Samples:
+  """Samples the completions that `evaluate` judges, with its arguments and errors.
+
+  Args:
+    first: index of the first problem; after the last one of a finite split, its first follows.
+  """
   require_memory(problems, samples, sampler.cfg.sampling.max_completion_length)
   size = sampler.size(split)
   if size == 0:
     sampler.task.problem(split, 0)  # raises an error that says why
   if size is not None and problems > size:
     raise ValueError(f"the split {split!r} has {size} problems, not {problems}: ask for fewer")
-  return sampler.sample(variables, split, range(problems), samples, step=_STEP,
-                        temperature=temperature, top_p=top_p)
+  indices = [i if size is None else i % size for i in range(first, first + problems)]
+  return sampler.sample(variables, split, indices, samples, step=_STEP, temperature=temperature,
+                        top_p=top_p)
 
 
 def verdicts(drawn: Samples, samples: int, reward: rewards.Reward = rewards.accuracy) -> Verdicts:

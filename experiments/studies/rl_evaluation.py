@@ -18,7 +18,9 @@ class EvaluationConfig:
   """The evaluations of a model before and after RL.
 
   Attributes:
-    problems: number of held-out problems.
+    problems: number of held-out problems. Runs with other seeds have other problems, as far as the
+      task has enough of them: otherwise what varies between seeds would say nothing about other
+      problems.
     samples: number of completions of each problem, a power of two; pass@k and cons@k have this k.
     temperature: sampling temperature; None for that of training.
     harder: whether to evaluate also on the task's harder problems, if it has any; the metrics are
@@ -55,10 +57,11 @@ class Evaluator:
   Args:
     cfg: the evaluations.
     sampler: the sampler, which has the task and the network.
+    seed: seed of the run, which selects the problems.
   """
 
-  def __init__(self, cfg: EvaluationConfig, sampler: Sampler):
-    self._cfg, self._sampler = cfg, sampler
+  def __init__(self, cfg: EvaluationConfig, sampler: Sampler, seed: int = 0):
+    self._cfg, self._sampler, self._first = cfg, sampler, seed * cfg.problems
 
   def __call__(self, variables: dict) -> dict[str, Any]:
     """Evaluates the variables of a model.
@@ -90,7 +93,7 @@ class Evaluator:
     samples = 1 if temperature == 0 else self._cfg.samples
     ks = powers_of_two(samples)
     drawn = draw(self._sampler, variables, split=split, problems=self._cfg.problems,
-                 samples=samples, temperature=temperature)
+                 samples=samples, temperature=temperature, first=self._first)
     accuracy = verdicts(drawn, samples)
     found = judge(drawn, samples, ks, accuracy)
     metrics = {name: value[0] for name, value in found.items() if isinstance(value, list)}

@@ -151,7 +151,7 @@ class RLRuns:
       return None
     evaluator = Evaluator(
         cfg.evaluation, Sampler(model.Transformer(start.cfg), cfg.rl, start.tokenizer(),
-                                start.prompt_format()))
+                                start.prompt_format()), task.seed)
     base = self.base_folder(task)
     before = self._evaluate_base(evaluator, start.variables, base, cfg)
     after = evaluator(result.state.train.variables)
@@ -238,7 +238,7 @@ class RLRuns:
     key = {"init": cfg.init, "task": cfg.rl.task, "template": cfg.rl.template,
            **({"system": cfg.rl.system} if cfg.rl.system else {}),
            "evaluation": to_dict(cfg.evaluation), "sampling": to_dict(cfg.rl.sampling),
-           "seed": cfg.rl.loop.seed}
+           "seed": cfg.rl.loop.seed, "problems": "of the seed"}
     path = folder / f"evaluation-{_digest(key)}.json"
     if not path.exists():
       with contextlib.closing(_lock(path.with_suffix(""))):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import model
+from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from rl import evaluate as evaluation
 from rl.config import RewardConfig
 from rl.evaluate import evaluate, judge
@@ -88,6 +89,17 @@ def test_more_problems_than_a_split_has_are_refused(sampler):
     evaluate(sampler, small.variables(), split="heldout", problems=61, samples=1)
   with pytest.raises(ValueError, match="no split 'test'"):
     evaluate(sampler, small.variables(), split="test", problems=1, samples=1)
+
+
+def test_runs_of_other_seeds_are_asked_other_problems_as_far_as_there_are_some(sampler):
+  of_seed = lambda seed, problems: [problem.id for problem in Evaluator(
+      EvaluationConfig(problems=problems, samples=1), sampler, seed)._split(
+          small.variables(), "heldout", None)[1].problems]
+  size = sampler.size("heldout")
+  half = size // 2
+  assert not {*of_seed(0, half)} & {*of_seed(1, half)}
+  assert of_seed(0, size) == of_seed(3, size)  # a finite set has no others
+  assert of_seed(2, 3) == of_seed(2, 3)
 
 
 def test_evaluations_are_reproducible_and_use_keys_that_training_never_uses(sampler):
