@@ -90,7 +90,10 @@ def _verdicts(study: dict) -> str:
   family = ("P-values, for or against a claim, are corrected for the number of claims (Holm), as "
             "are powers; a claim is decided below 0.05. Intervals and minimum detectable effects "
             "are those of each claim by itself." if corrected else "")
-  return "\n\n".join(filter(None, [found, note, equal, family, reasons]))
+  surprise = (f"A claim is contradicted. Claims that share a baseline err together, so confirm it on "
+              f"fresh seeds:\n\n```bash\n{study['confirmed_by']}\n```"
+              if study.get("confirmed_by") else "")
+  return "\n\n".join(filter(None, [found, note, equal, family, reasons, surprise]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[study_plots.Comparison]:
@@ -254,6 +257,7 @@ def write_study_report(folder: pathlib.Path, study: dict) -> pathlib.Path:
       "again": {metric: {"std", "n"}}, how far the baseline ends from itself, started one rounding
         away.
       "missing": names of the runs that the command asks for and that have not run.
+      "confirmed_by": a command with fresh seeds, if a claim is contradicted.
       "noise": {metric: seed standard deviation}.
       "detectable": {metric: minimum detectable effect}.
       "panels": [{"name", "caption", "curves", and arguments of `plots.panels` ("ratios" and

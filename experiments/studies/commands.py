@@ -3,8 +3,10 @@
 import itertools
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from experiments.options import Options
+from experiments.reports.study_report import PILOT_SEED
 from experiments.studies.study import Study
 
 
@@ -30,6 +32,29 @@ def reproducing_command(study: Study, scale_name: str, options: Options,
   return " && ".join(
       shlex.join(words + _flags(study, scale_name, arms, span))
       for spans, arms in arms_of.items() for span in spans) or shlex.join(words)
+
+
+def confirming_command(study: Study, scale_name: str, options: Options, result: Mapping[str, Any],
+                       ) -> str | None:
+  """Returns a command that trains the arms of contradicted claims on seeds that are not used yet.
+
+  A claim that is contradicted is a surprise, and several claims that share a baseline err together.
+  None if no claim is contradicted.
+
+  Args:
+    study: the study.
+    scale_name: name of the scale.
+    options: the flags of the command line, for its settings.
+    result: the content of results.json.
+  """
+  surprises = [c for c in result["comparisons"] if c["verdict"] == "contradicted"]
+  if not surprises:
+    return None
+  arms = {arm for c in surprises for arm in (c["arm"], c["baseline"])} - {None}
+  first = 1 + max(run["seed"] for run in result["runs"] if run["seed"] < PILOT_SEED)
+  fresh = range(first, first + max(c["paired"]["n"] for c in surprises))
+  command = reproducing_command(study, scale_name, options, dict.fromkeys(arms, fresh))
+  return f"{command} --out={shlex.quote(f'runs/{study.name}-{scale_name}-fresh')}"
 
 
 def _flags(study: Study, scale_name: str, arms: list[str], span: tuple[int, int]) -> list[str]:

@@ -26,14 +26,12 @@ from experiments.reports.study_report import (
   FINISHED,
   PILOT_SEED,
   SWEEP_SEED,
-  again_of,
-  power_of,
   write_study_report,
 )
 from experiments.reports.summary import study_summary
 from experiments.stats import noise
 from experiments.studies.checks import apply_arm, require_effect
-from experiments.studies.commands import reproducing_command
+from experiments.studies.commands import confirming_command, reproducing_command
 from experiments.studies.judging import comparing, rules
 from experiments.studies.judging.comparing import (
   compare,
@@ -47,6 +45,7 @@ from experiments.studies.judging.comparing import (
   without_verdict,
 )
 from experiments.studies.judging.planning import expected_power
+from experiments.studies.judging.printing import verdict_lines
 from experiments.studies.runs import Task
 from experiments.studies.store import Parts, RunStore
 from experiments.studies.study import Study
@@ -379,12 +378,14 @@ class Runner:
   def judge(self) -> dict:
     """Writes `outcome` as results.json, its summary and the report, prints it, and returns it."""
     result = self.write(self.outcome())
-    self._print(result)
+    print("\n".join(verdict_lines(self.study, result)))
     print(f"report: {self.out.path / 'report.md'}")
     return result
 
   def write(self, result: dict) -> dict:
     """Writes results.json, the summary and the report, and returns the content of the former."""
+    result |= {"confirmed_by": confirming_command(
+        self.study, self.scale_name, self.options, result)}
     write_json_atomic(self.out.path / "results.json", result)
     write_json_atomic(self.out.path / results.SUMMARY, study_summary(result))
     write_study_report(self.out.path, result)
@@ -467,30 +468,6 @@ class Runner:
     if rate is None:
       return "sweep not finished"
     return f"{rate:g}" + (" (at the edge of the sweep)" if at_end else "")
-
-  def _print(self, result: dict) -> None:
-    metrics = dict.fromkeys(c.metric for c in self.study.comparisons)
-    deviations = ", ".join(f"{metric} {result['noise'][metric]:.2g}" for metric in metrics
-                           if metric in result["noise"])
-    if deviations or not result["missing"]:
-      print(f"seed standard deviation of {self.study.baseline}: {deviations or 'needs two seeds'}")
-    for c in result["comparisons"]:
-      pair = c["paired"]
-      over = "on one seed, which gives no interval" if pair["n"] == 1 else (
-          f"[{pair['low']:.4g}, {pair['high']:.4g}] on {pair['n']} seeds"
-          + (f", minimum detectable effect {pair['detectable']:.2g}"
-             if c["claim"]["kind"] != "equivalent" else ""))
-      print(f"{c['verdict']:12} {c['name']}: {pair['mean']:+.4g} {over}; paper: "
-            f"{c['paper'] or 'no value'}"
-            + (f"; A/A: {again_of(result, c['metric'])}" if again_of(result, c["metric"]) else "")
-            + (f"; power: {power_of(c)}" if power_of(c) else "")
-            + (f"; not judged: {c['not_judged']}" if "not_judged" in c else ""))
-    if result["runs"]:
-      spent = result["total_cost"]
-      joules = "" if spent["joules"] is None else f", {spent['joules'] / 1e3:.1f} kJ"
-      runs = f"{len(result['runs'])} run{'s' * (len(result['runs']) != 1)}"
-      print(f"{runs} cost {spent['device_seconds'] / 60:.1f} device-minutes, "
-            f"{spent['flops']:.3g} FLOP{joules}")
 
 
 def judging() -> str:

@@ -303,6 +303,9 @@ def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys
   assert "3 reproduced, 1 contradicted, 1 unresolved" in text
   assert "2 of 19" in text and "failed: not finite" in text
   assert "0.013" in text and "0, deterministic" in text
+  again = ("python -m experiments.run --experiment=invented --scale=tiny --arms=plain,new "
+           "--seeds=5:8 --out=runs/invented-tiny-fresh")
+  assert judged["confirmed_by"] == again and again in text
   assert "on 3 seeds, minimum detectable effect 0.031; paper: no value; A/A: 0.013" in (
       capsys.readouterr().out)
 
@@ -649,6 +652,7 @@ def test_an_arm_that_failed_at_every_learning_rate_is_not_missing(tmp_path):
 def test_the_command_of_a_result_reproduces_all_of_its_arms_and_seeds(tmp_path):
   fill(tmp_path)
   judged = runner(tmp_path, arms=("plain",), seeds="1").judge()
+  assert judged["confirmed_by"] is None
   base = "python -m experiments.run --experiment=invented --scale=tiny"
   assert judged["provenance"]["command"] == (
       f"{base} --arms=plain --seeds=4 && {base} --arms=new --seeds=5")
