@@ -5,6 +5,7 @@ Shape letters:  n seeds  Q quantiles
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -93,14 +94,20 @@ class Claim:
 
 
 def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
-           sign: Literal[-1, 1] | None = None) -> Paired:
+           sign: Literal[-1, 1] | None = None, by_problem: ArrayLike | None = None) -> Paired:
   """Returns the mean difference of two arms with its Student-t interval.
+
+  Seeds that share a fixed set of problems do not show how the difference varies between problems.
+  That variance is estimated from the differences by problem, as the component of problems in a
+  crossed design of seeds and problems, and added to that between seeds.
 
   Args:
     treatment: [n], one value per seed.
     baseline: [n], values of the same seeds in the same order; or 0, for the value of a single arm.
     confidence: coverage of the interval, in (0, 1).
     sign: sign of the expected effect, which `same_sign` counts; None for the sign of the mean.
+    by_problem: [n, problems], the difference at each problem, whose means are those of the seeds;
+      None if seeds have problems of their own.
 
   Raises:
     ValueError: if there are no pairs, the arms differ in length, or a value is not finite.
@@ -123,11 +130,37 @@ def paired(treatment: ArrayLike, baseline: ArrayLike, confidence: float = 0.95,
   if n == 1:
     return Paired(1, mean, np.nan, np.nan, -np.inf, np.inf, expected, same_sign, np.inf)
   std = _deviation(difference_n, (treatment_n, baseline_n))
+  if by_problem is not None:
+    std = math.sqrt(std**2 + n * problem_variance(by_problem))
   stderr = std / n**0.5
   half = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * stderr
   needed = special.stdtrit(n - 1, 1 - SIGNIFICANCE / 2) + special.stdtrit(n - 1, _POWER)
   return Paired(n, mean, std, stderr, mean - half, mean + half, expected, same_sign,
                 float(needed) * stderr)
+
+
+def problem_variance(values_nP: ArrayLike) -> float:
+  """Returns the variance of a mean over seeds and problems that is due to the choice of problems.
+
+  It is the mean square between problems less that of the interaction, divided by the number of
+  values (two-way random effects without replication); 0 if that is negative.
+
+  Args:
+    values_nP: [n, problems], a value for each seed and problem.
+
+  Raises:
+    ValueError: if there are not at least two seeds and two problems.
+  """
+  values_nP = np.asarray(values_nP, float)
+  if values_nP.ndim != 2 or min(values_nP.shape) < 2:
+    raise ValueError(f"problem_variance needs at least two seeds and two problems, as an array "
+                     f"[n, problems], got shape {values_nP.shape}")
+  n, problems = values_nP.shape
+  mean_P = values_nP.mean(0)
+  residual_nP = values_nP - mean_P - values_nP.mean(1, keepdims=True) + values_nP.mean()
+  between = n * float(mean_P.var(ddof=1))
+  interaction = float((residual_nP**2).sum()) / ((n - 1) * (problems - 1))
+  return max(0.0, between - interaction) / values_nP.size
 
 
 def _deviation(values_n: np.ndarray, computed_from: Sequence[np.ndarray]) -> float:

@@ -129,11 +129,25 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
     ks: values of k for which to report pass@k.
     accuracy: verdicts of `drawn`, if they are known already.
   """
+  accuracy = accuracy or verdicts(drawn, samples)
+  questions = [problem.question for problem in drawn.problems[::samples]]
+  return {name: list(estimate(rate_P, questions))
+          for name, rate_P in rates(drawn, samples, ks, accuracy).items()} | {
+      "unjudged": int((~accuracy.judged_PN).sum()), "problems": len(questions),
+      "questions": len(set(questions)), "samples": samples}
+
+
+def rates(drawn: Samples, samples: int, ks: Sequence[int],
+          accuracy: Verdicts) -> dict[str, np.ndarray]:
+  """Returns each problem's rate, [P], for every rate of `evaluate`; NaN where nothing was judged.
+
+  The arguments are those of `judge`.
+  """
   by_problem = lambda values: np.asarray(values).reshape(-1, samples)
-  correct, judged = accuracy or verdicts(drawn, samples)
+  correct, judged = accuracy
   lenient, _ = verdicts(drawn, samples, rewards.lenient_accuracy)
   well_formed = rewards.well_formed(drawn.prompts, drawn.completions)
-  rates = {
+  return {
       "pass@1": pass_at_1(correct, judged),
       **{f"pass@{k}": pass_at_k(correct, k, judged) for k in ks if k > 1},
       f"cons@{samples}": majority_vote(
@@ -145,10 +159,6 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
       "length": by_problem(drawn.lengths_S).mean(1),
       "clipped": 1 - by_problem(drawn.ended_S).mean(1),
       "reflection": by_problem([reflects(text) for text in drawn.completions]).mean(1)}
-  questions = [problem.question for problem in drawn.problems[::samples]]
-  return {name: list(estimate(rate, questions)) for name, rate in rates.items()} | {
-      "unjudged": int((~judged).sum()), "problems": len(correct),
-      "questions": len(set(questions)), "samples": samples}
 
 
 def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[int, float]:

@@ -90,10 +90,13 @@ def _verdicts(study: dict) -> str:
   family = ("P-values, for or against a claim, are corrected for the number of claims (Holm), as "
             "are powers; a claim is decided below 0.05. Intervals and minimum detectable effects "
             "are those of each claim by itself." if corrected else "")
-  surprise = (f"A claim is contradicted. Claims that share a baseline err together, so confirm it on "
-              f"fresh seeds:\n\n```bash\n{study['confirmed_by']}\n```"
+  shared = max((c.get("shared_problems", 0) for c in comparisons), default=0)
+  problems = (f"All seeds have the same {shared} problems; intervals include the variance that "
+              "comes from the choice of these problems." if shared else "")
+  surprise = ("A claim is contradicted. Claims that share a baseline err together, so confirm it "
+              f"on fresh seeds:\n\n```bash\n{study['confirmed_by']}\n```"
               if study.get("confirmed_by") else "")
-  return "\n\n".join(filter(None, [found, note, equal, family, reasons, surprise]))
+  return "\n\n".join(filter(None, [found, note, equal, family, problems, reasons, surprise]))
 
 
 def _forest_lines(comparisons: list[dict]) -> list[study_plots.Comparison]:

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from experiments.studies.rl_metrics import length_pays, powers_of_two
 from model.checks import require, require_positive
 from rl import reflection
-from rl.evaluate import draw, judge, majority_at, verdicts
+from rl.evaluate import draw, judge, majority_at, rates, verdicts
 from rl.sampler import Sampler, Samples
 
 _HARDER = ("pass@1", "cons@k", "pass@k")
@@ -71,7 +73,8 @@ class Evaluator:
       `samples` and "length_pays", and metrics "harder_*" of the harder problems; "pass@K" and
       "cons@K": [K, rate] for the powers of two up to `samples`; "heldout" and "harder": what
       `rl.evaluate.evaluate` returns, with intervals; "reflection": what `rl.reflection.effect`
-      returns, if the config requests it.
+      returns, if the config requests it; and "by_problem": the rate of each held-out problem by
+      metric, if the task has no others, so that all seeds have the same ones.
     """
     found, drawn = self._split(variables, "heldout", self._cfg.temperature)
     if self._cfg.harder and "harder" in self._sampler.task.splits:
@@ -99,7 +102,10 @@ class Evaluator:
     metrics = {name: value[0] for name, value in found.items() if isinstance(value, list)}
     best, majority = [[k, metrics[f"pass@{k}"]] for k in ks], majority_at(drawn, ks, accuracy)
     lengths_PN = drawn.lengths_S.reshape(-1, samples)
-    return {
+    shared = {} if self._sampler.size(split) != self._cfg.problems else {"by_problem": {
+        name: rate_P.tolist() for name, rate_P in rates(drawn, samples, ks, accuracy).items()
+        if name in _METRICS and np.isfinite(rate_P).all()}}
+    return shared | {
         "metrics": {name: metrics[name] for name in _METRICS} | {
             "pass@k": best[-1][1], "cons@k": majority[samples],
             "length_pays": length_pays(accuracy.correct_PN, lengths_PN)},

@@ -67,3 +67,14 @@ def gains(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, 
   """Returns the differences after - before as "NAME_gain", also of the metrics "harder_*"."""
   return {f"{name}_gain": after[name] - before[name] for name in before
           if name.removeprefix("harder_") in _GAINED}
+
+
+def by_problem(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+  """Returns the rates of the problems that all seeds share, and their gains, as "by_problem".
+
+  Nothing if seeds have problems of their own. Both evaluations lose their rates.
+  """
+  first, last = (found.pop("by_problem", {}) for found in (before, after))
+  gained = {f"{name}_gain": np.subtract(last[name], first[name]).tolist()
+            for name in first if name in _GAINED and name in last}
+  return {"by_problem": last | gained} if last else {}

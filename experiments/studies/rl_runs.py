@@ -21,7 +21,7 @@ import model
 from experiments.reports.labels import metric_label
 from experiments.studies import rl_evaluation, rl_metrics, rl_tables
 from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
-from experiments.studies.rl_metrics import gains, metrics_of_rows
+from experiments.studies.rl_metrics import by_problem, gains, metrics_of_rows
 from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
 from model.checks import require, require_positive
 from rl import extraction, loop, rewards
@@ -157,7 +157,7 @@ class RLRuns:
     after = evaluator(result.state.train.variables)
     _print_outcome(task, before["heldout"], after["heldout"])
     spent = cost.total(base) if (base / "cost").is_dir() else None
-    return [{
+    return [by_problem(before, after) | {
         "metrics": after["metrics"] | gains(before["metrics"], after["metrics"])
                    | {f"base_{name}": before["metrics"][name] for name in ("length_pays", "pass@k")}
                    | metrics_of_rows(result.rows),

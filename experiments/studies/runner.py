@@ -409,7 +409,9 @@ class Runner:
     attempted = {arm: [task.seed for task in runs if self._is_compared(task)
                        and (task.arm, task.learning_rate) == (arm, best.get(arm))]
                  for arm in compared}
-    comparisons = [c for c in (compare(c, compared, scores, best, at_end, attempted)
+    problems = {arm: {seed: run.get("by_problem", {}) for seed, run in by_seed.items()}
+                for arm, by_seed in ran.items()}
+    comparisons = [c for c in (compare(c, compared, scores, best, at_end, attempted, problems)
                                for c in self.study.comparisons) if c]
     missing = self.missing()
     if reason := _SMOKE if self.scale_name == "smoke" else _PILOT if self.pilot else None:

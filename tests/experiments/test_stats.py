@@ -126,6 +126,7 @@ def test_several_runs_are_judged_by_their_interval_even_with_single_run():
     (lambda: Claim("threshold", threshold=1.0, margin=0.1), "move `threshold`"),
     (lambda: Claim("sign", single_run=True), "one pair says nothing"),
     (lambda: stats.noise([1.0]), "at least two runs"),
+    (lambda: stats.problem_variance([[1.0, 2.0]]), "at least two seeds and two problems"),
 ])
 def test_misuse_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
@@ -196,6 +197,27 @@ def test_intervals_cover_the_true_difference_95_percent_of_the_time(n):
   studies = (stats.paired(rng.normal(0.3, 1, n), rng.normal(0, 1, n)) for _ in range(4000))
   covered = np.mean([found.low < 0.3 < found.high for found in studies])
   assert covered == pytest.approx(0.95, abs=0.012)  # 3.5 standard errors
+
+
+def test_the_variance_between_problems_equals_a_hand_computed_value():
+  # Means of the problems 2, 4 and 9, of the seeds 4 and 6; residuals +-1, 0 and +-1.
+  values = [[0.0, 3.0, 9.0], [4.0, 5.0, 9.0]]
+  between, interaction = 2 * 13.0, (1 + 0 + 1) * 2 / 2
+  assert stats.problem_variance(values) == pytest.approx((between - interaction) / 6)
+  assert stats.problem_variance([[1.0, 0.0], [0.0, 1.0]]) == 0  # interaction alone
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_intervals_of_seeds_that_share_their_problems_cover_the_difference_on_all_problems(n):
+  rng, problems, crossed, alone = np.random.default_rng(n), 50, [], []
+  for _ in range(3000):
+    values = (0.3 + rng.normal(0, 0.1, (n, 1)) + rng.normal(0, 0.7, (1, problems))
+              + rng.normal(0, 0.5, (n, problems)))
+    for found, by_problem in ((crossed, values), (alone, None)):
+      pair = stats.paired(values.mean(1), 0, by_problem=by_problem)
+      found.append(pair.low < 0.3 < pair.high)
+  assert np.mean(crossed) > 0.94
+  assert np.mean(alone) < 0.9 or n == 3  # with few seeds, t is so large that it covers both
 
 
 @pytest.mark.parametrize("n", [3, 8])

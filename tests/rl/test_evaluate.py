@@ -7,6 +7,7 @@ import pytest
 
 import model
 from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
+from experiments.studies.rl_metrics import by_problem
 from rl import evaluate as evaluation
 from rl.config import RewardConfig
 from rl.evaluate import evaluate, judge
@@ -100,6 +101,20 @@ def test_runs_of_other_seeds_are_asked_other_problems_as_far_as_there_are_some(s
   assert not {*of_seed(0, half)} & {*of_seed(1, half)}
   assert of_seed(0, size) == of_seed(3, size)  # a finite set has no others
   assert of_seed(2, 3) == of_seed(2, 3)
+
+
+def test_rates_of_problems_are_kept_where_all_seeds_have_the_same_ones(sampler):
+  evaluate_on = lambda problems: Evaluator(EvaluationConfig(problems=problems, samples=2), sampler)(
+      small.variables())
+  whole = evaluate_on(sampler.size("heldout"))
+  for name, rate_P in whole["by_problem"].items():
+    assert np.mean(rate_P) == pytest.approx(whole["metrics"][name]), name
+  assert "pass@1" in whole["by_problem"]
+  assert "by_problem" not in evaluate_on(3)
+  before, after = ({"by_problem": {"pass@1": rates}} for rates in ([0.0, 0.5], [0.5, 0.25]))
+  assert by_problem(before, after) == {
+      "by_problem": {"pass@1": [0.5, 0.25], "pass@1_gain": [0.5, -0.25]}}
+  assert before == after == {} == by_problem(before, after)
 
 
 def test_evaluations_are_reproducible_and_use_keys_that_training_never_uses(sampler):

@@ -47,7 +47,9 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
             swept: Mapping[str, float] | None = None,
             rates: Mapping[str, float] | None = None,
             at_end: Collection[str] = (),
-            attempted: Mapping[str, Collection[int]] | None = None) -> dict | None:
+            attempted: Mapping[str, Collection[int]] | None = None,
+            by_problem: Mapping[str, Mapping[int, Mapping[str, list]]] | None = None,
+            ) -> dict | None:
   """Returns the outcome of a comparison over the seeds that both arms have.
 
   Args:
@@ -58,6 +60,8 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
     rates: best learning rate of each arm.
     at_end: the arms whose best learning rate is at an end of their sweep.
     attempted: seeds by arm, those of failed runs included; None for those of `compared`.
+    by_problem: by arm, seed and metric, the value at each of the problems that all seeds share, if
+      they do.
 
   Returns:
     An entry of "comparisons" in results.json, with the reason as "not_judged" if a condition of the
@@ -84,11 +88,15 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
     return None
   values = [compared[arm][seed][comparison.metric] for seed in seeds]
   other = [baseline[seed][comparison.metric] for seed in seeds] if baseline is not None else 0.0
-  pair = paired(values, other, sign=comparison.claim.sign)
+  problems = _by_problem(comparison.metric, [
+      [(by_problem or {}).get(each, {}).get(seed, {}) for seed in seeds]
+      for each in (arm, name) if each])
+  pair = paired(values, other, sign=comparison.claim.sign, by_problem=problems)
   outcome = {"name": comparison.name, "metric": comparison.metric, "arm": arm,
              "baseline": name, "paired": dataclasses.asdict(pair),
              "claim": dataclasses.asdict(comparison.claim), "paper": comparison.paper,
-             "verdict": judge(pair, comparison.claim)}
+             "verdict": judge(pair, comparison.claim),
+             **({} if problems is None else {"shared_problems": problems.shape[1]})}
   tried = set.intersection(*(set((attempted or compared)[each]) for each in (arm, name) if each))
   reason = (_failed(len(tried) - len(seeds), len(tried))
             or _rates_differ(comparison, rates or {}, arm, name)
@@ -96,6 +104,19 @@ def compare(comparison: Comparison, compared: dict[str, dict[int, dict]],
             or _no_noise(comparison, pair)
             or _no_room(comparison, [compared[arm][seed] for seed in seeds]))
   return without_verdict(outcome, reason) if reason else outcome
+
+
+def _by_problem(metric: str, arms: Sequence[Sequence[Mapping[str, list]]]) -> np.ndarray | None:
+  """Returns the differences between arms, [seeds, problems]; None if they are not known for all.
+
+  Args:
+    metric: name of the metric.
+    arms: of the arm, and of its baseline if it has one, the values of each seed by metric.
+  """
+  if len(arms[0]) < 2 or not all(metric in values for arm in arms for values in arm):
+    return None
+  values = [np.array([values[metric] for values in arm]) for arm in arms]
+  return values[0] - values[1] if len(values) > 1 else values[0]
 
 
 def without_verdict(outcome: dict, reason: str) -> dict:

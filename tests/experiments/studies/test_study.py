@@ -118,6 +118,22 @@ def test_without_a_baseline_the_arms_own_values_are_judged():
   assert own(sign=-1, threshold=0.3)["baseline"] is None
 
 
+def test_problems_that_all_seeds_share_widen_the_interval_of_a_metric_that_is_known_for_each():
+  compared = {"new": seeds({0: 0.5, 1: 0.6}, "pass@1"), "plain": seeds({0: 0.2, 1: 0.25}, "pass@1")}
+  at = lambda *rows: {seed: {"pass@1": list(row)} for seed, row in enumerate(rows)}
+  problems = {"new": at((1.0, 0.0), (1.0, 0.2)), "plain": at((0.0, 0.4), (0.0, 0.5))}
+  ask = lambda metric, known: compare(
+      question("new", "plain", metric, Claim("sign", sign=1)), compared, by_problem=known)
+  own, shared = ask("pass@1", {}), ask("pass@1", problems)
+  assert "shared_problems" not in own and shared["shared_problems"] == 2
+  assert shared["paired"]["mean"] == own["paired"]["mean"] == pytest.approx(0.325)
+  differences = [[1.0, -0.4], [1.0, -0.3]]
+  assert shared["paired"]["std"]**2 == pytest.approx(
+      own["paired"]["std"]**2 + 2 * stats.problem_variance(differences))
+  del problems["plain"][1]
+  assert ask("pass@1", problems)["paired"] == own["paired"]
+
+
 def test_groups_matched_by_sweep_are_represented_by_the_arms_that_swept_best():
   compared = {name: seeds({0: value, 1: value + 0.1}) for name, value in {
       "new_1": 1.0, "new_2": 2.0, "old_1": 3.0, "old_2": 4.0}.items()}
