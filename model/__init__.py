@@ -13,7 +13,9 @@ from model.config import (
   YarnScaling,
 )
 from model.decoding.cache import Cache, init_cache
-from model.decoding.generate import Generated, generate, stream
+from model.decoding.generate import Generated, generate
+from model.decoding.speculate import Speculated, speculate
+from model.decoding.streaming import stream
 from model.logprobs import logprob_sum, logprobs_and_entropy, token_logprobs
 from model.numerics import NUMERICS, Numerics
 from model.quantized_weights import quantize_weights

@@ -47,6 +47,7 @@ class Output:
 
   Attributes:
     hidden_BTD: hidden states after the final norm, which the output head reads.
+    mtp_input_BTD: hidden states that the first MTP module reads; None without modules.
     logits_BTV: float32; None if they were not asked for.
     mtp_hidden: for every MTP module k = 1, 2, ..., hidden states [B, T, D] after its final norm.
       Position i depends on tokens up to i + k, and predicts token i + k + 1. The last k positions,
@@ -58,6 +59,7 @@ class Output:
   """
 
   hidden_BTD: jax.Array
+  mtp_input_BTD: jax.Array | None
   logits_BTV: jax.Array | None
   mtp_hidden: tuple[jax.Array, ...]
   mtp_logits: tuple[jax.Array, ...] | None
@@ -164,17 +166,20 @@ class MTPModule(nn.Module):
   @nn.compact
   def __call__(
       self, previous_BTD: jax.Array, embedded_BTD: jax.Array, context: Context,
-  ) -> tuple[jax.Array, jax.Array, RouterStats | None]:
+      cache: Cache | None = None, layer: int = 0,
+  ) -> tuple[jax.Array, jax.Array, RouterStats | None, Cache | None]:
     """Computes this depth's hidden states.
 
     Args:
       previous_BTD: hidden states of the depth before, or of the trunk for the first.
       embedded_BTD: at position i, the embedding of token i + k, k being this depth.
       context: what all layers share.
+      cache: the cache of all modules, or None.
+      layer: index of this module in it.
 
     Returns:
-      The hidden states [B, T, D] before and after the module's final norm, and the statistics of
-      its router; None if its FFN is dense.
+      The hidden states [B, T, D] before and after the module's final norm; the statistics of its
+      router, None if its FFN is dense; and the cache.
     """
     cfg, d_model = self.cfg, self.cfg.d_model
     hidden = RMSNorm(cfg, name="hidden_norm")(previous_BTD)
@@ -182,8 +187,8 @@ class MTPModule(nn.Module):
     pair = (hidden, embedded) if cfg.mtp.concat == "hidden_first" else (embedded, hidden)
     w_proj = weight(self, "w_proj", cfg, (None, "embed"), (2 * d_model, d_model))
     h_BTD = cfg.numerics.linear("btc,cd->btd", jnp.concatenate(pair, axis=-1), w_proj)
-    (h_BTD, _), stats = self.block(name="block")((h_BTD, None), jnp.int32(0), context)
-    return h_BTD, RMSNorm(cfg, name="norm")(h_BTD), stats
+    (h_BTD, cache), stats = self.block(name="block")((h_BTD, cache), jnp.int32(layer), context)
+    return h_BTD, RMSNorm(cfg, name="norm")(h_BTD), stats, cache
 
 
 class Transformer(nn.Module):
@@ -277,12 +282,11 @@ class Transformer(nn.Module):
     x_BTD, cache, router = self._trunk(embedded_BTD, context, cache)
     normed_BTD = self.norm(x_BTD)
 
-    mtp_hidden = ()
+    mtp_hidden, start_BTD = (), self._mtp_input(x_BTD, normed_BTD) if self.mtp else None
     if mtp:
-      start = normed_BTD if self.cfg.mtp.hidden == "post_norm" else x_BTD
-      mtp_hidden = self._mtp(start, embedded_BTD, context, router)
+      mtp_hidden = self._mtp(start_BTD, embedded_BTD, context, router)
     return Output(
-        hidden_BTD=normed_BTD,
+        hidden_BTD=normed_BTD, mtp_input_BTD=start_BTD,
         logits_BTV=self.unembed(normed_BTD) if logits else None,
         mtp_hidden=mtp_hidden,
         mtp_logits=tuple(self.unembed(h) for h in mtp_hidden) if logits else None,
@@ -374,6 +378,32 @@ class Transformer(nn.Module):
       every_stats.append(stats)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *every_stats)
 
+  def draft(
+      self, previous_BTD: jax.Array, tokens_BT: jax.Array, cache: Cache, *, module: int,
+  ) -> tuple[jax.Array, jax.Array, Cache]:
+    """Runs one MTP module on T positions of each row, from the row's length in its cache on.
+
+    Args:
+      previous_BTD: what the module reads of those positions: `Output.mtp_input_BTD`, or what this
+        method returned for the module before.
+      tokens_BT: int32, at position i the token i + `module`.
+      cache: of the modules, one layer for each, `init_cache(..., layers=depth)`.
+      module: k, counted from 1.
+
+    Returns:
+      What the next module reads, and hidden states after the module's final norm, which `unembed`
+      reads to predict token i + k + 1 at position i; both [B, T, D]. The cache has the positions'
+      entries, and unchanged lengths.
+    """
+    context = self._context(tokens_BT, None, None, cache, None)
+    raw_BTD, normed_BTD, _, cache = self.mtp[module - 1](
+        previous_BTD, self.embedding.embed(tokens_BT), context, cache, module - 1)
+    return self._mtp_input(raw_BTD, normed_BTD), normed_BTD, cache
+
+  def _mtp_input(self, raw_BTD, normed_BTD):
+    """Returns the one of a depth's hidden states, before or after its norm, that the next reads."""
+    return normed_BTD if self.cfg.mtp.hidden == "post_norm" else raw_BTD
+
   def _mtp(self, previous_BTD, embedded_BTD, context, router):
     """Runs the MTP modules one after another, and adds their statistics to `router`.
 
@@ -387,9 +417,9 @@ class Transformer(nn.Module):
       if context.segment_ids_BT is not None:
         real_k &= jnp.roll(context.segment_ids_BT, -k, axis=1) == context.segment_ids_BT
       real_k = jnp.broadcast_to(real_k, embedded_BTD.shape[:2])
-      raw_BTD, normed_BTD, stats = module(
+      raw_BTD, normed_BTD, stats, _ = module(
           previous_BTD, ahead_BTD, context.replace(real_BT=real_k, experts_LBTK=None))
-      previous_BTD = normed_BTD if self.cfg.mtp.hidden == "post_norm" else raw_BTD
+      previous_BTD = self._mtp_input(raw_BTD, normed_BTD)
       normed.append(normed_BTD)
       if stats is not None:
         router[f"mtp_{k}"] = stats

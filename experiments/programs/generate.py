@@ -36,6 +36,9 @@ class GenerateConfig:
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
     seed: seed of the sampling.
+    drafts: tokens that the model's MTP modules draft at a time, which are kept where they are what
+      would have been sampled: the text is the same, and takes fewer passes. At most the number of
+      modules, or any number for a model with one; 0 for none.
     tokenizer: path of a tokenizer.json, for folders without one.
   """
 
@@ -48,9 +51,12 @@ class GenerateConfig:
   temperature: float = 0.8
   top_p: float = 0.95
   seed: int = 0
+  drafts: int = 0
   tokenizer: str | None = None
 
   def __post_init__(self):
+    if self.drafts < 0:
+      raise ValueError(f"drafts={self.drafts} must not be negative")
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
     if self.system and not self.chat:
@@ -95,7 +101,7 @@ def main(options: Options) -> None:
     print(cfg.prompt, end="", flush=True)
   write_continuation(start.cfg, start.variables, tokenizer, prompt_T,
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                     top_p=cfg.top_p, seed=cfg.seed, stop=cfg.stop,
+                     top_p=cfg.top_p, seed=cfg.seed, stop=cfg.stop, drafts=cfg.drafts,
                      stop_tokens=_stop_tokens(cfg, form, tokenizer))
   print()
 
@@ -124,7 +130,7 @@ def _stop_tokens(cfg: GenerateConfig, form: PromptFormat, tokenizer: Tokenizer) 
 def write_continuation(
     cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer, prompt: str | np.ndarray, *,
     max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0,
-    stop_tokens: Sequence[int] = (), stop: Sequence[str] = ()) -> str:
+    stop_tokens: Sequence[int] = (), stop: Sequence[str] = (), drafts: int = 0) -> str:
   """Prints a continuation of a prompt as it is sampled, and returns it.
 
   Args:
@@ -140,16 +146,18 @@ def write_continuation(
     stop_tokens: ids of the tokens that end the text; empty for the end-of-document token. They are
       not a part of the text.
     stop: strings before which the text ends.
+    drafts: tokens that MTP modules draft at a time; see `model.speculate`.
   """
   prompt_T = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
   if not len(prompt_T):
     prompt_T = np.array([tokenizer.eos], np.int32)
   stop_tokens = tuple(stop_tokens) or (tokenizer.eos,)
-  network = model.Transformer(dataclasses.replace(cfg, mtp=None))
+  network = model.Transformer(cfg if drafts else dataclasses.replace(cfg, mtp=None))
   decoder, text, shown = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", 0
   for token in model.stream(
       network, variables, jnp.asarray(prompt_T), max_new_tokens=max_new_tokens,
-      key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=stop_tokens):
+      key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=stop_tokens,
+      drafts=drafts):
     if token in stop_tokens:
       break
     # The bytes of a character may be divided between tokens: the decoder waits for the last one.

@@ -68,7 +68,8 @@ class Cache:
     return self.replace(lengths_B=jnp.asarray(lengths_B, jnp.int32))
 
 
-def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None) -> Cache:
+def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None,
+               layers: int | None = None) -> Cache:
   """Returns an empty cache for `batch` rows of up to `num_slots` tokens.
 
   Args:
@@ -78,6 +79,7 @@ def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None) -> Cach
       an error, so it should be at least the length of the prompt plus the number of tokens to be
       generated.
     dtype: format of the entries; None for the compute format.
+    layers: L; None for those of the trunk, without MTP modules.
 
   Raises:
     ValueError: if `batch` or `num_slots` is below 1.
@@ -91,6 +93,7 @@ def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None) -> Cach
   else:
     heads = (attention.num_kv_heads, attention.head_dim)
     widths = {"keys": heads, "values": heads}
-  entries = {name: jnp.zeros((cfg.num_layers, batch, num_slots, *width), dtype)
+  layers = cfg.num_layers if layers is None else layers
+  entries = {name: jnp.zeros((layers, batch, num_slots, *width), dtype)
              for name, width in widths.items()}
   return Cache(lengths_B=jnp.zeros(batch, jnp.int32), entries=entries)

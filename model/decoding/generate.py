@@ -4,12 +4,11 @@ Shape letters:  B rows  T prompt tokens  N new tokens  V vocabulary  K stop toke
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from model.compiling import jit
 from model.decoding import checks
@@ -213,60 +212,3 @@ def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, 
   stops_BN = is_stop(tokens_BN)
   lengths_B = jnp.where(stops_BN.any(1), stops_BN.argmax(1) + 1, max_new_tokens)
   return Generated(tokens_BN, lengths_B.astype(jnp.int32), logprobs_BN)
-
-
-def stream(
-    model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
-    key: jax.Array | None = None, temperature: float = 1.0, top_p: float = 1.0,
-    stop_token: int | Sequence[int] | None = None) -> Iterator[int]:
-  """Returns an iterator over the tokens that `generate` samples for one prompt.
-
-  Each comes as soon as it is known; a stop token is the last.
-
-  Args:
-    model: the network; its MTP modules are not used.
-    variables: its variables.
-    prompt_T: int32, token ids of the prompt, without padding.
-    max_new_tokens, key, temperature, top_p, stop_token: as in `generate`.
-
-  Raises:
-    ValueError: for what `generate` raises it.
-  """
-  greedy = checks.check_sampling(temperature, top_p, max_new_tokens, key)
-  prompt_T = prompt_T if isinstance(prompt_T, jax.Array) else np.asarray(prompt_T)
-  if prompt_T.ndim != 1 or not prompt_T.size:
-    raise ValueError(f"the prompt should have the shape [T >= 1], and has {prompt_T.shape}")
-  prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompt_T[None], [prompt_T.size])
-  checks.warn_past_context(model.cfg, lengths_B, prompt_T.size, max_new_tokens)
-  stops = frozenset(checks.as_stop_tokens(stop_token).tolist())
-  key = jax.random.key(0) if key is None else key
-  return _stream(model, variables, prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p,
-                 stops, greedy)
-
-
-def _stream(model, variables, prompts_BT, lengths_B, max_new_tokens, key, temperature, top_p, stops,
-            greedy):
-  row_key = jax.random.fold_in(key, 0)
-  cache = init_cache(model.cfg, 1, prompts_BT.shape[1] + max_new_tokens)
-  logits_BV, cache = _prefill(model, variables, prompts_BT, lengths_B, cache)
-  for step in range(max_new_tokens):
-    keys_B = jax.random.fold_in(row_key, step)[None]
-    chosen_B, logits_BV, cache = _advance(
-        model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy)
-    token = int(chosen_B[0])
-    yield token
-    if token in stops:
-      return
-
-
-@functools.partial(jit, static_argnames="model", donate_argnames="cache")
-def _prefill(model, variables, prompts_BT, lengths_B, cache):
-  logits_BV, output = prefill(model, variables, prompts_BT, lengths_B, cache)
-  return logits_BV, output.cache
-
-
-@functools.partial(jit, static_argnames=("model", "greedy"), donate_argnames="cache")
-def _advance(model, variables, logits_BV, cache, keys_B, temperature, top_p, greedy):
-  chosen_B, _ = sample_token(logits_BV, keys_B, temperature, top_p, greedy)
-  logits_BV, cache = decode_step(model, variables, chosen_B, cache)
-  return chosen_B, logits_BV, cache
