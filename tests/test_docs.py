@@ -200,7 +200,7 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
 
 TUTORIAL = re.findall(r"^```bash\n(.*?)^```$", PAGES["docs/tutorial.md"], re.M | re.S)
 SMALLER = {"--scale=cpu": "--scale=smoke", "train.steps=200": "train.steps=10",
-           "train.steps=60": "train.steps=4", "train.steps=100": "train.steps=4",
+           "train.steps=40": "train.steps=4", "train.steps=100": "train.steps=4",
            "problems=20": "problems=4", "--out=runs/rl": "--out=runs/rl --set rl.loop.steps=2",
            "--seeds=4": "--seeds=2", "--seeds=3": "--seeds=2"}
 
