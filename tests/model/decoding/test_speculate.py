@@ -153,6 +153,24 @@ def test_drafts_are_what_the_modules_predict_from_the_verified_text(cfg, drafts)
     rows, new = step(rows)
 
 
+def test_a_folder_in_the_released_layout_of_v3_drafts_with_its_mtp_layer(tmp_path):
+  v3 = model.get_config("deepseek_v3")
+  parts = ("vocab_size", "d_model", "num_layers", "ffn_dim", "num_dense_layers")
+  small = dataclasses.replace(
+      v3, **{part: getattr(V3, part) for part in parts}, numerics=V3.numerics,
+      attention=V3.attention, moe=dataclasses.replace(
+          v3.moe, num_experts=8, experts_per_token=2, expert_dim=8, num_groups=4,
+          groups_per_token=2))
+  model.hf.save(tmp_path / "v3", small, tiny.variables(small))
+  cfg, variables = model.hf.load(tmp_path / "v3")
+  assert cfg.mtp == model.MTPConfig(depth=1, concat="embedding_first")
+  how = {"max_new_tokens": NEW, "temperature": 0}
+  found = model.speculate(model.Transformer(cfg), variables, prompts(cfg), LENGTHS, drafts=1, **how)
+  assert_same(found.generated, model.generate(
+      model.Transformer(dataclasses.replace(cfg, mtp=None)), variables, prompts(cfg), LENGTHS,
+      **how))
+
+
 def test_stop_tokens_and_the_most_new_tokens_end_rows_within_a_pass():
   variables = counting(ONE)
   ask = lambda new, **how: model.speculate(
