@@ -83,9 +83,17 @@ def _unexpected(argument: str) -> str:
 
 def _list(name: str | None) -> None:
   """Prints all experiments, or the one of that name."""
-  if name is None and _SCALE.value:
-    raise ValueError("--list with --scale says what is still to train of a study: name it with "
-                     "--experiment")
+  study = name is not None and catalogue.find(name).kind == "studies"
+  asked = [flag for flag, value in (("scale", _SCALE.value), ("seeds", _SEEDS.value),
+                                    ("arms", _ARMS.value), ("set", _SET.value)) if value]
+  if asked and not (study and _SCALE.value):
+    raise ValueError(f"--list with --{asked[0]} says what is still to train of a study: name it "
+                     "with --experiment, and its --scale")
+  if asked:
+    from experiments.studies import runner
+    _start_again_tuned_for_cpus()  # as its runs do: what is stored depends on XLA's flags
+    print(f"{name}, {runner.left(catalogue.find(name).load().STUDY, _options())}")
+    return
   known = [catalogue.find(name)] if name else catalogue.experiments().values()
   width = max(len(entry.name) for entry in known)
   for kind in dict.fromkeys(entry.kind for entry in known):
@@ -99,10 +107,6 @@ def _list(name: str | None) -> None:
 
 def _list_study(entry: catalogue.Experiment, width: int) -> None:
   study = entry.load().STUDY
-  if _SCALE.value:
-    from experiments.studies import runner
-    print(f"  {'':{width}}  {runner.left(study, _options())}")
-    return
   print(f"  {'':{width}}  source: {study.source}")
   for scale in study.scales:
     print(f"  {'':{width}}  --scale={scale}: {study.cost(scale)}")

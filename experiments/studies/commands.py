@@ -39,7 +39,7 @@ def confirming_command(study: Study, scale_name: str, options: Options, result: 
   """Returns a command that trains the arms of contradicted claims on seeds that are not used yet.
 
   A claim that is contradicted is a surprise, and several claims that share a baseline err together.
-  None if no claim is contradicted.
+  None if no claim is contradicted, or if there are not enough seeds below those of pilots.
 
   Args:
     study: the study.
@@ -53,8 +53,10 @@ def confirming_command(study: Study, scale_name: str, options: Options, result: 
   arms = {arm for c in surprises for arm in (c["arm"], c["baseline"])} - {None}
   first = 1 + max(run["seed"] for run in result["runs"] if run["seed"] < PILOT_SEED)
   fresh = range(first, first + max(c["paired"]["n"] for c in surprises))
+  if fresh.stop > PILOT_SEED:
+    return None
   command = reproducing_command(study, scale_name, options, dict.fromkeys(arms, fresh))
-  return f"{command} --out={shlex.quote(f'runs/{study.name}-{scale_name}-fresh')}"
+  return f"{command} --out={shlex.quote(f'runs/{study.name}-{scale_name}-from-seed{first}')}"
 
 
 def _flags(study: Study, scale_name: str, arms: list[str], span: tuple[int, int]) -> list[str]:

@@ -2,9 +2,8 @@
 
 A base is pretrained when the first run needs it. Unless the study keeps its own bases, it is stored
 in the user's cache folder, where all arms, studies and later commands that start from the same base
-find it: after a change to the code that makes bases, delete `bases` there. While another process
-makes a base or evaluates it, a command waits for the result. Runs train one at a time, each in a
-folder of its own.
+find it, if they have the same code, versions and hardware. While another process makes a base or
+evaluates it, a command waits for the result. Runs train one at a time, each in a folder of its own.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import model
 from experiments.reports.labels import metric_label
-from experiments.studies import rl_evaluation, rl_metrics, rl_tables
+from experiments.studies import rl_evaluation, rl_metrics, rl_tables, store
 from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import by_problem, gains, metrics_of_rows
 from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
@@ -199,7 +198,8 @@ class RLRuns:
     if cfg.bases_in == "out":
       shared = self._base_of(self._scale, base.seed) == base
       return self._folder / f"base{'' if shared else f'-{task.arm}'}-seed{base.seed}"
-    identity = to_dict(dataclasses.replace(base, run=_without_cache(cfg).base, seed=0))
+    identity = {**to_dict(dataclasses.replace(base, run=_without_cache(cfg).base, seed=0)),
+                "code": store.code_hash(self.packages), **store.environment()}
     return cfg.base.data.cache_folder / "bases" / f"{_digest(identity)}-seed{base.seed}"
 
   def _start(self, task: Task, max_seconds: float | None) -> LoadedModel | None:

@@ -147,9 +147,10 @@ class Runner:
     self.deadline = (time.monotonic() + 60 * options.max_minutes if options.max_minutes else None)
     self.parts = Parts(self.out.path / "parts")
     self.part = f"{time.time_ns()}-{os.getpid()}"
-    # Smoke runs check that everything runs, and the folders of kept runs are needed.
-    self.store = (RunStore(self.runs, vmapped=self.scale.vmapped_runs > 1)
-                  if options.reuse_runs and scale_name != "smoke" and not study.keep_runs else None)
+    # Smoke runs check that everything runs, the folders of kept runs are needed, and a run that
+    # trains in a batch is rounded otherwise.
+    self.store = (RunStore(self.runs) if options.reuse_runs and scale_name != "smoke"
+                  and not study.keep_runs and self.scale.vmapped_runs == 1 else None)
     self.own_runs: list[dict] = []
     self._measuring = rules.syntax_hash(study.kind.measuring)
 
@@ -219,8 +220,9 @@ class Runner:
       done |= found
     count = len(self.missing(done))
     minutes = count / self.scale.vmapped_runs * self.scale.minutes
-    return (f"--scale={self.scale_name}: {count} runs to train, about {minutes:.3g} "
-            f"device-minutes on {self.scale.hardware}; {len(done)} are finished")
+    minutes += self.scale.shared_minutes * (count > 0)
+    return (f"--scale={self.scale_name}: {count} run{'s' * (count != 1)} to train, about "
+            f"{minutes:.3g} device-minutes on {self.scale.hardware}; {len(done)} finished")
 
   def _sweep(self, runs: Mapping[Task, dict]) -> list[Task]:
     """Returns the runs that choose learning rates, as far as finished runs tell which these are."""
@@ -350,9 +352,10 @@ class Runner:
     for task, result in zip(tasks, found, strict=True):
       self.own_runs.append(
           {**dataclasses.asdict(task), "status": status, "cost": per_run, **result})
-      if self.store:
-        self.store.keep(task, where | {"runs": self.own_runs[-1:]})
     self.parts.write(self.part, where | {"runs": self.own_runs})
+    if self.store:
+      (task,) = tasks
+      self.store.keep(task, where | {"runs": self.own_runs[-1:]})
     if not self.study.keep_runs:
       shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
     return True

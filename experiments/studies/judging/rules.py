@@ -4,6 +4,7 @@ A hash changes with what code does, but not with comments, docstrings, layout or
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import pathlib
@@ -33,10 +34,13 @@ def files_hash(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> str:
   """
   digest = hashlib.sha256()
   for path in paths:
-    content = (_dump(ast.parse(path.read_bytes())).encode() if path.suffix == ".py" else
-               path.read_bytes() if path.suffix == ".json" else None)
-    if content is not None:
-      digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + content + b"\0")
+    if path.suffix not in (".py", ".json") or path.name.startswith("."):
+      continue
+    content = path.read_bytes()
+    if path.suffix == ".py":
+      with contextlib.suppress(SyntaxError):  # such a file cannot be imported
+        content = _dump(ast.parse(content)).encode()
+    digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + content + b"\0")
   return digest.hexdigest()[:16]
 
 

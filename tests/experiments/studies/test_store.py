@@ -110,10 +110,10 @@ def test_only_runs_that_are_equal_in_everything_are_taken(tmp_path, monkeypatch,
   elif change == "the text":
     text(tmp_path).write_text("In the end")
   elif change == "the code":
-    monkeypatch.setattr(run_store, "_code_hash", lambda packages: "another")
+    monkeypatch.setattr(run_store, "code_hash", lambda packages: "another")
   elif change == "the flags":
-    environment = run_store._environment() | {"xla_flags": "--xla_gpu_deterministic_ops=true"}
-    monkeypatch.setattr(run_store, "_environment", lambda: environment)
+    environment = run_store.environment() | {"xla_flags": "--xla_gpu_deterministic_ops=true"}
+    monkeypatch.setattr(run_store, "environment", lambda: environment)
   elif change == "what measures":
     monkeypatch.setattr(Quick, "measuring", (rules,))
   else:
@@ -122,24 +122,48 @@ def test_only_runs_that_are_equal_in_everything_are_taken(tmp_path, monkeypatch,
   assert (other.store.find(task) if other.store else None) is None
 
 
-def test_a_run_that_failed_is_not_tried_again(tmp_path, trained):
+def test_a_run_that_failed_is_tried_again(tmp_path, trained):
   study = a_study(tmp_path, arms=("plain", "failing"))
   execute(study, "tiny", options(tmp_path / "a"))
   del trained[:]
-  found = execute(study, "tiny", options(tmp_path / "b"))
-  assert trained == []
-  assert {run["status"] for run in found["runs"] if run["arm"] == "failing"} == {
-      "failed: not finite"}
+  execute(study, "tiny", options(tmp_path / "b"))
+  assert {name.partition("-")[0] for name in trained} == {"prepared", "failing"}
 
 
-def test_a_damaged_file_of_the_store_is_replaced(tmp_path, trained):
+def without_runs(text):
+  return json.dumps(json.loads(text) | {"runs": []})
+
+
+def with_a_metric_as_text(text):
+  part = json.loads(text)
+  part["runs"][0]["metrics"]["validation_loss"] = "low"
+  return json.dumps(part)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:50], without_runs, with_a_metric_as_text])
+def test_a_damaged_file_of_the_store_is_replaced(tmp_path, trained, damage):
   execute(a_study(tmp_path), "tiny", options(tmp_path / "a"))
   for path in (tmp_path / "runs").glob("*.json"):
-    path.write_text(path.read_text()[:50])
+    path.write_text(damage(path.read_text()))
   del trained[:]
   execute(a_study(tmp_path), "tiny", options(tmp_path / "b"))
   assert len(trained) == 13
   assert all(json.loads(path.read_text())["runs"] for path in (tmp_path / "runs").glob("*.json"))
+
+
+def test_a_store_that_cannot_be_written_or_read_is_done_without(tmp_path, trained, capsys):
+  (tmp_path / "runs").write_text("a file where the store's folder should be")
+  found = execute(a_study(tmp_path), "tiny", options(tmp_path / "a"))
+  assert len(found["runs"]) == 12 and len(trained) == 13
+  assert capsys.readouterr().err.count("cannot be written to") == 1
+
+
+def test_runs_that_train_in_batches_are_not_stored(tmp_path):
+  study = a_study(tmp_path)
+  scale = dataclasses.replace(study.scales["tiny"], vmapped_runs=2)
+  assert Runner(dataclasses.replace(study, scales={"tiny": scale}), "tiny",
+                options(tmp_path / "a")).store is None
 
 
 def test_runs_with_a_tokenizer_from_a_file_and_runs_that_keep_their_folder_are_not_stored(
@@ -159,16 +183,17 @@ def test_what_is_still_to_train_is_listed_without_training_or_leaving_a_folder(t
   say = lambda study, folder: studies_runner.left(
       study, options(tmp_path / folder, scale="tiny"))
   assert say(a_study(tmp_path), "a").startswith(
-      "--scale=tiny: 12 runs to train, about 36 device-minutes on one H200; 0 are finished")
+      "--scale=tiny: 12 runs to train, about 36 device-minutes on one H200; 0 finished")
   assert not (tmp_path / "a").exists()
   execute(a_study(tmp_path), "tiny", options(tmp_path / "b"))
   del trained[:]
   assert say(a_study(tmp_path, seeds=3), "c").startswith(
-      "--scale=tiny: 3 runs to train, about 9 device-minutes on one H200; 12 are finished")
+      "--scale=tiny: 3 runs to train, about 9 device-minutes on one H200; 12 finished")
   assert trained == []
 
 
 def test_the_code_is_hashed_without_its_comments(tmp_path):
   path = tmp_path / "a.py"
   digest = lambda text: path.write_text(text) and rules.files_hash(tmp_path, [path])
+  assert digest("x = ") != digest("x = 1")
   assert digest("x = 1  # one\n") == digest('"""Says so."""\nx = (1)\n') != digest("x = 2\n")

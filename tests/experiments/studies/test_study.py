@@ -320,7 +320,7 @@ def test_the_parts_of_several_invocations_are_merged_and_judged(tmp_path, capsys
   assert "2 of 19" in text and "failed: not finite" in text
   assert "0.013" in text and "0, deterministic" in text
   again = ("python -m experiments.run --experiment=invented --scale=tiny --arms=plain,new "
-           "--seeds=5:8 --out=runs/invented-tiny-fresh")
+           "--seeds=5:8 --out=runs/invented-tiny-from-seed5")
   assert judged["confirmed_by"] == again and again in text
   assert "on 3 seeds, minimum detectable effect 0.031; paper: no value; A/A: 0.013" in (
       capsys.readouterr().out)
