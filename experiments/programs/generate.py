@@ -35,6 +35,9 @@ class GenerateConfig:
       chat template writes after an answer, or else the tokenizer's end-of-document token.
     temperature: sampling temperature; 0 for greedy decoding.
     top_p: probability mass of nucleus sampling, in (0, 1].
+    top_k: number of most likely tokens of which one is sampled; 0 for all.
+    min_p: smallest probability of a token that may be sampled, relative to that of the most likely
+      one, in [0, 1].
     seed: seed of the sampling.
     drafts: tokens that the model's MTP modules draft at a time, which are kept where they are what
       would have been sampled: the text is the same, and takes fewer passes. At most the number of
@@ -50,13 +53,18 @@ class GenerateConfig:
   max_new_tokens: int = 200
   temperature: float = 0.8
   top_p: float = 0.95
+  top_k: int = 0
+  min_p: float = 0.0
   seed: int = 0
   drafts: int = 0
   tokenizer: str | None = None
 
   def __post_init__(self):
-    if self.drafts < 0:
-      raise ValueError(f"drafts={self.drafts} must not be negative")
+    for name in ("drafts", "top_k"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+    if not 0 <= self.min_p <= 1:
+      raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
     if self.system and not self.chat:
@@ -101,7 +109,8 @@ def main(options: Options) -> None:
     print(cfg.prompt, end="", flush=True)
   write_continuation(start.cfg, start.variables, tokenizer, prompt_T,
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                     top_p=cfg.top_p, seed=cfg.seed, stop=cfg.stop, drafts=cfg.drafts,
+                     top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p, seed=cfg.seed,
+                     stop=cfg.stop, drafts=cfg.drafts,
                      stop_tokens=_stop_tokens(cfg, form, tokenizer))
   print()
 
@@ -130,7 +139,8 @@ def _stop_tokens(cfg: GenerateConfig, form: PromptFormat, tokenizer: Tokenizer) 
 def write_continuation(
     cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer, prompt: str | np.ndarray, *,
     max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0,
-    stop_tokens: Sequence[int] = (), stop: Sequence[str] = (), drafts: int = 0) -> str:
+    stop_tokens: Sequence[int] = (), stop: Sequence[str] = (), drafts: int = 0, top_k: int = 0,
+    min_p: float = 0.0) -> str:
   """Prints a continuation of a prompt as it is sampled, and returns it.
 
   Args:
@@ -147,6 +157,7 @@ def write_continuation(
       not a part of the text.
     stop: strings before which the text ends.
     drafts: tokens that MTP modules draft at a time; see `model.speculate`.
+    top_k, min_p: see `model.generate`.
   """
   prompt_T = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
   if not len(prompt_T):
@@ -157,7 +168,7 @@ def write_continuation(
   for token in model.stream(
       network, variables, jnp.asarray(prompt_T), max_new_tokens=max_new_tokens,
       key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=stop_tokens,
-      drafts=drafts):
+      drafts=drafts, top_k=top_k, min_p=min_p):
     if token in stop_tokens:
       break
     # The bytes of a character may be divided between tokens: the decoder waits for the last one.

@@ -87,8 +87,14 @@ def check_room(cache: Cache, lengths_B: jax.Array) -> None:
 
 
 def check_sampling(
-    temperature: Any, top_p: Any, max_new_tokens: int, key: jax.Array | None) -> bool:
+    temperature: Any, limits: Any, max_new_tokens: int, key: jax.Array | None) -> bool:
   """Checks how tokens are to be sampled.
+
+  Args:
+    temperature: divides the logits.
+    limits: the `generate.Limits` of what may be sampled.
+    max_new_tokens: largest number of new tokens.
+    key: the random key, if any.
 
   Returns:
     Whether the most likely token is taken, because the temperature is known to be 0.
@@ -98,13 +104,15 @@ def check_sampling(
   """
   if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
     raise ValueError(f"max_new_tokens={max_new_tokens!r} should be an integer >= 1")
-  for name, value, valid, expected in (
-      ("temperature", temperature, lambda x: 0 <= x < math.inf, "a number >= 0"),
-      ("top_p", top_p, lambda x: 0 < x <= 1, "a number with 0 < top_p <= 1")):
+  for name, value, kinds, valid, expected in (
+      ("temperature", temperature, "iuf", lambda x: 0 <= x < math.inf, "a number >= 0"),
+      ("top_p", limits.top_p, "iuf", lambda x: 0 < x <= 1, "a number with 0 < top_p <= 1"),
+      ("top_k", limits.top_k, "iu", lambda x: 0 <= x < 2**31, "an integer >= 0"),
+      ("min_p", limits.min_p, "iuf", lambda x: 0 <= x <= 1, "a number with 0 <= min_p <= 1")):
     values = known(value)
     if values is None:
       continue
-    if values.ndim or values.dtype.kind not in "iuf" or not valid(values.item()):
+    if values.ndim or values.dtype.kind not in kinds or not valid(values.item()):
       raise ValueError(f"{name}={value!r} should be {expected}")
   value = known(temperature)
   greedy = value is not None and value.item() == 0

@@ -20,6 +20,14 @@ from model.transformer import Output, Transformer
 _SMALLEST = 1e-20
 
 
+class Limits(NamedTuple):
+  """Which tokens may be sampled, besides the most likely one; see `sampling_logits`."""
+
+  top_p: jax.Array | float = 1.0
+  top_k: jax.Array | int = 0
+  min_p: jax.Array | float = 0.0
+
+
 class Generated(NamedTuple):
   """Sampled continuations.
 
@@ -80,17 +88,21 @@ def decode_step(
 
 
 def sampling_logits(
-    logits_BV: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
-  """Divides logits by the temperature, and sets those outside the nucleus to -inf.
+    logits_BV: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float,
+    top_k: jax.Array | int = 0, min_p: jax.Array | float = 0.0) -> jax.Array:
+  """Divides logits by the temperature, and sets those of tokens that may not be sampled to -inf.
 
   The nucleus is the smallest set of most likely tokens whose probabilities reach `top_p` in total.
+  The most likely token, or all that tie for it, may always be sampled; tokens that tie for the last
+  place of the nucleus or of the `top_k` may all be.
 
   Args:
     logits_BV: logits of the next token.
     temperature: divides the logits; above 0. Below 1e-20 it counts as 1e-20, which leaves a
       probability only to the most likely token.
-    top_p: probability of the nucleus, in (0, 1]. The most likely token, or all that tie for it, are
-      in the nucleus however small it is.
+    top_p: probability of the nucleus, in (0, 1].
+    top_k: number of most likely tokens; 0 for all.
+    min_p: smallest probability relative to that of the most likely token, in [0, 1].
 
   Returns:
     float32 [B, V].
@@ -99,7 +111,10 @@ def sampling_logits(
   sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
   mass_before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
   inside_BV = mass_before_BV < jnp.maximum(top_p, _SMALLEST)
+  vocabulary = logits_BV.shape[-1]
+  inside_BV &= jnp.arange(vocabulary) < jnp.where(jnp.equal(top_k, 0), vocabulary, top_k)
   threshold_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+  threshold_B1 = jnp.maximum(threshold_B1, sorted_BV[:, :1] + jnp.log(jnp.float32(min_p)))
   return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
@@ -109,8 +124,8 @@ def _tempered(logits_BV, temperature):
 
 def sample_token(
     logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float,
-    top_p: jax.Array | float, greedy: bool | jax.Array,
-    nucleus: bool = True) -> tuple[jax.Array, jax.Array]:
+    top_p: jax.Array | float, greedy: bool | jax.Array, nucleus: bool = True,
+    top_k: jax.Array | int = 0, min_p: jax.Array | float = 0.0) -> tuple[jax.Array, jax.Array]:
   """Samples the next token of every row, or takes the most likely one.
 
   Args:
@@ -119,7 +134,8 @@ def sample_token(
     temperature: as in `sampling_logits`; ignored if `greedy`.
     top_p: as in `sampling_logits`; ignored if `greedy` or unless `nucleus`.
     greedy: take the most likely token. A traced value serves both cases with one program.
-    nucleus: sample from the nucleus only, which costs a sort; see `sampling_logits`.
+    nucleus: sample only what `top_p`, `top_k` and `min_p` allow, which costs a sort.
+    top_k, min_p: as `top_p`.
 
   Returns:
     The tokens, int32 [B], and their log-probabilities under the distribution from which they were
@@ -129,7 +145,7 @@ def sample_token(
   likeliest_B = logits_BV.argmax(-1).astype(jnp.int32)
   if either or not greedy:
     temperature = jnp.where(greedy, 1.0, temperature) if either else temperature
-    logits_BV = (sampling_logits(logits_BV, temperature, top_p) if nucleus
+    logits_BV = (sampling_logits(logits_BV, temperature, top_p, top_k, min_p) if nucleus
                  else _tempered(logits_BV, temperature))
     tokens_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
     tokens_B = jnp.where(greedy, likeliest_B, tokens_B) if either else tokens_B
@@ -139,10 +155,19 @@ def sample_token(
   return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
 
 
+def sample_limited(
+    logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float, limits: Limits,
+    greedy: bool) -> tuple[jax.Array, jax.Array]:
+  """Does what `sample_token` does, within limits."""
+  return sample_token(logits_BV, keys_B, temperature, limits.top_p, greedy, top_k=limits.top_k,
+                      min_p=limits.min_p)
+
+
 def generate(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
     max_new_tokens: int, key: jax.Array | None = None, temperature: float = 1.0,
-    top_p: float = 1.0, stop_token: int | Sequence[int] | None = None) -> Generated:
+    top_p: float = 1.0, stop_token: int | Sequence[int] | None = None, top_k: int = 0,
+    min_p: float = 0.0) -> Generated:
   """Samples continuations of right-padded prompts.
 
   The random key of a row at a step is `fold_in(fold_in(key, row), step)`, so that samples depend
@@ -161,6 +186,8 @@ def generate(
     top_p: probability of the nucleus from which tokens are sampled, in (0, 1]; see
       `sampling_logits`.
     stop_token: id of the token that ends a row, or ids of several; None for none.
+    top_k: number of most likely tokens of which one is sampled; 0 for all.
+    min_p: smallest probability, relative to that of the most likely token, in [0, 1].
 
   Returns:
     The new tokens, their number in each row, and their log-probabilities.
@@ -168,17 +195,18 @@ def generate(
   Raises:
     ValueError: if an argument is out of range, shapes do not fit, or the key is missing.
   """
-  greedy = checks.check_sampling(temperature, top_p, max_new_tokens, key)
+  limits = Limits(top_p, top_k, min_p)
+  greedy = checks.check_sampling(temperature, limits, max_new_tokens, key)
   prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
   stops_K = checks.as_stop_tokens(stop_token)
   checks.warn_past_context(model.cfg, lengths_B, prompts_BT.shape[1], max_new_tokens)
   key = jax.random.key(0) if key is None else key
-  return _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
+  return _generate(model, variables, prompts_BT, lengths_B, key, temperature, limits, stops_K,
                    int(max_new_tokens), greedy)
 
 
 @functools.partial(jit, static_argnames=("model", "max_new_tokens", "greedy"))
-def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
+def _generate(model, variables, prompts_BT, lengths_B, key, temperature, limits, stops_K,
               max_new_tokens, greedy):
   batch, num_tokens = prompts_BT.shape
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -195,7 +223,7 @@ def _generate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, 
   def advance(state):
     step, logits_BV, last_B, cache, tokens_BN, logprobs_BN, done_B = state
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    chosen_B, logprob_B = sample_token(logits_BV, keys, temperature, top_p, greedy)
+    chosen_B, logprob_B = sample_limited(logits_BV, keys, temperature, limits, greedy)
     chosen_B = jnp.where(done_B, last_B, chosen_B)
     tokens_BN = tokens_BN.at[:, step].set(chosen_B)
     logprobs_BN = logprobs_BN.at[:, step].set(jnp.where(done_B, 0.0, logprob_B))

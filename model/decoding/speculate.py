@@ -28,7 +28,7 @@ from model.checks import require
 from model.compiling import jit
 from model.decoding import checks
 from model.decoding.cache import Cache, init_cache
-from model.decoding.generate import Generated, prefill, sample_token
+from model.decoding.generate import Generated, Limits, prefill, sample_limited
 from model.transformer import Transformer
 
 
@@ -87,14 +87,15 @@ _Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 def speculate(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
     max_new_tokens: int, drafts: int, key: jax.Array | None = None, temperature: float = 1.0,
-    top_p: float = 1.0, stop_token: int | Sequence[int] | None = None) -> Speculated:
+    top_p: float = 1.0, stop_token: int | Sequence[int] | None = None, top_k: int = 0,
+    min_p: float = 0.0) -> Speculated:
   """Samples what `generate` does, with drafts by the model's MTP modules.
 
   Args:
     model: the network, with MTP modules.
     variables: its variables.
     prompts_BT, lengths_B: as in `generate`; a prompt has at least `drafts` tokens.
-    max_new_tokens, key, temperature, top_p, stop_token: as in `generate`.
+    max_new_tokens, key, temperature, top_p, stop_token, top_k, min_p: as in `generate`.
     drafts: D, tokens that are drafted at a time: at most as many as the model has modules, or any
       number if it has one, which is then applied to its own output again.
 
@@ -102,13 +103,14 @@ def speculate(
     ValueError: for what `generate` raises it, without MTP modules, for another number of drafts, or
       if a prompt is too short for it.
   """
-  greedy = checks.check_sampling(temperature, top_p, max_new_tokens, key)
+  limits = Limits(top_p, top_k, min_p)
+  greedy = checks.check_sampling(temperature, limits, max_new_tokens, key)
   prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
   check_drafts(model, drafts, lengths_B)
   stops_K = checks.as_stop_tokens(stop_token)
   checks.warn_past_context(model.cfg, lengths_B, prompts_BT.shape[1], max_new_tokens)
   key = jax.random.key(0) if key is None else key
-  return _speculate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
+  return _speculate(model, variables, prompts_BT, lengths_B, key, temperature, limits, stops_K,
                     int(max_new_tokens), int(drafts), greedy)
 
 
@@ -125,9 +127,9 @@ def check_drafts(model: Transformer, drafts: int, lengths_B: Any) -> None:
 
 
 @functools.partial(jit, static_argnames=("model", "max_new_tokens", "drafts", "greedy"))
-def _speculate(model, variables, prompts_BT, lengths_B, key, temperature, top_p, stops_K,
+def _speculate(model, variables, prompts_BT, lengths_B, key, temperature, limits, stops_K,
                max_new_tokens, drafts, greedy):
-  choose = chooser(key, len(lengths_B), temperature, top_p, greedy)
+  choose = chooser(key, len(lengths_B), temperature, limits, greedy)
   rows, new = begin(model, variables, prompts_BT, lengths_B, max_new_tokens, drafts, choose,
                     stops_K)
   shape = (len(lengths_B), max_new_tokens)
@@ -153,14 +155,15 @@ def _speculate(model, variables, prompts_BT, lengths_B, key, temperature, top_p,
       Generated(tokens_BN, rows.position_B, logprobs_BN), rows.passes_B, rows.accepted_BD)
 
 
-def chooser(key: jax.Array, batch: int, temperature, top_p, greedy: bool) -> _Choose:
+def chooser(key: jax.Array, batch: int, temperature: jax.Array | float, limits: Limits,
+            greedy: bool) -> _Choose:
   """Returns a function that chooses tokens with the keys of `generate`."""
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
 
   def choose(logits, index):
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    chosen = sample_token(flat(logits), flat(fold(keys_B, index)), temperature, top_p, greedy)
+    chosen = sample_limited(flat(logits), flat(fold(keys_B, index)), temperature, limits, greedy)
     return tuple(x.reshape(index.shape) for x in chosen)
 
   return choose

@@ -121,6 +121,36 @@ def test_a_tiny_temperature_or_nucleus_leaves_the_most_likely_token(kwargs):
   np.testing.assert_array_equal(sampled.tokens_BN, greedy.tokens_BN)
 
 
+def test_only_the_most_likely_tokens_and_those_not_far_below_them_are_sampled():
+  probabilities = np.array([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
+  logits = jnp.log(probabilities)
+  kept = lambda **how: jnp.isfinite(sampling_logits(
+      logits, **({"temperature": 1.0, "top_p": 1.0} | how))).tolist()
+  every = [True] * 4
+  assert kept(top_k=2) == [[True, True, False, False], every]  # all that tie for the last place
+  assert kept(top_k=0) == kept(top_k=9) == kept(min_p=0.0) == [every, every]
+  assert kept(min_p=0.6) == [[True, True, False, False], every]
+  assert kept(min_p=1.0) == kept(top_k=1) == [[True, False, False, False], every]
+  assert kept(top_k=3, min_p=0.6, top_p=0.35) == [[True, False, False, False], [True] * 4]
+  assert kept(min_p=0.6, temperature=2.0) == [[True, True, True, False], every]
+
+
+def test_streams_and_drafts_sample_within_the_same_limits():
+  cfg = dataclasses.replace(tiny.PLAIN_MLA, num_layers=1, mtp=model.MTPConfig(depth=1))
+  net, v = model.Transformer(cfg), tiny.variables(cfg)
+  how = {"max_new_tokens": 6, "key": jax.random.key(2), "temperature": 3.0, "top_k": 3,
+         "min_p": 0.1}
+  want = model.generate(net, v, prompts()[:1, :5], LENGTHS[:1], **how)
+  drafted = model.speculate(net, v, prompts()[:1, :5], LENGTHS[:1], drafts=1, **how)
+  np.testing.assert_array_equal(drafted.generated.tokens_BN, want.tokens_BN)
+  for drafts in (0, 1):
+    assert list(model.stream(net, v, prompts()[0, :5], drafts=drafts, **how)) == (
+        want.tokens_BN[0].tolist())
+  free = model.generate(net, v, prompts()[:1, :5], LENGTHS[:1],
+                        **how | {"top_k": 0, "min_p": 0.0})
+  assert (free.tokens_BN != want.tokens_BN).any()
+
+
 def test_a_vanishing_temperature_without_a_nucleus_leaves_the_most_likely_token():
   tokens, logprobs = sample_token(jnp.array([[1.0, 3.0, 2.9]]), jax.random.key(0)[None],
                                   1e-38, 1.0, greedy=False, nucleus=False)
@@ -136,6 +166,10 @@ def test_a_vanishing_temperature_without_a_nucleus_leaves_the_most_likely_token(
     ({"top_p": 0.0}, "0 < top_p <= 1"),
     ({"top_p": 1.1}, "top_p=1.1"),
     ({"top_p": float("nan")}, "top_p=nan"),
+    ({"top_k": -1}, "top_k=-1 should be an integer >= 0"),
+    ({"top_k": 1.5}, "top_k=1.5"),
+    ({"min_p": 1.5}, "0 <= min_p <= 1"),
+    ({"min_p": float("nan")}, "min_p=nan"),
     ({"max_new_tokens": 0}, "max_new_tokens=0 should be an integer >= 1"),
     ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
     ({"key": None}, "needs a key"),

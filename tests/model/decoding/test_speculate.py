@@ -12,6 +12,7 @@ import tiny
 import model
 from model.decoding import speculate as module
 from model.decoding.checks import as_stop_tokens
+from model.decoding.generate import Limits
 
 V3 = dataclasses.replace(tiny.V3, num_layers=2)
 ONE = dataclasses.replace(
@@ -131,7 +132,7 @@ def test_drafts_after_one_that_is_wrong_are_not_counted():
 def test_drafts_are_what_the_modules_predict_from_the_verified_text(cfg, drafts):
   """The modules' cache holds nothing that a rejected draft has left there."""
   net, variables = model.Transformer(cfg), tiny.variables(cfg)
-  choose = module.chooser(jax.random.key(0), 3, 1.0, 1.0, True)
+  choose = module.chooser(jax.random.key(0), 3, 1.0, Limits(), True)
   stops, tokens = as_stop_tokens(None), jnp.asarray(prompts(cfg))
   rows, new = jax.jit(lambda tokens: module.begin(
       net, variables, tokens, jnp.asarray(LENGTHS), NEW, drafts, choose, stops))(tokens)
