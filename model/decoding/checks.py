@@ -83,7 +83,7 @@ def check_room(cache: Cache, lengths_B: jax.Array) -> None:
   for row, (have, more) in enumerate(zip(used.tolist(), new.tolist(), strict=True)):
     if have + more > cache.num_slots:
       raise ValueError(f"row {row}: the cache holds {have} tokens, and its {cache.num_slots} slots "
-                       f"have no room for a prompt of {more}: make a cache of more slots")
+                       f"have no room for {more} more: make a cache of more slots")
 
 
 def check_sampling(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.compiling import jit
 from model.decoding import checks
@@ -82,7 +83,12 @@ def decode_step(
 
   Returns:
     float32 logits [B, V] of the token after it, and the cache.
+
+  Raises:
+    ValueError: if a row of the cache is full, where its length is known, that is outside of
+      `jax.jit`.
   """
+  checks.check_room(cache, np.ones(len(cache.lengths_B), np.int32))
   output = model.apply(variables, tokens_B[:, None], cache=cache)
   return output.logits_BTV[:, 0], output.cache
 

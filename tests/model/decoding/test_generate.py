@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import model
-from model.decoding.generate import prefill, sample_token, sampling_logits
+from model.decoding.generate import decode_step, prefill, sample_token, sampling_logits
 
 CFG = tiny.MQA  # compiles quickly; test_cache.py tests the caches of all attentions
 TRANSFORMER = model.Transformer(CFG)
@@ -295,3 +295,11 @@ def test_text_past_the_models_context_is_announced(recwarn):
     model.generate(short, v, prompts(), LENGTHS, max_new_tokens=3, **kwargs)
   with pytest.warns(UserWarning, match="7 tokens and 4 new"):
     model.stream(short, v, prompts()[0], max_new_tokens=4, **kwargs)
+
+
+def test_a_token_for_a_full_row_is_refused():
+  v, cache = tiny.variables(CFG), model.init_cache(CFG, 2, 4)
+  full = cache.with_lengths(jnp.array([2, 4]))
+  with pytest.raises(ValueError, match="row 1: the cache holds 4 tokens, and its 4 slots have no "
+                                       "room for 1 more"):
+    decode_step(TRANSFORMER, v, jnp.array([1, 2]), full)
