@@ -3,7 +3,7 @@
 Shape letters:  P problems  N samples of each
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,9 +130,14 @@ def judge(drawn: Samples, samples: int, ks: Sequence[int] = (),
     accuracy: verdicts of `drawn`, if they are known already.
   """
   accuracy = accuracy or verdicts(drawn, samples)
+  return figures(drawn, samples, rates(drawn, samples, ks, accuracy), accuracy)
+
+
+def figures(drawn: Samples, samples: int, of_problems: Mapping[str, np.ndarray],
+            accuracy: Verdicts) -> dict[str, Any]:
+  """Returns what `judge` does, from the rates of the problems that `rates` returned."""
   questions = [problem.question for problem in drawn.problems[::samples]]
-  return {name: list(estimate(rate_P, questions))
-          for name, rate_P in rates(drawn, samples, ks, accuracy).items()} | {
+  return {name: list(estimate(rate_P, questions)) for name, rate_P in of_problems.items()} | {
       "unjudged": int((~accuracy.judged_PN).sum()), "problems": len(questions),
       "questions": len(set(questions)), "samples": samples}
 

@@ -120,6 +120,16 @@ def short_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
       name: provenance[name] for name in kept if provenance.get(name) is not None}
 
 
+def of_numerics(result: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns the scale of a result, such as "gpu-bfloat16-deterministic", and its numerics in words.
+  """
+  numerics = result["numerics"]
+  scale = f"{backend(result)}-{numerics}"
+  if "deterministic_ops=true" not in (result.get("xla_flags") or ""):
+    return scale, numerics
+  return f"{scale}-deterministic", f"{numerics}, deterministic operations"
+
+
 def backend(provenance: Mapping[str, Any]) -> str:
   """Returns "cpu", "gpu" or "tpu" by the device's name: the scale of benchmarks without scales."""
   device = str(provenance["device"]).lower()

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.studies.rl_metrics import length_pays, powers_of_two
 from model.checks import require, require_positive
 from rl import reflection
-from rl.evaluate import draw, judge, majority_at, rates, verdicts
+from rl.evaluate import draw, figures, majority_at, rates, verdicts
 from rl.sampler import Sampler, Samples
 
 _HARDER = ("pass@1", "cons@k", "pass@k")
@@ -98,12 +98,13 @@ class Evaluator:
     drawn = draw(self._sampler, variables, split=split, problems=self._cfg.problems,
                  samples=samples, temperature=temperature, first=self._first)
     accuracy = verdicts(drawn, samples)
-    found = judge(drawn, samples, ks, accuracy)
+    of_problems = rates(drawn, samples, ks, accuracy)
+    found = figures(drawn, samples, of_problems, accuracy)
     metrics = {name: value[0] for name, value in found.items() if isinstance(value, list)}
     best, majority = [[k, metrics[f"pass@{k}"]] for k in ks], majority_at(drawn, ks, accuracy)
     lengths_PN = drawn.lengths_S.reshape(-1, samples)
     shared = {} if self._sampler.size(split) != self._cfg.problems else {"by_problem": {
-        name: rate_P.tolist() for name, rate_P in rates(drawn, samples, ks, accuracy).items()
+        name: rate_P.tolist() for name, rate_P in of_problems.items()
         if name in _METRICS and np.isfinite(rate_P).all()}}
     return shared | {
         "metrics": {name: metrics[name] for name in _METRICS} | {

@@ -204,10 +204,15 @@ class Runner:
     return sweep or [task for task in self._compared(best) if task not in done
                      and (self._swept_as(task.arm) in best or not self.scale.learning_rates)]
 
+  def _trained_before(self, done: Mapping[Task, dict]) -> dict[Task, dict]:
+    """Returns parts with those of the next runs that this or another study has trained before."""
+    if not self.store:
+      return {}
+    return {task: part for task in self._next(done) if (part := self.store.find(task))}
+
   def _record_stored(self) -> None:
-    """Records those of the next runs that were trained before, by this or by another study."""
-    while self.store and (found := {task: part for task in self._next(self.finished())
-                                    if (part := self.store.find(task))}):
+    """Records the next runs, and those after them, as far as they were trained before."""
+    while found := self._trained_before(self.finished()):
       for task, part in found.items():
         print(f"{self.study.name}: {task.name}, trained before", file=sys.stderr, flush=True)
         self.parts.write(f"{time.time_ns()}-{os.getpid()}", part)
@@ -215,9 +220,8 @@ class Runner:
   def left(self) -> str:
     """Returns in words what is still to train: neither recorded here nor trained before."""
     done = self.finished()
-    while self.store and (found := {task: part["runs"][0] for task in self._next(done)
-                                    if (part := self.store.find(task))}):
-      done |= found
+    while found := self._trained_before(done):
+      done |= {task: part["runs"][0] for task, part in found.items()}
     count = len(self.missing(done))
     minutes = count / self.scale.vmapped_runs * self.scale.minutes
     minutes += self.scale.shared_minutes * (count > 0)

@@ -134,12 +134,15 @@ class RunStore:
 
   def _identity(self, task: Task) -> dict[str, Any] | None:
     found = self._runs.identifies(task)
-    if found is None:
-      return None
+    return None if found is None else {"run": found, **self._shared}
+
+  @functools.cached_property
+  def _shared(self) -> dict[str, Any]:
+    """What determines all runs of the study alike: code, versions, settings and hardware."""
     kind = type(self._runs)
     modules = {sys.modules[each.__module__] for each in kind.__mro__ if each is not object}
     measuring = [*kind.measuring, *sorted(modules, key=lambda module: module.__name__), runs_module]
-    return {"kind": kind.__qualname__, "run": found, "code": code_hash(tuple(kind.packages)),
+    return {"kind": kind.__qualname__, "code": code_hash(tuple(kind.packages)),
             "measured_by": rules.syntax_hash(measuring), **environment()}
 
 

@@ -190,14 +190,14 @@ def begin(
   at = lambda x, index: jnp.take_along_axis(
       x, jnp.minimum(index, num_tokens - 1).reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
   next_BW = at(prompts_BT, position_BW + 1).at[:, drafts - 1].set(token_B1[:, 0])
+  one_B = jnp.ones(batch, jnp.int32)
   rows = _Rows(
-      output.cache, cache, jnp.zeros((batch, drafts + 1), jnp.int32), jnp.zeros(0), jnp.zeros(0),
-      jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32),
-      jnp.zeros((batch, drafts), jnp.int32))
-  rows = _draft(model, variables, rows, at(output.mtp_input_BTD, position_BW), next_BW,
-                lengths_B - drafts, jnp.ones(batch, jnp.int32), choose)
-  done_B = (token_B1 == stops_K).any(1) | (max_new_tokens == 1)
-  return rows.replace(done_B=done_B), _New(token_B1, logprob_B1, jnp.ones(batch, jnp.int32))
+      cache=output.cache, position_B=one_B,
+      done_B=(token_B1 == stops_K).any(1) | (max_new_tokens == 1),
+      passes_B=jnp.zeros(batch, jnp.int32), accepted_BD=jnp.zeros((batch, drafts), jnp.int32),
+      **_draft(model, variables, cache, at(output.mtp_input_BTD, position_BW), next_BW,
+               lengths_B - drafts, one_B, one_B, choose))
+  return rows, _New(token_B1, logprob_B1, one_B)
 
 
 def step(model: Transformer, variables: dict, rows: _Rows, max_new_tokens: int, choose: _Choose,
@@ -224,31 +224,34 @@ def step(model: Transformer, variables: dict, rows: _Rows, max_new_tokens: int, 
       accepted_BD=rows.accepted_BD + accepted_BD * active_B[:, None])
   window_BWC = jnp.concatenate([rows.old_BOC, output.mtp_input_BTD], axis=1)
   next_BW = jnp.concatenate([rows.next_BO, token_BP], axis=1)
-  rows = _draft(model, variables, rows, window_BWC, next_BW, length_B - (drafts - 1), verified_B,
-                choose)
+  rows = rows.replace(**_draft(
+      model, variables, rows.drafts, window_BWC, next_BW, length_B - (drafts - 1), verified_B,
+      rows.position_B, choose))
   return rows, _New(token_BP, logprob_BP, count_B)
 
 
-def _draft(model, variables, rows, window_BWC, next_BW, start_B, verified_B, choose):
+def _draft(model, variables, cache, window_BWC, next_BW, start_B, verified_B, position_B, choose):
   """Runs the modules on a window, and drafts the tokens after its last verified position.
 
   Args:
     model, variables, choose: as in `step`.
-    rows: the rows, whose `position_B` counts the last token.
+    cache: the modules' cache.
     window_BWC: what the first module reads of the window's positions.
     next_BW: int32, the token after each of them; undefined after the last verified one.
     start_B: int32, the first position of the window.
     verified_B: int32, how many of the last D + 1 positions are verified; 0 for rows that have
       ended, whose drafts have no meaning.
+    position_B: int32, the number of new tokens, with the one after the last verified position.
 
   Returns:
-    The rows with the drafts and the next window's old positions.
+    The fields of `_Rows` that change: the modules' cache, the drafts after the last token, and the
+    next window's old positions.
   """
   modules, drafts = model.cfg.mtp.depth, window_BWC.shape[1] // 2
   row_B, width = jnp.arange(len(start_B)), 2 * drafts
   last_B = drafts - 2 + jnp.maximum(verified_B, 1)  # the last verified position in the window
   tokens = jnp.pad(next_BW, ((0, 0), (0, drafts)))  # and the drafts after it, as they are made
-  cache, previous, pending = rows.drafts, window_BWC, [next_BW[row_B, last_B]]
+  previous, pending = window_BWC, [next_BW[row_B, last_B]]
   for k in range(1, drafts + 1):
     if k <= modules:
       previous, normed, cache = model.apply(
@@ -261,11 +264,10 @@ def _draft(model, variables, rows, window_BWC, next_BW, start_B, verified_B, cho
           cache.with_lengths(start_B + last_B + k - 1), module=modules, method="draft")
       normed_BC, read_BC = normed[:, 0], previous[:, 0]
     logits_B1V = model.apply(variables, normed_BC[:, None], method="unembed")
-    draft_B1, _ = choose(logits_B1V, (rows.position_B + k - 1)[:, None])
+    draft_B1, _ = choose(logits_B1V, (position_B + k - 1)[:, None])
     pending.append(draft_B1[:, 0])
     tokens = tokens.at[row_B, last_B + k].set(draft_B1[:, 0])
   old_BO = last_B[:, None] - jnp.arange(drafts - 2, -1, -1)
-  return rows.replace(
-      drafts=cache, pending_BP=jnp.stack(pending, axis=1),
-      old_BOC=jnp.take_along_axis(window_BWC, old_BO[..., None], axis=1),
-      next_BO=jnp.take_along_axis(next_BW, old_BO, axis=1))
+  return {"drafts": cache, "pending_BP": jnp.stack(pending, axis=1),
+          "old_BOC": jnp.take_along_axis(window_BWC, old_BO[..., None], axis=1),
+          "next_BO": jnp.take_along_axis(next_BW, old_BO, axis=1)}

@@ -117,14 +117,13 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
   # The times of the other widths were exceeded where many rounds heat the chip. But large results
   # of a small K took up to 1.4 times as long with 128 columns as expected, and not with 192.
   short = k <= 1024 and n > MULTIPROCESSORS * BLOCK
-  expected = {Tiling(block_n=width, depth=1 if width > BLOCK else 2):
-              (1.0 if width == BLOCK else 0.92 if short else 1.04)
+  tiling = lambda width, cluster_m=1, cluster=1: Tiling(
+      block_n=width, depth=1 if width > BLOCK else 2, cluster_m=cluster_m, cluster=cluster)
+  expected = {tiling(width): (1.0 if width == BLOCK else 0.92 if short else 1.04)
               * _microseconds(width, (1, 1), m, n, k) for width in _MICROSECONDS}
   if m <= _CLUSTERED_ROWS:
-    for width in (BLOCK, 192):
-      expected |= {Tiling(block_n=width, depth=1 if width > BLOCK else 2, cluster_m=cluster_m,
-                          cluster=cluster): _microseconds(width, (cluster_m, cluster), m, n, k)
-                   for cluster_m, cluster in _CLUSTERS[width]}
+    expected |= {tiling(width, *clusters): _microseconds(width, clusters, m, n, k)
+                 for width, worthwhile in _CLUSTERS.items() for clusters in worthwhile}
   if BLOCK < m <= 256:
     expected[Tiling(block_m=256, depth=1)] = _tall_microseconds(n, k)
   best = min(expected, key=expected.get)

@@ -19,25 +19,17 @@ import model
 from experiments import settings
 from experiments.options import Options, writes_results
 from experiments.reports import results
-from experiments.reports.summary import backend, bench_summary, claim
+from experiments.reports.summary import bench_summary, claim, of_numerics
 from experiments.stats import paired
+from experiments.studies.v3.load_balancing import REAL_DOMAINS, gpu_model
 from model.checks import require
-from train.config import BalanceConfig, DataConfig, RunConfig, Source, TrainConfig
+from train.config import BalanceConfig, DataConfig, RunConfig, TrainConfig
 from train.data import Data, load
 from train.loop import train
 from train.run_folder import RunFolder
 from train.stages import check_fits, fit_vocabulary
 
-_SOURCES = (Source("builtin:bible"), Source("builtin:python"), Source("builtin:arithmetic"))
 _WAYS = {"the same again": False, "one rounding away": True}  # and whether the start is nudged
-
-
-def _gpu_model() -> model.ModelConfig:
-  """Returns a model of 26 M parameters, 7 M active, with 64 experts per MoE layer."""
-  small = model.get_config("small")
-  return dataclasses.replace(
-      small, d_model=256, num_layers=4, ffn_dim=768, mtp=None, numerics=model.NUMERICS["bf16"],
-      moe=dataclasses.replace(small.moe, num_groups=1, groups_per_token=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +52,14 @@ _BIAS = BalanceConfig(bias_rate=0.01, bias_fraction=1.0, sequence_weight=0.0)
 SCALES = {
     "cpu": RepeatConfig(
         model=dataclasses.replace(model.get_config("nano"), num_layers=3, mtp=None), balance=_BIAS,
-        data=DataConfig(seq_len=128, bpe_vocab_size=1024, heldout_bytes=50_000, sources=_SOURCES),
+        data=DataConfig(seq_len=128, bpe_vocab_size=1024, heldout_bytes=50_000,
+                        sources=REAL_DOMAINS),
         train=TrainConfig(steps=60, batch_size=8, checkpoint_every=0), seeds=2),
     # 8 M tokens a run: seven seconds on an H200.
     "gpu": RepeatConfig(
-        model=_gpu_model(), balance=_BIAS,
-        data=DataConfig(seq_len=512, bpe_vocab_size=8192, heldout_bytes=200_000, sources=_SOURCES),
+        model=gpu_model(), balance=_BIAS,
+        data=DataConfig(seq_len=512, bpe_vocab_size=8192, heldout_bytes=200_000,
+                        sources=REAL_DOMAINS),
         train=TrainConfig(steps=250, batch_size=64, checkpoint_every=0)),
 }
 
@@ -124,10 +118,7 @@ def _since(step: int | None) -> str:
 
 def summary(result: dict) -> dict:
   """Returns the summary of a result, as read from results.json."""
-  seeds, numerics = result["seeds"], result["numerics"]
-  scale, flags = f"{backend(result)}-{numerics}", result.get("xla_flags") or ""
-  if "deterministic_ops=true" in flags:
-    numerics, scale = f"{numerics}, deterministic operations", f"{scale}-deterministic"
+  seeds, (scale, numerics) = result["seeds"], of_numerics(result)
   claims, rows = [], []
   for way in _WAYS:
     found = [seed["ways"][way] for seed in seeds]

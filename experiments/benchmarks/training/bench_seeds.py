@@ -11,7 +11,7 @@ from experiments.benchmarks.timing import alternate, median_interval
 from experiments.benchmarks.training.contenders import random_rows
 from experiments.options import Options, writes_results
 from experiments.reports import results
-from experiments.reports.summary import backend, bench_summary, claim, target
+from experiments.reports.summary import bench_summary, claim, of_numerics, target
 from model import ModelConfig, get_config
 from model.checks import require
 from train.config import DataConfig, RunConfig, TrainConfig
@@ -91,9 +91,7 @@ def summary(result: dict) -> dict:
   (one, single), (many, vmapped) = result["seconds_per_step"].items()
   ratio = median_interval(np.asarray(vmapped) / np.asarray(single))
   tokens, rounds = result["batch"] * result["seq_len"], f"{len(single)} rounds"
-  numerics, scale = result["numerics"], f"{backend(result)}-{result['numerics']}"
-  if "deterministic_ops=true" in (result.get("xla_flags") or ""):
-    numerics, scale = f"{numerics}, deterministic operations", f"{scale}-deterministic"
+  scale, numerics = of_numerics(result)
   return bench_summary(
       "bench_seeds", scale,
       f"A training step of several seeds as a vmapped batch, against a step of one seed: "

@@ -25,7 +25,7 @@ def _nano(experts: int) -> model.ModelConfig:
           nano.moe, num_experts=experts, num_groups=1, groups_per_token=1))
 
 
-def _gpu_model() -> model.ModelConfig:
+def gpu_model() -> model.ModelConfig:
   """Returns a model of 26 M parameters, 7 M active, with 64 experts per MoE layer."""
   small = model.get_config("small")
   return dataclasses.replace(
@@ -76,7 +76,7 @@ _COMPARISONS = (
                "batch-wise balancing is more flexible (V3 section 4.5.3)"),
 )
 
-_REAL_DOMAINS = (Source("builtin:bible"), Source("builtin:python"), Source("builtin:arithmetic"))
+REAL_DOMAINS = (Source("builtin:bible"), Source("builtin:python"), Source("builtin:arithmetic"))
 
 STUDY = Study(
     name="load_balancing",
@@ -90,7 +90,7 @@ STUDY = Study(
             RunConfig(
                 model=_nano(8), balance=_OFF,
                 data=DataConfig(tokenizer="bytes", seq_len=64, heldout_bytes=10_000,
-                                sources=_REAL_DOMAINS),
+                                sources=REAL_DOMAINS),
                 train=TrainConfig(steps=6, batch_size=4, checkpoint_every=0)),
             learning_rates=(1e-3, 3e-3, 1e-2), seeds=2, minutes=0.1,
             hardware="2 CPU cores"),
@@ -99,16 +99,16 @@ STUDY = Study(
             RunConfig(
                 model=_nano(16), balance=_OFF,
                 data=DataConfig(seq_len=128, bpe_vocab_size=1024, heldout_bytes=100_000,
-                                sources=_REAL_DOMAINS),
+                                sources=REAL_DOMAINS),
                 train=TrainConfig(steps=200, batch_size=16, checkpoint_every=100)),
             learning_rates=(2e-3, 5e-3, 1.2e-2), seeds=4, minutes=1.6,
             hardware="2 CPU cores"),
         # 64 experts; 8 M tokens per run. All arms share one compiled program.
         "gpu": Scale(
             RunConfig(
-                model=_gpu_model(), balance=_OFF,
+                model=gpu_model(), balance=_OFF,
                 data=DataConfig(seq_len=512, bpe_vocab_size=8192, heldout_bytes=200_000,
-                                sources=_REAL_DOMAINS),
+                                sources=REAL_DOMAINS),
                 train=TrainConfig(steps=250, batch_size=64, checkpoint_every=0)),
             learning_rates=(1e-3, 2e-3, 4e-3), seeds=4, minutes=0.11,
             hardware="one H200"),
