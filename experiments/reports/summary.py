@@ -115,7 +115,8 @@ def short_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
   command = plain_command(provenance["command"])
   flags = provenance.get("xla_flags")
   if isinstance(flags, str) and not flags.startswith(_AUTOMATIC_FLAGS):
-    command = f"XLA_FLAGS={shlex.quote(flags)} {command}"
+    prefix = f"XLA_FLAGS={shlex.quote(flags)} "
+    command = prefix + command.removeprefix(prefix)  # a committed command has it already
   return {"command": command} | {
       name: provenance[name] for name in kept if provenance.get(name) is not None}
 
