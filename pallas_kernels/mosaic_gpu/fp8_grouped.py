@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat, implementations
 from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling, schedule
 from pallas_kernels.mosaic_gpu.fp8_kernel import Refs, Sums, Tile
-from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
+from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling, num_programs
 from pallas_kernels.mosaic_gpu.hopper import (
     ROWS,
     as_plain_rows,
@@ -55,7 +55,7 @@ def run(
       fp8_tiling.grouped_tiling(dtype, n), "fp8_grouped_matmul", dtype, groups, k, n)
   num_columns = pl.cdiv(n, tiling.block_n * tiling.cluster)
 
-  programs = fp8_kernel.num_programs(
+  programs = num_programs(
       tiling, schedule.most_tiles(rows, groups, tiling.block_m) * num_columns)
 
   def body(fields_TF, count_1, refs: Refs):

@@ -32,10 +32,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling, clusters_at_once
+from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
 from pallas_kernels.mosaic_gpu.hopper import (
     COPY_LENGTH,
-    MULTIPROCESSORS,
     ROWS,
     WARPGROUPS,
     as_rows,
@@ -87,6 +86,7 @@ class Refs(NamedTuple):
   Attributes:
     lhs_MK, rhs_NK, lhs_scales, rhs_scales, out: operands and result in global memory. Scales are
       [k, rows] if each row has its own (1x128), or [rows / 128, k] if 128 rows share one (128x128).
+    parts: further result of the kernel in global memory, or None.
     lhs_smem, rhs_smem, lhs_scale_smem, rhs_scale_smem: the ring in shared memory; the first axis is
       the stage. There is none for 128x128 scales: a tile needs one or two of those for 128 of K,
       and a TMA copy moves no less than 16 bytes, so they are read from global memory.
@@ -101,6 +101,7 @@ class Refs(NamedTuple):
   lhs_scales: jax.Ref
   rhs_scales: jax.Ref
   out: jax.Ref
+  parts: jax.Ref | None
   lhs_smem: jax.Ref
   rhs_smem: jax.Ref
   lhs_scale_smem: jax.Ref | None
@@ -135,7 +136,7 @@ def launch(
     name: str, body: Callable[..., None], operands: tuple[jax.Array, ...], *,
     out: jax.ShapeDtypeStruct, tiling: Tiling, programs: int, interpret: object,
     vectors: tuple[bool, bool], any_row: bool = False,
-    before: tuple[jax.Array, ...] = ()) -> jax.Array:
+    before: tuple[jax.Array, ...] = (), parts: jax.ShapeDtypeStruct | None = None) -> jax.Array:
   """Launches a kernel as persistent blocks, at most one for each multiprocessor.
 
   Args:
@@ -144,14 +145,16 @@ def launch(
     operands: lhs, rhs and their scales; see `Refs`.
     out: shape and dtype of the result.
     tiling: how the result is cut.
-    programs: number of clusters; see `num_programs`.
+    programs: number of clusters; see `fp8_tiling.num_programs`.
     interpret: see `run`.
     vectors: whether lhs and rhs have a scale for each row.
     any_row: whether tiles begin at any row of lhs, rather than at multiples of 4.
     before: further arrays that the kernel reads, passed ahead of `operands`.
+    parts: shape and dtype of a further result, which is returned after the first.
   """
   def kernel(*refs, **shared):
-    body(*refs[:-5], Refs(*refs[-5:], **shared, interpreted=interpret is not None))
+    more, own = refs[:len(before)], refs[len(before):]
+    body(*more, Refs(*own[:5], *own[5:] or (None,), **shared, interpreted=interpret is not None))
 
   # A launch of grid * cluster blocks of 3 * 128 CUDA threads. The grid counts clusters, so
   # lax.axis_index("sm") is the same in all blocks of a cluster, and CLUSTER names a block's place
@@ -159,24 +162,12 @@ def launch(
   # With lane semantics Pallas lowers a wgmma to inline PTX at once, which `wgmma_overwrite` edits.
   # With the default, warpgroup semantics, there would be no PTX yet: a later pass emits it.
   return plgpu.kernel(
-      kernel, out_type=out, grid=(programs,), grid_names=("sm",),
+      kernel, out_type=(out, parts) if parts else out, grid=(programs,), grid_names=("sm",),
       cluster=(tiling.cluster_m, tiling.cluster), cluster_names=CLUSTER, num_threads=WARPGROUPS + 1,
       thread_name="wg", scratch_types=_shared(out.dtype, tiling, vectors, any_row),
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
       interpret=interpret, kernel_name=name)(*before, *operands)
-
-
-def num_programs(tiling: Tiling, most_tiles: int) -> int:
-  """Returns the number of clusters: as many as run at a time, but no more than there are tiles.
-
-  Args:
-    tiling: how the result is cut.
-    most_tiles: upper bound on the number of tiles, or of groups of tiles that a cluster computes at
-      a time.
-  """
-  size = tiling.cluster_m * tiling.cluster
-  return min(MULTIPROCESSORS // size, clusters_at_once(size), most_tiles)
 
 
 def _shared(dtype, tiling, vectors, any_row) -> dict[str, object]:

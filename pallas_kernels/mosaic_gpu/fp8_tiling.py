@@ -46,6 +46,8 @@ class Tiling:
       multicast to them. Grouped products have clusters along N only.
     shared: whether several multiprocessors may sum parts of a tile, for results of few tiles. Each
       then has the same number of blocks of 128 of K, and the parts are added afterwards.
+    share_last: whether several multiprocessors sum parts of the tiles that are left after as many
+      whole rounds of tiles as there are. The parts are added afterwards, too.
     swapped: whether the transpose of the result is computed, rhs @ lhs.T, for an lhs of few rows:
       the instruction's 64 rows are then those of rhs, and its columns the few rows of lhs.
   """
@@ -58,6 +60,7 @@ class Tiling:
   cluster: int = 1
   cluster_m: int = 1
   shared: bool = False
+  share_last: bool = False
   swapped: bool = False
 
   def __post_init__(self):
@@ -67,6 +70,9 @@ class Tiling:
       raise ValueError(f"the kernel does not support {self}; see Tiling for what it supports")
     if self.swapped and not self.shared:
       raise ValueError(f"{self} swaps operands, so tiles must be shared")
+    if self.share_last and (self.shared or self.cluster * self.cluster_m > 1):
+      raise ValueError(f"{self} shares the last round, so it must not share all tiles, nor have "
+                       "clusters")
     if self.cluster * self.cluster_m > 8:
       raise ValueError(f"{self} has clusters of more than 8 blocks, the most that CUDA promises")
     if (self.waves + self.depth) * self.block_n > 384:
@@ -126,6 +132,10 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
                  for width, worthwhile in _CLUSTERS.items() for clusters in worthwhile}
   if BLOCK < m <= 256:
     expected[Tiling(block_m=256, depth=1)] = _tall_microseconds(n, k)
+  shared_last = {dataclasses.replace(tiling(width), share_last=True):
+                 _shared_last_microseconds(width, m, n, k) for width in (BLOCK, 192)}
+  if min(shared_last.values()) < 0.97 * min(expected.values()):
+    expected = shared_last
   best = min(expected, key=expected.get)
   if BLOCK < m <= 160 and _swapped_microseconds(m, n, k) < expected[best]:
     return _fill(Tiling(block_n=160, depth=1, shared=True, swapped=True), jnp.float32)
@@ -167,6 +177,7 @@ def gradient_tiling(dtype: jnp.dtype, groups: int, k: int, n: int) -> Tiling:
 
 
 _FEW_ROWS = 64
+MOST_PARTS = 6  # of a tile of the last round; each is written and read again
 # By the columns of a tile of 128 rows: microseconds before the first round of tiles on all
 # multiprocessors, for each round, and for each block of 128 of K in a round. Fitted to 60 shapes of
 # 65 to 16384 rows.
@@ -174,7 +185,7 @@ _MICROSECONDS = {32: (2.3, 0.1, 0.257), 64: (2.5, 0.1, 0.325), 96: (3.5, 0.3, 0.
                  128: (3.0, 0.45, 0.42), 192: (2.5, 0.55, 0.63)}
 # For at most 64 rows, by the columns of a tile: microseconds before the first round, and for each
 # block of 128 of K in a round. The latter is a tile's own time or, if more, the time that memory
-# needs, which is the third number for each tile of the round. Fitted to 62 shapes, as was
+# needs, which is the third number for each tile of the round. Fitted to 78 shapes, as was
 # `_swapped_microseconds`.
 _DIRECT_MICROSECONDS = {32: (2.2, 0.195, 0.0043), 64: (1.6, 0.27, 0.0055),
                         128: (3.0, 0.32, 0.0058)}
@@ -191,6 +202,33 @@ def clusters_at_once(size: int) -> int:
   clusters of four leave some idle: 30 were seen to run, and not 32.
   """
   return MULTIPROCESSORS // size if size <= 2 else 120 // size
+
+
+def num_programs(tiling: Tiling, most_tiles: int) -> int:
+  """Returns the number of clusters: as many as run at a time, but no more than there are tiles.
+
+  Args:
+    tiling: how the result is cut.
+    most_tiles: upper bound on the number of tiles, or of groups of tiles that a cluster computes at
+      a time.
+  """
+  size = tiling.cluster_m * tiling.cluster
+  return min(MULTIPROCESSORS // size, clusters_at_once(size), most_tiles)
+
+
+def first_of_last_round(grid: tuple[int, int], programs: int) -> tuple[int, int]:
+  """Returns the place of the first tile of those that fill no whole round.
+
+  They are whole rows or whole columns of tiles, so that they are one block of the result.
+
+  Args:
+    grid: number of tiles along M and N.
+    programs: tiles of a round.
+  """
+  m, n = grid
+  tiles = m * n // programs * programs
+  rows, columns = tiles // n, tiles // m
+  return (rows, 0) if rows * n > columns * m else (0, columns)
 
 
 def _microseconds(width: int, clusters: tuple[int, int], m: int, n: int, k: int) -> float:
@@ -248,6 +286,7 @@ def _shares(tiles: int, k: int) -> tuple[int, int]:
 def _direct_microseconds(width: int, n: int, k: int) -> float:
   """Returns the expected time of a product of one row of tiles that are not shared."""
   start, per_block, per_tile = _DIRECT_MICROSECONDS[width]
+  start += 0.4 if k > 12 * BLOCK else 0  # by then the ring has been filled, and loads wait
   rounds, left = divmod(pl.cdiv(n, width), MULTIPROCESSORS)
   round_of = lambda tiles: max(per_block, per_tile * tiles) if tiles else 0
   return start + pl.cdiv(k, BLOCK) * (rounds * round_of(MULTIPROCESSORS) + round_of(left))
@@ -258,6 +297,25 @@ def _shared_microseconds(m: int, n: int, k: int) -> float:
   tiles = pl.cdiv(m, 128) * pl.cdiv(n, 128)
   most, parts = _shares(tiles, k)
   return 9.5 + 0.42 * _drift(m, tiles, 1) * most + parts * m * n * 4 / 2e6
+
+
+def _shared_last_microseconds(width: int, m: int, n: int, k: int) -> float:
+  """Returns the expected time with a shared last round of tiles of 128 rows and `width` columns.
+
+  It includes the sum of the last tiles' parts. Fitted to 30 shapes.
+  """
+  start, per_round, per_block = _MICROSECONDS[width]
+  grid, blocks = (pl.cdiv(m, 128), pl.cdiv(n, width)), pl.cdiv(k, BLOCK)
+  first = first_of_last_round(grid, MULTIPROCESSORS)
+  rest = math.prod(size - start for size, start in zip(grid, first, strict=True))
+  rounds = pl.cdiv(math.prod(grid) - rest, MULTIPROCESSORS)
+  if not rest or not 1 <= rounds <= 8:  # after many rounds multiprocessors have drifted apart
+    return math.inf
+  most = pl.cdiv(rest * blocks, min(MULTIPROCESSORS, rest * MOST_PARTS))
+  parts = pl.cdiv(blocks, most) + 1
+  time = (start + 5 + rounds * (per_round + per_block * blocks) + per_block * most
+          + parts * rest * 128 * width * 4 / 2.5e6)
+  return time if width == BLOCK else 0.98 * time
 
 
 def _fill(tiling: Tiling, dtype: jnp.dtype) -> Tiling:

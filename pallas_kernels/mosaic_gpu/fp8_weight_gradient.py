@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import implementations
 from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling, schedule
 from pallas_kernels.mosaic_gpu.fp8_kernel import Refs, Tile
-from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling
+from pallas_kernels.mosaic_gpu.fp8_tiling import Tiling, num_programs
 from pallas_kernels.mosaic_gpu.tilings import tuned
 from pallas_kernels.ops.fp8_grouped import aligned_sizes, aligned_starts
 from pallas_kernels.quantized import BLOCK, Quantized
@@ -44,7 +44,7 @@ def run(
                            "fp8_grouped_weight_gradient", dtype, groups, k, n)
   columns = tiling.block_n * tiling.cluster
   grid = (pl.cdiv(k, tiling.block_m), pl.cdiv(n, columns))
-  programs = fp8_kernel.num_programs(tiling, groups * math.prod(grid))
+  programs = num_programs(tiling, groups * math.prod(grid))
 
   def body(first_G, num_G, refs: Refs):
     def locate(index):

@@ -163,7 +163,7 @@ def share[Carry](
   Args:
     num_tiles: number of tiles.
     blocks: number of blocks of the contracted axis.
-    programs: number of programs, along the axis "sm".
+    programs: number of programs, along the axis "sm"; any after those have no share.
     visit: takes a share and the carry.
     carry: initial value.
 
@@ -181,7 +181,8 @@ def share[Carry](
     first_program = lax.div((tile * blocks + 1) * programs - 1, total)
     return visit(Share(tile, first - tile * blocks, count, program - first_program), carry)
 
-  return lax.fori_loop(lax.div(begin, blocks), lax.div(end - 1, blocks) + 1, turn, carry)
+  last = jnp.minimum(lax.div(end - 1, blocks), num_tiles - 1)
+  return lax.fori_loop(lax.div(begin, blocks), last + 1, turn, carry)
 
 
 def most_parts(num_tiles: int, blocks: int, programs: int) -> int:

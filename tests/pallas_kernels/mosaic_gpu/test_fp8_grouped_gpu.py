@@ -17,7 +17,7 @@ from pallas_kernels import (
   quantize,
   quantize_groups,
 )
-from pallas_kernels.mosaic_gpu import fp8_grouped, fp8_kernel, fp8_weight_gradient
+from pallas_kernels.mosaic_gpu import fp8_grouped, fp8_tiling, fp8_weight_gradient
 from pallas_kernels.mosaic_gpu import fp8_matmul as dense
 from pallas_kernels.ops.fp8_grouped import aligned_rows, aligned_starts
 from pallas_kernels.quantized import error
@@ -95,7 +95,7 @@ def test_production_shapes_of_weight_gradients_lower(shape, dtype):
 @pytest.mark.parametrize("tiling", [
     {"stages": 3}, {"stages": 2, "depth": 1, "cluster": 2, "block_m": 256}])
 def test_interpreted_product_agrees_with_the_oracle_and_has_no_races(monkeypatch, tiling):
-  monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 2)  # so that each has several tiles
+  monkeypatch.setattr(fp8_tiling, "MULTIPROCESSORS", 2)  # so that each has several tiles
   sizes = [3, 130, 0]
   lhs, rhs = quantize(normal((137, 128))), quantize(normal((3, 128, 128), 1), "128x128")
   ours = interpreted(fp8_grouped.run, lhs, rhs, sizes, **tiling)
@@ -106,7 +106,7 @@ def test_interpreted_product_agrees_with_the_oracle_and_has_no_races(monkeypatch
 
 @pytest.mark.parametrize("tiling", [{"stages": 2, "depth": 1, "cluster": 2}])
 def test_interpreted_weight_gradient_agrees_with_the_oracle_and_has_no_races(monkeypatch, tiling):
-  monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 2)
+  monkeypatch.setattr(fp8_tiling, "MULTIPROCESSORS", 2)
   sizes = jnp.array([3, 130, 0])
   lhs, rhs = (quantize_groups(normal((140, 128), seed), sizes) for seed in range(2))
   ours = interpreted(fp8_weight_gradient.run, lhs, rhs, sizes, **tiling)

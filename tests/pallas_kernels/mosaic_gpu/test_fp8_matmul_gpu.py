@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Quantized, dequantize, fp8_matmul, implementations, quantize
-from pallas_kernels.mosaic_gpu import fp8_kernel, fp8_tiling
 from pallas_kernels.mosaic_gpu import fp8_matmul as kernel
+from pallas_kernels.mosaic_gpu import fp8_tiling
 from pallas_kernels.mosaic_gpu import hopper as hopper_module
 from pallas_kernels.quantized import error, round_to
 
@@ -97,6 +97,7 @@ def test_every_variant_lowers(tiling):
 def test_few_rows_and_shared_tiles_lower(shape, tile):
   lower(*shape, tile)
   lower(*shape, tile, stages=4, shared=True, depth=1)
+  lower(*shape, tile, stages=4, share_last=True, depth=1)
 
 
 @pytest.mark.parametrize(("shape", "swapped"), [
@@ -114,6 +115,15 @@ def test_few_rows_take_the_tiling_that_was_measured_to_be_faster(shape, swapped)
 def test_up_to_256_rows_of_large_weights_read_them_once(shape, taken):
   tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
   assert {name: getattr(tiling, name) for name in taken} == taken
+  lower(*shape)
+
+
+@pytest.mark.parametrize(("shape", "shared"), [
+    ((328, 16960, 7040), True), ((1428, 4672, 10240), True), ((7956, 2112, 14976), True),
+    ((1552, 2304, 1792), False), ((8984, 4544, 16000), False), ((4096, 4224, 7168), False)])
+def test_a_last_round_of_few_tiles_is_shared_where_that_was_measured_to_be_faster(shape, shared):
+  tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
+  assert tiling.share_last is shared
   lower(*shape)
 
 
@@ -152,10 +162,14 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
     (33, 256, 384, "1x128", {"stages": 3, "block_n": 64, "shared": True, "swapped": True}),
     (136, 256, 384, "128x128",
      {"stages": 2, "block_n": 160, "depth": 1, "shared": True, "swapped": True}),
-    (180, 384, 256, "128x128", {"stages": 2, "block_m": 256, "depth": 1})])
+    (180, 384, 256, "128x128", {"stages": 2, "block_m": 256, "depth": 1}),
+    (260, 400, 640, "128x128", {"stages": 3, "block_n": 96, "share_last": True}),
+    (133, 456, 384, "1x128", {"stages": 2, "depth": 1, "share_last": True}),
+    (700, 128, 256, "128x128", {"stages": 2, "block_m": 256, "depth": 1, "share_last": True}),
+    (256, 256, 384, "128x128", {"stages": 3, "share_last": True})])
 def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
     monkeypatch, m, n, k, tile, tiling):
-  monkeypatch.setattr(fp8_kernel, "MULTIPROCESSORS", 4)  # so that each has several tiles
+  monkeypatch.setattr(fp8_tiling, "MULTIPROCESSORS", 4)  # so that each has several tiles
   lhs, rhs = quantize(jnp.asarray(normal((m, k)))), quantize(jnp.asarray(normal((n, k), 1)), tile)
   assert error(interpreted(lhs, rhs, **tiling), exact(lhs, rhs)) < ROUNDING
 
@@ -223,9 +237,21 @@ def test_every_row_is_computed_and_bfloat16_results_are_rounded_float32_ones(m, 
 def test_results_are_bit_identical_for_every_tiling(m, tiling):
   lhs = quantize(jnp.asarray(normal((m, 1408))))
   rhs = quantize(jnp.asarray(normal((1280, 1408), 1)), "128x128")
-  want = kernel.run(lhs, rhs, dtype=jnp.bfloat16)
+  want = kernel.run(lhs, rhs, dtype=jnp.bfloat16, tiling=kernel.Tiling())
   ours = kernel.run(lhs, rhs, dtype=jnp.bfloat16, tiling=kernel.Tiling(**tiling))
   np.testing.assert_array_equal(np.asarray(ours), np.asarray(want))
+
+
+@hopper
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("m", "n", "k"), [
+    (1428, 1472, 1024), (328, 16960, 640), (17000, 136, 1152), (16384, 2112, 256)])
+def test_tiles_of_a_shared_last_round_are_summed_completely(m, n, k, tile):
+  lhs, rhs = quantize(jnp.asarray(normal((m, k)))), quantize(jnp.asarray(normal((n, k), 1)), tile)
+  ours, want = (kernel.run(lhs, rhs, dtype=jnp.float32,
+                           tiling=kernel.Tiling(share_last=last, stages=4, depth=1))
+                for last in (True, False))
+  np.testing.assert_allclose(np.asarray(ours), np.asarray(want), rtol=1e-4, atol=1e-3)
 
 
 @hopper
