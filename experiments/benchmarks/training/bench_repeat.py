@@ -74,7 +74,7 @@ def main(options: Options) -> None:
   check_fits(run)
   seeds = []
   for seed in range(cfg.seeds):
-    first, *others = (_train(run, data, seed, nudge) for nudge in (False, *_WAYS.values()))
+    first, *others = (train_run(run, data, seed, nudge) for nudge in (False, *_WAYS.values()))
     seeds.append({"seed": seed, "losses": first["losses"],
                   "validation_loss": first["validation_loss"],
                   "ways": {way: _difference(first, other)
@@ -88,12 +88,24 @@ def main(options: Options) -> None:
                                    "numerics": run.model.numerics.compute, "seeds": seeds}, summary)
 
 
-def _train(run: RunConfig, data: Data, seed: int, nudge: bool) -> dict[str, Any]:
-  """Trains, and returns the training losses and MaxVio by step, and the validation loss."""
+def train_run(run: RunConfig, data: Data, seed: int, nudge: bool) -> dict[str, Any]:
+  """Trains, and returns the training losses and MaxVio by step, and the validation loss.
+
+  Args:
+    run: the run, whose seed and start are replaced.
+    data: its data.
+    seed: the seed.
+    nudge: whether the run starts one rounding away, as in `TrainConfig.nudge`.
+
+  Raises:
+    ValueError: if the run is stopped by a signal.
+  """
   cfg = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=seed, nudge=nudge))
   with (tempfile.TemporaryDirectory() as path,
         contextlib.closing(RunFolder(pathlib.Path(path))) as folder):
     result = train([cfg], data, folder, show=False)
+    require(result.status != "stopped", "stopped before the end of a run; what was measured before "
+            "it is kept")
     return {"losses": [row["loss"] for row in result.rows],
             "violations": [row["max_violation"] for row in result.rows],
             "validation_loss": statistics.fmean(result.evaluations[-1]["loss"].values())}
