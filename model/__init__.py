@@ -13,6 +13,7 @@ from model.config import (
   YarnScaling,
 )
 from model.decoding.cache import Cache, init_cache
+from model.decoding.engine import Status
 from model.decoding.generate import Generated, generate
 from model.decoding.speculate import Speculated, speculate
 from model.decoding.streaming import stream

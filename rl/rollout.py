@@ -1,8 +1,8 @@
 """Samples many completions in a few slots, which are refilled as sequences end.
 
-The whole rollout is one program on the device. A slot is a row of the latent cache; when enough
-slots are free, the next prompts are prefilled as one batch and put into them. With several devices,
-each decodes its own part of the sequences without waiting for the others.
+The whole rollout is one program on the device. A slot is a row of the decoding engine; when enough
+slots are free, the next prompts are read as one batch and put into them. With several devices, each
+decodes its own part of the sequences without waiting for the others.
 
 Shape letters:  S sequences  B slots  R slots refilled at once  P prompt tokens  N new tokens
                 V vocabulary  T prompt and new tokens  L MoE layers  K experts per token; of
@@ -18,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from model import Cache, Transformer, init_cache
+from model import Transformer
 from model.checks import require
 from model.compiling import jit
+from model.decoding import engine
 from model.decoding.checks import as_stop_tokens
-from model.decoding.generate import prefill, sample_token
+from model.decoding.drafting import check_drafts
+from model.decoding.engine import Rows, Sampling, Status
+from model.decoding.sampling import Limits
 
 _REFILLS = 8  # slots are refilled when one in this many is free
 
@@ -50,8 +53,9 @@ class Rollout(NamedTuple):
     logprobs_SN: float32 log-probabilities in nats, under the distribution sampled from; 0 after the
       completion's end.
     ended_S: bool, whether the stop token was sampled; otherwise the completion was truncated.
-    decode_steps: int32, number of forward passes of one token per slot, on the device that needed
-      the most.
+    decode_steps: int32, number of forward passes after those of the prompts, on the device that
+      needed the most.
+    invalid_S: bool, whether the completion ended because the logits of its next token were NaN.
     experts_STLK: int16, the experts to which every token of the prompt and the completion, but for
       the last one, was routed; None if they were not recorded.
   """
@@ -61,6 +65,7 @@ class Rollout(NamedTuple):
   logprobs_SN: jax.Array
   ended_S: jax.Array
   decode_steps: jax.Array
+  invalid_S: jax.Array | None = None
   experts_STLK: jax.Array | None = None
 
   @property
@@ -111,7 +116,8 @@ def pad_prompts(prompts: list[np.ndarray], max_length: int, keys_S: jax.Array) -
 def rollout(
     model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
     stop_token: int | Sequence[int] | None, temperature: float = 1.0, top_p: float = 1.0,
-    slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None) -> Rollout:
+    slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None,
+    drafts: int = 0) -> Rollout:
   """Samples a completion of every prompt.
 
   The n-th token of a sequence is drawn with the key `fold_in(key, n)`, where `key` is the
@@ -119,7 +125,7 @@ def rollout(
   rounding of another batch shape changes a choice.
 
   Args:
-    model: the network; its MTP modules are not used.
+    model: the network; its MTP modules are used for drafts only.
     variables: the network's variables.
     prompts: prompts to complete, see `pad_prompts`.
     max_new_tokens: tokens after which a completion is truncated.
@@ -131,10 +137,11 @@ def rollout(
     record_experts: whether to return the routers' choices.
     mesh: devices over which the sequences are divided, in order. The variables are replicated to
       all of them. None for the single device that holds the variables.
+    drafts: tokens that MTP modules draft at a time, as in `model.speculate`; 0 for none.
 
   Raises:
-    ValueError: for arguments out of range, sequences longer than the model's context, or a number
-      of sequences that does not divide over the devices.
+    ValueError: for arguments out of range, sequences longer than the model's context, a number of
+      sequences that does not divide over the devices, or drafts that the model cannot make.
   """
   require(temperature >= 0 and 0 < top_p <= 1 and max_new_tokens >= 1,
           "rollout needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, not "
@@ -150,26 +157,28 @@ def rollout(
           "the number of devices")
   slots = num_sequences // devices if slots is None else min(slots, num_sequences // devices)
   require(slots >= 1, f"slots={slots} must be positive")
-  stops_K = as_stop_tokens(stop_token)
-  static = (max_new_tokens, slots, temperature > 0 and top_p < 1, record_experts)
-  temperature, top_p = float(temperature), float(top_p)
+  if drafts:
+    check_drafts(model, drafts, prompts.lengths_S)
+  sampling = Sampling(
+      float(temperature), Limits(float(top_p)), as_stop_tokens(stop_token), int(max_new_tokens),
+      greedy=None, nucleus=temperature > 0 and top_p < 1, drafts=int(drafts))
   if mesh is None:
-    return _rollout(model, variables, prompts, temperature, top_p, stops_K, *static)
-  return _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stops_K, static)
+    return _rollout(model, variables, sampling, prompts, slots, record_experts)
+  return _rollout_on_mesh(mesh, model, variables, sampling, prompts, slots, record_experts)
 
 
-@functools.partial(jit, static_argnames=("mesh", "model", "static"))
-def _rollout_on_mesh(mesh, model, variables, prompts, temperature, top_p, stops_K, static):
+@functools.partial(jit, static_argnames=("mesh", "model", "slots", "record"))
+def _rollout_on_mesh(mesh, model, variables, sampling, prompts, slots, record):
   replicated, sharded = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
-  def on_one_device(prompts, *args):
-    out = _rollout(model, args[0], prompts, *args[1:], *static)
+  def on_one_device(prompts, variables, sampling):
+    out = _rollout(model, variables, sampling, prompts, slots, record)
     return out._replace(decode_steps=out.decode_steps[None])
 
   # No output is declared to be replicated, so check_vma has nothing to check.
   out = jax.shard_map(
-      on_one_device, mesh=mesh, in_specs=(sharded, *[replicated] * 4), out_specs=sharded,
-      check_vma=False)(prompts, variables, temperature, top_p, stops_K)
+      on_one_device, mesh=mesh, in_specs=(sharded, replicated, replicated), out_specs=sharded,
+      check_vma=False)(prompts, variables, sampling)
   return out._replace(decode_steps=out.decode_steps.max())
 
 
@@ -177,106 +186,106 @@ class _Slots(NamedTuple):
   """The sequences that are being decoded.
 
   Attributes:
-    cache: the latent cache, one row per slot.
-    logits_BV: logits of each slot's next token.
-    sequence_B: index of the sequence in each slot; S, the number of sequences, for a free slot.
-    position_B: number of new tokens in each slot so far.
+    rows: those of the engine, one for each slot; a slot is free if its row has ended.
+    sequence_B: index of the sequence in each slot; S, the number of sequences, if there was none.
   """
 
-  cache: Cache
-  logits_BV: jax.Array
+  rows: Rows
   sequence_B: jax.Array
-  position_B: jax.Array
 
 
-@functools.partial(jit, static_argnames=(
-    "model", "max_new_tokens", "slots", "nucleus", "record"))
-def _rollout(model, variables, prompts, temperature, top_p, stops_K, max_new_tokens, slots,
-             nucleus, record):
+@functools.partial(jit, static_argnames=("model", "slots", "record"))
+def _rollout(model, variables, sampling, prompts, slots, record):
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
-  free_B = lambda s: s.sequence_B == num_sequences
+  longest = prompt_tokens + sampling.max_new_tokens
+  running_B = lambda state: state[0].rows.running_B
+
+  def record_experts(out, sequence_B, start_B, count_B, read):
+    """Writes the experts of the first `count_B` tokens that were read, from `start_B` on."""
+    if not record:
+      return out
+    experts_BTLK = _experts(read)
+    offset_T = jnp.arange(experts_BTLK.shape[1])
+    column_BT = jnp.where(offset_T < count_B[:, None], start_B[:, None] + offset_T, longest)
+    return out._replace(experts_STLK=out.experts_STLK.at[sequence_B[:, None], column_BT].set(
+        experts_BTLK, mode="drop"))
 
   def refill_slots(state):
-    """Prefills the next prompts and puts them into free slots."""
+    """Reads the next prompts and puts them into free slots."""
     s, out, begun = state
-    slot_R = jnp.nonzero(free_B(s), size=refill, fill_value=slots)[0]
+    slot_R = jnp.nonzero(~running_B(state), size=refill, fill_value=slots)[0]
     sequence_R = begun + jnp.arange(refill, dtype=jnp.int32)
     slot_R = jnp.where(sequence_R < num_sequences, slot_R, slots)
     row_R = jnp.minimum(sequence_R, num_sequences - 1)
-    logits_RV, read = prefill(
-        model, variables, prompts.tokens_SP[row_R], prompts.lengths_S[row_R],
-        init_cache(model.cfg, refill, prompt_tokens))
-    put = lambda x, new: x.at[slot_R].set(new, mode="drop")
-    entries = {name: whole.at[:, slot_R, :prompt_tokens].set(read.cache.entries[name], mode="drop")
-               for name, whole in s.cache.entries.items()}
-    cache = Cache(put(s.cache.lengths_B, read.cache.lengths_B), entries)
-    if record:
-      reader_R = jnp.where(slot_R < slots, sequence_R, num_sequences)
-      out = out._replace(experts_STLK=out.experts_STLK.at[reader_R, :prompt_tokens].set(
-          _experts(read), mode="drop"))
-    s = _Slots(cache, put(s.logits_BV, logits_RV), put(s.sequence_B, sequence_R),
-               put(s.position_B, 0))
+    length_R = prompts.lengths_S[row_R]
+    rows_R, new = engine.begin(
+        model, variables, sampling, prompts.tokens_SP[row_R], length_R, prompts.keys_S[row_R],
+        slots=prompt_tokens + 2 * sampling.drafts)
+    writer_R = jnp.where(slot_R < slots, sequence_R, num_sequences)
+    out = _write(out, writer_R, jnp.zeros_like(row_R), new, rows_R)
+    out = record_experts(out, writer_R, jnp.zeros_like(row_R), length_R, new.read)
+    s = _Slots(engine.insert(s.rows, rows_R, slot_R),
+               s.sequence_B.at[slot_R].set(sequence_R, mode="drop"))
     return s, out, begun + (slot_R < slots).sum(dtype=jnp.int32)
 
   def can_read(state):
-    s, _, begun = state
+    begun = state[2]
     # A full refill's slots must be free, or enough for all prompts left: the last few do not wait.
     needed = jnp.minimum(refill, num_sequences - begun)
-    return (begun < num_sequences) & (free_B(s).sum() >= needed)
+    return (begun < num_sequences) & ((~running_B(state)).sum() >= needed)
 
   def decode(state):
     s, out, begun = state
-    active_B = ~free_B(s)
-    row_B = jnp.minimum(s.sequence_B, num_sequences - 1)
-    keys_B = jax.vmap(jax.random.fold_in)(prompts.keys_S[row_B], s.position_B)
-    token_B, logp_B = sample_token(
-        s.logits_BV, keys_B, temperature, top_p, temperature == 0, nucleus)
-    where = (s.sequence_B, s.position_B)  # out of bounds, and so dropped, for a free slot
-    position_B = s.position_B + active_B
-    stopped_B = (token_B[:, None] == stops_K).any(1)
-    out = Rollout(
-        out.tokens_SN.at[where].set(token_B, mode="drop"),
-        out.lengths_S.at[s.sequence_B].set(position_B, mode="drop"),
-        out.logprobs_SN.at[where].set(logp_B, mode="drop"),
-        out.ended_S.at[s.sequence_B].set(stopped_B, mode="drop"), out.decode_steps + 1,
-        out.experts_STLK)
-    read = model.apply(variables, token_B[:, None], cache=s.cache)
-    if record:
-      out = out._replace(experts_STLK=out.experts_STLK.at[s.sequence_B, s.cache.lengths_B].set(
-          _experts(read)[:, 0], mode="drop"))
-    logits_BV = read.logits_BTV[:, 0]
-    cache = read.cache.with_lengths(
-        jnp.where(active_B, read.cache.lengths_B, s.cache.lengths_B))
-    done_B = stopped_B | (position_B == max_new_tokens)
-    sequence_B = jnp.where(done_B, num_sequences, s.sequence_B)
-    return _Slots(cache, logits_BV, sequence_B, position_B), out, begun
+    rows, new = engine.step(model, variables, sampling, s.rows)
+    out = _write(out, s.sequence_B, s.rows.position_B, new, rows)
+    out = out._replace(decode_steps=out.decode_steps + 1)
+    start_B = s.rows.cache.lengths_B
+    out = record_experts(out, s.sequence_B, start_B, rows.cache.lengths_B - start_B, new.read)
+    return _Slots(rows, s.sequence_B), out, begun
 
   def round_(state):
     state = jax.lax.while_loop(can_read, refill_slots, state)
     return jax.lax.while_loop(
-        lambda state: ~free_B(state[0]).all() & ~can_read(state), decode, state)
+        lambda state: running_B(state).any() & ~can_read(state), decode, state)
 
-  unfinished = lambda state: (state[2] < num_sequences) | ~free_B(state[0]).all()
+  unfinished = lambda state: (state[2] < num_sequences) | running_B(state).any()
   _, out, _ = jax.lax.while_loop(
-      unfinished, round_, _initial_state(model.cfg, prompts, max_new_tokens, slots, record))
+      unfinished, round_, _initial_state(model, sampling, prompts, slots, record))
   return out
 
 
-def _initial_state(cfg, prompts, max_new_tokens, slots, record):
+def _write(out, sequence_B, start_B, new, rows) -> Rollout:
+  """Returns a rollout with what a pass has added; what lies out of bounds is dropped."""
+  offset_P = jnp.arange(new.tokens_BP.shape[1])
+  column_BP = jnp.where(offset_P < new.count_B[:, None], start_B[:, None] + offset_P,
+                        out.tokens_SN.shape[1])
+  where = sequence_B[:, None], column_BP
+  put = lambda x, value_B: x.at[sequence_B].set(value_B, mode="drop")
+  return out._replace(
+      tokens_SN=out.tokens_SN.at[where].set(new.tokens_BP, mode="drop"),
+      logprobs_SN=out.logprobs_SN.at[where].set(new.logprobs_BP, mode="drop"),
+      lengths_S=put(out.lengths_S, rows.position_B),
+      ended_S=put(out.ended_S, rows.status_B == Status.STOP),
+      invalid_S=put(out.invalid_S, rows.status_B == Status.INVALID))
+
+
+def _initial_state(model, sampling, prompts, slots, record):
   """Returns free slots, an empty Rollout, and 0, the number of sequences begun."""
-  num_sequences, prompt_tokens = prompts.tokens_SP.shape
-  longest, shape = prompt_tokens + max_new_tokens, (num_sequences, max_new_tokens)
-  s = _Slots(init_cache(cfg, slots, longest), jnp.zeros((slots, cfg.vocab_size)),
-             jnp.full(slots, num_sequences, jnp.int32), jnp.zeros(slots, jnp.int32))
+  (num_sequences, prompt_tokens), cfg = prompts.tokens_SP.shape, model.cfg
+  shape = (num_sequences, sampling.max_new_tokens)
+  # The keys of free slots are not used.
+  rows = engine.empty_rows(
+      model, sampling, jnp.resize(prompts.keys_S, (slots,)), prompt_tokens)
   experts = None
   if record:
     moe_layers = cfg.num_layers - cfg.num_dense_layers
-    experts = jnp.zeros(
-        (num_sequences, longest, moe_layers, cfg.moe.experts_per_token), jnp.int16)
+    experts = jnp.zeros((num_sequences, prompt_tokens + sampling.max_new_tokens, moe_layers,
+                         cfg.moe.experts_per_token), jnp.int16)
   out = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(num_sequences, jnp.int32),
-                jnp.zeros(shape), jnp.zeros(num_sequences, bool), jnp.int32(0), experts)
-  return s, out, jnp.int32(0)
+                jnp.zeros(shape), jnp.zeros(num_sequences, bool), jnp.int32(0),
+                jnp.zeros(num_sequences, bool), experts)
+  return _Slots(rows, jnp.full(slots, num_sequences, jnp.int32)), out, jnp.int32(0)
 
 
 def _experts(read) -> jax.Array:

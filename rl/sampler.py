@@ -315,6 +315,9 @@ class Sampler:
         stop_token=self.stop_tokens, slots=sampling.slots, top_p=top_p,
         temperature=sampling.temperature if temperature is None else temperature,
         record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh)
+    invalid = np.flatnonzero(np.asarray(out.invalid_S)[:count])
+    require(not invalid.size, f"the logits of the next token of {invalid.size} of {count} "
+            "completions are NaN: the model's weights are damaged, or its training has diverged")
     kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)
     return tuple(np.asarray(part)[:count] for part in kept if part is not None)
 

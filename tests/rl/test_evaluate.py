@@ -147,6 +147,12 @@ def test_a_completion_depends_on_its_problem_and_sample_not_on_how_many_are_draw
       small.variables(), "train", range(5), 4, step=2).completions != drawn.completions
 
 
+def test_a_model_whose_logits_are_nan_is_refused(sampler):
+  broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), small.variables())
+  with pytest.raises(ValueError, match="of 12 of 12 completions are NaN"):
+    sampler.sample(broken, "train", range(3), 4, step=1)
+
+
 def test_the_text_of_a_completion_is_its_tokens_decoded_without_eos(sampler):
   drawn = sampler.sample(small.variables(), "train", range(4), 4, step=1)
   tokenizer = small.tokenizer()

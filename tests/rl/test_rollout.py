@@ -146,8 +146,8 @@ def test_each_of_several_stop_tokens_ends_a_completion():
 def test_slots_do_not_wait_for_the_longest_completion():
   out = in_20_slots()
   tokens = int(out.lengths_S.sum())
-  assert at_once().decode_steps == NEW
-  assert tokens / 20 <= out.decode_steps < SEQUENCES / 20 * NEW
+  assert at_once().decode_steps == NEW - 1  # the first tokens come with the prompts' pass
+  assert (tokens - SEQUENCES) / 20 <= out.decode_steps < SEQUENCES / 20 * (NEW - 1)
 
 
 def test_every_token_is_the_trainers_choice_under_the_noise_of_its_sequence():
@@ -221,6 +221,27 @@ def test_the_nucleus_consists_of_the_likeliest_tokens_that_reach_top_p():
   assert allowed_SN[out.mask_SN].all() and rank_SN[out.mask_SN].max() > 0
   want_SN = np.log(np.take_along_axis(sorted_SNV, rank_SN[..., None], -1)[..., 0] / mass_SN)
   np.testing.assert_allclose(out.logprobs_SN[out.mask_SN], want_SN[out.mask_SN], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("drafts", "slots"), [(1, 5), (2, 24)])
+def test_drafts_change_neither_completions_nor_the_experts_that_are_recorded(drafts, slots):
+  cfg = dataclasses.replace(
+      tiny.V3, num_layers=2, mtp=model.MTPConfig(depth=1), max_seq_len=24)
+  given = Prompts(*(x[::2][:24] for x in prompts()[:2]), prompts(24).keys_S)
+  given = given._replace(lengths_S=jnp.maximum(given.lengths_S, drafts))
+  ask = lambda **how: jax.tree.map(np.asarray, rollout(
+      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=STOP,
+      temperature=TEMPERATURE, record_experts=True, **how))
+  want, found = ask(), ask(drafts=drafts, slots=slots)
+  np.testing.assert_array_equal(found.tokens_SN[want.mask_SN], want.tokens_SN[want.mask_SN])
+  for name in ("lengths_S", "ended_S", "invalid_S"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+  np.testing.assert_allclose(found.logprobs_SN, want.logprobs_SN, atol=1e-4)
+  read_ST = np.arange(PROMPT + NEW) < (np.asarray(given.lengths_S) + want.lengths_S - 1)[:, None]
+  np.testing.assert_array_equal(
+      np.sort(found.experts_STLK[read_ST]), np.sort(want.experts_STLK[read_ST]))
+  with pytest.raises(ValueError, match="no MTP modules"):
+    rollout(model.Transformer(MLA), {}, given, max_new_tokens=2, stop_token=None, drafts=1)
 
 
 def test_greedy_decoding_takes_the_likeliest_token_whatever_the_keys():

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 import model
-from model.decoding.generate import decode_step, prefill, sample_token, sampling_logits
+from model.decoding.engine import prefill
+from model.decoding.sampling import sample_token, sampling_logits
 
 CFG = tiny.MQA  # compiles quickly; test_cache.py tests the caches of all attentions
 TRANSFORMER = model.Transformer(CFG)
@@ -297,9 +298,41 @@ def test_text_past_the_models_context_is_announced(recwarn):
     model.stream(short, v, prompts()[0], max_new_tokens=4, **kwargs)
 
 
-def test_a_token_for_a_full_row_is_refused():
-  v, cache = tiny.variables(CFG), model.init_cache(CFG, 2, 4)
-  full = cache.with_lengths(jnp.array([2, 4]))
-  with pytest.raises(ValueError, match="row 1: the cache holds 4 tokens, and its 4 slots have no "
-                                       "room for 1 more"):
-    decode_step(TRANSFORMER, v, jnp.array([1, 2]), full)
+def test_a_row_whose_logits_are_nan_ends_and_the_others_do_not():
+  """The embedding of one token is NaN: so are the logits of rows that read it, experts or not."""
+  cfg = dataclasses.replace(tiny.V3, num_layers=2, mtp=None)
+  net, v, tokens = model.Transformer(cfg), tiny.variables(cfg), tiny.tokens(cfg, 3, 7)
+  how = {"max_new_tokens": 6, "temperature": 0}
+  want = np.asarray(model.generate(net, v, tokens, LENGTHS, **how).tokens_BN)
+  bad = next(t for t in want[0, :5].tolist() if t not in np.asarray(tokens))
+  embedding = v["params"]["embedding"]
+  broken = embedding | {"embedding": embedding["embedding"].at[bad].set(jnp.nan)}
+  out = model.generate(net, {"params": v["params"] | {"embedding": broken}} | {
+      name: rest for name, rest in v.items() if name != "params"}, tokens, LENGTHS, **how)
+  assert out.status_B[0] == model.Status.INVALID
+  for row, text in enumerate(want.tolist()):
+    length = text.index(bad) + 1 if bad in text[:5] else 6
+    assert out.lengths_B[row] == length
+    assert out.tokens_BN[row, :length].tolist() == text[:length]
+    assert out.status_B[row] == (model.Status.LENGTH if length == 6 else model.Status.INVALID)
+  assert model.Status.LENGTH in out.status_B.tolist() and not np.isnan(out.logprobs_BN).any()
+
+
+def test_the_reason_for_which_each_row_ended_is_returned():
+  v = tiny.variables(CFG)
+  how = {"max_new_tokens": 6, "temperature": 0}
+  tokens = np.asarray(model.generate(TRANSFORMER, v, prompts(), LENGTHS, **how).tokens_BN)
+  stop = int(tokens[1, 3])
+  out = model.generate(TRANSFORMER, v, prompts(), LENGTHS, stop_token=stop, **how)
+  for row, text in enumerate(tokens.tolist()):
+    stopped = stop in text
+    assert out.status_B[row] == (model.Status.STOP if stopped else model.Status.LENGTH)
+    assert out.lengths_B[row] == (text.index(stop) + 1 if stopped else 6)
+  text = model.stream(TRANSFORMER, v, prompts()[1, :LENGTHS[1]], stop_token=stop, **how)
+  found = []
+  while True:
+    try:
+      found.append(next(text))
+    except StopIteration as end:
+      assert end.value is model.Status.STOP and found[-1] == stop
+      break

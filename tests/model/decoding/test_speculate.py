@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 import model
-from model.decoding import speculate as module
+from model.decoding import engine
 from model.decoding.checks import as_stop_tokens
-from model.decoding.generate import Limits
+from model.decoding.sampling import Limits
 
 V3 = dataclasses.replace(tiny.V3, num_layers=2)
 ONE = dataclasses.replace(
@@ -132,12 +132,12 @@ def test_drafts_after_one_that_is_wrong_are_not_counted():
 def test_drafts_are_what_the_modules_predict_from_the_verified_text(cfg, drafts):
   """The modules' cache holds nothing that a rejected draft has left there."""
   net, variables = model.Transformer(cfg), tiny.variables(cfg)
-  choose = module.chooser(jax.random.key(0), 3, 1.0, Limits(), True)
-  stops, tokens = as_stop_tokens(None), jnp.asarray(prompts(cfg))
-  rows, new = jax.jit(lambda tokens: module.begin(
-      net, variables, tokens, jnp.asarray(LENGTHS), NEW, drafts, choose, stops))(tokens)
+  sampling = engine.Sampling(1.0, Limits(), as_stop_tokens(None), NEW, greedy=True, drafts=drafts)
+  tokens, keys_B = jnp.asarray(prompts(cfg)), engine.row_keys(jax.random.key(0), 3)
+  rows, new = jax.jit(lambda tokens: engine.begin(
+      net, variables, sampling, tokens, jnp.asarray(LENGTHS), keys_B))(tokens)
   texts = [np.asarray(tokens[row, :length]).tolist() for row, length in enumerate(LENGTHS)]
-  step = jax.jit(lambda rows: module.step(net, variables, rows, NEW, choose, stops))
+  step = jax.jit(lambda rows: engine.step(net, variables, sampling, rows))
   full = tiny.apply(cfg)
   modules = cfg.mtp.depth
   for _ in range(4):

@@ -1,0 +1,304 @@
+"""The decoding engine: rows of text that grow by one or several tokens at a time.
+
+`begin` reads prompts and samples the first token of each row; `step` samples the next one or, with
+drafts by MTP modules, up to one more than there are drafts; `insert` puts rows that have begun into
+places of others that have ended. All three are pure functions, to be called within `jax.jit`: by
+loops on the device (`generate`, `speculate`, `rl.rollout`) and by one on the host (`stream`).
+
+One forward pass of the trunk over a row's last token and its drafts yields the tokens that follow
+them. A draft and its verification choose with the same random key, so that the noise, too, is the
+same (shared Gumbel noise): a draft is accepted if it is exactly the token that is sampled there
+without drafts, whatever the temperature. In exact arithmetic the tokens are therefore the same with
+any number of drafts; rounding differs, as it does between any two shapes of a batch.
+
+Shape letters:  B rows  R rows that are inserted  T prompt tokens  V vocabulary  D drafts, or 0
+                P = D + 1 tokens that are read at once  K stop tokens
+"""
+
+import enum
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.decoding import checks, drafting
+from model.decoding.cache import Cache, init_cache
+from model.decoding.sampling import Limits, sample_token
+from model.transformer import Output, Transformer
+
+
+class Status(enum.IntEnum):
+  """Whether a row grows, or why it has ended.
+
+  Attributes:
+    RUNNING: it grows.
+    LENGTH: it has `max_new_tokens` new tokens.
+    STOP: its last token is a stop token.
+    INVALID: the logits of its next token have no largest value or an infinite one: they are NaN.
+  """
+
+  RUNNING = 0
+  LENGTH = 1
+  STOP = 2
+  INVALID = 3
+
+
+@flax.struct.dataclass
+class Sampling:
+  """How rows are sampled.
+
+  Attributes:
+    temperature, limits: as in `sampling.sample_token`.
+    stops_K: int32, ids of the tokens that end a row.
+    max_new_tokens: the number of new tokens after which a row ends otherwise.
+    greedy: whether the most likely token is taken; None to do so if the temperature is 0, in a
+      program that does both.
+    nucleus: whether the limits apply.
+    drafts: D, tokens that MTP modules draft at a time.
+  """
+
+  temperature: jax.Array | float
+  limits: Limits
+  stops_K: jax.Array
+  max_new_tokens: int = flax.struct.field(pytree_node=False)
+  greedy: bool | None = flax.struct.field(pytree_node=False)
+  nucleus: bool = flax.struct.field(pytree_node=False, default=True)
+  drafts: int = flax.struct.field(pytree_node=False, default=0)
+
+
+@flax.struct.dataclass
+class Rows:
+  """Rows between two passes of the trunk.
+
+  Attributes:
+    cache: of the trunk, with all tokens of each row but the last one.
+    keys_B: a jax.random key for each row. Its new token i is chosen with `fold_in(key, i)`.
+    pending_BP: int32, the last token, and the drafts after it.
+    position_B: int32, the number of new tokens.
+    status_B: int8, a `Status`.
+    drafter: what the drafts need; None without drafts.
+    passes_B: int32, passes of the trunk while the row was running, after that of its prompt.
+    accepted_BD: int32, in how many of them the first d + 1 drafts were all accepted.
+  """
+
+  cache: Cache
+  keys_B: jax.Array
+  pending_BP: jax.Array
+  position_B: jax.Array
+  status_B: jax.Array
+  drafter: drafting.Drafter | None
+  passes_B: jax.Array
+  accepted_BD: jax.Array
+
+  @property
+  def running_B(self) -> jax.Array:
+    return self.status_B == Status.RUNNING
+
+
+class New(NamedTuple):
+  """What a pass adds to each row.
+
+  Attributes:
+    tokens_BP: int32, of which the first `count_B` are new; P is 1 for `begin`.
+    logprobs_BP: float32, their log-probabilities in nats, as sampled.
+    count_B: int32; 0 for rows that had ended.
+    running_B: bool, whether the row goes on.
+    read: what the trunk returned: of the prompt, or of the tokens that were pending.
+  """
+
+  tokens_BP: jax.Array
+  logprobs_BP: jax.Array
+  count_B: jax.Array
+  running_B: jax.Array
+  read: Output
+
+
+def row_keys(key: jax.Array, batch: int) -> jax.Array:
+  """Returns a key for each row, which depends neither on the other rows nor on the devices."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def num_slots(num_tokens: int, sampling: Sampling) -> int:
+  """Returns the slots that a cache needs for prompts of `num_tokens` and all that follows."""
+  return num_tokens + sampling.max_new_tokens + 2 * sampling.drafts
+
+
+def prefill(
+    model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
+) -> tuple[jax.Array, Output]:
+  """Processes right-padded prompts, or the next part of them, in one forward pass.
+
+  Args:
+    model: the network.
+    variables: its variables.
+    prompts_BT: int32, token ids; those past a prompt's length are ignored.
+    lengths_B: int32, the prompts' lengths, in 1..T.
+    cache: a cache of at least T slots, to which the prompts are appended: an empty one, or one with
+      the earlier parts of the rows.
+
+  Returns:
+    float32 logits [B, V] of the token after each prompt, and the model's output, whose cache is
+    longer by the prompts' lengths.
+
+  Raises:
+    ValueError: if shapes do not fit, or if a length, a token or the room in the cache is out of
+      range. Values that are traced, as in a jitted function, cannot be checked.
+  """
+  prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
+  cache.require_fit(*prompts_BT.shape)
+  checks.check_room(cache, lengths_B)
+  output = model.apply(variables, prompts_BT, cache=cache, logits=False)
+  last_B1D = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+  logits_BV = model.apply(variables, last_B1D, method="unembed")[:, 0]
+  return logits_BV, output.replace(
+      cache=output.cache.with_lengths(cache.lengths_B + lengths_B))
+
+
+def begin(
+    model: Transformer, variables: dict, sampling: Sampling, prompts_BT: jax.Array,
+    lengths_B: jax.Array, keys_B: jax.Array, slots: int | None = None) -> tuple[Rows, New]:
+  """Reads prompts, samples a token after each and drafts the next ones.
+
+  Args:
+    model, variables: the network; with drafts, one with MTP modules.
+    sampling: how to sample.
+    prompts_BT: int32, token ids; those past a prompt's length are ignored.
+    lengths_B: int32, the prompts' lengths: at least 1 and at least D.
+    keys_B: a jax.random key for each row.
+    slots: of the caches; None for as many as `step` may need. Rows that are only inserted into
+      others need T + 2 D.
+  """
+  batch, num_tokens = prompts_BT.shape
+  slots = num_slots(num_tokens, sampling) if slots is None else slots
+  logits_BV, read = prefill(
+      model, variables, prompts_BT, lengths_B, init_cache(model.cfg, batch, slots))
+  zero_B = jnp.zeros(batch, jnp.int32)
+  choose = _chooser(sampling, keys_B)
+  token_B1, logprob_B1 = choose(logits_BV[:, None], zero_B[:, None])
+  count_B, status_B = _ends(sampling, token_B1, logprob_B1, zero_B + 1, zero_B)
+  drafts_BD, drafter = zero_B[:, None][:, :0], None
+  if sampling.drafts:
+    drafts_BD, drafter = drafting.read_prompts(
+        model, variables, prompts_BT, lengths_B, read, token_B1[:, 0], slots, sampling.drafts,
+        choose)
+  rows = Rows(
+      cache=read.cache, keys_B=keys_B, pending_BP=jnp.concatenate([token_B1, drafts_BD], axis=1),
+      position_B=count_B, status_B=status_B, drafter=drafter, passes_B=zero_B,
+      accepted_BD=jnp.zeros((batch, sampling.drafts), jnp.int32))
+  return rows, New(token_B1, logprob_B1, count_B, rows.running_B, read)
+
+
+def step(
+    model: Transformer, variables: dict, sampling: Sampling, rows: Rows) -> tuple[Rows, New]:
+  """Reads the pending tokens of every row in one pass, and samples the tokens that follow.
+
+  Rows that have ended stay as they are.
+  """
+  length_B, active_B = rows.cache.lengths_B, rows.running_B
+  choose = _chooser(sampling, rows.keys_B)
+  read = model.apply(variables, rows.pending_BP, cache=rows.cache, mtp=False)
+  index_BP = rows.position_B[:, None] + jnp.arange(sampling.drafts + 1)
+  token_BP, logprob_BP = choose(read.logits_BTV, index_BP)
+  accepted_BD = jnp.cumprod(rows.pending_BP[:, 1:] == token_BP[:, :-1], axis=1, dtype=jnp.int32)
+  verified_B = jnp.where(active_B, 1 + accepted_BD.sum(1), 0)
+  count_B, status_B = _ends(sampling, token_BP, logprob_BP, verified_B, rows.position_B)
+  position_B = rows.position_B + count_B
+  last_B1 = jnp.take_along_axis(token_BP, jnp.maximum(verified_B[:, None] - 1, 0), axis=1)
+  drafts_BD, drafter = rows.pending_BP[:, 1:], None
+  if sampling.drafts:
+    drafts_BD, drafter = drafting.read_verified(
+        model, variables, rows.drafter, read, token_BP, length_B, verified_B, position_B, choose)
+  rows = rows.replace(
+      cache=read.cache.with_lengths(length_B + verified_B),
+      pending_BP=jnp.concatenate([last_B1, drafts_BD], axis=1), position_B=position_B,
+      status_B=jnp.where(active_B, status_B, rows.status_B), drafter=drafter,
+      passes_B=rows.passes_B + active_B,
+      accepted_BD=rows.accepted_BD + accepted_BD * active_B[:, None])
+  return rows, New(token_BP, logprob_BP, count_B, rows.running_B, read)
+
+
+def insert(rows: Rows, begun: Rows, place_R: jax.Array) -> Rows:
+  """Returns rows with others in the place of some of them.
+
+  Args:
+    rows: B rows, whose caches have at least as many slots as those of `begun`.
+    begun: R rows.
+    place_R: int32, the row whose place each takes; one of B or more is left out.
+  """
+  put = lambda x, new: x.at[place_R].set(new, mode="drop")
+
+  def put_cache(cache: Cache, new: Cache) -> Cache:
+    entries = {name: whole.at[:, place_R, :new.num_slots].set(new.entries[name], mode="drop")
+               for name, whole in cache.entries.items()}
+    return Cache(put(cache.lengths_B, new.lengths_B), entries)
+
+  drafter = begun.drafter
+  if drafter is not None:
+    drafter = drafting.Drafter(
+        put_cache(rows.drafter.cache, drafter.cache),
+        put(rows.drafter.old_BOC, drafter.old_BOC), put(rows.drafter.next_BO, drafter.next_BO))
+  names = ("keys_B", "pending_BP", "position_B", "status_B", "passes_B", "accepted_BD")
+  return rows.replace(
+      cache=put_cache(rows.cache, begun.cache), drafter=drafter,
+      **{name: put(getattr(rows, name), getattr(begun, name)) for name in names})
+
+
+def empty_rows(
+    model: Transformer, sampling: Sampling, keys_B: jax.Array, num_tokens: int) -> Rows:
+  """Returns rows that have all ended, to insert others of up to `num_tokens` prompt tokens."""
+  batch, slots = len(keys_B), num_slots(num_tokens, sampling)
+  drafter = None
+  if sampling.drafts:
+    old = (batch, sampling.drafts - 1)
+    drafter = drafting.Drafter(
+        init_cache(model.cfg, batch, slots, layers=model.cfg.mtp.depth),
+        jnp.zeros((*old, model.cfg.d_model), model.cfg.numerics.compute_dtype),
+        jnp.zeros(old, jnp.int32))
+  zero_B = jnp.zeros(batch, jnp.int32)
+  return Rows(
+      init_cache(model.cfg, batch, slots), keys_B,
+      jnp.zeros((batch, sampling.drafts + 1), jnp.int32), zero_B,
+      jnp.full(batch, Status.LENGTH, jnp.int8), drafter, zero_B,
+      jnp.zeros((batch, sampling.drafts), jnp.int32))
+
+
+def _chooser(sampling: Sampling, keys_B: jax.Array) -> drafting.Choose:
+  """Returns a function that chooses the new tokens of these indices with the rows' keys."""
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  greedy = sampling.greedy
+  if greedy is None:
+    greedy = jnp.equal(sampling.temperature, 0)
+
+  def choose(logits, index):
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    limits = sampling.limits
+    chosen = sample_token(
+        flat(logits), flat(fold(keys_B, index)), sampling.temperature, limits.top_p, greedy,
+        sampling.nucleus, limits.top_k, limits.min_p)
+    return tuple(x.reshape(index.shape) for x in chosen)
+
+  return choose
+
+
+def _ends(sampling: Sampling, token_BP: jax.Array, logprob_BP: jax.Array, verified_B: jax.Array,
+          position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns how many of the verified tokens each row takes, and its status afterwards.
+
+  A row ends with the first stop token, before the first token whose logits are invalid, or at its
+  largest number of tokens.
+  """
+  verified_BP = jnp.arange(token_BP.shape[1]) < verified_B[:, None]
+  stop_BP = (token_BP[..., None] == sampling.stops_K).any(-1) & verified_BP
+  invalid_BP = jnp.isnan(logprob_BP) & verified_BP
+  none = token_BP.shape[1] + 1
+  first = lambda x_BP: jnp.where(x_BP.any(1), x_BP.argmax(1), none)
+  left_B = sampling.max_new_tokens - position_B
+  taken_B = jnp.minimum(jnp.minimum(verified_B, left_B), first(invalid_BP))
+  stops_B = first(stop_BP) < taken_B
+  count_B = jnp.where(stops_B, first(stop_BP) + 1, taken_B).astype(jnp.int32)
+  status_B = jnp.select(
+      [stops_B, count_B == left_B, first(invalid_BP) == count_B],
+      [jnp.int8(Status.STOP), jnp.int8(Status.LENGTH), jnp.int8(Status.INVALID)],
+      jnp.int8(Status.RUNNING))
+  return count_B, status_B
