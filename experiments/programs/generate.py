@@ -1,4 +1,4 @@
-"""Generate text with a model of a run folder or a Hugging Face folder, printed token by token."""
+"""Generate text with a model of a run folder or a Hugging Face folder, or chat with it."""
 
 import codecs
 import dataclasses
@@ -13,8 +13,10 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.options import Options
+from experiments.programs.chatting import Chat
+from rl.effort import Effort, end_of
 from rl.loading import load_model
-from train.chat import ChatTemplate, PromptFormat, stop_tokens
+from train.chat import PromptFormat, stop_tokens
 from train.hardware import memory_bytes
 from train.tokenizer import Tokenizer
 
@@ -25,10 +27,16 @@ class GenerateConfig:
 
   Attributes:
     checkpoint: the model: a folder that pretrain or r1_zero wrote, or a Hugging Face folder.
-    prompt: the beginning of the text, or with `chat` the user's message.
+    prompt: the beginning of the text, or with `chat` the user's message. None starts a conversation
+      in the terminal with a model that has a chat template, or that was fine-tuned or trained by RL
+      with a prompt template; any other model continues "In the beginning".
     chat: whether the model is to answer the prompt. The prompt is then rendered by the chat
-      template of the Hugging Face folder.
-    system: with `chat`, the system's message; empty for none, or for the template's own.
+      template of the Hugging Face folder. Without a prompt there is a conversation.
+    system: in a chat, the system's message; empty for none, or for the template's own.
+    effort: in a chat, the number of tokens of thought after which its end is forced, so that the
+      model answers; None for no limit.
+    least_effort: in a chat, the number of tokens of thought before which its end is replaced by
+      "Wait", so that the model thinks on.
     stop: strings before which the text ends.
     max_new_tokens: largest number of sampled tokens, unless a token that ends the text comes first:
       one that the Hugging Face folder names as `eos_token_id`, with `chat` also the one that the
@@ -46,9 +54,11 @@ class GenerateConfig:
   """
 
   checkpoint: str = ""
-  prompt: str = "In the beginning"
+  prompt: str | None = None
   chat: bool = False
   system: str = ""
+  effort: int | None = None
+  least_effort: int = 0
   stop: tuple[str, ...] = ()
   max_new_tokens: int = 200
   temperature: float = 0.8
@@ -67,13 +77,20 @@ class GenerateConfig:
       raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
-    if self.system and not self.chat:
-      raise ValueError(f"system={self.system!r} needs a chat: add --set chat=true")
+    Effort(self.least_effort, self.effort)
+    if self.prompt is not None and not self.chat:
+      self.require_no_chat("add --set chat=true, or leave the prompt out")
     if "" in self.stop:
       raise ValueError(f"stop={self.stop} has an empty string, before which every text would end")
     if not 0 <= self.seed < 2**31:
       raise ValueError(f"seed={self.seed} must lie in 0..2^31 - 1")
     require_sampling(self.temperature, self.top_p)
+
+  def require_no_chat(self, advice: str) -> None:
+    """Raises ValueError if a setting is not the default that has a meaning in a chat only."""
+    for name, default in (("system", ""), ("effort", None), ("least_effort", 0)):
+      if getattr(self, name) != default:
+        raise ValueError(f"{name}={getattr(self, name)!r} needs a chat: {advice}")
 
 
 def require_sampling(temperature: float, top_p: float) -> None:
@@ -94,20 +111,19 @@ def main(options: Options) -> None:
   start = load_model(cfg.checkpoint)
   tokenizer, form = start.tokenizer(cfg.tokenizer), start.prompt_format()
   _require_cache_fits(start.cfg, cfg.max_new_tokens)
-  if cfg.chat:
-    if form.chat_template is None:
-      raise ValueError(f"chat=true: {cfg.checkpoint} has no chat template, so that its model can "
-                       "only continue text: leave chat out")
-    prompt_T = form.encode_chat(tokenizer, cfg.prompt, cfg.system)
-  else:
-    # The models of run folders were trained on text that begins with no special token.
-    encode = tokenizer.encode if _is_run(cfg.checkpoint) else tokenizer.encode_prompt
-    prompt_T = encode(cfg.prompt)
-    if form.chat_template:
-      print(f"{cfg.checkpoint} has a chat template: add --set chat=true for an answer instead of a "
-            "continuation", file=sys.stderr)
-    print(cfg.prompt, end="", flush=True)
-  write_continuation(start.cfg, start.variables, tokenizer, prompt_T,
+  chat = Chat.of(cfg, start, tokenizer, form)
+  if chat is not None:
+    chat.run()
+    return
+  cfg.require_no_chat(f"{cfg.checkpoint} has no chat template, so leave it out")
+  # The models of run folders were trained on text that begins with no special token.
+  encode = tokenizer.encode if _is_run(cfg.checkpoint) else tokenizer.encode_prompt
+  prompt = "In the beginning" if cfg.prompt is None else cfg.prompt
+  if form.chat_template:
+    print(f"{cfg.checkpoint} has a chat template: add --set chat=true for an answer instead of a "
+          "continuation", file=sys.stderr)
+  print(prompt, end="", flush=True)
+  write_continuation(start.cfg, start.variables, tokenizer, encode(prompt),
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                      top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p, seed=cfg.seed,
                      stop=cfg.stop, drafts=cfg.drafts,
@@ -131,8 +147,6 @@ def _is_run(checkpoint: str) -> bool:
 
 def _stop_tokens(cfg: GenerateConfig, form: PromptFormat, tokenizer: Tokenizer) -> tuple[int, ...]:
   """Returns the tokens that end a text: in a run folder, that of its training documents, too."""
-  if cfg.chat:
-    return ChatTemplate(form, tokenizer, cfg.system).stop_tokens
   return stop_tokens(tokenizer, form) if _is_run(cfg.checkpoint) else form.stop_tokens
 
 
@@ -173,28 +187,10 @@ def write_continuation(
       break
     # The bytes of a character may be divided between tokens: the decoder waits for the last one.
     text += decoder.decode(tokenizer.decode_bytes([token]))
-    end, ended = _end(text, shown, stop)
+    end, ended = end_of(text, shown, stop)
     print(text[shown:end], end="", flush=True)
     shown = end
     if ended:
       return text[:end]
   print(text[shown:], end="", flush=True)
   return text
-
-
-def _end(text: str, shown: int, stop: Sequence[str]) -> tuple[int, bool]:
-  """Returns how much of a text can be shown, and whether a stop string ends it there.
-
-  What may be the beginning of a stop string is held back until more is known.
-
-  Args:
-    text: the text so far.
-    shown: how many of its characters have been shown.
-    stop: the stop strings.
-  """
-  found = [at for at in (text.find(string, shown) for string in stop) if at >= 0]
-  if found:
-    return min(found), True
-  begun = (at for at in range(shown, len(text))
-           if any(string.startswith(text[at:]) for string in stop))
-  return next(begun, len(text)), False

@@ -17,6 +17,8 @@ from model.decoding.generate import checked
 from model.decoding.sampling import Limits
 from model.transformer import Transformer
 
+_SHORTEST = 16  # prompts are padded to this length or a larger power of two
+
 
 def stream(
     model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
@@ -38,11 +40,14 @@ def stream(
   Raises:
     ValueError: for what `generate` or `speculate` raises it.
   """
-  prompt_T = prompt_T if isinstance(prompt_T, jax.Array) else np.asarray(prompt_T)
+  prompt_T = np.asarray(prompt_T)
   if prompt_T.ndim != 1 or not prompt_T.size:
     raise ValueError(f"the prompt should have the shape [T >= 1], and has {prompt_T.shape}")
+  # Padded to one of a few lengths, each of which is compiled once.
+  padded = max(_SHORTEST, 1 << int(prompt_T.size - 1).bit_length())
+  prompt_1T = np.pad(prompt_T, (0, padded - prompt_T.size))[None]
   sampling, prompts = checked(
-      model, prompt_T[None], [prompt_T.size], max_new_tokens=max_new_tokens, key=key,
+      model, prompt_1T, [prompt_T.size], max_new_tokens=max_new_tokens, key=key,
       temperature=temperature, limits=Limits(top_p, top_k, min_p), stop_token=stop_token,
       drafts=drafts)
   if drafts:

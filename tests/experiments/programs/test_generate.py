@@ -1,5 +1,7 @@
 """The generate program: chats, ends of a text, and what comes before a prompt."""
 
+import dataclasses
+import io
 import json
 import re
 
@@ -9,9 +11,12 @@ import pytest
 import model
 from experiments.options import Options
 from experiments.programs import generate
+from experiments.programs.chatting import Chat
 from experiments.programs.generate import GenerateConfig, write_continuation
 from tests.train import chat_model
-from tests.train.chat_model import CFG, TOKENIZER
+from tests.train.chat_model import CFG, END, START, TOKENIZER
+from train.chat import PromptFormat
+from train.loading import LoadedModel
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,43 @@ def test_a_chat_is_rendered_by_the_folders_template(folder, monkeypatch, capsys)
   assert capsys.readouterr().out == "abcabcab\n"
 
 
+def test_without_a_prompt_there_is_a_conversation_that_remembers_what_was_said(
+    folder, monkeypatch, capsys):
+  seen = prompts_of(monkeypatch)
+  monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand\n/new\nx\n\nnot asked\n"))
+  run(folder)
+  turn = lambda role, text: [START, *f"{role}\n{text}".encode(), END, *b"\n"]
+  ask = [START, *b"assistant\n"]
+  assert seen == [
+      turn("user", "hi") + ask,
+      turn("user", "hi") + turn("assistant", "abcabcab") + turn("user", "and") + ask,
+      turn("user", "x") + ask]
+  out, err = capsys.readouterr()
+  assert out == 3 * "abcabcab\n"
+  assert err.count("answer: 8 tokens in ") == 3 and "cut off after max_new_tokens=8" in err
+
+
+def test_a_model_of_a_run_is_asked_with_the_template_that_it_was_trained_with():
+  start = LoadedModel(CFG, {}, None, template="short_think")
+  chat = Chat.of(GenerateConfig(checkpoint="run"), start, TOKENIZER, PromptFormat())
+  messages = [{"role": "user", "content": "1+1?"}]
+  text, prompt_T = chat._prompt(messages)
+  assert text == "Q: 1+1?\n<think>" and TOKENIZER.decode(prompt_T) == text
+  text, _ = chat._prompt([*messages, {"role": "assistant", "content": "2"},
+                          {"role": "user", "content": "2+2?"}])
+  assert text == "Q: 1+1?\n<think>2\nQ: 2+2?\n<think>"
+  assert Chat.of(GenerateConfig(checkpoint="run", prompt="x"), start, TOKENIZER,
+                 PromptFormat()) is None
+  assert Chat.of(GenerateConfig(checkpoint="run"), dataclasses.replace(start, template=None),
+                 TOKENIZER, PromptFormat()) is None
+
+
+def test_settings_of_a_chat_are_refused_for_a_model_that_has_none(folder):
+  (folder / "tokenizer_config.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"effort=5 needs a chat: .* has no chat template"):
+    run(folder, "effort=5")
+
+
 def test_a_prompt_begins_as_the_post_processor_says_and_never_has_other_special_tokens(
     folder, monkeypatch, capsys):
   seen = prompts_of(monkeypatch)
@@ -106,7 +148,9 @@ def test_chat_without_a_template_and_broken_files_are_named(folder):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"system": "Be kind."}, "needs a chat: add --set chat=true"), ({"stop": ("a", "")}, "empty")])
+    ({"system": "Be kind.", "prompt": "x"}, "system='Be kind.' needs a chat: add --set chat=true"),
+    ({"effort": 3, "prompt": "x"}, "effort=3 needs a chat"), ({"stop": ("a", "")}, "empty"),
+    ({"effort": 3, "least_effort": 4}, "least=4 to most=3 tokens is impossible")])
 def test_settings_that_make_no_sense_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     GenerateConfig(**changes)

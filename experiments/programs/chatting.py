@@ -1,0 +1,126 @@
+"""A conversation with a model in the terminal, or one question and its answer."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+import model
+from rl.effort import Effort, Reply, reply
+from train.chat import ChatTemplate, PromptFormat, stop_tokens, with_system
+from train.loading import LoadedModel
+from train.templates import CHAT, Template, get_template, opens_thinking
+from train.tokenizer import Tokenizer
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_HELP = "an empty line, or the end of the input, ends the conversation; /new starts another one"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+  """A model that is asked, and how.
+
+  Attributes:
+    cfg: the settings, a `generate.GenerateConfig`.
+    start: the model.
+    tokenizer: its tokenizer.
+    template: what a conversation is rendered with: the chat template of the model's folder, or the
+      template with which it was fine-tuned or trained by RL.
+  """
+
+  cfg: Any
+  start: LoadedModel
+  tokenizer: Tokenizer
+  template: ChatTemplate | Template
+
+  @classmethod
+  def of(cls, cfg: Any, start: LoadedModel, tokenizer: Tokenizer,
+         form: PromptFormat) -> "Chat | None":
+    """Returns a chat if the settings ask for one, and None if text is to be continued.
+
+    Raises:
+      ValueError: if `chat` is set and the model has no chat template, or one that cannot be
+        rendered.
+    """
+    if not cfg.chat and cfg.prompt is not None:
+      return None
+    if form.chat_template is not None:
+      return cls(cfg, start, tokenizer, ChatTemplate(form, tokenizer, cfg.system))
+    if start.template not in (None, CHAT):
+      return cls(cfg, start, tokenizer, get_template(start.template))
+    if cfg.chat:
+      raise ValueError(f"chat=true: {cfg.checkpoint} has no chat template, so that its model can "
+                       "only continue text: leave chat out")
+    return None
+
+  def run(self) -> None:
+    """Answers the prompt of the settings or, without one, converses until the input ends."""
+    if self.cfg.prompt is not None:
+      self._answer([{"role": "user", "content": self.cfg.prompt}])
+      return
+    print(_HELP, file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while (question := _ask()) is not None:
+      if question == "/new":
+        messages = []
+        continue
+      messages.append({"role": "user", "content": question})
+      said = self._answer(messages)
+      messages.append({"role": "assistant", "content": said.answer.text.strip()})
+
+  def _answer(self, messages: list[dict[str, str]]) -> Reply:
+    """Prints the answer to the last message, and what thought and answer cost."""
+    text, prompt_T = self._prompt(messages)
+    cfg, thinking_before = self.cfg, []
+    dim = sys.stdout.isatty()
+
+    def show(piece: str, thinking: bool) -> None:
+      if dim and piece and thinking_before[-1:] != [thinking]:
+        print(_DIM if thinking else _PLAIN, end="")
+        thinking_before.append(thinking)
+      print(piece, end="", flush=True)
+
+    network = model.Transformer(
+        self.start.cfg if cfg.drafts else dataclasses.replace(self.start.cfg, mtp=None))
+    said = reply(
+        network, self.start.variables, self.tokenizer, prompt_T, stop_tokens=self._stop_tokens,
+        max_new_tokens=cfg.max_new_tokens, opens_thinking=opens_thinking(text),
+        effort=Effort(cfg.least_effort, cfg.effort), stop=cfg.stop, show=show,
+        key=jax.random.fold_in(jax.random.key(cfg.seed), len(messages) // 2),
+        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
+        drafts=cfg.drafts)
+    print(_PLAIN if dim and thinking_before[-1:] == [True] else "")
+    for name, part in (("thought", said.thought), ("answer", said.answer)):
+      if part.tokens:
+        print(f"{name}: {part.tokens} tokens in {part.seconds:.1f} s", file=sys.stderr)
+    if said.status == model.Status.LENGTH:
+      print(f"cut off after max_new_tokens={cfg.max_new_tokens}", file=sys.stderr)
+    return said
+
+  def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, np.ndarray]:
+    """Returns the prompt for the answer to the last message, as text and as token ids."""
+    messages = with_system(messages, self.cfg.system)
+    if isinstance(self.template, ChatTemplate):
+      (rendered,), guard = self.template.form.render(
+          self.tokenizer, messages, ends=(len(messages),))
+      return rendered.replace(guard, ""), self.tokenizer.encode_rendered(rendered, guard)
+    unknown = {"role": "assistant", "content": "?"}  # the answer, which is not part of the prompt
+    text, _ = self.template.conversation([*messages, unknown])
+    return text, self.tokenizer.encode(text)
+
+  @functools.cached_property
+  def _stop_tokens(self) -> tuple[int, ...]:
+    if isinstance(self.template, ChatTemplate):
+      return self.template.stop_tokens
+    return stop_tokens(self.tokenizer, None)
+
+
+def _ask() -> str | None:
+  """Returns the next line that is typed; None at the end of the input, or for an empty line."""
+  with contextlib.suppress(EOFError, KeyboardInterrupt):
+    return input("> " if sys.stdin.isatty() else "").strip() or None
+  return None

@@ -1,0 +1,213 @@
+"""Replies of models that think first: thought and answer apart, and how long they may think.
+
+The dial of inference-time compute is the length of the thought. Its end is forced by writing
+`</think>` after a number of tokens, and a longer one by writing "Wait" where it would have ended
+(Muennighoff et al., "s1: Simple test-time scaling", arXiv:2501.19393).
+
+Shape letters:  T prompt tokens
+"""
+
+import codecs
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import model
+from model.checks import require
+from train.tokenizer import Tokenizer
+
+_OPEN, _CLOSE = "<think>", "</think>"
+_WAIT, _ENOUGH = "\nWait", f"\n{_CLOSE}\n\n"
+_GUARD = "\ue000"  # in none of the forced texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+  """How long a model thinks before it answers.
+
+  Attributes:
+    least: tokens of thought before which its end is replaced by "Wait".
+    most: tokens of thought after which its end is written; None for no limit.
+  """
+
+  least: int = 0
+  most: int | None = None
+
+  def __post_init__(self):
+    require(self.least >= 0 and (self.most is None or self.most >= self.least),
+            f"a thought of least={self.least} to most={self.most} tokens is impossible")
+
+
+class Divided(NamedTuple):
+  """A text, divided at the end of its think block.
+
+  Attributes:
+    thought: the text within the block, so far; None if there is no block.
+    answer: the text after it; None while the block is open, or while a block may still begin.
+  """
+
+  thought: str | None
+  answer: str | None
+
+
+def divide(text: str, *, opens_thinking: bool) -> Divided:
+  """Divides the beginning of a completion into thought and answer.
+
+  Args:
+    text: the completion, or a beginning of it.
+    opens_thinking: whether the prompt has already opened the think block.
+  """
+  if not opens_thinking:
+    lead = text.lstrip()
+    if not lead.startswith(_OPEN):
+      return Divided(None, None if _OPEN.startswith(lead) else text)
+    text = lead.removeprefix(_OPEN)
+  thought, closed, answer = text.partition(_CLOSE)
+  return Divided(thought, answer if closed else None)
+
+
+@dataclasses.dataclass
+class Part:
+  """The thought or the answer of a reply: its text, its sampled tokens, and the seconds it took."""
+
+  text: str = ""
+  tokens: int = 0
+  seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """What a model replied.
+
+  Attributes:
+    thought, answer: its parts. Forced text is part of the thought, but not of its tokens.
+    status: why it ended; RUNNING if it was interrupted or ended by a stop string.
+  """
+
+  thought: Part
+  answer: Part
+  status: model.Status
+
+
+def reply(
+    network: model.Transformer, variables: dict, tokenizer: Tokenizer, prompt_T: np.ndarray, *,
+    stop_tokens: Sequence[int], max_new_tokens: int, opens_thinking: bool = False,
+    effort: Effort | None = None, stop: Sequence[str] = (),
+    show: Callable[[str, bool], Any] = lambda text, thinking: None, **sampling: Any) -> Reply:
+  """Samples a reply, and shows it as it grows.
+
+  A `KeyboardInterrupt` ends the reply, which is returned as far as it has come.
+
+  Args:
+    network, variables, tokenizer: the model.
+    prompt_T: int32, token ids of the prompt.
+    stop_tokens: ids of the tokens that end the reply, and are not part of it.
+    max_new_tokens: largest number of sampled tokens, thought and answer together.
+    opens_thinking: whether the prompt has already opened the think block.
+    effort: how long to think; None leaves it to the model.
+    stop: strings before which the answer ends.
+    show: takes a piece of text, and whether it belongs to the thought.
+    **sampling: further arguments of `model.stream`.
+  """
+  effort, parts, status = effort or Effort(), (Part(), Part()), model.Status.RUNNING
+  text, context, count, began = "", [], 0, time.monotonic()
+  key, begun = sampling.pop("key", None), 0
+  try:
+    forced: str | None = ""
+    while forced is not None and count < max_new_tokens:
+      context += tokenizer.encode_rendered(forced, _GUARD).tolist() if forced else []
+      text, forced = text + forced, None
+      decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+      tokens = model.stream(
+          network, variables, jnp.asarray([*prompt_T, *context], jnp.int32),
+          max_new_tokens=max_new_tokens, stop_token=tuple(stop_tokens),
+          key=key if key is None or not begun else jax.random.fold_in(key, begun), **sampling)
+      begun += 1
+      for token in tokens:
+        if token in stop_tokens:
+          status = model.Status.STOP
+          break
+        thinking = divide(text, opens_thinking=opens_thinking).answer is None
+        context.append(token)
+        count += 1
+        text += decoder.decode(tokenizer.decode_bytes([token]))
+        found = divide(text, opens_thinking=opens_thinking)
+        part = parts[not (thinking and found.thought is not None)]
+        part.tokens += 1
+        if thinking and found.answer is not None and found.thought is not None:
+          if part.tokens < effort.least:
+            text = text[:text.index(_CLOSE)]
+            context = _tokens_of(tokenizer, context, text)
+            forced = _WAIT
+        elif found.answer is None and found.thought is not None and (
+            effort.most is not None and part.tokens >= effort.most):
+          forced = _ENOUGH
+        began = _grow(parts, found, began, stop, show)
+        status = model.Status.LENGTH if count >= max_new_tokens else status
+        if forced is not None or count >= max_new_tokens or _stopped(found.answer, stop):
+          break
+      tokens.close()
+  except KeyboardInterrupt:
+    pass
+  found = divide(text, opens_thinking=opens_thinking)
+  if found.thought is None and found.answer is None:
+    found = Divided(None, text)
+  _grow(parts, found, began, stop, show, whole=True)
+  return Reply(*parts, status)
+
+
+def _tokens_of(tokenizer: Tokenizer, tokens: list[int], text: str) -> list[int]:
+  """Returns the tokens, without those at the end that are not part of `text`, which they begin."""
+  kept, wanted = list(tokens), text.encode()
+  while kept and not wanted.startswith(tokenizer.decode_bytes(kept)):
+    kept.pop()
+  rest = wanted[len(tokenizer.decode_bytes(kept)):].decode(errors="replace")
+  return kept + (tokenizer.encode(rest).tolist() if rest else [])
+
+
+def _stopped(answer: str | None, stop: Sequence[str]) -> bool:
+  return answer is not None and any(string in answer for string in stop)
+
+
+def _grow(parts: tuple[Part, Part], found: Divided, began: float, stop: Sequence[str],
+          show: Callable[[str, bool], Any], *, whole: bool = False) -> float:
+  """Shows what is new, and returns when the part that grows now began.
+
+  What may be the beginning of a tag or of a stop string is held back until more is known.
+  """
+  now = time.monotonic()
+  for part, text, ends, thinking in (
+      (parts[0], found.thought, (_CLOSE,), True), (parts[1], found.answer, tuple(stop), False)):
+    if text is None:
+      continue
+    is_last = found.answer is None or not thinking
+    end, _ = end_of(text, len(part.text), ends)
+    end = len(text) if not is_last or (whole and not _stopped(text, ends)) else end
+    show(text[len(part.text):end], thinking)
+    part.text = text[:max(end, len(part.text))]
+    if is_last:
+      part.seconds += now - began
+  return now
+
+
+def end_of(text: str, shown: int, stop: Sequence[str]) -> tuple[int, bool]:
+  """Returns how much of a text can be shown, and whether a stop string ends it there.
+
+  What may be the beginning of a stop string is held back until more is known.
+
+  Args:
+    text: the text so far.
+    shown: how many of its characters have been shown.
+    stop: the stop strings.
+  """
+  found = [at for at in (text.find(string, shown) for string in stop) if at >= 0]
+  if found:
+    return min(found), True
+  begun = (at for at in range(shown, len(text))
+           if any(string.startswith(text[at:]) for string in stop))
+  return next(begun, len(text)), False

@@ -1,0 +1,129 @@
+"""Thought and answer are divided as they are sampled, and the end of a thought can be forced."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tokenizers
+
+import model
+from rl import effort as module
+from rl.effort import Effort, divide, reply
+from tests.train import chat_model
+from train.tokenizer import Tokenizer
+
+
+def thinking_tokenizer() -> Tokenizer:
+  plain = tokenizers.Tokenizer.from_str(Tokenizer.bytes()._json)
+  plain.add_special_tokens(["<think>", "</think>", "<stop>"])
+  return Tokenizer(plain.to_str())
+
+
+TOKENIZER = thinking_tokenizer()
+OPEN, CLOSE, STOP = (TOKENIZER._tokenizer.token_to_id(name)
+                     for name in ("<think>", "</think>", "<stop>"))
+CFG = dataclasses.replace(chat_model.CFG, vocab_size=TOKENIZER.vocab_size)
+NETWORK = model.Transformer(CFG)
+
+
+def follows(successors: dict[int, int]) -> dict:
+  """Returns variables with which each of these tokens is followed by the one that it maps to."""
+  values = jax.tree.map(jnp.zeros_like, tiny.variables(CFG))
+  values["params"]["norm"]["scale"] = jnp.ones(24)
+  table = np.zeros((CFG.vocab_size, 24), np.float32)
+  head = np.zeros((24, CFG.vocab_size), np.float32)
+  for i, (now, then) in enumerate(successors.items()):
+    table[now, i], head[i, then] = 1, 1
+  values["params"]["embedding"] = {"embedding": jnp.asarray(table), "head": jnp.asarray(head)}
+  return values
+
+
+# "Q" -> <think> ab </think> cd <stop>; after the forced texts, "t" of Wait -> a, "\n" -> c.
+TEXT = [ord("Q"), OPEN, ord("a"), ord("b"), CLOSE, ord("c"), ord("d"), STOP]
+SUCCESSORS = dict(itertools.pairwise(TEXT)) | {ord("t"): ord("a"), ord("\n"): ord("c")}
+
+
+def ask(prompt="Q", successors=None, max_new_tokens=40, **how):
+  shown = []
+  said = reply(
+      NETWORK, follows(successors or SUCCESSORS), TOKENIZER, TOKENIZER.encode(prompt),
+      stop_tokens=(STOP,), max_new_tokens=max_new_tokens, temperature=0,
+      show=lambda text, thinking: shown.append((text, thinking)), **how)
+  for thinking, part in ((True, said.thought), (False, said.answer)):
+    assert "".join(text for text, of_thought in shown if of_thought is thinking) == part.text
+  return said
+
+
+def summary(said):
+  return said.thought.text, said.thought.tokens, said.answer.text, said.answer.tokens, said.status
+
+
+def test_thought_and_answer_are_told_apart_and_counted():
+  assert summary(ask()) == ("ab", 4, "cd", 2, model.Status.STOP)
+  said = ask(successors=SUCCESSORS | {ord("Q"): ord("a")}, opens_thinking=True)
+  assert summary(said) == ("ab", 3, "cd", 2, model.Status.STOP)
+  said = ask(successors={ord("Q"): ord("c"), ord("c"): ord("d"), ord("d"): STOP})
+  assert summary(said) == ("", 0, "cd", 2, model.Status.STOP)
+  said = ask(max_new_tokens=3)
+  assert summary(said) == ("ab", 3, "", 0, model.Status.LENGTH)
+  assert said.thought.seconds > 0
+
+
+def test_the_end_of_a_thought_is_forced_after_the_most_tokens():
+  endless = SUCCESSORS | {ord("b"): ord("a")}
+  assert ask(successors=endless).answer.tokens == 0
+  said = ask(successors=endless, effort=Effort(most=6))
+  assert summary(said) == ("ababa\n", 6, "\n\ncd", 2, model.Status.STOP)
+  # The budget of a thought that ends earlier changes nothing.
+  assert summary(ask(effort=Effort(most=6))) == summary(ask())
+
+
+def test_an_end_before_the_least_tokens_is_replaced_by_a_wait():
+  said = ask(effort=Effort(least=8))
+  # <think> a b </think>, a b </think>, a b: the third end comes after more than 8 tokens.
+  assert summary(said) == ("ab\nWaitab\nWaitab", 10, "cd", 2, model.Status.STOP)
+  said = ask(effort=Effort(least=6, most=6))
+  assert summary(said) == ("ab\nWaitab\n", 6, "\n\ncd", 2, model.Status.STOP)
+
+
+def test_a_stop_string_ends_the_answer_before_it():
+  said = ask(stop=("d",))
+  assert said.answer.text == "c" and said.status == model.Status.RUNNING
+
+
+def test_an_interrupted_reply_is_returned_as_far_as_it_has_come(monkeypatch):
+  stream = model.stream
+
+  def interrupted(*args, **kwargs):
+    for i, token in enumerate(stream(*args, **kwargs)):
+      if i == 5:
+        raise KeyboardInterrupt
+      yield token
+
+  monkeypatch.setattr(model, "stream", interrupted)
+  assert summary(ask()) == ("ab", 4, "c", 1, model.Status.RUNNING)
+
+
+@pytest.mark.parametrize(("text", "opens", "thought", "answer"), [
+    ("", False, None, None), (" <thi", False, None, None), ("<think>x", False, "x", None),
+    ("<than", False, None, "<than"), ("a</think>b", False, None, "a</think>b"),
+    ("a</thi", True, "a</thi", None), ("a</think>b</think>", True, "a", "b</think>")])
+def test_a_beginning_of_a_completion_is_divided(text, opens, thought, answer):
+  assert divide(text, opens_thinking=opens) == (thought, answer)
+
+
+def test_tokens_of_a_text_are_kept_as_far_as_they_are_its_own():
+  tokens = [*"né".encode(), ord("<"), ord("/")]
+  assert module._tokens_of(TOKENIZER, tokens, "né") == tokens[:3]
+  assert module._tokens_of(TOKENIZER, tokens, "né<") == tokens[:4]
+  assert module._tokens_of(TOKENIZER, [OPEN, ord("a"), CLOSE], "<think>a") == [OPEN, ord("a")]
+
+
+@pytest.mark.parametrize("wrong", [{"least": -1}, {"least": 5, "most": 4}, {"most": -1}])
+def test_impossible_efforts_are_refused(wrong):
+  with pytest.raises(ValueError, match="impossible"):
+    Effort(**wrong)
