@@ -26,6 +26,7 @@ from model.decoding.checks import as_stop_tokens
 from model.decoding.drafting import check_drafts
 from model.decoding.engine import Rows, Sampling, Status
 from model.decoding.sampling import Limits
+from model.decoding.weights import ready
 
 _REFILLS = 8  # slots are refilled when one in this many is free
 
@@ -196,6 +197,7 @@ class _Slots(NamedTuple):
 
 @functools.partial(jit, static_argnames=("model", "slots", "record"))
 def _rollout(model, variables, sampling, prompts, slots, record):
+  variables = ready(model.cfg, variables)
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
   longest = prompt_tokens + sampling.max_new_tokens

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import model
+from model.decoding.weights import ready
 from rl.effort import Effort, Reply, reply
 from train.chat import ChatTemplate, PromptFormat, stop_tokens, with_system
 from train.loading import LoadedModel
@@ -36,6 +37,10 @@ class Chat:
   start: LoadedModel
   tokenizer: Tokenizer
   template: ChatTemplate | Template
+
+  @functools.cached_property
+  def _variables(self) -> dict:
+    return ready(self.start.cfg, self.start.variables)  # once, not for every answer
 
   @classmethod
   def of(cls, cfg: Any, start: LoadedModel, tokenizer: Tokenizer,
@@ -87,7 +92,7 @@ class Chat:
     network = model.Transformer(
         self.start.cfg if cfg.drafts else dataclasses.replace(self.start.cfg, mtp=None))
     said = reply(
-        network, self.start.variables, self.tokenizer, prompt_T, stop_tokens=self._stop_tokens,
+        network, self._variables, self.tokenizer, prompt_T, stop_tokens=self._stop_tokens,
         max_new_tokens=cfg.max_new_tokens, opens_thinking=opens_thinking(text),
         effort=Effort(cfg.least_effort, cfg.effort), stop=cfg.stop, show=show,
         key=jax.random.fold_in(jax.random.key(cfg.seed), len(messages) // 2),

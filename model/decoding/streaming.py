@@ -15,6 +15,7 @@ from model.decoding.drafting import check_drafts
 from model.decoding.engine import Status
 from model.decoding.generate import checked
 from model.decoding.sampling import Limits
+from model.decoding.weights import ready
 from model.transformer import Transformer
 
 _SHORTEST = 16  # prompts are padded to this length or a larger power of two
@@ -52,7 +53,7 @@ def stream(
       drafts=drafts)
   if drafts:
     check_drafts(model, drafts, prompts[1])
-  return _stream(model, variables, sampling, prompts)
+  return _stream(model, ready(model.cfg, variables), sampling, prompts)
 
 
 def _stream(model, variables, sampling, prompts):
