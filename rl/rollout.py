@@ -22,7 +22,7 @@ from model import Transformer
 from model.checks import require
 from model.compiling import jit
 from model.decoding import engine
-from model.decoding.checks import as_stop_tokens
+from model.decoding.checks import as_cache_dtype, as_stop_tokens
 from model.decoding.drafting import check_drafts
 from model.decoding.engine import Rows, Sampling, Status
 from model.decoding.sampling import Limits
@@ -118,7 +118,7 @@ def rollout(
     model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
     stop_token: int | Sequence[int] | None, temperature: float = 1.0, top_p: float = 1.0,
     slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None,
-    drafts: int = 0) -> Rollout:
+    drafts: int = 0, cache_dtype: str | None = None) -> Rollout:
   """Samples a completion of every prompt.
 
   The n-th token of a sequence is drawn with the key `fold_in(key, n)`, where `key` is the
@@ -139,6 +139,7 @@ def rollout(
     mesh: devices over which the sequences are divided, in order. The variables are replicated to
       all of them. None for the single device that holds the variables.
     drafts: tokens that MTP modules draft at a time, as in `model.speculate`; 0 for none.
+    cache_dtype: format of the cache, as in `model.generate`.
 
   Raises:
     ValueError: for arguments out of range, sequences longer than the model's context, a number of
@@ -162,7 +163,8 @@ def rollout(
     check_drafts(model, drafts, prompts.lengths_S)
   sampling = Sampling(
       float(temperature), Limits(float(top_p)), as_stop_tokens(stop_token), int(max_new_tokens),
-      greedy=None, nucleus=temperature > 0 and top_p < 1, drafts=int(drafts))
+      greedy=None, nucleus=temperature > 0 and top_p < 1, drafts=int(drafts),
+      cache_dtype=as_cache_dtype(cache_dtype))
   if mesh is None:
     return _rollout(model, variables, sampling, prompts, slots, record_experts)
   return _rollout_on_mesh(mesh, model, variables, sampling, prompts, slots, record_experts)

@@ -97,7 +97,7 @@ class Chat:
         effort=Effort(cfg.least_effort, cfg.effort), stop=cfg.stop, show=show,
         key=jax.random.fold_in(jax.random.key(cfg.seed), len(messages) // 2),
         temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
-        drafts=cfg.drafts)
+        drafts=cfg.drafts, cache_dtype=cfg.cache_dtype)
     print(_PLAIN if dim and thinking_before[-1:] == [True] else "")
     for name, part in (("thought", said.thought), ("answer", said.answer)):
       if part.tokens:

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class GenerateConfig:
     drafts: tokens that the model's MTP modules draft at a time, which are kept where they are what
       would have been sampled: the text is the same, and takes fewer passes. At most the number of
       modules, or any number for a model with one; 0 for none.
+    cache_dtype: format of the cache of keys and values, or of MLA's latents; None for the format
+      that the model computes in.
     tokenizer: path of a tokenizer.json, for folders without one.
   """
 
@@ -67,6 +70,7 @@ class GenerateConfig:
   min_p: float = 0.0
   seed: int = 0
   drafts: int = 0
+  cache_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None
   tokenizer: str | None = None
 
   def __post_init__(self):
@@ -110,7 +114,7 @@ def main(options: Options) -> None:
     raise ValueError("no model to sample from: give its folder, --set checkpoint=DIR")
   start = load_model(cfg.checkpoint)
   tokenizer, form = start.tokenizer(cfg.tokenizer), start.prompt_format()
-  _require_cache_fits(start.cfg, cfg.max_new_tokens)
+  _require_cache_fits(start.cfg, cfg.max_new_tokens, cfg.cache_dtype)
   chat = Chat.of(cfg, start, tokenizer, form)
   if chat is not None:
     chat.run()
@@ -126,15 +130,15 @@ def main(options: Options) -> None:
   write_continuation(start.cfg, start.variables, tokenizer, encode(prompt),
                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                      top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p, seed=cfg.seed,
-                     stop=cfg.stop, drafts=cfg.drafts,
+                     stop=cfg.stop, drafts=cfg.drafts, cache_dtype=cfg.cache_dtype,
                      stop_tokens=_stop_tokens(cfg, form, tokenizer))
   print()
 
 
-def _require_cache_fits(cfg: model.ModelConfig, num_tokens: int) -> None:
+def _require_cache_fits(cfg: model.ModelConfig, num_tokens: int, dtype: str | None) -> None:
   """Raises ValueError if the cache of so many tokens is larger than the devices' memory."""
   needed = cfg.kv_cache_elements_per_token() * num_tokens * jnp.dtype(
-      cfg.numerics.compute_dtype).itemsize
+      dtype or cfg.numerics.compute_dtype).itemsize
   available = memory_bytes()
   if num_tokens >= 2**31 or (available is not None and needed > available):
     raise ValueError(f"max_new_tokens={num_tokens} needs a cache of {needed / 1e9:,.0f} GB, more "
@@ -154,7 +158,7 @@ def write_continuation(
     cfg: model.ModelConfig, variables: dict, tokenizer: Tokenizer, prompt: str | np.ndarray, *,
     max_new_tokens: int, temperature: float, top_p: float = 1.0, seed: int = 0,
     stop_tokens: Sequence[int] = (), stop: Sequence[str] = (), drafts: int = 0, top_k: int = 0,
-    min_p: float = 0.0) -> str:
+    min_p: float = 0.0, cache_dtype: str | None = None) -> str:
   """Prints a continuation of a prompt as it is sampled, and returns it.
 
   Args:
@@ -171,7 +175,7 @@ def write_continuation(
       not a part of the text.
     stop: strings before which the text ends.
     drafts: tokens that MTP modules draft at a time; see `model.speculate`.
-    top_k, min_p: see `model.generate`.
+    top_k, min_p, cache_dtype: see `model.generate`.
   """
   prompt_T = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
   if not len(prompt_T):
@@ -182,7 +186,7 @@ def write_continuation(
   for token in model.stream(
       network, variables, jnp.asarray(prompt_T), max_new_tokens=max_new_tokens,
       key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=stop_tokens,
-      drafts=drafts, top_k=top_k, min_p=min_p):
+      drafts=drafts, top_k=top_k, min_p=min_p, cache_dtype=cache_dtype):
     if token in stop_tokens:
       break
     # The bytes of a character may be divided between tokens: the decoder waits for the last one.

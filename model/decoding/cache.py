@@ -56,7 +56,7 @@ class Cache:
       rows_B1 = jnp.arange(new.shape[0])[:, None]
       where = (layer, rows_B1, self.new_slots_BT(new.shape[1]))
       updated[name] = updated[name].at[where].set(
-          new.astype(updated[name].dtype), mode="drop", unique_indices=True)
+          _saturated(new, updated[name].dtype), mode="drop", unique_indices=True)
     return self.replace(entries=updated)
 
   def layer(self, name: str, layer: jax.Array) -> jax.Array:
@@ -66,6 +66,14 @@ class Cache:
   def with_lengths(self, lengths_B: jax.Array) -> "Cache":
     """Returns the cache with other lengths: larger after `append`, smaller to roll rows back."""
     return self.replace(lengths_B=jnp.asarray(lengths_B, jnp.int32))
+
+
+def _saturated(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Casts, but numbers past the largest one of an 8-bit format become that and not NaN."""
+  if jnp.dtype(dtype).itemsize == 1:
+    largest = float(jnp.finfo(dtype).max)
+    x = jnp.clip(x, -largest, largest)  # NaN stays NaN
+  return x.astype(dtype)
 
 
 def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None,
@@ -78,7 +86,8 @@ def init_cache(cfg: ModelConfig, batch: int, num_slots: int, dtype=None,
     num_slots: S, the most tokens of a row. Once a row is full, further tokens are dropped without
       an error, so it should be at least the length of the prompt plus the number of tokens to be
       generated.
-    dtype: format of the entries; None for the compute format.
+    dtype: format of the entries; None for the compute format. "float8_e4m3fn" takes half the bytes
+      of bfloat16, and rounds to four significant bits.
     layers: L; None for those of the trunk, without MTP modules.
 
   Raises:

@@ -140,6 +140,20 @@ def as_stop_tokens(stop_token: int | Sequence[int] | jax.Array | None) -> jax.Ar
   return jnp.asarray(np.minimum(ids.reshape(-1), 2**31 - 1), jnp.int32)
 
 
+def as_cache_dtype(dtype: Any) -> str | None:
+  """Returns the name of a cache's format, or None.
+
+  Raises:
+    ValueError: if it is not one in which a cache can be kept.
+  """
+  known_formats = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+  name = None if dtype is None else getattr(dtype, "__name__", str(dtype))
+  if name is not None and name not in known_formats:
+    raise ValueError(f"cache_dtype={dtype!r} should be one of {', '.join(known_formats)}, or None "
+                     "for the compute format")
+  return name
+
+
 def warn_past_context(cfg: ModelConfig, lengths_B: jax.Array, num_tokens: int, new: int) -> None:
   """Warns if rows may become longer than the context that the model's positions were made for.
 

@@ -56,7 +56,7 @@ def check_drafts(model: Transformer, drafts: int, lengths_B: Any) -> None:
 def read_prompts(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array,
     read: Output, token_B: jax.Array, slots: int, drafts: int, choose: Choose,
-) -> tuple[jax.Array, Drafter]:
+    cache_dtype: str | None = None) -> tuple[jax.Array, Drafter]:
   """Runs the modules on prompts, and drafts the tokens after the first new one.
 
   Args:
@@ -67,12 +67,13 @@ def read_prompts(
     slots: of the modules' cache: at least T + 2 D.
     drafts: D.
     choose: chooses drafts.
+    cache_dtype: format of the modules' cache.
 
   Returns:
     The drafts, int32 [B, D], and what the next ones need.
   """
   (batch, num_tokens), modules = prompts_BT.shape, model.cfg.mtp.depth
-  cache = init_cache(model.cfg, batch, slots, layers=modules)
+  cache = init_cache(model.cfg, batch, slots, cache_dtype, layers=modules)
   previous_BTC = read.mtp_input_BTD
   for module in range(1, min(drafts, modules) + 1):
     previous_BTC, _, cache = model.apply(

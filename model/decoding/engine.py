@@ -56,6 +56,7 @@ class Sampling:
       program that does both.
     nucleus: whether the limits apply.
     drafts: D, tokens that MTP modules draft at a time.
+    cache_dtype: format of the caches' entries; see `init_cache`.
   """
 
   temperature: jax.Array | float
@@ -65,6 +66,7 @@ class Sampling:
   greedy: bool | None = flax.struct.field(pytree_node=False)
   nucleus: bool = flax.struct.field(pytree_node=False, default=True)
   drafts: int = flax.struct.field(pytree_node=False, default=0)
+  cache_dtype: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass
@@ -172,7 +174,8 @@ def begin(
   batch, num_tokens = prompts_BT.shape
   slots = num_slots(num_tokens, sampling) if slots is None else slots
   logits_BV, read = prefill(
-      model, variables, prompts_BT, lengths_B, init_cache(model.cfg, batch, slots))
+      model, variables, prompts_BT, lengths_B,
+      init_cache(model.cfg, batch, slots, sampling.cache_dtype))
   zero_B = jnp.zeros(batch, jnp.int32)
   choose = _chooser(sampling, keys_B)
   token_B1, logprob_B1 = choose(logits_BV[:, None], zero_B[:, None])
@@ -181,7 +184,7 @@ def begin(
   if sampling.drafts:
     drafts_BD, drafter = drafting.read_prompts(
         model, variables, prompts_BT, lengths_B, read, token_B1[:, 0], slots, sampling.drafts,
-        choose)
+        choose, sampling.cache_dtype)
   rows = Rows(
       cache=read.cache, keys_B=keys_B, pending_BP=jnp.concatenate([token_B1, drafts_BD], axis=1),
       position_B=count_B, status_B=status_B, drafter=drafter, passes_B=zero_B,
@@ -252,12 +255,12 @@ def empty_rows(
   if sampling.drafts:
     old = (batch, sampling.drafts - 1)
     drafter = drafting.Drafter(
-        init_cache(model.cfg, batch, slots, layers=model.cfg.mtp.depth),
+        init_cache(model.cfg, batch, slots, sampling.cache_dtype, layers=model.cfg.mtp.depth),
         jnp.zeros((*old, model.cfg.d_model), model.cfg.numerics.compute_dtype),
         jnp.zeros(old, jnp.int32))
   zero_B = jnp.zeros(batch, jnp.int32)
   return Rows(
-      init_cache(model.cfg, batch, slots), keys_B,
+      init_cache(model.cfg, batch, slots, sampling.cache_dtype), keys_B,
       jnp.zeros((batch, sampling.drafts + 1), jnp.int32), zero_B,
       jnp.full(batch, Status.LENGTH, jnp.int8), drafter, zero_B,
       jnp.zeros((batch, sampling.drafts), jnp.int32))

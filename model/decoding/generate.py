@@ -41,7 +41,7 @@ def generate(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
     max_new_tokens: int, key: jax.Array | None = None, temperature: float = 1.0,
     top_p: float = 1.0, stop_token: int | Sequence[int] | None = None, top_k: int = 0,
-    min_p: float = 0.0) -> Generated:
+    min_p: float = 0.0, cache_dtype: str | None = None) -> Generated:
   """Samples continuations of right-padded prompts.
 
   The random key of a row at a step is `fold_in(fold_in(key, row), step)`, so that samples depend
@@ -62,6 +62,7 @@ def generate(
     stop_token: id of the token that ends a row, or ids of several; None for none.
     top_k: number of most likely tokens of which one is sampled; 0 for all.
     min_p: smallest probability, relative to that of the most likely token, in [0, 1].
+    cache_dtype: format of the cache, "float8_e4m3fn" or "bfloat16"; None for the compute format.
 
   Returns:
     The new tokens, their number in each row, and their log-probabilities.
@@ -71,14 +72,15 @@ def generate(
   """
   sampling, prompts = checked(
       model, prompts_BT, lengths_B, max_new_tokens=max_new_tokens, key=key,
-      temperature=temperature, limits=Limits(top_p, top_k, min_p), stop_token=stop_token)
+      temperature=temperature, limits=Limits(top_p, top_k, min_p), stop_token=stop_token,
+      cache_dtype=cache_dtype)
   return run(model, variables, sampling, *prompts)[0]
 
 
 def checked(
     model: Transformer, prompts_BT: jax.Array, lengths_B: jax.Array, *, max_new_tokens: int,
     key: jax.Array | None, temperature: float, limits: Limits,
-    stop_token: int | Sequence[int] | None, drafts: int = 0,
+    stop_token: int | Sequence[int] | None, drafts: int = 0, cache_dtype: str | None = None,
 ) -> tuple[Sampling, tuple[jax.Array, jax.Array, jax.Array]]:
   """Checks the arguments of `generate`, and returns those of `engine.begin`.
 
@@ -90,8 +92,9 @@ def checked(
   stops_K = checks.as_stop_tokens(stop_token)
   checks.warn_past_context(model.cfg, lengths_B, prompts_BT.shape[1], max_new_tokens)
   keys_B = engine.row_keys(jax.random.key(0) if key is None else key, len(lengths_B))
-  return (Sampling(temperature, limits, stops_K, int(max_new_tokens), greedy, drafts=int(drafts)),
-          (prompts_BT, lengths_B, keys_B))
+  sampling = Sampling(temperature, limits, stops_K, int(max_new_tokens), greedy, drafts=int(drafts),
+                      cache_dtype=checks.as_cache_dtype(cache_dtype))
+  return sampling, (prompts_BT, lengths_B, keys_B)
 
 
 @functools.partial(jit, static_argnames="model")

@@ -34,14 +34,15 @@ def speculate(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
     max_new_tokens: int, drafts: int, key: jax.Array | None = None, temperature: float = 1.0,
     top_p: float = 1.0, stop_token: int | Sequence[int] | None = None, top_k: int = 0,
-    min_p: float = 0.0) -> Speculated:
+    min_p: float = 0.0, cache_dtype: str | None = None) -> Speculated:
   """Samples what `generate` does, with drafts by the model's MTP modules.
 
   Args:
     model: the network, with MTP modules.
     variables: its variables.
     prompts_BT, lengths_B: as in `generate`; a prompt has at least `drafts` tokens.
-    max_new_tokens, key, temperature, top_p, stop_token, top_k, min_p: as in `generate`.
+    max_new_tokens, key, temperature, top_p, stop_token, top_k, min_p, cache_dtype: as in
+      `generate`.
     drafts: D, tokens that are drafted at a time: at most as many as the model has modules, or any
       number if it has one, which is then applied to its own output again.
 
@@ -52,7 +53,7 @@ def speculate(
   sampling, prompts = checked(
       model, prompts_BT, lengths_B, max_new_tokens=max_new_tokens, key=key,
       temperature=temperature, limits=Limits(top_p, top_k, min_p), stop_token=stop_token,
-      drafts=drafts)
+      drafts=drafts, cache_dtype=cache_dtype)
   check_drafts(model, drafts, prompts[1])
   generated, rows = run(model, variables, sampling, *prompts)
   return Speculated(generated, rows.passes_B, rows.accepted_BD)

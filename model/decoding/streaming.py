@@ -25,7 +25,7 @@ def stream(
     model: Transformer, variables: dict, prompt_T: jax.Array, *, max_new_tokens: int,
     key: jax.Array | None = None, temperature: float = 1.0, top_p: float = 1.0,
     stop_token: int | Sequence[int] | None = None, drafts: int = 0, top_k: int = 0,
-    min_p: float = 0.0) -> Generator[int, None, Status]:
+    min_p: float = 0.0, cache_dtype: str | None = None) -> Generator[int, None, Status]:
   """Returns an iterator over the tokens that `generate` samples for one prompt.
 
   Each comes as soon as it is known; a stop token is the last. The iterator's return value is the
@@ -35,7 +35,8 @@ def stream(
     model: the network; its MTP modules are used for drafts only.
     variables: its variables.
     prompt_T: int32, token ids of the prompt, without padding.
-    max_new_tokens, key, temperature, top_p, stop_token, top_k, min_p: as in `generate`.
+    max_new_tokens, key, temperature, top_p, stop_token, top_k, min_p, cache_dtype: as in
+      `generate`.
     drafts: tokens that MTP modules draft at a time, as in `speculate`; 0 for none.
 
   Raises:
@@ -50,7 +51,7 @@ def stream(
   sampling, prompts = checked(
       model, prompt_1T, [prompt_T.size], max_new_tokens=max_new_tokens, key=key,
       temperature=temperature, limits=Limits(top_p, top_k, min_p), stop_token=stop_token,
-      drafts=drafts)
+      drafts=drafts, cache_dtype=cache_dtype)
   if drafts:
     check_drafts(model, drafts, prompts[1])
   return _stream(model, ready(model.cfg, variables), sampling, prompts)

@@ -5,11 +5,7 @@ trunk over a token and its drafts takes longer than one over a token, and yields
 two matters more depends on the batch, and how many drafts are right on the model and the text.
 """
 
-import contextlib
 import dataclasses
-import pathlib
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,17 +14,16 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.benchmarks import timing
+from experiments.benchmarks.decoding.models import loaded_or_trained
 from experiments.benchmarks.timing import CallTimer
 from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim
 from experiments.stats import paired
 from model.checks import require, require_positive
-from rl.loading import load_model
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.data import load
 from train.loading import LoadedModel
-from train.stages import train_on_text
 
 _PLAIN = 0  # drafts of plain decoding
 
@@ -92,7 +87,7 @@ def main(options: Options) -> None:
   options.require_supported("seeds", "a", "b", "arms", "profile", "max_minutes")
   cfg = settings.apply(SCALES[options.scale_of(SCALES)], options.settings,
                        named={"model": model.get_config})
-  with _model(cfg) as start:
+  with loaded_or_trained(cfg.checkpoint, cfg) as start:
     require(start.cfg.mtp is not None, f"{cfg.checkpoint or 'the model'} has no MTP modules")
     domains, prompts_BT = _prompts(cfg, start)
     rows = []
@@ -107,15 +102,6 @@ def main(options: Options) -> None:
             "rows": rows, "parameters": start.cfg.param_count(), "new_tokens": cfg.new_tokens,
             "prompt_tokens": cfg.prompt_tokens, "temperature": cfg.temperature,
             "numerics": start.cfg.numerics.compute}, summary)
-
-
-@contextlib.contextmanager
-def _model(cfg: SpeculationConfig) -> Iterator[LoadedModel]:
-  """Loads the model of the checkpoint, or trains one that is kept as long as it is used."""
-  with tempfile.TemporaryDirectory() as folder:
-    run = cfg.without_extras()
-    yield load_model(cfg.checkpoint
-                     or train_on_text(run, None, out=pathlib.Path(folder) / "model"))
 
 
 def _prompts(cfg: SpeculationConfig, start: LoadedModel) -> tuple[list[str], np.ndarray]:

@@ -100,3 +100,37 @@ def test_tokens_past_the_end_leave_the_cache_unchanged():
   cache = tiny.apply(cfg)(v, tiny.tokens(cfg, length=4), cache=model.init_cache(cfg, 2, 4)).cache
   after = tiny.apply(cfg)(v, tiny.tokens(cfg, length=1), cache=cache).cache
   jax.tree.map(np.testing.assert_array_equal, after.entries, cache.entries)
+
+
+@pytest.mark.parametrize("cfg", [tiny.PLAIN_MLA, tiny.GQA])
+def test_an_8_bit_cache_rounds_to_four_bits_and_saturates(cfg):
+  net, v = model.Transformer(cfg), tiny.variables(cfg)
+  tokens = tiny.tokens(cfg, 2, 7)
+  caches = {}
+  for dtype in (None, "float8_e4m3fn"):
+    empty = model.init_cache(cfg, 2, 8, dtype)
+    caches[dtype] = net.apply(v, tokens, cache=empty).cache
+  for name, exact in caches[None].entries.items():
+    kept = caches["float8_e4m3fn"].entries[name]
+    assert kept.dtype == jnp.float8_e4m3fn
+    first = np.asarray(kept[0, :, :7], np.float32)  # what the first layer writes reads no cache
+    np.testing.assert_allclose(first, exact[0, :, :7], rtol=2.0**-4, atol=2.0**-10)
+  cache = model.init_cache(cfg, 1, 2, "float8_e4m3fn")
+  name, entries = next(iter(cache.entries.items()))
+  new = jnp.full((1, 1, *entries.shape[3:]), jnp.array(1e6)).at[..., 0].set(-jnp.inf)
+  written = np.asarray(cache.append(0, **{name: new}).layer(name, 0)[0, 0], np.float32)
+  assert written.max() == 448 and written.min() == -448
+
+
+def test_texts_with_an_8_bit_cache_are_plausible_and_other_formats_are_refused():
+  cfg = tiny.PLAIN_MLA
+  net, v, tokens = model.Transformer(cfg), tiny.variables(cfg), tiny.tokens(cfg, 2, 7)
+  ask = lambda dtype: model.generate(net, v, tokens, np.array([7, 5]), max_new_tokens=6,
+                                     temperature=0, cache_dtype=dtype)
+  exact, rounded = ask(None), ask("float8_e4m3fn")
+  np.testing.assert_array_equal(exact.tokens_BN, ask(jnp.float32).tokens_BN)
+  same = exact.tokens_BN == rounded.tokens_BN
+  gap = np.abs(exact.logprobs_BN - rounded.logprobs_BN)[np.asarray(same)]
+  assert 0 < gap.max() < 0.1
+  with pytest.raises(ValueError, match="cache_dtype='int8' should be one of float32"):
+    ask("int8")
