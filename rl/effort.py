@@ -85,7 +85,8 @@ class Reply:
   """What a model replied.
 
   Attributes:
-    thought, answer: its parts. Forced text is part of the thought, but not of its tokens.
+    thought, answer: its parts. A thought's tokens include those of the tags around it, and its text
+      the "Wait" that was written, which is none of its tokens.
     status: why it ended; RUNNING if it was interrupted or ended by a stop string.
   """
 
@@ -114,51 +115,104 @@ def reply(
     show: takes a piece of text, and whether it belongs to the thought.
     **sampling: further arguments of `model.stream`.
   """
-  effort, parts, status = effort or Effort(), (Part(), Part()), model.Status.RUNNING
-  text, context, count, began = "", [], 0, time.monotonic()
-  key, begun = sampling.pop("key", None), 0
+  growing = _Growing(tokenizer, opens_thinking, effort or Effort(), tuple(stop), show)
+  key, begun, status = sampling.pop("key", None), 0, model.Status.RUNNING
   try:
-    forced: str | None = ""
-    while forced is not None and count < max_new_tokens:
-      context += tokenizer.encode_rendered(forced, _GUARD).tolist() if forced else []
-      text, forced = text + forced, None
-      decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while growing.forced is not None and len(growing.sampled) < max_new_tokens:
+      growing.write()
       tokens = model.stream(
-          network, variables, jnp.asarray([*prompt_T, *context], jnp.int32),
+          network, variables, jnp.asarray([*prompt_T, *growing.context], jnp.int32),
           max_new_tokens=max_new_tokens, stop_token=tuple(stop_tokens),
           key=key if key is None or not begun else jax.random.fold_in(key, begun), **sampling)
       begun += 1
-      for token in tokens:
+      while growing.goes_on and len(growing.sampled) < max_new_tokens:
+        try:
+          token = next(tokens)
+        except StopIteration as end:
+          status = end.value
+          break
         if token in stop_tokens:
           status = model.Status.STOP
           break
-        thinking = divide(text, opens_thinking=opens_thinking).answer is None
-        context.append(token)
-        count += 1
-        text += decoder.decode(tokenizer.decode_bytes([token]))
-        found = divide(text, opens_thinking=opens_thinking)
-        part = parts[not (thinking and found.thought is not None)]
-        part.tokens += 1
-        if thinking and found.answer is not None and found.thought is not None:
-          if part.tokens < effort.least:
-            text = text[:text.index(_CLOSE)]
-            context = _tokens_of(tokenizer, context, text)
-            forced = _WAIT
-        elif found.answer is None and found.thought is not None and (
-            effort.most is not None and part.tokens >= effort.most):
-          forced = _ENOUGH
-        began = _grow(parts, found, began, stop, show)
-        status = model.Status.LENGTH if count >= max_new_tokens else status
-        if forced is not None or count >= max_new_tokens or _stopped(found.answer, stop):
-          break
+        growing.add(token)
+      else:
+        if len(growing.sampled) >= max_new_tokens and (
+            growing.goes_on or growing.forced is not None):
+          status = model.Status.LENGTH
       tokens.close()
   except KeyboardInterrupt:
     pass
-  found = divide(text, opens_thinking=opens_thinking)
-  if found.thought is None and found.answer is None:
-    found = Divided(None, text)
-  _grow(parts, found, began, stop, show, whole=True)
-  return Reply(*parts, status)
+  growing.finish()
+  return Reply(*growing.parts, status)
+
+
+class _Growing:
+  """A reply as it is sampled.
+
+  Attributes:
+    parts: thought and answer as they have been shown.
+    context: the tokens after the prompt, forced ones included.
+    sampled: those of them that were sampled, and others that were dropped again.
+    forced: text to write before anything else is sampled; None for none.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, opens_thinking: bool, effort: Effort,
+               stop: tuple[str, ...], show: Callable[[str, bool], Any]):
+    self._tokenizer, self._opens, self._effort = tokenizer, opens_thinking, effort
+    self._stop, self._show, self._began = stop, show, time.monotonic()
+    self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    self._text, self._undecided = "", 0
+    self.parts, self.context, self.sampled = (Part(), Part()), [], []
+    self.forced: str | None = _ENOUGH if opens_thinking and effort.most == 0 else ""
+    self._end = self.forced  # the end of the thought, if it is forced
+
+  @property
+  def goes_on(self) -> bool:
+    """Whether the next token is to be sampled: no text is forced, and no stop string was found."""
+    return self.forced is None and not _stopped(self._found().answer, self._stop)
+
+  def write(self) -> None:
+    """Writes the forced text."""
+    if self.forced:
+      self.context += self._tokenizer.encode_rendered(self.forced, _GUARD).tolist()
+    self._text, self.forced = self._text + (self.forced or ""), None
+
+  def add(self, token: int) -> None:
+    """Takes the next token."""
+    thinking = self._found().answer is None
+    self.context.append(token)
+    self.sampled.append(token)
+    self._text += self._decoder.decode(self._tokenizer.decode_bytes([token]))
+    found = self._found()
+    self._undecided += 1  # tokens that may begin a thought, and this one
+    if found == (None, None):
+      return
+    part = self.parts[not (thinking and found.thought is not None)]
+    part.tokens, self._undecided = part.tokens + self._undecided, 0
+    if thinking and None not in found and part.tokens < self._effort.least:
+      self._text, self.forced = self._text[:self._text.index(_CLOSE)], _WAIT
+      self.context = _tokens_of(self._tokenizer, self.context, self._text)
+      found = self._found()
+    elif found.answer is None and self._effort.most is not None and (
+        part.tokens >= self._effort.most and not self._decoder.getstate()[0]):
+      self.forced = self._end = _ENOUGH  # not within a character
+    self._began = _grow(self.parts, found, self._began, self._stop, self._show)
+
+  def finish(self) -> None:
+    """Shows what was held back."""
+    self._text += self._decoder.decode(b"", final=True)
+    found = self._found()
+    if found == (None, None):
+      found = Divided(None, self._text)
+      self.parts[1].tokens += self._undecided
+    _grow(self.parts, found, self._began, self._stop, self._show, whole=True)
+
+  def _found(self) -> Divided:
+    found = divide(self._text, opens_thinking=self._opens)
+    if not self._end or found.answer is None:
+      return found
+    before, after = self._end.split(_CLOSE)  # neither is the model's
+    return Divided(found.thought.removesuffix(before), found.answer.removeprefix(after))
 
 
 def _tokens_of(tokenizer: Tokenizer, tokens: list[int], text: str) -> list[int]:

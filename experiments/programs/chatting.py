@@ -18,6 +18,7 @@ from train.templates import CHAT, Template, get_template, opens_thinking
 from train.tokenizer import Tokenizer
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+NOT_A_NUMBER = "ended, as the logits of the next token are NaN: the model's weights are damaged"
 _HELP = "an empty line, or the end of the input, ends the conversation; /new starts another one"
 
 
@@ -75,7 +76,10 @@ class Chat:
         continue
       messages.append({"role": "user", "content": question})
       said = self._answer(messages)
-      messages.append({"role": "assistant", "content": said.answer.text.strip()})
+      answer = said.answer.text.strip()
+      if isinstance(self.template, Template) and self.template.opens_thinking:
+        answer = f"{said.thought.text}</think>{answer}"  # what follows the question's "<think>"
+      messages.append({"role": "assistant", "content": answer})
 
   def _answer(self, messages: list[dict[str, str]]) -> Reply:
     """Prints the answer to the last message, and what thought and answer cost."""
@@ -104,6 +108,8 @@ class Chat:
         print(f"{name}: {part.tokens} tokens in {part.seconds:.1f} s", file=sys.stderr)
     if said.status == model.Status.LENGTH:
       print(f"cut off after max_new_tokens={cfg.max_new_tokens}", file=sys.stderr)
+    if said.status == model.Status.INVALID:
+      print(NOT_A_NUMBER, file=sys.stderr)
     return said
 
   def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.options import Options
-from experiments.programs.chatting import Chat
+from experiments.programs.chatting import NOT_A_NUMBER, Chat
 from rl.effort import Effort, end_of
 from rl.loading import load_model
 from train.chat import PromptFormat, stop_tokens
@@ -183,10 +183,17 @@ def write_continuation(
   stop_tokens = tuple(stop_tokens) or (tokenizer.eos,)
   network = model.Transformer(cfg if drafts else dataclasses.replace(cfg, mtp=None))
   decoder, text, shown = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", 0
-  for token in model.stream(
+  tokens = model.stream(
       network, variables, jnp.asarray(prompt_T), max_new_tokens=max_new_tokens,
       key=jax.random.key(seed), temperature=temperature, top_p=top_p, stop_token=stop_tokens,
-      drafts=drafts, top_k=top_k, min_p=min_p, cache_dtype=cache_dtype):
+      drafts=drafts, top_k=top_k, min_p=min_p, cache_dtype=cache_dtype)
+  while True:
+    try:
+      token = next(tokens)
+    except StopIteration as end:
+      if end.value == model.Status.INVALID:
+        print(NOT_A_NUMBER, file=sys.stderr)
+      break
     if token in stop_tokens:
       break
     # The bytes of a character may be divided between tokens: the decoder waits for the last one.

@@ -150,6 +150,10 @@ def prefill(
   prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
   cache.require_fit(*prompts_BT.shape)
   checks.check_room(cache, lengths_B)
+  # Attention multiplies what it does not attend to by 0, which leaves NaN: padding is made of a
+  # token of the row itself, so that no other token's embedding can spoil the row.
+  inside_BT = jnp.arange(prompts_BT.shape[1]) < lengths_B[:, None]
+  prompts_BT = jnp.where(inside_BT, prompts_BT, prompts_BT[:, :1])
   output = model.apply(variables, prompts_BT, cache=cache, logits=False)
   last_B1D = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
   logits_BV = model.apply(variables, last_B1D, method="unembed")[:, 0]
@@ -232,7 +236,10 @@ def insert(rows: Rows, begun: Rows, place_R: jax.Array) -> Rows:
   put = lambda x, new: x.at[place_R].set(new, mode="drop")
 
   def put_cache(cache: Cache, new: Cache) -> Cache:
-    entries = {name: whole.at[:, place_R, :new.num_slots].set(new.entries[name], mode="drop")
+    # All slots, as attention multiplies what an ended row may have left by 0: NaN would stay.
+    rest = [(0, 0), (0, 0), (0, cache.num_slots - new.num_slots)]
+    entries = {name: whole.at[:, place_R].set(
+        jnp.pad(new.entries[name], rest + [(0, 0)] * (whole.ndim - 3)), mode="drop")
                for name, whole in cache.entries.items()}
     return Cache(put(cache.lengths_B, new.lengths_B), entries)
 

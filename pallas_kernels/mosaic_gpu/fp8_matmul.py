@@ -88,7 +88,7 @@ class _Cut(NamedTuple):
       first = first_of_last_round(grid, programs)
     whole = tuple(start or size for start, size in zip(first, grid, strict=True))
     rest = tuple(size - start for start, size in zip(first, grid, strict=True))
-    most = math.prod(rest) * (blocks if tiling.shared else MOST_PARTS)
+    most = math.prod(rest) * (blocks if tiling.shared else min(blocks, MOST_PARTS))
     return cls(whole, first, rest, blocks, programs, min(programs, most))
 
   @property

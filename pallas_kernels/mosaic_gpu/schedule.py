@@ -163,7 +163,8 @@ def share[Carry](
   Args:
     num_tiles: number of tiles.
     blocks: number of blocks of the contracted axis.
-    programs: number of programs, along the axis "sm"; any after those have no share.
+    programs: number of programs, along the axis "sm", at most one for each block; any after those
+      have no share.
     visit: takes a share and the carry.
     carry: initial value.
 

@@ -77,7 +77,7 @@ def test_the_end_of_a_thought_is_forced_after_the_most_tokens():
   endless = SUCCESSORS | {ord("b"): ord("a")}
   assert ask(successors=endless).answer.tokens == 0
   said = ask(successors=endless, effort=Effort(most=6))
-  assert summary(said) == ("ababa\n", 6, "\n\ncd", 2, model.Status.STOP)
+  assert summary(said) == ("ababa", 6, "cd", 2, model.Status.STOP)
   # The budget of a thought that ends earlier changes nothing.
   assert summary(ask(effort=Effort(most=6))) == summary(ask())
 
@@ -87,12 +87,64 @@ def test_an_end_before_the_least_tokens_is_replaced_by_a_wait():
   # <think> a b </think>, a b </think>, a b: the third end comes after more than 8 tokens.
   assert summary(said) == ("ab\nWaitab\nWaitab", 10, "cd", 2, model.Status.STOP)
   said = ask(effort=Effort(least=6, most=6))
-  assert summary(said) == ("ab\nWaitab\n", 6, "\n\ncd", 2, model.Status.STOP)
+  assert summary(said) == ("ab\nWaitab", 6, "cd", 2, model.Status.STOP)
 
 
 def test_a_stop_string_ends_the_answer_before_it():
-  said = ask(stop=("d",))
-  assert said.answer.text == "c" and said.status == model.Status.RUNNING
+  for most in (40, 6):  # of which the last token would be the end
+    said = ask(stop=("d",), max_new_tokens=most)
+    assert said.answer.text == "c" and said.status == model.Status.RUNNING
+
+
+def test_forced_text_is_no_answer_and_ends_none():
+  endless = SUCCESSORS | {ord("b"): ord("a")}
+  said = ask(successors=endless, effort=Effort(most=4), stop=("\n",))
+  assert summary(said) == ("aba", 4, "cd", 2, model.Status.STOP)
+  said = ask(successors=endless, effort=Effort(most=4), stop=("d",))
+  assert summary(said) == ("aba", 4, "c", 2, model.Status.RUNNING)
+
+
+def test_without_any_effort_a_prompt_that_opens_a_thought_is_answered_at_once():
+  said = ask(successors=SUCCESSORS | {ord("Q"): ord("a")}, effort=Effort(most=0),
+             opens_thinking=True)
+  assert summary(said) == ("", 0, "cd", 2, model.Status.STOP)
+
+
+def test_logits_that_are_nan_are_told_from_an_end():
+  variables = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), follows(SUCCESSORS))
+  said = reply(NETWORK, variables, TOKENIZER, TOKENIZER.encode("Q"), stop_tokens=(STOP,),
+               max_new_tokens=4, temperature=0)
+  assert summary(said) == ("", 0, "", 0, model.Status.INVALID)
+
+
+def test_tags_and_characters_of_several_tokens_are_put_together():
+  """The tags are text to this tokenizer, and what is sampled is scripted."""
+  plain = Tokenizer.bytes()
+
+  def scripted(text, **how):
+    shown, contexts = [], []
+
+    def stream(network, variables, prompt, **kwargs):
+      contexts.append(bytes(np.asarray(prompt).tolist()).decode())
+      yield from text.pop(0).encode()
+      return model.Status.STOP
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(model, "stream", stream)
+      said = reply(NETWORK, {}, plain, plain.encode("Q"), stop_tokens=(256,), max_new_tokens=99,
+                   show=lambda piece, thinking: shown.append((piece, thinking)), **how)
+    for thinking, part in ((True, said.thought), (False, said.answer)):
+      assert "".join(piece for piece, of in shown if of is thinking) == part.text
+    return summary(said), contexts
+
+  (found, _) = scripted([" <think>ab</think>cd"])
+  assert found == ("ab", 18, "cd", 2, model.Status.STOP)
+  found, contexts = scripted(["<think>\u00e9\u00e9", "cd"], effort=Effort(most=8))
+  assert found == ("\u00e9", 9, "cd", 2, model.Status.STOP)
+  assert contexts == ["Q", "Q<think>\u00e9\n</think>\n\n"]
+  found, contexts = scripted(["<think>ab</think>no", "c</think>d"], effort=Effort(least=18))
+  assert found == ("ab\nWaitc", 26, "d", 1, model.Status.STOP)
+  assert contexts == ["Q", "Q<think>ab\nWait"]
 
 
 def test_an_interrupted_reply_is_returned_as_far_as_it_has_come(monkeypatch):

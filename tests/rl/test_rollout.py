@@ -244,6 +244,20 @@ def test_drafts_change_neither_completions_nor_the_experts_that_are_recorded(dra
     rollout(model.Transformer(MLA), {}, given, max_new_tokens=2, stop_token=None, drafts=1)
 
 
+def test_what_a_row_with_nan_leaves_in_its_slot_does_not_reach_the_next_one():
+  given, v = prompts(24), tiny.variables(DENSE)
+  embedding = v["params"]["embedding"]
+  broken = v | {"params": v["params"] | {"embedding": embedding | {
+      "embedding": embedding["embedding"].at[7].set(jnp.nan)}}}
+  ask = lambda slots: jax.tree.map(np.asarray, rollout(
+      model.Transformer(DENSE), broken, given, max_new_tokens=NEW, stop_token=STOP, slots=slots,
+      temperature=TEMPERATURE))
+  alone, shared = ask(None), ask(4)
+  assert 0 < alone.invalid_S.sum() < 24
+  np.testing.assert_array_equal(shared.invalid_S, alone.invalid_S)
+  np.testing.assert_array_equal(shared.lengths_S, alone.lengths_S)
+
+
 def test_greedy_decoding_takes_the_likeliest_token_whatever_the_keys():
   given = prompts(24)
   out = roll(DENSE, given, slots=5, temperature=0)

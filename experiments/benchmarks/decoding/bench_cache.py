@@ -152,8 +152,8 @@ def summary(result: dict) -> dict:
   return bench_summary(
       "bench_cache", f"{backend(result)}-{result['numerics']}",
       f"{result['tokens']:,} tokens of held-out text, read {result['chunk']} at a time, with a "
-      f"cache in several formats; {result['parameters']:,} parameters, {result['numerics']}.", result,
-      claims=claims, tables=[{
+      f"cache in several formats; {result['parameters']:,} parameters, {result['numerics']}.",
+      result, claims=claims, tables=[{
           "name": "formats", "caption": "Formats of the cache",
           "header": ["format", "bytes per token", "relative error of logits",
                      "same likeliest token, %", "loss, nats per token"], "rows": table}])

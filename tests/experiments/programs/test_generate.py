@@ -5,6 +5,8 @@ import io
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -110,6 +112,12 @@ def test_a_model_of_a_run_is_asked_with_the_template_that_it_was_trained_with():
                  PromptFormat()) is None
   assert Chat.of(GenerateConfig(checkpoint="run"), dataclasses.replace(start, template=None),
                  TOKENIZER, PromptFormat()) is None
+
+
+def test_a_model_whose_logits_are_nan_is_named(capsys):
+  broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), chat_model.variables())
+  assert write_continuation(CFG, broken, TOKENIZER, "x", max_new_tokens=8, temperature=0) == ""
+  assert "logits of the next token are NaN" in capsys.readouterr().err
 
 
 def test_settings_of_a_chat_are_refused_for_a_model_that_has_none(folder):

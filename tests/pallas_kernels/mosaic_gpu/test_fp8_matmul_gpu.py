@@ -166,7 +166,9 @@ def test_every_product_overwrites_its_accumulator_instead_of_adding_to_zeros(mon
     (260, 400, 640, "128x128", {"stages": 3, "block_n": 96, "share_last": True}),
     (133, 456, 384, "1x128", {"stages": 2, "depth": 1, "share_last": True}),
     (700, 128, 256, "128x128", {"stages": 2, "block_m": 256, "depth": 1, "share_last": True}),
-    (256, 256, 384, "128x128", {"stages": 3, "share_last": True})])
+    (256, 256, 384, "128x128", {"stages": 3, "share_last": True}),
+    (640, 128, 384, "128x128", {"stages": 3, "share_last": True}),
+    (640, 128, 256, "128x128", {"stages": 3, "share_last": True})])
 def test_interpreted_kernel_equals_the_exact_product_and_has_no_races(
     monkeypatch, m, n, k, tile, tiling):
   monkeypatch.setattr(fp8_tiling, "MULTIPROCESSORS", 4)  # so that each has several tiles
