@@ -85,8 +85,8 @@ class Reply:
   """What a model replied.
 
   Attributes:
-    thought, answer: its parts. A thought's tokens include those of the tags around it, and its text
-      the "Wait" that was written, which is none of its tokens.
+    thought, answer: its parts. A thought's tokens include those of the tag that ends it, but not of
+      the one that opens it; its text includes "Wait" where it was written, which is no token of it.
     status: why it ended; RUNNING if it was interrupted or ended by a stop string.
   """
 
@@ -161,7 +161,7 @@ class _Growing:
     self._tokenizer, self._opens, self._effort = tokenizer, opens_thinking, effort
     self._stop, self._show, self._began = stop, show, time.monotonic()
     self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    self._text, self._undecided = "", 0
+    self._text, self._undecided, self._opened = "", 0, False
     self.parts, self.context, self.sampled = (Part(), Part()), [], []
     self.forced: str | None = _ENOUGH if opens_thinking and effort.most == 0 else ""
     self._end = self.forced  # the end of the thought, if it is forced
@@ -187,8 +187,12 @@ class _Growing:
     self._undecided += 1  # tokens that may begin a thought, and this one
     if found == (None, None):
       return
-    part = self.parts[not (thinking and found.thought is not None)]
-    part.tokens, self._undecided = part.tokens + self._undecided, 0
+    in_thought = thinking and found.thought is not None
+    opens = in_thought and not self._opens and not self._opened
+    self._opened |= in_thought
+    part = self.parts[not in_thought]
+    part.tokens += 0 if opens else self._undecided  # the tag that opens a thought is none of it
+    self._undecided = 0
     if thinking and None not in found and part.tokens < self._effort.least:
       self._text, self.forced = self._text[:self._text.index(_CLOSE)], _WAIT
       self.context = _tokens_of(self._tokenizer, self.context, self._text)

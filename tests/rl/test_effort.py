@@ -63,13 +63,13 @@ def summary(said):
 
 
 def test_thought_and_answer_are_told_apart_and_counted():
-  assert summary(ask()) == ("ab", 4, "cd", 2, model.Status.STOP)
+  assert summary(ask()) == ("ab", 3, "cd", 2, model.Status.STOP)
   said = ask(successors=SUCCESSORS | {ord("Q"): ord("a")}, opens_thinking=True)
   assert summary(said) == ("ab", 3, "cd", 2, model.Status.STOP)
   said = ask(successors={ord("Q"): ord("c"), ord("c"): ord("d"), ord("d"): STOP})
   assert summary(said) == ("", 0, "cd", 2, model.Status.STOP)
   said = ask(max_new_tokens=3)
-  assert summary(said) == ("ab", 3, "", 0, model.Status.LENGTH)
+  assert summary(said) == ("ab", 2, "", 0, model.Status.LENGTH)
   assert said.thought.seconds > 0
 
 
@@ -77,15 +77,15 @@ def test_the_end_of_a_thought_is_forced_after_the_most_tokens():
   endless = SUCCESSORS | {ord("b"): ord("a")}
   assert ask(successors=endless).answer.tokens == 0
   said = ask(successors=endless, effort=Effort(most=6))
-  assert summary(said) == ("ababa", 6, "cd", 2, model.Status.STOP)
+  assert summary(said) == ("ababab", 6, "cd", 2, model.Status.STOP)
   # The budget of a thought that ends earlier changes nothing.
   assert summary(ask(effort=Effort(most=6))) == summary(ask())
 
 
 def test_an_end_before_the_least_tokens_is_replaced_by_a_wait():
   said = ask(effort=Effort(least=8))
-  # <think> a b </think>, a b </think>, a b: the third end comes after more than 8 tokens.
-  assert summary(said) == ("ab\nWaitab\nWaitab", 10, "cd", 2, model.Status.STOP)
+  # a b </think>, a b </think>, a b </think>: the third end comes after more than 8 tokens.
+  assert summary(said) == ("ab\nWaitab\nWaitab", 9, "cd", 2, model.Status.STOP)
   said = ask(effort=Effort(least=6, most=6))
   assert summary(said) == ("ab\nWaitab", 6, "cd", 2, model.Status.STOP)
 
@@ -99,9 +99,9 @@ def test_a_stop_string_ends_the_answer_before_it():
 def test_forced_text_is_no_answer_and_ends_none():
   endless = SUCCESSORS | {ord("b"): ord("a")}
   said = ask(successors=endless, effort=Effort(most=4), stop=("\n",))
-  assert summary(said) == ("aba", 4, "cd", 2, model.Status.STOP)
+  assert summary(said) == ("abab", 4, "cd", 2, model.Status.STOP)
   said = ask(successors=endless, effort=Effort(most=4), stop=("d",))
-  assert summary(said) == ("aba", 4, "c", 2, model.Status.RUNNING)
+  assert summary(said) == ("abab", 4, "c", 2, model.Status.RUNNING)
 
 
 def test_without_any_effort_a_prompt_that_opens_a_thought_is_answered_at_once():
@@ -138,12 +138,12 @@ def test_tags_and_characters_of_several_tokens_are_put_together():
     return summary(said), contexts
 
   (found, _) = scripted([" <think>ab</think>cd"])
-  assert found == ("ab", 18, "cd", 2, model.Status.STOP)
-  found, contexts = scripted(["<think>\u00e9\u00e9", "cd"], effort=Effort(most=8))
-  assert found == ("\u00e9", 9, "cd", 2, model.Status.STOP)
+  assert found == ("ab", 10, "cd", 2, model.Status.STOP)
+  found, contexts = scripted(["<think>\u00e9\u00e9", "cd"], effort=Effort(most=1))
+  assert found == ("\u00e9", 2, "cd", 2, model.Status.STOP)
   assert contexts == ["Q", "Q<think>\u00e9\n</think>\n\n"]
-  found, contexts = scripted(["<think>ab</think>no", "c</think>d"], effort=Effort(least=18))
-  assert found == ("ab\nWaitc", 26, "d", 1, model.Status.STOP)
+  found, contexts = scripted(["<think>ab</think>no", "c</think>d"], effort=Effort(least=11))
+  assert found == ("ab\nWaitc", 19, "d", 1, model.Status.STOP)
   assert contexts == ["Q", "Q<think>ab\nWait"]
 
 
@@ -157,7 +157,7 @@ def test_an_interrupted_reply_is_returned_as_far_as_it_has_come(monkeypatch):
       yield token
 
   monkeypatch.setattr(model, "stream", interrupted)
-  assert summary(ask()) == ("ab", 4, "c", 1, model.Status.RUNNING)
+  assert summary(ask()) == ("ab", 3, "c", 1, model.Status.RUNNING)
 
 
 @pytest.mark.parametrize(("text", "opens", "thought", "answer"), [
