@@ -118,28 +118,24 @@ def reply(
   growing = _Growing(tokenizer, opens_thinking, effort or Effort(), tuple(stop), show)
   key, begun, status = sampling.pop("key", None), 0, model.Status.RUNNING
   try:
-    while growing.forced is not None and len(growing.sampled) < max_new_tokens:
+    while growing.forced is not None and growing.sampled < max_new_tokens:
       growing.write()
       tokens = model.stream(
           network, variables, jnp.asarray([*prompt_T, *growing.context], jnp.int32),
           max_new_tokens=max_new_tokens, stop_token=tuple(stop_tokens),
           key=key if key is None or not begun else jax.random.fold_in(key, begun), **sampling)
       begun += 1
-      while growing.goes_on and len(growing.sampled) < max_new_tokens:
+      while growing.goes_on and growing.sampled < max_new_tokens:
         try:
           token = next(tokens)
         except StopIteration as end:
           status = end.value
           break
-        if token in stop_tokens:
-          status = model.Status.STOP
-          break
-        growing.add(token)
-      else:
-        if len(growing.sampled) >= max_new_tokens and (
-            growing.goes_on or growing.forced is not None):
-          status = model.Status.LENGTH
+        if token not in stop_tokens:  # after one of which the stream ends
+          growing.add(token)
       tokens.close()
+    if growing.sampled >= max_new_tokens and not growing.stopped:
+      status = model.Status.LENGTH
   except KeyboardInterrupt:
     pass
   growing.finish()
@@ -152,7 +148,7 @@ class _Growing:
   Attributes:
     parts: thought and answer as they have been shown.
     context: the tokens after the prompt, forced ones included.
-    sampled: those of them that were sampled, and others that were dropped again.
+    sampled: the number of sampled tokens, those that were dropped again included.
     forced: text to write before anything else is sampled; None for none.
   """
 
@@ -161,46 +157,49 @@ class _Growing:
     self._tokenizer, self._opens, self._effort = tokenizer, opens_thinking, effort
     self._stop, self._show, self._began = stop, show, time.monotonic()
     self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    self._text, self._undecided, self._opened = "", 0, False
-    self.parts, self.context, self.sampled = (Part(), Part()), [], []
+    self._text, self._undecided = "", 0
+    self.parts, self.context, self.sampled = (Part(), Part()), [], 0
     self.forced: str | None = _ENOUGH if opens_thinking and effort.most == 0 else ""
     self._end = self.forced  # the end of the thought, if it is forced
 
   @property
+  def stopped(self) -> bool:
+    """Whether a stop string has ended the answer."""
+    return _stopped(self._found().answer, self._stop)
+
+  @property
   def goes_on(self) -> bool:
     """Whether the next token is to be sampled: no text is forced, and no stop string was found."""
-    return self.forced is None and not _stopped(self._found().answer, self._stop)
+    return self.forced is None and not self.stopped
 
   def write(self) -> None:
-    """Writes the forced text."""
+    """Writes the forced text, which there must be, if only an empty one."""
     if self.forced:
       self.context += self._tokenizer.encode_rendered(self.forced, _GUARD).tolist()
-    self._text, self.forced = self._text + (self.forced or ""), None
+    self._text, self.forced = self._text + self.forced, None
 
   def add(self, token: int) -> None:
     """Takes the next token."""
-    thinking = self._found().answer is None
+    before = self._found()
     self.context.append(token)
-    self.sampled.append(token)
+    self.sampled += 1
     self._text += self._decoder.decode(self._tokenizer.decode_bytes([token]))
     found = self._found()
     self._undecided += 1  # tokens that may begin a thought, and this one
     if found == (None, None):
       return
-    in_thought = thinking and found.thought is not None
-    opens = in_thought and not self._opens and not self._opened
-    self._opened |= in_thought
-    part = self.parts[not in_thought]
-    part.tokens += 0 if opens else self._undecided  # the tag that opens a thought is none of it
+    thinks = before.answer is None and found.thought is not None
+    part = self.parts[not thinks]
+    if not thinks or before.thought is not None:  # the tag that opens a thought is none of it
+      part.tokens += self._undecided
     self._undecided = 0
-    if thinking and None not in found and part.tokens < self._effort.least:
+    if thinks and found.answer is not None and part.tokens < self._effort.least:
       self._text, self.forced = self._text[:self._text.index(_CLOSE)], _WAIT
       self.context = _tokens_of(self._tokenizer, self.context, self._text)
-      found = self._found()
     elif found.answer is None and self._effort.most is not None and (
         part.tokens >= self._effort.most and not self._decoder.getstate()[0]):
       self.forced = self._end = _ENOUGH  # not within a character
-    self._began = _grow(self.parts, found, self._began, self._stop, self._show)
+    self._grow(self._found())
 
   def finish(self) -> None:
     """Shows what was held back."""
@@ -209,7 +208,7 @@ class _Growing:
     if found == (None, None):
       found = Divided(None, self._text)
       self.parts[1].tokens += self._undecided
-    _grow(self.parts, found, self._began, self._stop, self._show, whole=True)
+    self._grow(found, whole=True)
 
   def _found(self) -> Divided:
     found = divide(self._text, opens_thinking=self._opens)
@@ -217,6 +216,24 @@ class _Growing:
       return found
     before, after = self._end.split(_CLOSE)  # neither is the model's
     return Divided(found.thought.removesuffix(before), found.answer.removeprefix(after))
+
+  def _grow(self, found: Divided, *, whole: bool = False) -> None:
+    """Shows what is new.
+
+    What may be the beginning of a tag or of a stop string is held back until more is known.
+    """
+    began, self._began = self._began, time.monotonic()
+    for part, text, ends, thinking in ((self.parts[0], found.thought, (_CLOSE,), True),
+                                       (self.parts[1], found.answer, self._stop, False)):
+      if text is None:
+        continue
+      is_last = found.answer is None or not thinking
+      end, _ = end_of(text, len(part.text), ends)
+      end = len(text) if not is_last or (whole and not _stopped(text, ends)) else end
+      self._show(text[len(part.text):end], thinking)
+      part.text = text[:max(end, len(part.text))]
+      if is_last:
+        part.seconds += self._began - began
 
 
 def _tokens_of(tokenizer: Tokenizer, tokens: list[int], text: str) -> list[int]:
@@ -230,27 +247,6 @@ def _tokens_of(tokenizer: Tokenizer, tokens: list[int], text: str) -> list[int]:
 
 def _stopped(answer: str | None, stop: Sequence[str]) -> bool:
   return answer is not None and any(string in answer for string in stop)
-
-
-def _grow(parts: tuple[Part, Part], found: Divided, began: float, stop: Sequence[str],
-          show: Callable[[str, bool], Any], *, whole: bool = False) -> float:
-  """Shows what is new, and returns when the part that grows now began.
-
-  What may be the beginning of a tag or of a stop string is held back until more is known.
-  """
-  now = time.monotonic()
-  for part, text, ends, thinking in (
-      (parts[0], found.thought, (_CLOSE,), True), (parts[1], found.answer, tuple(stop), False)):
-    if text is None:
-      continue
-    is_last = found.answer is None or not thinking
-    end, _ = end_of(text, len(part.text), ends)
-    end = len(text) if not is_last or (whole and not _stopped(text, ends)) else end
-    show(text[len(part.text):end], thinking)
-    part.text = text[:max(end, len(part.text))]
-    if is_last:
-      part.seconds += now - began
-  return now
 
 
 def end_of(text: str, shown: int, stop: Sequence[str]) -> tuple[int, bool]:

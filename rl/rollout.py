@@ -210,8 +210,7 @@ def _rollout(model, variables, sampling, prompts, slots, record):
     if not record:
       return out
     experts_BTLK = _experts(read)
-    offset_T = jnp.arange(experts_BTLK.shape[1])
-    column_BT = jnp.where(offset_T < count_B[:, None], start_B[:, None] + offset_T, longest)
+    column_BT = engine.columns(start_B, count_B, experts_BTLK.shape[1], longest)
     return out._replace(experts_STLK=out.experts_STLK.at[sequence_B[:, None], column_BT].set(
         experts_BTLK, mode="drop"))
 
@@ -261,10 +260,8 @@ def _rollout(model, variables, sampling, prompts, slots, record):
 
 def _write(out, sequence_B, start_B, new, rows) -> Rollout:
   """Returns a rollout with what a pass has added; what lies out of bounds is dropped."""
-  offset_P = jnp.arange(new.tokens_BP.shape[1])
-  column_BP = jnp.where(offset_P < new.count_B[:, None], start_B[:, None] + offset_P,
-                        out.tokens_SN.shape[1])
-  where = sequence_B[:, None], column_BP
+  where = sequence_B[:, None], engine.columns(
+      start_B, new.count_B, new.tokens_BP.shape[1], out.tokens_SN.shape[1])
   put = lambda x, value_B: x.at[sequence_B].set(value_B, mode="drop")
   return out._replace(
       tokens_SN=out.tokens_SN.at[where].set(new.tokens_BP, mode="drop"),

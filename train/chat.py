@@ -208,7 +208,11 @@ class ChatTemplate:
     Raises:
       ValueError: if the template cannot be rendered.
     """
-    messages = with_system([{"role": "user", "content": question}], self.system)
+    return self.next_prompt([{"role": "user", "content": question}])
+
+  def next_prompt(self, messages: list[dict[str, str]]) -> tuple[str, np.ndarray]:
+    """Returns the prompt for the answer to the last message of a conversation, as `prompt` does."""
+    messages = with_system(messages, self.system)
     (rendered,), guard = self.form.render(self.tokenizer, messages, ends=(len(messages),))
     return rendered.replace(guard, ""), self.tokenizer.encode_rendered(rendered, guard)
 

@@ -8,7 +8,7 @@ schedules are fractions of all optimizer steps.
 import dataclasses
 import os
 import pathlib
-from typing import Literal
+from typing import Any, Literal, Self
 
 from model import ModelConfig
 from model.checks import require, require_positive, require_range
@@ -395,7 +395,12 @@ class RunConfig:
     """FLOPs of a training step per token, MTP included; see `ModelConfig.flops_per_token`."""
     return self.model.flops_per_token(self.data.seq_len, mtp=True)
 
+  @classmethod
+  def of(cls, run: "RunConfig", **changes: Any) -> Self:
+    """Returns a config of this class with the settings of a run, and others for `changes`."""
+    return cls(**{field.name: getattr(run, field.name)
+                  for field in dataclasses.fields(RunConfig)} | changes)
+
   def without_extras(self) -> "RunConfig":
     """Returns a plain `RunConfig`, without the fields that a subclass adds."""
-    return RunConfig(**{field.name: getattr(self, field.name)
-                        for field in dataclasses.fields(RunConfig)})
+    return RunConfig.of(self)

@@ -114,11 +114,9 @@ class Chat:
 
   def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, np.ndarray]:
     """Returns the prompt for the answer to the last message, as text and as token ids."""
-    messages = with_system(messages, self.cfg.system)
     if isinstance(self.template, ChatTemplate):
-      (rendered,), guard = self.template.form.render(
-          self.tokenizer, messages, ends=(len(messages),))
-      return rendered.replace(guard, ""), self.tokenizer.encode_rendered(rendered, guard)
+      return self.template.next_prompt(messages)
+    messages = with_system(messages, self.cfg.system)
     unknown = {"role": "assistant", "content": "?"}  # the answer, which is not part of the prompt
     text, _ = self.template.conversation([*messages, unknown])
     return text, self.tokenizer.encode(text)

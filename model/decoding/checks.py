@@ -92,7 +92,7 @@ def check_sampling(
 
   Args:
     temperature: divides the logits.
-    limits: the `generate.Limits` of what may be sampled.
+    limits: the `sampling.Limits` of what may be sampled.
     max_new_tokens: largest number of new tokens.
     key: the random key, if any.
 

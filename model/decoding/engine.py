@@ -35,7 +35,7 @@ class Status(enum.IntEnum):
     RUNNING: it grows.
     LENGTH: it has `max_new_tokens` new tokens.
     STOP: its last token is a stop token.
-    INVALID: the logits of its next token have no largest value or an infinite one: they are NaN.
+    INVALID: the logits of its next token are NaN.
   """
 
   RUNNING = 0
@@ -105,20 +105,31 @@ class New(NamedTuple):
     tokens_BP: int32, of which the first `count_B` are new; P is 1 for `begin`.
     logprobs_BP: float32, their log-probabilities in nats, as sampled.
     count_B: int32; 0 for rows that had ended.
-    running_B: bool, whether the row goes on.
     read: what the trunk returned: of the prompt, or of the tokens that were pending.
   """
 
   tokens_BP: jax.Array
   logprobs_BP: jax.Array
   count_B: jax.Array
-  running_B: jax.Array
   read: Output
 
 
 def row_keys(key: jax.Array, batch: int) -> jax.Array:
   """Returns a key for each row, which depends neither on the other rows nor on the devices."""
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def columns(start_B: jax.Array, count_B: jax.Array, num: int, width: int) -> jax.Array:
+  """Returns where to write the first `count_B` of `num` new columns of each row, int32 [B, num].
+
+  Args:
+    start_B: int32, the first column that each row has not yet.
+    count_B: int32, the new columns of each row.
+    num: the columns that there are for every row.
+    width: of the array that is written; it stands for the others of them, as it is out of bounds.
+  """
+  offset = jnp.arange(num)
+  return jnp.where(offset < count_B[:, None], start_B[:, None] + offset, width)
 
 
 def num_slots(num_tokens: int, sampling: Sampling) -> int:
@@ -184,7 +195,7 @@ def begin(
   choose = _chooser(sampling, keys_B)
   token_B1, logprob_B1 = choose(logits_BV[:, None], zero_B[:, None])
   count_B, status_B = _ends(sampling, token_B1, logprob_B1, zero_B + 1, zero_B)
-  drafts_BD, drafter = zero_B[:, None][:, :0], None
+  drafts_BD, drafter = jnp.zeros((batch, 0), jnp.int32), None
   if sampling.drafts:
     drafts_BD, drafter = drafting.read_prompts(
         model, variables, prompts_BT, lengths_B, read, token_B1[:, 0], slots, sampling.drafts,
@@ -193,7 +204,7 @@ def begin(
       cache=read.cache, keys_B=keys_B, pending_BP=jnp.concatenate([token_B1, drafts_BD], axis=1),
       position_B=count_B, status_B=status_B, drafter=drafter, passes_B=zero_B,
       accepted_BD=jnp.zeros((batch, sampling.drafts), jnp.int32))
-  return rows, New(token_B1, logprob_B1, count_B, rows.running_B, read)
+  return rows, New(token_B1, logprob_B1, count_B, read)
 
 
 def step(
@@ -222,7 +233,7 @@ def step(
       status_B=jnp.where(active_B, status_B, rows.status_B), drafter=drafter,
       passes_B=rows.passes_B + active_B,
       accepted_BD=rows.accepted_BD + accepted_BD * active_B[:, None])
-  return rows, New(token_BP, logprob_BP, count_B, rows.running_B, read)
+  return rows, New(token_BP, logprob_BP, count_B, read)
 
 
 def insert(rows: Rows, begun: Rows, place_R: jax.Array) -> Rows:

@@ -107,8 +107,7 @@ def run(
   batch, most = len(lengths_B), sampling.max_new_tokens
 
   def write(out, new, start_B):
-    offset_P = jnp.arange(new.tokens_BP.shape[1])
-    column_BP = jnp.where(offset_P < new.count_B[:, None], start_B[:, None] + offset_P, most)
+    column_BP = engine.columns(start_B, new.count_B, new.tokens_BP.shape[1], most)
     where = (jnp.arange(batch)[:, None], column_BP)
     return tuple(x.at[where].set(added, mode="drop") for x, added in zip(out, new[:2], strict=True))
 

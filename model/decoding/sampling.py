@@ -87,11 +87,3 @@ def sample_token(
     tokens_B = likeliest_B
   logprobs_BV = jax.nn.log_softmax(logits_BV)
   return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
-
-
-def sample_limited(
-    logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array | float, limits: Limits,
-    greedy: bool) -> tuple[jax.Array, jax.Array]:
-  """Does what `sample_token` does, within limits."""
-  return sample_token(logits_BV, keys_B, temperature, limits.top_p, greedy, top_k=limits.top_k,
-                      min_p=limits.min_p)

@@ -65,10 +65,11 @@ def _stream(model, variables, sampling, prompts):
     ahead = None
     if step < sampling.max_new_tokens:
       ahead = _step(model, variables, sampling, rows)
-    tokens_BP, count_B, running_B, status_B = new
+    tokens_BP, count_B, status_B = new
     yield from np.asarray(tokens_BP)[0, :int(count_B[0])].tolist()
-    if ahead is None or not running_B[0]:
-      return Status(int(status_B[0]))
+    status = Status(int(status_B[0]))
+    if ahead is None or status is not Status.RUNNING:
+      return status
     rows, new = ahead
 
 
@@ -85,4 +86,4 @@ def _step(model, variables, sampling, rows):
 def _for_the_host(result):
   """Returns rows, and what the host reads of them: not their own arrays, which are donated."""
   rows, new = result
-  return rows, (new.tokens_BP, new.count_B, new.running_B, rows.status_B + 0)
+  return rows, (new.tokens_BP, new.count_B, rows.status_B + 0)

@@ -273,13 +273,13 @@ def _swapped_microseconds(m: int, n: int, k: int) -> float:
   return start + per_block * most + 0.2e-6 * parts * m * n * 4
 
 
-def _shares(tiles: int, k: int) -> tuple[int, int]:
-  """Returns the blocks of K that a multiprocessor sums of shared tiles, and the parts of a tile.
+def _shares(tiles: int, k: int, programs: int = MULTIPROCESSORS) -> tuple[int, int]:
+  """Returns the blocks of K that a program sums of shared tiles, and the parts of a tile.
 
   Both are the most that any has.
   """
   blocks = pl.cdiv(k, BLOCK)
-  most = pl.cdiv(tiles * blocks, MULTIPROCESSORS)
+  most = pl.cdiv(tiles * blocks, programs)
   return most, pl.cdiv(blocks, most) + 1
 
 
@@ -305,15 +305,14 @@ def _shared_last_microseconds(width: int, m: int, n: int, k: int) -> float:
   It includes the sum of the last tiles' parts. Fitted to 30 shapes.
   """
   start, per_round, per_block = _MICROSECONDS[width]
-  grid, blocks = (pl.cdiv(m, 128), pl.cdiv(n, width)), pl.cdiv(k, BLOCK)
+  grid = pl.cdiv(m, 128), pl.cdiv(n, width)
   first = first_of_last_round(grid, MULTIPROCESSORS)
   rest = math.prod(size - start for size, start in zip(grid, first, strict=True))
   rounds = pl.cdiv(math.prod(grid) - rest, MULTIPROCESSORS)
   if not rest or not 1 <= rounds <= 8:  # after many rounds multiprocessors have drifted apart
     return math.inf
-  most = pl.cdiv(rest * blocks, min(MULTIPROCESSORS, rest * MOST_PARTS))
-  parts = pl.cdiv(blocks, most) + 1
-  time = (start + 5 + rounds * (per_round + per_block * blocks) + per_block * most
+  most, parts = _shares(rest, k, min(MULTIPROCESSORS, rest * MOST_PARTS))
+  time = (start + 5 + rounds * (per_round + per_block * pl.cdiv(k, BLOCK)) + per_block * most
           + parts * rest * 128 * width * 4 / 2.5e6)
   return time if width == BLOCK else 0.98 * time
 

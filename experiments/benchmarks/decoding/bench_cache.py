@@ -15,7 +15,7 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.benchmarks.decoding.bench_speculation import SCALES as SPECULATION
-from experiments.benchmarks.decoding.models import loaded_or_trained
+from experiments.benchmarks.decoding.models import heldout, loaded_or_trained
 from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim
@@ -23,7 +23,6 @@ from experiments.stats import paired
 from model.checks import require, require_positive
 from model.decoding.checks import as_cache_dtype
 from train.config import RunConfig
-from train.data import load
 from train.loading import LoadedModel
 
 _EXACT = "float32"
@@ -56,10 +55,8 @@ class CacheConfig(RunConfig):
 
 
 def _scale(name: str, **changes: Any) -> CacheConfig:
-  base = SPECULATION[name].without_extras()
-  base = dataclasses.replace(base, model=dataclasses.replace(base.model, mtp=None))
-  return CacheConfig(**{field.name: getattr(base, field.name)
-                        for field in dataclasses.fields(base)} | changes)
+  base = SPECULATION[name]
+  return CacheConfig.of(base, model=dataclasses.replace(base.model, mtp=None), **changes)
 
 
 SCALES = {"smoke": _scale("smoke", rows=2), "cpu": _scale("cpu"), "gpu": _scale("gpu", rows=64)}
@@ -71,8 +68,8 @@ def main(options: Options) -> None:
   cfg = settings.apply(SCALES[options.scale_of(SCALES)], options.settings,
                        named={"model": model.get_config})
   with loaded_or_trained(cfg.checkpoint, cfg) as start:
-    data = load(dataclasses.replace(cfg.data, tokenizer=start.tokenizer_path))
-    rows = [(domain, held.tokens[i], held.loss_mask[i]) for domain, held in data.heldout.items()
+    rows = [(domain, held.tokens[i], held.loss_mask[i])
+            for domain, held in heldout(cfg.data, start).items()
             for i in range(min(cfg.rows, len(held.tokens)))]
     tokens_RT, mask_RT = (np.stack([row[i] for row in rows]) for i in (1, 2))
     found = measure(start, tokens_RT, mask_RT, cfg.formats, cfg.chunk)
@@ -141,8 +138,7 @@ def summary(result: dict) -> dict:
   """Returns the summary of a result, as read from results.json."""
   exact, claims, table = result["formats"][_EXACT], [], []
   for name, each in result["formats"].items():
-    bits = 8 * jnp.dtype(name).itemsize
-    table.append([name, result["elements"] * bits // 8, each["logit_error"],
+    table.append([name, result["elements"] * jnp.dtype(name).itemsize, each["logit_error"],
                   100 * each["same_choice"], float(np.mean(each["loss"]))])
     if name != _EXACT:
       difference = paired(each["loss"], exact["loss"])

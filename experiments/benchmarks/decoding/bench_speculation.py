@@ -14,7 +14,7 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.benchmarks import timing
-from experiments.benchmarks.decoding.models import loaded_or_trained
+from experiments.benchmarks.decoding.models import heldout, loaded_or_trained
 from experiments.benchmarks.timing import CallTimer
 from experiments.options import Options, writes_results
 from experiments.reports import results
@@ -22,7 +22,6 @@ from experiments.reports.summary import backend, bench_summary, claim
 from experiments.stats import paired
 from model.checks import require, require_positive
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.data import load
 from train.loading import LoadedModel
 
 _PLAIN = 0  # drafts of plain decoding
@@ -106,10 +105,9 @@ def main(options: Options) -> None:
 
 def _prompts(cfg: SpeculationConfig, start: LoadedModel) -> tuple[list[str], np.ndarray]:
   """Returns beginnings of held-out rows, of each domain in turn, and their domains."""
-  heldout = load(dataclasses.replace(cfg.data, tokenizer=start.tokenizer_path)).heldout
   width = cfg.prompt_tokens
   pieces = {domain: rows.tokens[:, :rows.tokens.shape[1] // width * width].reshape(-1, width)
-            for domain, rows in heldout.items()}
+            for domain, rows in heldout(cfg.data, start).items()}
   needed = max(cfg.batches)
   require(sum(map(len, pieces.values())) >= needed,
           f"batches={cfg.batches} needs {needed} pieces of held-out text of {width} tokens: raise "

@@ -1,12 +1,14 @@
 """The trained models that benchmarks of decoding use."""
 
 import contextlib
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Iterator
 
 from rl.loading import load_model
-from train.config import RunConfig
+from train.config import DataConfig, RunConfig
+from train.data import HeldOut, load
 from train.loading import LoadedModel
 from train.stages import train_on_text
 
@@ -22,3 +24,8 @@ def loaded_or_trained(checkpoint: str, cfg: RunConfig) -> Iterator[LoadedModel]:
   with tempfile.TemporaryDirectory() as folder:
     yield load_model(checkpoint or train_on_text(
         cfg.without_extras(), None, out=pathlib.Path(folder) / "model"))
+
+
+def heldout(cfg: DataConfig, start: LoadedModel) -> dict[str, HeldOut]:
+  """Returns held-out text by domain, in the tokens of a model."""
+  return load(dataclasses.replace(cfg, tokenizer=start.tokenizer_path)).heldout

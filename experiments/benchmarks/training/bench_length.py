@@ -72,15 +72,10 @@ class LengthConfig(RunConfig):
     return self.train.batch_size * self.data.seq_len
 
 
-def _scale(name: str, **changes: Any) -> LengthConfig:
-  base = REPEATS[name].without_extras()
-  return LengthConfig(**{field.name: getattr(base, field.name)
-                         for field in dataclasses.fields(base)} | changes)
-
-
 SCALES = {
-    "cpu": _scale("cpu", lengths=(2**15, 2**17), seeds=3),
-    "gpu": _scale("gpu", at_once=4, optimizer=OptimizerConfig(learning_rate=1e-3)),
+    "cpu": LengthConfig.of(REPEATS["cpu"], lengths=(2**15, 2**17), seeds=3),
+    "gpu": LengthConfig.of(
+        REPEATS["gpu"], at_once=4, optimizer=OptimizerConfig(learning_rate=1e-3)),
 }
 
 
@@ -131,47 +126,37 @@ def _train(run: RunConfig, tasks: Sequence[tuple[int, int, bool]], tokens_per_st
   at_once = min(at_once, len(tasks))
   if not at_once:
     return
-  left = queue.SimpleQueue()
-  for task in tasks:
-    left.put(task)
-  done: queue.SimpleQueue = queue.SimpleQueue()
   environment = os.environ | {"DEEPSEEK_JAX_RESTART": "0"}
   environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(round(0.9 / at_once, 3)))
-  with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor() as pool:
+  with (tempfile.TemporaryDirectory() as name,
+        concurrent.futures.ThreadPoolExecutor(at_once) as pool):
     path = pathlib.Path(name) / "config.json"
     path.write_text(json.dumps(to_dict(run)), encoding="utf-8")
-    children = []
+    children, idle = [], queue.SimpleQueue()
     for i in range(at_once):
       with open(f"{name}/log-{i}.txt", "w", encoding="utf-8") as log:
         children.append(subprocess.Popen(
             [sys.executable, "-m", _CHILD, str(path)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=log, text=True, env=environment))
+      idle.put(i)
 
-    def feed(i: int) -> None:
-      while not left.empty():
-        try:
-          tokens, seed, nudge = task = left.get_nowait()
-        except queue.Empty:
-          return
-        try:
-          children[i].stdin.write(f"{tokens // tokens_per_step} {seed} {int(nudge)}\n")
-          children[i].stdin.flush()
-          done.put((task, json.loads(children[i].stdout.readline())))
-        except (OSError, ValueError):  # it has ended
-          log = pathlib.Path(f"{name}/log-{i}.txt").read_text(encoding="utf-8", errors="replace")
-          done.put((task, f"a process that trains failed:\n{log[-2000:]}"))
-          return
+    def measure(task: tuple[int, int, bool]) -> tuple[tuple[int, int, bool], float]:
+      i, (tokens, seed, nudge) = idle.get(), task
+      try:
+        children[i].stdin.write(f"{tokens // tokens_per_step} {seed} {int(nudge)}\n")
+        children[i].stdin.flush()
+        return task, json.loads(children[i].stdout.readline())
+      except (OSError, ValueError) as error:  # it has ended
+        log = pathlib.Path(f"{name}/log-{i}.txt").read_text(encoding="utf-8", errors="replace")
+        raise ValueError(f"a process that trains failed:\n{log[-2000:]}") from error
+      finally:
+        idle.put(i)
 
     try:
-      for i in range(at_once):
-        pool.submit(feed, i)
-      for _ in tasks:
-        task, loss = done.get()
-        require(isinstance(loss, float), str(loss))
-        yield task, loss
+      for done in concurrent.futures.as_completed([pool.submit(measure, task) for task in tasks]):
+        yield done.result()
     finally:
-      while not left.empty():
-        left.get_nowait()
+      pool.shutdown(wait=False, cancel_futures=True)
       for child in children:
         child.kill()
         child.wait()
