@@ -7,8 +7,8 @@ whose initial parameters are each moved to the next larger number of their forma
 differences within pairs is the least that any comparison of pairs has.
 
 The built-in text is a few million tokens, so longer runs want `--set data.sources=...`. Several
-processes may train at once, as small models leave a GPU idle. What is measured is kept: the
-same command goes on from the results in its output folder.
+processes may train at once, divided over all GPUs, as small models leave a GPU idle. What is
+measured is kept: the same command goes on from the results in its output folder.
 """
 
 import concurrent.futures
@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from scipy import special
 
 import model
@@ -126,8 +127,7 @@ def _train(run: RunConfig, tasks: Sequence[tuple[int, int, bool]], tokens_per_st
   at_once = min(at_once, len(tasks))
   if not at_once:
     return
-  environment = os.environ | {"DEEPSEEK_JAX_RESTART": "0"}
-  environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(round(0.9 / at_once, 3)))
+  environments = _environments(at_once)
   with (tempfile.TemporaryDirectory() as name,
         concurrent.futures.ThreadPoolExecutor(at_once) as pool):
     path = pathlib.Path(name) / "config.json"
@@ -137,7 +137,7 @@ def _train(run: RunConfig, tasks: Sequence[tuple[int, int, bool]], tokens_per_st
       with open(f"{name}/log-{i}.txt", "w", encoding="utf-8") as log:
         children.append(subprocess.Popen(
             [sys.executable, "-m", _CHILD, str(path)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=log, text=True, env=environment))
+            stdout=subprocess.PIPE, stderr=log, text=True, env=environments[i]))
       idle.put(i)
 
     def measure(task: tuple[int, int, bool]) -> tuple[tuple[int, int, bool], float]:
@@ -160,6 +160,18 @@ def _train(run: RunConfig, tasks: Sequence[tuple[int, int, bool]], tokens_per_st
       for child in children:
         child.kill()
         child.wait()
+
+
+def _environments(at_once: int) -> list[dict[str, str]]:
+  """Returns the environment variables of each process: its GPU, and its share of the memory."""
+  environment = os.environ | {"DEEPSEEK_JAX_RESTART": "0"}
+  if jax.default_backend() != "gpu":
+    return [environment] * at_once
+  names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jax.device_count())))
+  gpus = names.split(",")
+  fraction = round(0.9 / math.ceil(at_once / len(gpus)), 3)
+  environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
+  return [environment | {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(at_once)]
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
