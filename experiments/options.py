@@ -33,6 +33,7 @@ class Options:
   max_minutes: float | None = None
   profile: bool = False
   reuse_runs: bool = False
+  processes: int | None = None
 
   def folder(self, default: str) -> pathlib.Path:
     """Returns `--out`, or the folder `default` below `runs/` if it is not given."""

@@ -49,6 +49,9 @@ _PROFILE = flags.DEFINE_bool("profile", False, "pretrain: write a profiler trace
 _REUSE_RUNS = flags.DEFINE_bool(
     "reuse_runs", True, "studies: take runs that were trained on this machine before, by any study "
     "with the same configuration, data, code, versions and hardware, instead of training them")
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "studies: train so many runs at a time, each in a process of its own, "
+    "divided over the GPUs", lower_bound=1)
 
 
 def _out() -> pathlib.Path | None:
@@ -117,7 +120,8 @@ def _options() -> Options:
       experiment=_EXPERIMENT.value, scale=_SCALE.value,
       out=_out(), seeds=_SEEDS.value,
       settings=tuple(_SET.value), a=tuple(_A.value), b=tuple(_B.value), arms=tuple(_ARMS.value),
-      max_minutes=_MAX_MINUTES.value, profile=_PROFILE.value, reuse_runs=_REUSE_RUNS.value)
+      max_minutes=_MAX_MINUTES.value, profile=_PROFILE.value, reuse_runs=_REUSE_RUNS.value,
+      processes=_PROCESSES.value)
 
 
 def _keep_compiled_programs() -> None:
@@ -173,6 +177,8 @@ def main(argv: list[str]) -> None:
     if name is None:
       _fail("name an --experiment; --list shows all of them")
     experiment = catalogue.find(name)
+    if _PROCESSES.value and experiment.kind != "studies":
+      _fail(f"--processes is not supported by --experiment={name}: it is for studies")
     _start_again_tuned_for_cpus()
     _keep_compiled_programs()
     module = experiment.load()

@@ -4,33 +4,32 @@ There are two phases. First, learning rates are swept on separate seeds, for eve
 the baseline. Then each arm trains at its best learning rate on the seeds that are compared. Runs
 that share a program may train as a vmapped batch. Every invocation writes its finished runs to one
 small file in `parts/`: to merge the results of several machines, copy these files into a new
-folder, and repeat the command there for all seeds. Runs that another study, or an earlier command,
-has trained on this machine are taken from its store (`experiments.studies.store`).
+folder, and repeat the command there for all seeds. On one machine, several processes may train at
+once, as a run uses one GPU, which small models leave idle. Runs that another study, or an earlier
+command, has trained on this machine are taken from its store (`experiments.studies.store`).
 """
 
 import dataclasses
-import hashlib
+import itertools
 import os
-import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 import numpy as np
 
-from experiments import settings, stats
+from experiments import stats
 from experiments.options import Options
 from experiments.reports import provenance, results
 from experiments.reports.study_report import (
-  FINISHED,
   PILOT_SEED,
   SWEEP_SEED,
   write_study_report,
 )
 from experiments.reports.summary import study_summary
 from experiments.stats import noise
-from experiments.studies.checks import apply_arm, require_effect
 from experiments.studies.commands import confirming_command, reproducing_command
 from experiments.studies.judging import comparing, rules
 from experiments.studies.judging.comparing import (
@@ -49,11 +48,14 @@ from experiments.studies.judging.printing import verdict_lines
 from experiments.studies.runs import Task
 from experiments.studies.store import Parts, RunStore
 from experiments.studies.study import Study
+from experiments.studies.training import MODULE, command_line, runs_of, train_group
+from experiments.workers import Workers, leave_memory_to_workers
 from train import cost
 from train.config_io import renamed_setting, upgrade
-from train.loop import TrainingError
 from train.run_folder import RunFolder, read_run_json, write_json_atomic
+from train.signals import Signals
 
+_POLL_SECONDS = 1.0  # between looks for a signal, while several processes train
 _SMOKE = "a smoke run checks that everything runs, and is far too short for a verdict"
 _PILOT = "pilot seeds are never judged: their deviation tells how many seeds a claim needs"
 
@@ -61,6 +63,8 @@ _PILOT = "pilot seeds are never judged: their deviation tells how many seeds a c
 def main(study: Study, options: Options) -> None:
   """Trains the missing runs of a study, and judges its comparisons on all finished runs."""
   options.require_supported("a", "b", "profile")
+  if options.processes:
+    leave_memory_to_workers()
   execute(study, options.scale_of(study.scales), options)
 
 
@@ -115,17 +119,11 @@ class Runner:
     if unknown:
       raise ValueError(f"--arms={','.join(sorted(unknown))} does not exist; {study.name} has "
                        + ", ".join(known))
-    base = settings.apply(self.scale.config, options.settings, named=study.kind.named)
     self.arms, self.options = list(options.arms or study.arms_to_run()), options
     self.seeds, self.again = options.seed_range(self.scale.seeds), study.again()
     self.repeats = study.baseline in self.arms and len(self.seeds) > 1  # the arm `again`
     needed = {*self.arms, *(study.swept_arms(self.scale) if study.one_rate else ())}
-    # The settings of these arms are applied before anything runs, so that errors are found early.
-    configs = {arm.name: apply_arm(study, self.scale, options.settings, arm)
-               for arm in (*study.arms, *([self.again] if self.repeats else []))
-               if arm.name in {*needed, self.again.name}}
-    require_effect(study, self.scale, options.settings,
-                   {name: cfg for name, cfg in configs.items() if name != self.again.name})
+    self._configured = {*needed, *([self.again.name] if self.repeats else [])}
     self.pilot = self.seeds.start >= PILOT_SEED
     if not self.pilot and self.seeds.stop > PILOT_SEED:
       raise ValueError(f"--seeds={options.seeds}: seeds from {PILOT_SEED} on are for pilots, which "
@@ -134,7 +132,7 @@ class Runner:
       raise ValueError(f"--seeds={options.seeds}: seeds from {SWEEP_SEED} on are reserved for "
                        "learning-rate sweeps")
     folder = options.folder(f"{study.name}-{scale_name}")
-    self.runs = study.kind(base, configs, settings.assigned(options.settings), folder)
+    self.runs = runs_of(study, scale_name, options, self._configured, folder)
     self.out = RunFolder(folder)
     try:
       if trains:
@@ -152,7 +150,6 @@ class Runner:
     self.store = (RunStore(self.runs) if options.reuse_runs and scale_name != "smoke"
                   and not study.keep_runs and self.scale.vmapped_runs == 1 else None)
     self.own_runs: list[dict] = []
-    self._measuring = rules.syntax_hash(study.kind.measuring)
 
   def _upgrade(self, stored: dict) -> dict:
     """Converts an earlier version's `config.json` to the current version.
@@ -179,7 +176,7 @@ class Runner:
     return self.parts.runs()
 
   def run(self) -> bool:
-    """Trains all runs that are missing; returns False if the time limit was reached."""
+    """Trains all runs that are missing; returns False if it was stopped, as by the time limit."""
     self._record_stored()
     if self.missing():
       cost = self.study.cost(self.scale_name, self.arms, len(self.seeds))
@@ -187,11 +184,12 @@ class Runner:
       if not (self.pilot or self.options.settings):  # which change the deviation
         for line in expected_power(self.study, self.scale_name, self.arms, len(self.seeds)):
           print(f"power, by the committed result: {line}", file=sys.stderr)
-    prepared = False
+    if not self._next(self.finished()):
+      return True
+    self.runs.prepare()
+    if self.options.processes:
+      return self._run_at_once(self.options.processes)
     while tasks := self._next(self.finished()):
-      if not prepared:
-        self.runs.prepare()
-      prepared = True
       if not self._run_all(tasks):
         return False
       self._record_stored()
@@ -199,10 +197,10 @@ class Runner:
 
   def _next(self, done: Mapping[Task, dict]) -> list[Task]:
     """Returns the runs that can train next: those of sweeps, then those that are compared."""
-    sweep = [task for task in self._sweep(done) if task not in done]
     best = self.best_learning_rates(done)
-    return sweep or [task for task in self._compared(best) if task not in done
-                     and (self._swept_as(task.arm) in best or not self.scale.learning_rates)]
+    ready = [task for task in self._compared(best)
+             if self._swept_as(task.arm) in best or not self.scale.learning_rates]
+    return [task for task in (*self._sweep(done), *ready) if task not in done]
 
   def _trained_before(self, done: Mapping[Task, dict]) -> dict[Task, dict]:
     """Returns parts with those of the next runs that this or another study has trained before."""
@@ -323,9 +321,43 @@ class Runner:
     for group in self._groups(tasks):
       if self.deadline and time.monotonic() > self.deadline:
         return False
-      if not self._run_group(group):
+      self._announce(group)
+      part = train_group(self.study, self.runs, group, self.out.path, self._seconds())
+      if part is None:
         return False
+      self._record(group, part)
     return True
+
+  def _run_at_once(self, count: int) -> bool:
+    """Trains what `run` does, several runs at a time, each in a process of its own."""
+    command = command_line(self.study, self.scale_name, self.options, self._configured,
+                           self.out.path)
+    training: dict[Future, list[Task]] = {}
+    stopped = False
+    with Signals() as signals, Workers(MODULE, command, count) as pool:
+      signals.can_save()
+      while True:
+        if signals.received and not stopped:
+          pool.stop()
+        stopped |= bool(signals.received or (self.deadline and time.monotonic() > self.deadline))
+        if not stopped:
+          self._record_stored()
+          started = {task for group in training.values() for task in group}
+          left = [task for task in self._next(self.finished()) if task not in started]
+          for group in itertools.islice(self._groups(left), count - len(training)):
+            self._announce(group)
+            training[pool.submit({"group": list(map(dataclasses.asdict, group)),
+                                  "seconds": self._seconds()})] = group
+        if not training:
+          return not stopped
+        for future in wait(training, _POLL_SECONDS, FIRST_COMPLETED).done:
+          group = training.pop(future)
+          if signals.received and future.exception():
+            continue  # it had nothing to save
+          part = future.result()
+          stopped |= part is None
+          if part:
+            self._record(group, part)
 
   def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
     """Yields groups of runs that train as one vmapped batch, at most `vmapped_runs` in each."""
@@ -336,41 +368,21 @@ class Runner:
       for start in range(0, len(batch), self.scale.vmapped_runs):
         yield batch[start:start + self.scale.vmapped_runs]
 
-  def _run_group(self, tasks: list[Task]) -> bool:
-    """Trains one group of runs and records it; returns False if the time limit was reached."""
-    label = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name}-and-{len(tasks) - 1}-more"
-    print(f"{self.study.name}: {label}", file=sys.stderr, flush=True)
-    folder = RunFolder(self._folder(tasks))
-    left = self.deadline and max(1.0, self.deadline - time.monotonic())
-    try:
-      found, status = self.runs.train(tasks, folder, left), FINISHED
-    except TrainingError as error:
-      found, status = [{"metrics": {}} for _ in tasks], f"failed: {error}"
-    finally:
-      folder.close()
-    if found is None:
-      return False
-    spent = cost.total(folder.path)
-    per_run = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
-    where = {"provenance": provenance.describe(), "measured_by": self._measuring}
-    for task, result in zip(tasks, found, strict=True):
-      self.own_runs.append(
-          {**dataclasses.asdict(task), "status": status, "cost": per_run, **result})
-    self.parts.write(self.part, where | {"runs": self.own_runs})
-    if self.store:
-      (task,) = tasks
-      self.store.keep(task, where | {"runs": self.own_runs[-1:]})
-    if not self.study.keep_runs:
-      shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-    return True
+  def _announce(self, group: Sequence[Task]) -> None:
+    more = f"-and-{len(group) - 1}-more" if len(group) > 1 else ""
+    print(f"{self.study.name}: {group[0].name}{more}", file=sys.stderr, flush=True)
 
-  def _folder(self, tasks: list[Task]) -> pathlib.Path:
-    if self.study.keep_runs:
-      return self.out.path / tasks[0].name
-    if len(tasks) == 1:
-      return self.out.path / "runs" / tasks[0].name
-    digest = hashlib.sha256("\n".join(task.name for task in tasks).encode()).hexdigest()[:8]
-    return self.out.path / "runs" / f"vmapped-{digest}"
+  def _seconds(self) -> float | None:
+    """Returns what is left of the time limit, at least one second; None without a limit."""
+    return self.deadline and max(1.0, self.deadline - time.monotonic())
+
+  def _record(self, group: Sequence[Task], part: Mapping[str, Any]) -> None:
+    """Writes finished runs to this command's part, and a run that trained alone to the store."""
+    self.own_runs += part["runs"]
+    self.parts.write(self.part, part | {"runs": self.own_runs})
+    if self.store:
+      (task,) = group
+      self.store.keep(task, part)
 
   def where_it_ran(self) -> dict:
     """Returns the merged provenance of all parts, with a command that reproduces all of them."""

@@ -1,6 +1,7 @@
 """The interface between the runner of a study and the code that trains its runs."""
 
 import dataclasses
+import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -122,6 +123,22 @@ class Runs(Protocol):
     Args:
       runs: by arm, what `train` returned for its compared runs, in the order of their seeds.
     """
+
+
+def group_folder(out: pathlib.Path, tasks: Sequence[Task], kept: bool) -> pathlib.Path:
+  """Returns the folder of a run, or of several that train as one vmapped batch.
+
+  Args:
+    out: the study's folder.
+    tasks: the runs.
+    kept: whether the folders of the study's runs, which then train alone, are kept for users.
+  """
+  if kept:
+    return out / tasks[0].name
+  if len(tasks) == 1:
+    return out / "runs" / tasks[0].name
+  digest = hashlib.sha256("\n".join(task.name for task in tasks).encode()).hexdigest()[:8]
+  return out / "runs" / f"vmapped-{digest}"
 
 
 def remaining_seconds(max_seconds: float | None, began: float) -> float | None:

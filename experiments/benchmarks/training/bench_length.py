@@ -16,16 +16,11 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import pathlib
-import queue
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from scipy import special
 
 import model
@@ -35,6 +30,7 @@ from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import bench_summary, claim, of_numerics
 from experiments.stats import noise
+from experiments.workers import Workers, leave_memory_to_workers
 from model.checks import require
 from train.config import OptimizerConfig, RunConfig
 from train.config_io import to_dict
@@ -85,8 +81,7 @@ def main(options: Options) -> None:
   options.require_supported("seeds", "a", "b", "arms", "profile", "max_minutes")
   scale = dataclasses.replace(options, scale=options.scale or "cpu").scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"model": model.get_config})
-  # Asking for the device, for the provenance, must not take the memory of those who train.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  leave_memory_to_workers()
   data = load(cfg.data)
   run = fit_vocabulary(cfg.without_extras(), data, keep=False)
   check_fits(run)
@@ -124,54 +119,16 @@ def _train(run: RunConfig, tasks: Sequence[tuple[int, int, bool]], tokens_per_st
   Raises:
     ValueError: if one of them fails.
   """
-  at_once = min(at_once, len(tasks))
-  if not at_once:
+  if not tasks:
     return
-  environments = _environments(at_once)
-  with (tempfile.TemporaryDirectory() as name,
-        concurrent.futures.ThreadPoolExecutor(at_once) as pool):
-    path = pathlib.Path(name) / "config.json"
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "config.json"
     path.write_text(json.dumps(to_dict(run)), encoding="utf-8")
-    children, idle = [], queue.SimpleQueue()
-    for i in range(at_once):
-      with open(f"{name}/log-{i}.txt", "w", encoding="utf-8") as log:
-        children.append(subprocess.Popen(
-            [sys.executable, "-m", _CHILD, str(path)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=log, text=True, env=environments[i]))
-      idle.put(i)
-
-    def measure(task: tuple[int, int, bool]) -> tuple[tuple[int, int, bool], float]:
-      i, (tokens, seed, nudge) = idle.get(), task
-      try:
-        children[i].stdin.write(f"{tokens // tokens_per_step} {seed} {int(nudge)}\n")
-        children[i].stdin.flush()
-        return task, json.loads(children[i].stdout.readline())
-      except (OSError, ValueError) as error:  # it has ended
-        log = pathlib.Path(f"{name}/log-{i}.txt").read_text(encoding="utf-8", errors="replace")
-        raise ValueError(f"a process that trains failed:\n{log[-2000:]}") from error
-      finally:
-        idle.put(i)
-
-    try:
-      for done in concurrent.futures.as_completed([pool.submit(measure, task) for task in tasks]):
-        yield done.result()
-    finally:
-      pool.shutdown(wait=False, cancel_futures=True)
-      for child in children:
-        child.kill()
-        child.wait()
-
-
-def _environments(at_once: int) -> list[dict[str, str]]:
-  """Returns the environment variables of each process: its GPU, and its share of the memory."""
-  environment = os.environ | {"DEEPSEEK_JAX_RESTART": "0"}
-  if jax.default_backend() != "gpu":
-    return [environment] * at_once
-  names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(jax.device_count())))
-  gpus = names.split(",")
-  fraction = round(0.9 / math.ceil(at_once / len(gpus)), 3)
-  environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(fraction))
-  return [environment | {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(at_once)]
+    with Workers(_CHILD, [str(path)], min(at_once, len(tasks))) as pool:
+      of = {pool.submit({"steps": tokens // tokens_per_step, "seed": seed, "nudge": nudge}):
+            (tokens, seed, nudge) for tokens, seed, nudge in tasks}
+      for done in concurrent.futures.as_completed(of):
+        yield of[done], done.result()
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,9 +1,8 @@
-"""Trains runs of different lengths one after another, for `bench_length`.
+"""Trains runs of different lengths one after another, as a worker process of `bench_length`.
 
     python -m experiments.benchmarks.training.length_child CONFIG.json
 
-Reads lines of the form "STEPS SEED NUDGE" from standard input, where NUDGE is 0 or 1. For each it
-trains, and writes one line of JSON to standard output, with the validation loss.
+A task has "steps", "seed" and "nudge"; the answer is the validation loss.
 """
 
 import dataclasses
@@ -11,6 +10,7 @@ import json
 import pathlib
 import sys
 
+from experiments import workers
 from experiments.benchmarks.training.bench_repeat import train_run
 from train.config import RunConfig
 from train.config_io import from_dict
@@ -19,9 +19,6 @@ from train.data import load
 if __name__ == "__main__":
   run = from_dict(RunConfig, json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8")))
   data = load(run.data)
-  answers, sys.stdout = sys.stdout, sys.stderr  # what else is printed is no answer
-  for line in sys.stdin:
-    steps, seed, nudge = map(int, line.split())
-    this = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
-    print(json.dumps(train_run(this, data, seed, bool(nudge))["validation_loss"]),
-          file=answers, flush=True)
+  for task in workers.tasks():
+    this = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=task["steps"]))
+    workers.answer(train_run(this, data, task["seed"], task["nudge"])["validation_loss"])

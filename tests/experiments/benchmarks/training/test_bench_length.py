@@ -34,18 +34,6 @@ def test_a_process_that_fails_is_an_error_with_its_log():
     list(bench_length._train(cfg, [(-1, 0, False)], 0x7FFFFFFF, 1))
 
 
-def test_processes_are_divided_over_the_visible_gpus(monkeypatch):
-  monkeypatch.setattr(bench_length.jax, "default_backend", lambda: "gpu")
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
-  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-  found = bench_length._environments(3)
-  assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["1", "3", "1"]
-  assert {each["XLA_PYTHON_CLIENT_MEM_FRACTION"] for each in found} == {"0.45"}
-  monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-  monkeypatch.setattr(bench_length.jax, "device_count", lambda: 4)
-  assert [each["CUDA_VISIBLE_DEVICES"] for each in bench_length._environments(5)] == list("01230")
-
-
 def test_deviations_are_those_between_seeds_and_within_pairs():
   runs = [{"tokens": tokens, "seed": seed, "nudge": nudge,
            "loss": 3 + scale * (seed + 0.25 * nudge * (-1)**seed)}
