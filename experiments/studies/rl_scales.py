@@ -20,7 +20,6 @@ from train.config import BalanceConfig, DataConfig, OptimizerConfig, RunConfig, 
 
 _RATES = (2.5e-4, 5e-4, 1e-3)  # around the best learning rate with one update per rollout
 _SEEDS = 3
-_SWEEP_SEEDS = 1
 _EVALUATION = EvaluationConfig()
 
 
@@ -127,21 +126,18 @@ _CPU = _Hardware("2 CPU cores, estimated", 5, 2.4, 1, 390)
 _GPU = _Hardware("one H200, estimated", 4, 0.2, 0.15, 80)
 
 
-def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int | None = _SEEDS,
-           gpu_seeds: int = _SEEDS, gpu_sweep_seeds: int = _SWEEP_SEEDS, kinds: int = 1,
+def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int | None = _SEEDS, kinds: int = 1,
            evaluation: EvaluationConfig = _EVALUATION, work: float = 1.0,
            rates: tuple[float, ...] = _RATES) -> dict[str, Scale]:
   """Returns the scales `smoke`, `cpu` and `gpu` of an RL study, by name.
 
   `smoke` only checks that everything runs: its metrics mean nothing. `cpu` and `gpu` sweep the
-  learning rates on one seed, and compare the arms on three paired seeds, unless others are given.
+  learning rates on one seed, and compare the arms on three paired seeds.
 
   Args:
     cpu_steps: RL steps of a run at scale `cpu`, each of which has one rollout.
     gpu_steps: RL steps of a run at scale `gpu`.
     gpu_bases: `RLStudyConfig.bases` at scale `gpu`; at `cpu` there is one base per seed.
-    gpu_seeds: seeds that are compared at scale `gpu`.
-    gpu_sweep_seeds: seeds of the sweep of learning rates at scale `gpu`.
     kinds: number of different bases that the arms of one seed start from, for the estimate of the
       cost.
     evaluation: the evaluations before and after RL.
@@ -153,16 +149,15 @@ def scales(*, cpu_steps: int, gpu_steps: int, gpu_bases: int | None = _SEEDS,
   smoke = RLStudyConfig(
       base=tiny.base, documents=tiny.documents, bases=1, rl=dataclasses.replace(tiny.rl, loop=loop),
       evaluation=dataclasses.replace(evaluation, problems=8, samples=4))
-  full = lambda steps, bases, hardware, seeds=_SEEDS, sweep_seeds=_SWEEP_SEEDS: _full(
-      steps, bases, evaluation, hardware, kinds, work, rates, seeds, sweep_seeds)
+  full = lambda steps, bases, hardware: _full(
+      steps, bases, evaluation, hardware, kinds, work, rates)
   return {
       "smoke": Scale(smoke, rates, seeds=2, minutes=0.05, hardware=_CPU.name,
                      shared_minutes=0.5),
-      "cpu": full(cpu_steps, _SEEDS, _CPU),
-      "gpu": full(gpu_steps, gpu_bases, _GPU, gpu_seeds, gpu_sweep_seeds)}
+      "cpu": full(cpu_steps, _SEEDS, _CPU), "gpu": full(gpu_steps, gpu_bases, _GPU)}
 
 
-def _full(steps, bases, evaluation, hardware, kinds, work, rates, seeds, sweep_seeds) -> Scale:
+def _full(steps, bases, evaluation, hardware, kinds, work, rates) -> Scale:
   """Returns a scale with the base and the rollouts of R1-Zero's scale `cpu`."""
   r1_zero = R1_ZERO["cpu"]
   config = RLStudyConfig(
@@ -171,6 +166,6 @@ def _full(steps, bases, evaluation, hardware, kinds, work, rates, seeds, sweep_s
   completions = evaluation.problems * evaluation.samples * (1 + evaluation.harder)
   rollouts = completions / r1_zero.rl.sampling.num_sequences
   run = hardware.start + steps * hardware.step * work + rollouts * hardware.rollout
-  bases = bases or seeds + sweep_seeds
-  return Scale(config, rates, seeds=seeds, sweep_seeds=sweep_seeds, minutes=run / 60,
-               hardware=hardware.name, shared_minutes=kinds * bases * hardware.base / 60)
+  bases = bases or _SEEDS + 1  # one for the sweep
+  return Scale(config, rates, seeds=_SEEDS, minutes=run / 60, hardware=hardware.name,
+               shared_minutes=kinds * bases * hardware.base / 60)

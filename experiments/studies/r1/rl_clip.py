@@ -66,5 +66,5 @@ STUDY = Study(
                    "beta_0.04", "off_10", Claim("sign", sign=-1), "beta 0.04", at_one_rate=True),
         Comparison("replacing the reference during training raises pass@1 at beta 0.04", "pass@1",
                    "refresh", "beta_0.04", Claim("sign", sign=1))),
-    scales=scales(cpu_steps=50, gpu_steps=24, gpu_bases=None, gpu_seeds=8, gpu_sweep_seeds=2,
-                  work=1.2, rates=(3e-5, 8e-5, 2.5e-4)), kind=RLRuns)
+    scales=scales(cpu_steps=50, gpu_steps=24, gpu_bases=None, work=1.2,
+                  rates=(3e-5, 8e-5, 2.5e-4)), kind=RLRuns)
