@@ -1,6 +1,7 @@
 """The network as pure functions of its parameters, without data, training or optimizers."""
 
 from model import balance, hf, moe
+from model.cast_weights import cast_weights
 from model.config import (
   GQAConfig,
   LinearScaling,

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from model import Transformer
+from model.cast_weights import cast_weights
 from model.checks import require
 from model.compiling import jit
 from model.decoding import engine
@@ -26,7 +27,6 @@ from model.decoding.checks import as_cache_dtype, as_stop_tokens
 from model.decoding.drafting import check_drafts
 from model.decoding.engine import Rows, Sampling, Status
 from model.decoding.sampling import Limits
-from model.decoding.weights import ready
 
 _REFILLS = 8  # slots are refilled when one in this many is free
 
@@ -199,7 +199,7 @@ class _Slots(NamedTuple):
 
 @functools.partial(jit, static_argnames=("model", "slots", "record"))
 def _rollout(model, variables, sampling, prompts, slots, record):
-  variables = ready(model.cfg, variables)
+  variables = cast_weights(model.cfg, variables)
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
   longest = prompt_tokens + sampling.max_new_tokens

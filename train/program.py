@@ -55,6 +55,29 @@ def without_data_fields[T](part: T, section: str) -> T:
   return dataclasses.replace(part, **{name: defaults[name] for name in DATA_FIELDS[section]})
 
 
+def _differentiated(cfg: RunConfig, net: model.Transformer, summed: bool) -> Callable:
+  """Returns the argument `by_layer` of `make_train_step`.
+
+  A pass computes gradients of weights in the compute format, so that devices may add them up in it,
+  which takes half the time of float32. Sums over micro-batches stay in float32, and so do those of
+  the embedding and the head, which are used more than once.
+
+  Args:
+    cfg: the run.
+    net: the network.
+    summed: whether devices add up the gradients, each of which has all parameters.
+  """
+  by_layer = unstack_layers(net)
+  if not summed or cfg.train.num_micro_batches > 1:
+    return by_layer
+
+  def arranged(params):
+    layers = {name: each for name, each in params.items() if name != "embedding"}
+    return by_layer(params | model.cast_weights(cfg.model, {"params": layers})["params"])
+
+  return arranged
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Callable, Callable]:
   """Returns the sharded model (None without a mesh), the jitted step and the jitted `count`.
@@ -71,7 +94,7 @@ def _compiled(cfg: RunConfig, num_runs: int) -> tuple[ShardedModel | None, Calla
   step = make_train_step(
       LanguageModelLoss(trained), cfg.optimizer, decay_mask(cfg.model),
       cfg.train.num_micro_batches, prepare=functools.partial(model.quantize_weights, cfg.model),
-      by_layer=unstack_layers(trained),
+      by_layer=_differentiated(cfg, trained, summed=by_device),
       **({"on_each_device": mesh.on_each_device} if by_device else {}))
   counts = functools.partial(count, net(attend=cfg.train.attend))
   if num_runs > 1:

@@ -127,7 +127,7 @@ def make_train_step(
     num = hyper["num_micro_batches"] if num_micro_batches > 1 else None
     terms, observed, grads = on_each_device(
         functools.partial(_gradients, objective, prepare, num))(shared, batch)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     grads, = join_gradients(grads)
     finite = jnp.isfinite(terms["total"]) & jnp.isfinite(grad_norm)
     scale = jnp.minimum(1.0, cfg.max_grad_norm / jnp.maximum(grad_norm, 1e-30))

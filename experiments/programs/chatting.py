@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import model
-from model.decoding.weights import ready
+from model.cast_weights import cast_weights
 from rl.effort import Effort, Reply, reply
 from train.chat import ChatTemplate, PromptFormat, stop_tokens, with_system
 from train.loading import LoadedModel
@@ -41,7 +41,7 @@ class Chat:
 
   @functools.cached_property
   def _variables(self) -> dict:
-    return ready(self.start.cfg, self.start.variables)  # once, not for every answer
+    return cast_weights(self.start.cfg, self.start.variables)  # once, not for every answer
 
   @classmethod
   def of(cls, cfg: Any, start: LoadedModel, tokenizer: Tokenizer,

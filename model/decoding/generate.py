@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from model.cast_weights import cast_weights
 from model.compiling import jit
 from model.decoding import checks, engine
 from model.decoding.engine import Rows, Sampling
 from model.decoding.sampling import Limits
-from model.decoding.weights import ready
 from model.transformer import Transformer
 
 
@@ -102,7 +102,7 @@ def run(
     model: Transformer, variables: dict, sampling: Sampling, prompts_BT: jax.Array,
     lengths_B: jax.Array, keys_B: jax.Array) -> tuple[Generated, Rows]:
   """Samples until all rows have ended; also returns the rows as they are then."""
-  variables = ready(model.cfg, variables)
+  variables = cast_weights(model.cfg, variables)
   rows, new = engine.begin(model, variables, sampling, prompts_BT, lengths_B, keys_B)
   batch, most = len(lengths_B), sampling.max_new_tokens
 

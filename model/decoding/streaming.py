@@ -9,13 +9,13 @@ from collections.abc import Generator, Sequence
 import jax
 import numpy as np
 
+from model.cast_weights import cast_weights
 from model.compiling import jit
 from model.decoding import engine
 from model.decoding.drafting import check_drafts
 from model.decoding.engine import Status
 from model.decoding.generate import checked
 from model.decoding.sampling import Limits
-from model.decoding.weights import ready
 from model.transformer import Transformer
 
 _SHORTEST = 16  # prompts are padded to this length or a larger power of two
@@ -54,7 +54,7 @@ def stream(
       drafts=drafts, cache_dtype=cache_dtype)
   if drafts:
     check_drafts(model, drafts, prompts[1])
-  return _stream(model, ready(model.cfg, variables), sampling, prompts)
+  return _stream(model, cast_weights(model.cfg, variables), sampling, prompts)
 
 
 def _stream(model, variables, sampling, prompts):

@@ -4,11 +4,15 @@ r"""Trains one step on one and on eight simulated devices; prints the difference
       python tests/train/program_on_eight_devices.py
 """
 
+import collections
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
+
+import model
 
 from tests.train import small
 from train.config import BalanceConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
@@ -35,6 +39,17 @@ BALANCED_DATA = dataclasses.replace(BALANCED, mesh=MeshConfig(data=8))
 # Together with EIGHT, this uses every axis that a mesh may have: experts over `expert`, heads and
 # hidden widths over `tensor`. A sequence is never divided.
 MIXED = dataclasses.replace(ONE, mesh=MeshConfig(fsdp=2, expert=2, tensor=2))
+# Here gradients are added up in bfloat16.
+HALF = dataclasses.replace(
+    BALANCED, model=dataclasses.replace(MODEL, numerics=model.NUMERICS["bf16"]))
+HALF_DATA = dataclasses.replace(HALF, mesh=MeshConfig(data=8))
+
+
+def summed(cfg) -> dict[str, int]:
+  """Returns the number of matrices that devices add up in a step, by their format."""
+  text = Program([cfg], {}).lower().as_text()
+  found = re.findall(r"stablehlo\.all_reduce.*?\}\) : \(tensor<(\w*x\w*x)(\w+)>", text, re.DOTALL)
+  return dict(collections.Counter(dtype for _, dtype in found))
 
 
 def refusal(**train) -> str:
@@ -72,8 +87,8 @@ def compared(ours, want) -> dict:
 
 def main() -> None:
   assert jax.device_count() == 8
-  one, eight, mixed, data, balanced, balanced_data = map(
-      run, (ONE, EIGHT, MIXED, DATA, BALANCED, BALANCED_DATA))
+  one, eight, mixed, data, balanced, balanced_data, half, half_data = map(
+      run, (ONE, EIGHT, MIXED, DATA, BALANCED, BALANCED_DATA, HALF, HALF_DATA))
   state, want = eight["state"], one["state"]
   print(json.dumps({
       "start": small.max_rel_diff(eight["start"], one["start"]),
@@ -86,7 +101,9 @@ def main() -> None:
       "loss": eight["loss"], "joined_loss": eight["joined_loss"],
       "refusal": refusal(micro_batch_size=4),
       "data": compared(data, one), "balanced": compared(balanced_data, balanced),
-      "mixed": compared(mixed, one)}))
+      "mixed": compared(mixed, one), "half": compared(half_data, half),
+      "summed": {"float32": summed(BALANCED_DATA), "bfloat16": summed(HALF_DATA),
+                 "micro-batches": summed(dataclasses.replace(DATA, model=HALF.model))}}))
 
 
 if __name__ == "__main__":

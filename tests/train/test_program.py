@@ -213,6 +213,16 @@ def test_a_step_of_devices_that_have_all_parameters_equals_that_of_one(eight_dev
   assert found["shard"] == eight_devices["whole"] and found["as_declared"]
 
 
+def test_devices_add_up_gradients_in_the_compute_format(eight_devices):
+  float32, half, several = (eight_devices["summed"][name] for name in (
+      "float32", "bfloat16", "micro-batches"))
+  assert "bf16" not in float32 and "bf16" not in several
+  assert half["bf16"] > half["f32"]  # which the embedding, the head and the loads are
+  assert sum(half.values()) == sum(float32.values())
+  # Eight devices round a sum seven times, and AdamW divides by the size of a gradient.
+  assert eight_devices["half"]["metrics"] < 0.02 and eight_devices["half"]["router"] == 0
+
+
 def test_a_step_on_eight_devices_equals_that_on_one(eight_devices):
   assert eight_devices["start"] == eight_devices["router"] == 0
   # Rounding of float32: eight devices add up the tokens in another order.

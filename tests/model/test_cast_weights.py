@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import model
-from model.decoding.weights import ready
+from model.cast_weights import cast_weights
 
 
 @pytest.mark.parametrize("cfg", [
@@ -18,22 +18,22 @@ def test_results_are_the_same_to_the_last_bit(cfg):
   cfg = dataclasses.replace(cfg, numerics=model.NUMERICS["bf16"])
   net, variables, tokens = model.Transformer(cfg), tiny.variables(cfg), tiny.tokens(cfg, 2, 7)
   apply = jax.jit(lambda variables: net.apply(variables, tokens))
-  made = ready(cfg, variables)
+  made = cast_weights(cfg, variables)
   want, found = apply(variables), apply(made)
   np.testing.assert_array_equal(found.logits_BTV, want.logits_BTV)
   jax.tree.map(np.testing.assert_array_equal, found.mtp_logits, want.mtp_logits)
   sizes = [sum(x.nbytes for x in jax.tree.leaves(each)) for each in (variables, made)]
   assert sizes[1] < 0.6 * sizes[0]
-  again = ready(cfg, made)
+  again = cast_weights(cfg, made)
   assert all(a is b for a, b in zip(*map(jax.tree.leaves, (made, again)), strict=True))
 
 
 def test_routers_norms_and_weights_with_an_fp8_recipe_stay_as_they_are():
   cfg = dataclasses.replace(tiny.V3, num_layers=2, numerics=model.NUMERICS["bf16"])
-  made = ready(cfg, tiny.variables(cfg))
+  made = cast_weights(cfg, tiny.variables(cfg))
   kept = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(made)
           if x.dtype == jnp.float32}
   assert kept == {"scale", "centroids", "bias"}
   fp8 = dataclasses.replace(cfg, numerics=model.NUMERICS["fp8"])
   variables = tiny.variables(fp8)
-  assert ready(fp8, variables) is variables
+  assert cast_weights(fp8, variables) is variables

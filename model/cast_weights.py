@@ -1,21 +1,22 @@
-"""Weights made ready for decoding, once rather than in every pass."""
+"""Weights cast to the compute format once, rather than in every product."""
 
 import jax
 
 from model.config import ModelConfig
 
 
-def ready(cfg: ModelConfig, variables: dict) -> dict:
+def cast_weights(cfg: ModelConfig, variables: dict) -> dict:
   """Returns a model's variables with weights in the compute format.
 
   A pass casts every weight to that format before it is multiplied, so this changes no result. But a
   pass over few tokens takes about as long as reading the weights, and reads half as many bytes of
-  weights that are ready. The parameters of routers and norms are read in float32 and stay as they
-  are, and so does everything with an FP8 recipe, which quantises weights from their own format.
+  weights that are cast already. The parameters of routers and norms are read in float32 and stay
+  as they are, and so does everything with an FP8 recipe, which quantises weights from their own
+  format.
 
   Args:
     cfg: the architecture.
-    variables: its variables; those that are ready are returned as they are.
+    variables: its variables; weights in that format are returned as they are.
   """
   if cfg.numerics.recipe is not None:
     return variables
