@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 import model
-
 from tests.train import small
 from train.config import BalanceConfig, DataConfig, MeshConfig, RunConfig, TrainConfig
 from train.program import Program
