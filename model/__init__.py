@@ -1,7 +1,6 @@
 """The network as pure functions of its parameters, without data, training or optimizers."""
 
 from model import balance, hf, moe
-from model.cast_weights import cast_weights
 from model.config import (
   GQAConfig,
   LinearScaling,
@@ -24,3 +23,4 @@ from model.quantized_weights import quantize_weights
 from model.registry import CONFIGS, get_config
 from model.transformer import REMAT, Output, Transformer
 from model.variables import abstract_variables, init, init_on_host, logical_axes, shardings
+from model.weights import cast_weights

@@ -1,4 +1,4 @@
-"""Routed experts on one device: three exact implementations with one signature.
+"""Routed experts on one device: four exact implementations with one signature.
 
 Every function takes `(weights, x_ND, gates_NK, experts_NK, numerics)` and returns y_ND, each
 token's sum over its K experts, weighted by its gates. An expert index outside 0..E-1 means no
@@ -36,6 +36,7 @@ from pallas_kernels.ops.expert_rows import sort_by_expert
 # by measurement: see experiments/results/bench/bench_moe.
 CAPACITY_FACTOR = 1.125
 BLOCK = 256
+_FEW_ON_GPU = 16  # assignments
 
 
 class ExpertWeights(NamedTuple):
@@ -133,6 +134,50 @@ def grouped_experts(
 def _inverse(order_R: jax.Array) -> jax.Array:
   ranks_R = jnp.arange(order_R.shape[0], dtype=jnp.int32)
   return jnp.zeros_like(order_R).at[order_R].set(ranks_R, unique_indices=True)
+
+
+# Few: the weights of the chosen experts, for so few assignments that most experts have none.
+
+
+def few_experts(
+    weights: ExpertWeights, x_ND: jax.Array, gates_NK: jax.Array, experts_NK: jax.Array,
+    numerics: Numerics) -> jax.Array:
+  """Multiplies each assignment by its expert's weights, which are read once for each assignment.
+
+  The other implementations read the weights of all experts, or sort assignments first, which takes
+  longer than multiplying a few. On CPUs assignments are computed one after another, elsewhere all
+  at once.
+
+  Raises:
+    ValueError: if the numerics have an FP8 recipe.
+  """
+  _reject_recipe("few", numerics)
+  num_experts, chosen = weights.num_experts, experts_NK.shape[1]
+  valid_NK = (experts_NK >= 0) & (experts_NK < num_experts)
+  gates_R = jnp.where(valid_NK, gates_NK, 0).reshape(-1)
+  expert_R = jnp.where(valid_NK, experts_NK, 0).reshape(-1)
+  rows_RD = jnp.repeat(x_ND.astype(numerics.compute_dtype), chosen, axis=0)
+  on_cpu = jax.default_backend() == "cpu"
+  alone = (lambda x: x) if on_cpu else lax.optimization_barrier
+
+  def product(equation, row, w, expert):
+    of_expert = lax.dynamic_index_in_dim(w, expert, keepdims=False)
+    if on_cpu:
+      return numerics.einsum(equation, row, of_expert)
+    # On a GPU, XLA makes this a sum of float32 products, and fuses it with the choice of weights if
+    # nothing is computed on the way.
+    wide = (x.astype(jnp.float32) for x in (row, of_expert))
+    return jnp.einsum(equation, *wide, precision=lax.Precision.HIGHEST).astype(row.dtype)
+
+  def up_and_down(row_D, gate, expert):
+    hidden_F = gated(product("d,dgf->gf", row_D, weights.w_gate_up, expert))
+    hidden_F = alone(hidden_F * gate.astype(hidden_F.dtype))
+    return alone(product("f,fd->d", hidden_F, weights.w_down, expert))
+
+  assignments = rows_RD, gates_R, expert_R
+  y_RD = (lax.map(lambda each: up_and_down(*each), assignments) if on_cpu
+          else jax.vmap(up_and_down)(*assignments))
+  return y_RD.reshape(*experts_NK.shape, -1).sum(1, dtype=jnp.float32).astype(y_RD.dtype)
 
 
 # Slots: C rows for every expert in one batched product, and a loop over what overflows them.
@@ -310,15 +355,25 @@ def _slot_ffn_backward(static, residuals, dy_ND):
 _slot_ffn.defvjp(_slot_ffn_forward, _slot_ffn_backward)
 
 
-def fastest_experts(cfg: ModelConfig) -> str:
+def fastest_experts(cfg: ModelConfig, num_tokens: int) -> str:
   """Returns the key of EXPERTS that is fastest on this process's first device.
 
-  That is "grouped" with an FP8 recipe, and where grouped products have a kernel (Hopper GPUs, for
-  bfloat16 and widths that are multiples of 128), else "slots".
+  That is "grouped" with an FP8 recipe; otherwise "few" for tokens that choose no more experts than
+  there are or, on GPUs, than `_FEW_ON_GPU`; "grouped" where grouped products have a kernel (Hopper
+  GPUs, for bfloat16 and widths that are multiples of 128), else "slots".
+
+  Args:
+    cfg: the architecture.
+    num_tokens: N, tokens of a pass.
   """
+  if cfg.numerics.recipe:
+    return "grouped"
+  most = {"cpu": cfg.moe.num_experts, "gpu": _FEW_ON_GPU}.get(jax.default_backend(), 0)
+  if num_tokens * cfg.moe.experts_per_token <= most:
+    return "few"
   kernel = (implementations.local_backend() == "mosaic_gpu" and cfg.numerics.compute == "bfloat16"
             and cfg.d_model % 128 == 0 and cfg.moe.expert_dim % 128 == 0)
-  return "grouped" if cfg.numerics.recipe or kernel else "slots"
+  return "grouped" if kernel else "slots"
 
 
 def _reject_recipe(name: str, numerics: Numerics) -> None:
@@ -327,4 +382,5 @@ def _reject_recipe(name: str, numerics: Numerics) -> None:
                      "experts='grouped', or numerics without a recipe")
 
 
-EXPERTS = {"dense": dense_experts, "grouped": grouped_experts, "slots": slot_experts}
+EXPERTS = {"dense": dense_experts, "grouped": grouped_experts, "slots": slot_experts,
+           "few": few_experts}

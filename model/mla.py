@@ -45,7 +45,7 @@ def choose_form(attention: MLAConfig, num_queries: int, num_slots: int) -> str:
   expanding = num_slots * a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
   expanded = expanding + num_queries * num_slots * (a.score_dim + a.v_head_dim)
   absorbing = num_queries * a.kv_lora_rank * (a.qk_nope_head_dim + a.v_head_dim)
-  absorbed = absorbing + num_queries * num_slots * (a.cache_elements + a.kv_lora_rank)
+  absorbed = absorbing + 2 * num_queries * num_slots * a.cache_elements
   return "absorbed" if absorbed < expanded else "expanded"
 
 
@@ -100,10 +100,12 @@ def attend_absorbed(
   einsum = cfg.numerics.einsum
   q_BTHC = einsum("bthk,chk->bthc", q_BTHK, w_uk_CHK)
   queries = jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
-  keys_BSC = jnp.concatenate([latent_BSC, k_BSR], axis=-1)
-  mixed_BTHC = attend(queries, keys_BSC[:, :, None], latent_BSC[:, :, None], context,
-                      softmax_scale(cfg), cfg, implementation)
-  return einsum("bthc,chv->bthv", mixed_BTHC, w_uv_CHV)
+  keys_BS1C = jnp.concatenate([latent_BSC, k_BSR], axis=-1)[:, :, None]
+  # The keys are the values, too: summing the rotated ones as well takes less time than copying the
+  # others out of the cache.
+  mixed_BTHC = attend(
+      queries, keys_BS1C, keys_BS1C, context, softmax_scale(cfg), cfg, implementation)
+  return einsum("bthc,chv->bthv", mixed_BTHC[..., :latent_BSC.shape[-1]], w_uv_CHV)
 
 
 _FORMS = {"expanded": attend_expanded, "absorbed": attend_absorbed}

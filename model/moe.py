@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from model.balance import RouterStats
 from model.config import ModelConfig, MoEConfig
-from model.experts import EXPERTS, ExpertWeights
+from model.experts import EXPERTS, ExpertWeights, fastest_experts
 from model.layers import SwiGLU, recomputed, weight
 from model.wide_product import wide_product
 
@@ -181,12 +181,13 @@ class MoE(nn.Module):
 
   Attributes:
     cfg: the architecture; its `moe` must not be None.
-    experts: implementation of the routed experts, a key of `model.experts.EXPERTS`.
+    experts: implementation of the routed experts, a key of `model.experts.EXPERTS`; None for that
+      which `model.experts.fastest_experts` returns.
     dispatch: how tokens reach experts on other devices; see the module's docstring.
   """
 
   cfg: ModelConfig
-  experts: str
+  experts: str | None
   dispatch: Dispatch = local_dispatch
 
   @nn.compact
@@ -211,7 +212,8 @@ class MoE(nn.Module):
                (num_experts, d_model, 2, moe.expert_dim)),
         weight(self, "w_down", cfg, ("expert", "mlp", "embed"),
                (num_experts, moe.expert_dim, d_model)))
-    ffn = functools.partial(EXPERTS[self.experts], numerics=cfg.numerics)
+    name = self.experts or fastest_experts(cfg, x_BTD.shape[0] * x_BTD.shape[1])
+    ffn = functools.partial(EXPERTS[name], numerics=cfg.numerics)
     y_BTD = self.dispatch(ffn, weights, x_BTD.reshape(-1, d_model), *routing).reshape(x_BTD.shape)
     if moe.num_shared_experts:
       y_BTD += SwiGLU(cfg, moe.shared_dim, name="shared")(x_BTD)

@@ -16,7 +16,6 @@ from model.attention import Context, GroupedQueryAttention, is_fused_forward
 from model.balance import RouterStats
 from model.config import MLAConfig, ModelConfig
 from model.decoding.cache import Cache
-from model.experts import fastest_experts
 from model.layers import Embedding, RMSNorm, SwiGLU, weight
 from model.logprobs import logprob_sum, logprobs_and_entropy, token_logprobs
 from model.mla import MultiHeadLatentAttention
@@ -105,11 +104,12 @@ class Block(nn.Module):
 
   Attributes:
     cfg: the architecture.
-    experts: implementation of the routed experts; None for a dense FFN.
-    dispatch, mla_form, attend: see `Transformer`.
+    routed: whether the FFN is a mixture of experts.
+    experts, dispatch, mla_form, attend: see `Transformer`.
   """
 
   cfg: ModelConfig
+  routed: bool
   experts: str | None
   dispatch: Dispatch
   mla_form: str | None
@@ -140,7 +140,7 @@ class Block(nn.Module):
     x_BTD += mixed_BTD
 
     normed_BTD, stats = RMSNorm(cfg, name="ffn_norm")(x_BTD), None
-    if self.experts is None:
+    if not self.routed:
       y_BTD = SwiGLU(cfg, cfg.ffn_dim, name="ffn")(normed_BTD)
     else:
       moe = MoE(cfg, self.experts, self.dispatch, name="ffn")
@@ -239,8 +239,7 @@ class Transformer(nn.Module):
     return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not looped)
 
   def _block_fields(self, experts: bool) -> dict[str, Any]:
-    chosen = (self.experts or fastest_experts(self.cfg)) if experts else None
-    return {"cfg": self.cfg, "experts": chosen, "dispatch": self.dispatch,
+    return {"cfg": self.cfg, "routed": experts, "experts": self.experts, "dispatch": self.dispatch,
             "mla_form": self.mla_form, "attend": self.attend}
 
   def __call__(
@@ -354,7 +353,7 @@ class Transformer(nn.Module):
       if self._loops(count) or self.is_initializing():
         carry, stats = stack(carry, layers, context)
       else:
-        carry, stats = self._unrolled(stack, experts, carry, layers, context)
+        carry, stats = self._unrolled(stack, experts, carry, layers, first, context)
       if experts:
         router[name] = stats
       first += count
@@ -363,7 +362,7 @@ class Transformer(nn.Module):
       cache = cache.with_lengths(cache.lengths_B + x_BTD.shape[1])
     return x_BTD, cache, router
 
-  def _unrolled(self, stack, experts, carry, layers, context):
+  def _unrolled(self, stack, experts, carry, layers, first, context):
     """Does what `stack` does, without a loop that copies out of and into arrays of all layers."""
     block = self._block_class()(**self._block_fields(experts), parent=None)
     # Jitted, so that the block is traced once for all layers.
@@ -371,12 +370,16 @@ class Transformer(nn.Module):
     variables = dict(stack.variables)
     params = variables.pop("params")
     params = list(params.values()) if _layer(0) in params else unstack(params, len(layers))
-    every_stats = []
-    for i, layer in enumerate(layers):
+    (x_BTD, cache), every_stats = carry, []
+    apart = cache is not None and cache.is_apart
+    for i in range(len(layers)):
       others = jax.tree.map(lambda x, i=i: x[i], variables)
-      carry, stats = run({"params": params[i]} | others, carry, layer, context)
+      own = cache.of_layer(first + i) if apart else cache
+      (x_BTD, own), stats = run(
+          {"params": params[i]} | others, (x_BTD, own), layers[i], context)
+      cache = cache.with_layer(first + i, own) if apart else own
       every_stats.append(stats)
-    return carry, jax.tree.map(lambda *each: jnp.stack(each), *every_stats)
+    return (x_BTD, cache), jax.tree.map(lambda *each: jnp.stack(each), *every_stats)
 
   def draft(
       self, previous_BTD: jax.Array, tokens_BT: jax.Array, cache: Cache, *, module: int,

@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from model import Transformer
-from model.cast_weights import cast_weights
 from model.checks import require
 from model.compiling import jit
 from model.decoding import engine
@@ -27,6 +26,7 @@ from model.decoding.checks import as_cache_dtype, as_stop_tokens
 from model.decoding.drafting import check_drafts
 from model.decoding.engine import Rows, Sampling, Status
 from model.decoding.sampling import Limits
+from model.weights import cast_weights
 
 _REFILLS = 8  # slots are refilled when one in this many is free
 
@@ -200,6 +200,8 @@ class _Slots(NamedTuple):
 @functools.partial(jit, static_argnames=("model", "slots", "record"))
 def _rollout(model, variables, sampling, prompts, slots, record):
   variables = cast_weights(model.cfg, variables)
+  free, *others = _initial_state(model, sampling, prompts, slots, record)
+  *unrolled, rows = engine.unrolled(model, variables, free.rows)
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
   longest = prompt_tokens + sampling.max_new_tokens
@@ -240,7 +242,7 @@ def _rollout(model, variables, sampling, prompts, slots, record):
 
   def decode(state):
     s, out, begun = state
-    rows, new = engine.step(model, variables, sampling, s.rows)
+    rows, new = engine.step(*unrolled, sampling, s.rows)
     out = _write(out, s.sequence_B, s.rows.position_B, new, rows)
     out = out._replace(decode_steps=out.decode_steps + 1)
     start_B = s.rows.cache.lengths_B
@@ -254,7 +256,7 @@ def _rollout(model, variables, sampling, prompts, slots, record):
 
   unfinished = lambda state: (state[2] < num_sequences) | running_B(state).any()
   _, out, _ = jax.lax.while_loop(
-      unfinished, round_, _initial_state(model, sampling, prompts, slots, record))
+      unfinished, round_, (free._replace(rows=rows), *others))
   return out
 
 

@@ -14,7 +14,7 @@ PACKAGES = ("pallas_kernels", "model", "train", "rl", "experiments")
 # group and from lower layers, but not from another group of its layer.
 LAYERS = (*(({package},) for package in PACKAGES[:-1]),
           ({"experiments.settings", "experiments.options", "experiments.stats",
-            "experiments.catalogue"},),
+            "experiments.workers", "experiments.catalogue"},),
           ({"experiments.reports"},), ({"experiments.studies"},),
           ({"experiments.programs"}, {"experiments.benchmarks"}), ({"experiments.run"},))
 PEERS = ROOT / "experiments" / "benchmarks" / "peers"  # run by interpreters with their libraries

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import model
-from model.cast_weights import cast_weights
+from model.weights import cast_weights
 from rl.effort import Effort, Reply, reply
 from train.chat import ChatTemplate, PromptFormat, stop_tokens, with_system
 from train.loading import LoadedModel

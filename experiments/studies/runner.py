@@ -30,8 +30,8 @@ from experiments.reports.study_report import (
 )
 from experiments.reports.summary import study_summary
 from experiments.stats import noise
-from experiments.studies.commands import confirming_command, reproducing_command
 from experiments.studies.judging import comparing, rules
+from experiments.studies.judging.commands import confirming_command, reproducing_command
 from experiments.studies.judging.comparing import (
   compare,
   compared_runs,

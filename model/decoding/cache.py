@@ -20,16 +20,37 @@ class Cache:
   Attributes:
     lengths_B: int32, the number of tokens in each row.
     entries: `{"latent": [L, B, S, C]}` for MLA (the latent after its norm, then the rotated shared
-      key; 576 wide in V3), `{"keys": [L, B, S, G, K], "values": [L, B, S, G, K]}` otherwise.
+      key; 576 wide in V3), `{"keys": [L, B, S, G, K], "values": [L, B, S, G, K]}` otherwise. In a
+      cache whose layers are `apart`, each is a tuple of L arrays [1, B, S, ...].
   """
 
   lengths_B: jax.Array
-  entries: dict[str, jax.Array]
+  entries: dict[str, jax.Array | tuple[jax.Array, ...]]
 
   @property
   def num_slots(self) -> int:
     """S, the most tokens that a row can hold."""
-    return next(iter(self.entries.values())).shape[2]
+    return jax.tree.leaves(self.entries)[0].shape[2]
+
+  @property
+  def is_apart(self) -> bool:
+    """Whether every layer has an array of its own, for a network without a loop over layers."""
+    return isinstance(next(iter(self.entries.values())), tuple)
+
+  def apart(self) -> "Cache":
+    """Returns the cache with an array for every layer, from which nothing has to be copied."""
+    return self.replace(entries={
+        name: tuple(x[i:i + 1] for i in range(len(x))) for name, x in self.entries.items()})
+
+  def of_layer(self, layer: int) -> "Cache":
+    """Returns the cache of one layer, of a cache whose layers are apart."""
+    return self.replace(entries={name: each[layer] for name, each in self.entries.items()})
+
+  def with_layer(self, layer: int, cache: "Cache") -> "Cache":
+    """Returns the cache, whose layers are apart, with another cache of this layer."""
+    return self.replace(entries={
+        name: (*each[:layer], cache.entries[name], *each[layer + 1:])
+        for name, each in self.entries.items()})
 
   def new_slots_BT(self, num_tokens: int) -> jax.Array:
     """Returns the slots of the next `num_tokens` tokens of each row, int32 [B, T]."""
@@ -47,20 +68,22 @@ class Cache:
     """Returns the cache with T more entries in every row of one layer, and unchanged lengths.
 
     Args:
-      layer: int32 scalar, the layer's index.
+      layer: int32 scalar, the layer's index, which does not matter in a cache of one layer.
       **entries: [B, T, ...] by the names in `entries`. They are written to the slots from each
         row's length on; those that would lie past the last slot are dropped.
     """
     updated = dict(self.entries)
     for name, new in entries.items():
       rows_B1 = jnp.arange(new.shape[0])[:, None]
-      where = (layer, rows_B1, self.new_slots_BT(new.shape[1]))
+      where = (0 if len(updated[name]) == 1 else layer, rows_B1, self.new_slots_BT(new.shape[1]))
       updated[name] = updated[name].at[where].set(
           _saturated(new, updated[name].dtype), mode="drop", unique_indices=True)
     return self.replace(entries=updated)
 
   def layer(self, name: str, layer: jax.Array) -> jax.Array:
-    """Returns the entries of this name of one layer, [B, S, ...]."""
+    """Returns the entries of this name of one layer, [B, S, ...]; see `append`."""
+    if len(self.entries[name]) == 1:
+      return self.entries[name][0]
     return jax.lax.dynamic_index_in_dim(self.entries[name], layer, keepdims=False)
 
   def with_lengths(self, lengths_B: jax.Array) -> "Cache":

@@ -121,6 +121,12 @@ def check_sampling(
   return greedy
 
 
+def may_exclude(limits: Any) -> bool:
+  """Whether the `sampling.Limits` may exclude a token; true if they are not known while tracing."""
+  return any(value is None or value.item() != default for value, default in zip(
+      map(known, limits), type(limits)(), strict=True))
+
+
 def as_stop_tokens(stop_token: int | Sequence[int] | jax.Array | None) -> jax.Array:
   """Returns the ids of the tokens that end a row, int32 [K]; K is 0 for None.
 

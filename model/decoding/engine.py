@@ -22,10 +22,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from model.config import ModelConfig
 from model.decoding import checks, drafting
 from model.decoding.cache import Cache, init_cache
 from model.decoding.sampling import Limits, sample_token
 from model.transformer import Output, Transformer
+
+# Parameters of networks whose layers `unrolled` takes apart.
+_UNROLLED = 2**24, 2**32
 
 
 class Status(enum.IntEnum):
@@ -236,12 +240,30 @@ def step(
   return rows, New(token_BP, logprob_BP, count_B, read)
 
 
+def unrolled(
+    model: Transformer, variables: dict, rows: Rows) -> tuple[Transformer, dict, Rows]:
+  """Returns a network, its variables and rows for `step`: on GPUs, without a loop over layers.
+
+  In a loop, every pass would copy each layer's part of the cache out of that of all layers. A small
+  network is compiled faster with a loop, and in a large one such copies take little of the time.
+  """
+  if not _unrolls(model.cfg):
+    return model, variables, rows
+  model = model.clone(unroll=max(2, model.cfg.num_layers))
+  return (model, variables | {"params": model.by_layer(variables["params"])},
+          rows.replace(cache=rows.cache.apart()))
+
+
+def _unrolls(cfg: ModelConfig) -> bool:
+  return jax.default_backend() == "gpu" and _UNROLLED[0] <= cfg.param_count() <= _UNROLLED[1]
+
+
 def insert(rows: Rows, begun: Rows, place_R: jax.Array) -> Rows:
   """Returns rows with others in the place of some of them.
 
   Args:
     rows: B rows, whose caches have at least as many slots as those of `begun`.
-    begun: R rows.
+    begun: R rows, as `begin` returns them.
     place_R: int32, the row whose place each takes; one of B or more is left out.
   """
   put = lambda x, new: x.at[place_R].set(new, mode="drop")
@@ -249,9 +271,10 @@ def insert(rows: Rows, begun: Rows, place_R: jax.Array) -> Rows:
   def put_cache(cache: Cache, new: Cache) -> Cache:
     # All slots, as attention multiplies what an ended row may have left by 0: NaN would stay.
     rest = [(0, 0), (0, 0), (0, cache.num_slots - new.num_slots)]
-    entries = {name: whole.at[:, place_R].set(
-        jnp.pad(new.entries[name], rest + [(0, 0)] * (whole.ndim - 3)), mode="drop")
-               for name, whole in cache.entries.items()}
+    entries = jax.tree.map(
+        lambda whole, part: whole.at[:, place_R].set(
+            jnp.pad(part, rest + [(0, 0)] * (whole.ndim - 3)), mode="drop"),
+        cache.entries, (new.apart() if cache.is_apart else new).entries)
     return Cache(put(cache.lengths_B, new.lengths_B), entries)
 
   drafter = begun.drafter

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.cast_weights import cast_weights
 from model.compiling import jit
 from model.decoding import checks, engine
 from model.decoding.engine import Rows, Sampling
 from model.decoding.sampling import Limits
 from model.transformer import Transformer
+from model.weights import cast_weights
 
 
 class Generated(NamedTuple):
@@ -92,8 +92,10 @@ def checked(
   stops_K = checks.as_stop_tokens(stop_token)
   checks.warn_past_context(model.cfg, lengths_B, prompts_BT.shape[1], max_new_tokens)
   keys_B = engine.row_keys(jax.random.key(0) if key is None else key, len(lengths_B))
-  sampling = Sampling(temperature, limits, stops_K, int(max_new_tokens), greedy, drafts=int(drafts),
-                      cache_dtype=checks.as_cache_dtype(cache_dtype))
+  sampling = Sampling(
+      temperature, limits, stops_K, int(max_new_tokens), greedy,
+      nucleus=checks.may_exclude(limits), drafts=int(drafts),
+      cache_dtype=checks.as_cache_dtype(cache_dtype))
   return sampling, (prompts_BT, lengths_B, keys_B)
 
 
@@ -104,6 +106,7 @@ def run(
   """Samples until all rows have ended; also returns the rows as they are then."""
   variables = cast_weights(model.cfg, variables)
   rows, new = engine.begin(model, variables, sampling, prompts_BT, lengths_B, keys_B)
+  model, variables, rows = engine.unrolled(model, variables, rows)
   batch, most = len(lengths_B), sampling.max_new_tokens
 
   def write(out, new, start_B):

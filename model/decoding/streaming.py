@@ -9,7 +9,6 @@ from collections.abc import Generator, Sequence
 import jax
 import numpy as np
 
-from model.cast_weights import cast_weights
 from model.compiling import jit
 from model.decoding import engine
 from model.decoding.drafting import check_drafts
@@ -17,6 +16,7 @@ from model.decoding.engine import Status
 from model.decoding.generate import checked
 from model.decoding.sampling import Limits
 from model.transformer import Transformer
+from model.weights import cast_weights
 
 _SHORTEST = 16  # prompts are padded to this length or a larger power of two
 
@@ -59,6 +59,7 @@ def stream(
 
 def _stream(model, variables, sampling, prompts):
   rows, new = _begin(model, variables, sampling, *prompts)
+  model, variables, rows = engine.unrolled(model, variables, rows)
   for step in range(1, sampling.max_new_tokens + 1):
     # The next pass is started before the tokens of this one are read, so that the device does not
     # wait for the host. It changes nothing if the text has ended.

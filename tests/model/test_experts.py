@@ -16,7 +16,7 @@ from pallas_kernels import implementations
 
 TOKENS, WIDTH, NUM_EXPERTS, CHOSEN, EXPERT_WIDTH = 96, 12, 8, 3, 10
 IMPLEMENTATIONS = {
-    "grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"],
+    "grouped": EXPERTS["grouped"], "slots": EXPERTS["slots"], "few": EXPERTS["few"],
     # One slot per expert: nearly all rows overflow, into blocks that they do not fill.
     "overflow": functools.partial(slot_experts, capacity_factor=0.0, block=16)}
 
@@ -134,4 +134,23 @@ def test_on_hopper_experts_are_grouped_where_a_kernel_supports_them(
     monkeypatch, name, numerics, implementation):
   monkeypatch.setattr(implementations, "local_backend", lambda: "mosaic_gpu")
   cfg = dataclasses.replace(model.get_config(name), numerics=NUMERICS[numerics])
-  assert fastest_experts(cfg) == implementation
+  assert fastest_experts(cfg, 4096) == implementation
+
+
+@pytest.mark.parametrize(("backend", "most"), [("cpu", 64), ("gpu", 16), ("tpu", 0)])
+def test_few_tokens_read_the_weights_of_their_own_experts_only(monkeypatch, backend, most):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  cfg = model.get_config("small")
+  assert cfg.moe.num_experts == 64
+  tokens = most // cfg.moe.experts_per_token
+  assert tokens == 0 or fastest_experts(cfg, tokens) == "few"
+  assert fastest_experts(cfg, tokens + 1) == "slots"
+  assert fastest_experts(dataclasses.replace(cfg, numerics=NUMERICS["fp8"]), 1) == "grouped"
+
+
+def test_few_tokens_at_once_equal_the_dense_oracle(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  weights, x_ND, gates_NK, _ = inputs()
+  experts_NK = jnp.asarray(ROUTINGS["some tokens without an expert"], jnp.int32)
+  run = lambda name: EXPERTS[name](weights, x_ND, gates_NK, experts_NK, NUMERICS["fp32"])
+  np.testing.assert_allclose(run("few"), run("dense"), rtol=0, atol=1e-4)

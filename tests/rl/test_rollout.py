@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 import model
+from model.decoding import engine
 from rl.rollout import Prompts, Rollout, pad_prompts, rollout, sequence_keys
 from rl.step import experience, sequence_logprobs
 from tests.train import small as train_small
@@ -106,6 +107,14 @@ def test_refilled_slots_give_the_same_completions_as_one_slot_per_sequence():
   differing = check_same(prompts(), at_once(), in_20_slots())
   print(f"{differing} of {SEQUENCES} completions differ")
   assert differing <= 2
+
+
+def test_slots_are_refilled_without_a_loop_over_layers_too(monkeypatch):
+  monkeypatch.setattr(engine, "_unrolls", lambda cfg: True)
+  jax.clear_caches()
+  apart = roll(MLA, prompts(), slots=20)
+  jax.clear_caches()
+  assert check_same(prompts(), in_20_slots(), apart) <= 2
 
 
 def test_a_difference_other_than_at_a_near_tie_is_noticed():

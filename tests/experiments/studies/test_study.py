@@ -13,8 +13,8 @@ from experiments.options import Options
 from experiments.programs.ab import flops_to_loss
 from experiments.stats import Claim
 from experiments.studies import runner as studies_runner
-from experiments.studies.commands import reproducing_command
 from experiments.studies.judging.again import judge_again
+from experiments.studies.judging.commands import reproducing_command
 from experiments.studies.judging.comparing import compare, corrected, without_another_look
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 import model
+from model.decoding import engine
 from model.decoding.engine import prefill
 from model.decoding.sampling import sample_token, sampling_logits
 
@@ -336,3 +337,32 @@ def test_the_reason_for_which_each_row_ended_is_returned():
     except StopIteration as end:
       assert end.value is model.Status.STOP and found[-1] == stop
       break
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_without_a_loop_over_layers_the_same_text_comes_out(monkeypatch, drafts):
+  cfg = dataclasses.replace(tiny.V3, num_layers=4, num_dense_layers=2)
+  net, v = model.Transformer(cfg), tiny.variables(cfg)
+  kwargs = {"max_new_tokens": 5, "key": jax.random.key(3)}
+  if drafts:
+    kwargs["drafts"] = drafts
+  run = lambda: (model.speculate if drafts else model.generate)(
+      net, v, tiny.tokens(cfg, 3, 7), LENGTHS, **kwargs)
+  looped = run()
+  stream = list(model.stream(net, v, tiny.tokens(cfg, 3, 7)[0, :5].tolist(), **kwargs))
+  monkeypatch.setattr(engine, "_unrolls", lambda cfg: True)
+  jax.clear_caches()
+  apart = run()
+  jax.tree.map(np.testing.assert_array_equal, *(
+      getattr(each, "generated", each)._replace(logprobs_BN=None) for each in (looped, apart)))
+  assert list(model.stream(
+      net, v, tiny.tokens(cfg, 3, 7)[0, :5].tolist(), **kwargs)) == stream
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("limits", [{"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {"top_p": 0.5}])
+def test_the_vocabulary_is_sorted_only_if_the_limits_may_exclude_a_token(limits):
+  v, key = tiny.variables(CFG), jax.random.key(0)
+  program = str(jax.make_jaxpr(lambda v: model.generate(
+      TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=2, key=key, **limits))(v))
+  assert (" sort[" in program) == (limits["top_p"] < 1)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import model
-from model.cast_weights import cast_weights
+from model.weights import cast_weights
 
 
 @pytest.mark.parametrize("cfg", [
