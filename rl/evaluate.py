@@ -167,7 +167,15 @@ def rates(drawn: Samples, samples: int, ks: Sequence[int],
 
 
 def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[int, float]:
-  """Returns cons@k for several k, averaged over disjoint groups of k samples, then over problems.
+  """Returns the mean over problems of `majority_by_problem`, by k; NaN if nothing was judged."""
+  found = majority_by_problem(drawn, ks, accuracy)
+  return {k: float(np.nanmean(rate_P)) if np.isfinite(rate_P).any() else float("nan")
+          for k, rate_P in found.items()}
+
+
+def majority_by_problem(
+    drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[int, np.ndarray]:
+  """Returns cons@k of each problem, [P], for several k, averaged over disjoint groups of k samples.
 
   Args:
     drawn: completions; the samples of a problem are consecutive rows.
@@ -175,17 +183,16 @@ def majority_at(drawn: Samples, ks: Sequence[int], accuracy: Verdicts) -> dict[i
     accuracy: verdicts of the completions.
 
   Returns:
-    cons@k by k; NaN if no sample could be judged.
+    The rates by k; NaN for problems of which no sample could be judged.
   """
   answers = [answer for row in _votes(drawn, strict_answer, accuracy.correct_PN) for answer in row]
   samples = accuracy.correct_PN.shape[1]
 
-  def rate(k: int) -> float:
+  def rate(k: int) -> np.ndarray:
     rows = [answers[i:i + k] for i in range(0, len(answers), k)]
     found = majority_vote(rows, *(verdict_PN.reshape(-1, k) for verdict_PN in accuracy))
-    by_problem = np.array([group[~np.isnan(group)].mean() for group in
-                           found.reshape(-1, samples // k) if not np.isnan(group).all()])
-    return float(by_problem.mean()) if by_problem.size else float("nan")
+    return np.array([group[~np.isnan(group)].mean() if not np.isnan(group).all() else np.nan
+                     for group in found.reshape(-1, samples // k)])
 
   return {k: rate(k) for k in ks}
 

@@ -47,10 +47,10 @@ def effect(sampler: Sampler, variables: dict, drawn: Samples, samples: int = 4,
   judged = found.rows(np.repeat(np.arange(len(found)), samples))
   texts, correct = {}, {}
   for name, end in (("kept", 1), ("cut", 0)):
-    kept = [_tokens_up_to(sampler.tokenizer, tokens[:length], span[end])
-            for tokens, length, (_, span) in zip(
-                found.tokens_SN, found.lengths_S, spans, strict=True)]
-    texts[name] = sampler.resume(variables, found, kept, samples, step=_STEP)
+    begun = [tokens[:tokens_up_to(sampler.tokenizer, tokens[:length], span[end])]
+             for tokens, length, (_, span) in zip(
+                 found.tokens_SN, found.lengths_S, spans, strict=True)]
+    texts[name] = sampler.resume(variables, found, begun, samples, step=_STEP).completions
     verdicts = rewards.accuracy(judged.prompts, texts[name], **judged.columns())
     correct[name] = np.array([np.nan if verdict is None else verdict for verdict in verdicts])
   # Only a continuation can reflect: the cut is before the first reflection.
@@ -62,7 +62,7 @@ def effect(sampler: Sampler, variables: dict, drawn: Samples, samples: int = 4,
       name: list(estimate(values, questions)) for name, values in rates.items()}
 
 
-def _tokens_up_to(tokenizer: Tokenizer, tokens_N: np.ndarray, end: int) -> int:
+def tokens_up_to(tokenizer: Tokenizer, tokens_N: np.ndarray, end: int) -> int:
   """Returns the largest number of leading tokens whose text has at most `end` characters."""
   lengths = (len(tokenizer.decode(tokens_N[:n])) for n in range(1, len(tokens_N) + 1))
   return next((n for n, length in enumerate(lengths) if length > end), len(tokens_N))

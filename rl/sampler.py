@@ -256,30 +256,42 @@ class Sampler:
     return Samples([problems[p] for p in problem_S], [prompts[p] for p in problem_S],
                    [tokens[p] for p in problem_S], texts, *drawn)
 
-  def resume(self, variables: dict, drawn: Samples, kept_S: Sequence[int], num_samples: int, *,
-             step: int) -> list[str]:
+  def resume(self, variables: dict, drawn: Samples, begun: Sequence[np.ndarray],
+             num_samples: int, *, step: int) -> Samples:
     """Continues the beginnings of completions, each by up to `max_completion_length` tokens.
 
     Args:
       variables: the network's variables.
-      drawn: the completions.
-      kept_S: number of leading tokens of each completion that are kept.
+      drawn: completions of the same prompts.
+      begun: the beginning of each completion, as token ids, of up to `max_completion_length` tokens
+        and those of a few words; they need not be tokens of `drawn`.
       num_samples: continuations of each beginning, consecutive in the result.
       step: an integer that, with the seed, the row and the continuation's index, determines the
         random key.
 
     Returns:
-      The texts of the beginnings with their continuations, without prompts.
+      The beginnings with their continuations; the log-probabilities of the former are 0, and
+      experts are not returned.
     """
-    sampling, kept_S = self.cfg.sampling, np.asarray(kept_S)
-    begun = [tokens[:kept] for tokens, kept in zip(drawn.tokens_SN, kept_S, strict=True)]
+    sampling = self.cfg.sampling
     row_S = np.repeat(np.arange(len(drawn)), num_samples)
-    resumed = self._complete(
+    longest = max(map(len, begun), default=0)
+    token_SN, length_S, logprob_SN, ended_S, *_ = self._complete(
         variables, [np.concatenate([drawn.prompt_tokens[row], begun[row]]) for row in row_S],
-        sampling.max_prompt_length + sampling.max_completion_length, row_S,
+        sampling.max_prompt_length + max(longest, sampling.max_completion_length), row_S,
         np.tile(np.arange(num_samples), len(drawn)), step)
-    return [self.tokenizer.decode(begun[row]) + text for row, text in
-            zip(row_S, self._texts(resumed), strict=True)]
+    width = (len(row_S), longest + token_SN.shape[1])
+    tokens_SN, logprobs_SN = np.zeros(width, token_SN.dtype), np.zeros(width, logprob_SN.dtype)
+    first_S = np.array([len(begun[row]) for row in row_S], length_S.dtype)
+    for i, (row, first) in enumerate(zip(row_S, first_S, strict=True)):
+      tokens_SN[i, :first] = begun[row]
+      tokens_SN[i, first:first + token_SN.shape[1]] = token_SN[i]
+      logprobs_SN[i, first:first + token_SN.shape[1]] = logprob_SN[i]
+    lengths_S = first_S + length_S
+    texts = self._texts((tokens_SN, lengths_S, logprobs_SN, ended_S))
+    kept = drawn.rows(row_S)
+    return Samples(kept.problems, kept.prompts, kept.prompt_tokens, texts, tokens_SN, lengths_S,
+                   logprobs_SN, ended_S)
 
   def _texts(self, drawn: tuple) -> list[str]:
     token_SN, length_S, _, ended_S, *_ = drawn

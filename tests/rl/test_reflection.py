@@ -47,10 +47,9 @@ def test_the_kept_prefix_ends_before_or_after_the_reflection(sampler, monkeypatc
   prefixes = []
   resume = sampler.resume
 
-  def recording(variables, drawn, kept_S, *args, **kwargs):
-    prefixes.append([sampler.tokenizer.decode(row[:kept])
-                     for row, kept in zip(drawn.tokens_SN, kept_S, strict=True)])
-    return resume(variables, drawn, kept_S, *args, **kwargs)
+  def recording(variables, drawn, begun, *args, **kwargs):
+    prefixes.append([sampler.tokenizer.decode(tokens) for tokens in begun])
+    return resume(variables, drawn, begun, *args, **kwargs)
 
   monkeypatch.setattr(sampler, "resume", recording)
   found = reflection.effect(sampler, small.variables(), written(sampler), samples=2)
@@ -68,8 +67,15 @@ def test_completions_without_a_reflection_have_no_effect_to_measure(sampler):
 
 def test_resumed_sampling_keeps_the_prefix_and_is_reproducible(sampler):
   drawn, kept = written(sampler), [3, 5, 0, 1]
-  once, again = (sampler.resume(small.variables(), drawn, kept, 4, step=7) for _ in range(2))
-  assert once == again and len(set(once)) > len(drawn)
+  begun = [tokens[:most] for tokens, most in zip(drawn.tokens_SN, kept, strict=True)]
+  first, again = (sampler.resume(small.variables(), drawn, begun, 4, step=7) for _ in range(2))
+  once = first.completions
+  assert once == again.completions and len(set(once)) > len(drawn)
   for i, text in enumerate(once):
     row = i // 4
-    assert text.startswith(sampler.tokenizer.decode(drawn.tokens_SN[row, :kept[row]]))
+    assert text.startswith(sampler.tokenizer.decode(begun[row]))
+    assert first.problems[i] is drawn.problems[row]
+    length = first.lengths_S[i]
+    assert text == sampler.tokenizer.decode(first.tokens_SN[i, :length - first.ended_S[i]])
+    assert (first.logprobs_SN[i, :kept[row]] == 0).all()
+    assert (first.logprobs_SN[i, kept[row]:length] < 0).all()
