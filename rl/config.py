@@ -44,6 +44,11 @@ class SamplingConfig:
     max_completion_length: tokens after which a completion is truncated.
     slots: number of sequences that one device decodes at a time; None for all sequences of that
       device.
+    drafts: tokens that the MTP modules of the model draft at a time, which are kept where they are
+      what would have been sampled: the completions are the same. It pays where few sequences are
+      decoded at a time; 0 for none.
+    cache_dtype: format of the cache while sampling; None for the format that the model computes in.
+      One of 8 bits samples from a slightly different distribution, which the metric `gap` shows.
   """
 
   num_prompts: int = 32
@@ -53,10 +58,13 @@ class SamplingConfig:
   long_prompts: Literal["error", "skip"] = "error"
   max_completion_length: int = 96
   slots: int | None = None
+  drafts: int = 0
+  cache_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None
 
   def __post_init__(self):
     require_positive(self, "num_prompts", "num_generations", "temperature", "max_prompt_length",
                      "max_completion_length")
+    require(self.drafts >= 0, f"SamplingConfig.drafts={self.drafts} must not be negative")
     require(self.slots is None or self.slots > 0,
             f"SamplingConfig.slots={self.slots} must be positive, or none to decode all sequences "
             "at once")

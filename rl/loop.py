@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from model import ModelConfig, Transformer
 from model.checks import require
+from model.decoding.drafting import check_drafts
 from rl.advantages import are_equal, group_advantages
 from rl.config import RLConfig
 from rl.evaluate import evaluate
-from rl.mtp import policy_config, save_mtp, split_mtp
+from rl.mtp import join_mtp, policy_config, save_mtp, split_mtp
 from rl.objective import denominator
 from rl.rewards import Scored
 from rl.sampler import Sampler, Samples, join, reward_function
@@ -137,7 +138,12 @@ class _Run:
             "model, leave it at 'free'")
     check_installed(cfg.loop.log_to)
     self.cfg, self.model_cfg, self.path, self.show = cfg, model_cfg, folder.path, show
-    self.sampler = Sampler(Transformer(policy_config(model_cfg)), cfg, tokenizer, form)
+    self.drafts = cfg.sampling.drafts > 0
+    if self.drafts:
+      check_drafts(Transformer(model_cfg), cfg.sampling.drafts,
+                   np.array([cfg.sampling.max_prompt_length]))
+    self.sampler = Sampler(
+        Transformer(model_cfg if self.drafts else policy_config(model_cfg)), cfg, tokenizer, form)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)
     self.spec = cfg.objective.spec(cfg.sampling.max_completion_length)
     self.update = make_update(model_cfg, cfg)
@@ -161,7 +167,7 @@ class _Run:
     if self.cfg.objective.mtp_learning_rate is None and not self.checkpoints.steps():
       save_mtp(self.path, variables)
     # An offline sampler keeps sampling from the model that the run started from.
-    self.initial, _ = split_mtp(variables)
+    self.initial, self.modules = split_mtp(variables)
     state, start, self.position = self._start(variables)
     self.cost = CostMeter(self.path, self.flops_per_token)
     self.trackers = Trackers(loop.log_to, self.path, self.files["metrics"].read(),
@@ -210,7 +216,8 @@ class _Run:
     cfg, began = self.cfg, time.monotonic()
     objective = cfg.objective
     offline = objective.sampler == "initial"
-    drawn, scored, more = self._roll_out(self.initial if offline else state.train.variables, step)
+    drawn, scored, more = self._roll_out(
+        self._sampled(state, self.initial if offline else state.train.variables), step)
     seen = self._experience(drawn, scored)
     rolled = time.monotonic()
     key = jax.random.fold_in(jax.random.key(cfg.loop.seed + _MINIBATCHES), step)
@@ -237,6 +244,12 @@ class _Run:
     check_skipped(step, int(metrics["skipped"]), cfg.loop.max_skipped_steps,
                   "loop.max_skipped_steps", self.checkpoints)
     return state, row
+
+  def _sampled(self, state: RLState, policy: dict) -> dict:
+    """Returns the variables to sample from: with drafts, also those of the MTP modules."""
+    if not self.drafts:
+      return policy
+    return join_mtp(policy, self.modules if state.mtp is None else state.mtp.variables)
 
   def _roll_out(self, variables, step) -> tuple[Samples, Scored, dict]:
     """Samples and scores a rollout, in which `resample` replaces groups of equal rewards."""
@@ -337,8 +350,8 @@ class _Run:
   def _evaluate(self, state: RLState, step: int) -> None:
     loop = self.cfg.loop
     found, drawn = evaluate(
-        self.sampler, state.train.variables, split="heldout", problems=loop.eval_problems,
-        samples=loop.eval_samples)
+        self.sampler, self._sampled(state, state.train.variables), split="heldout",
+        problems=loop.eval_problems, samples=loop.eval_samples)
     self.files["evaluations"].append({"step": step, **found})
     for i in range(0, len(drawn), max(1, len(drawn) // max(1, loop.samples_logged)))[
         :loop.samples_logged]:

@@ -326,7 +326,8 @@ class Sampler:
         self.net, variables, prompts, max_new_tokens=sampling.max_completion_length,
         stop_token=self.stop_tokens, slots=sampling.slots, top_p=top_p,
         temperature=sampling.temperature if temperature is None else temperature,
-        record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh)
+        record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh,
+        drafts=sampling.drafts, cache_dtype=sampling.cache_dtype)
     invalid = np.flatnonzero(np.asarray(out.invalid_S)[:count])
     require(not invalid.size, f"the logits of the next token of {invalid.size} of {count} "
             "completions are NaN: the model's weights are damaged, or its training has diverged")

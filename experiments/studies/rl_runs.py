@@ -148,8 +148,10 @@ class RLRuns:
     result = run_rl(cfg.rl, start, folder, max_seconds=remaining_seconds(max_seconds, began))
     if result.status == "stopped":
       return None
+    plain = dataclasses.replace(  # the policy comes without the MTP modules that would draft
+        cfg.rl, sampling=dataclasses.replace(cfg.rl.sampling, drafts=0))
     evaluator = Evaluator(
-        cfg.evaluation, Sampler(model.Transformer(start.cfg), cfg.rl, start.tokenizer(),
+        cfg.evaluation, Sampler(model.Transformer(start.cfg), plain, start.tokenizer(),
                                 start.prompt_format()), task.seed)
     base = self.base_folder(task)
     before = self._evaluate_base(evaluator, start.variables, base, cfg)

@@ -16,7 +16,7 @@ from rl.step import init_rl_state, make_update
 from tests.rl import small
 from tests.rl.test_step import OPTIMIZER, ROUNDING, TEMPERATURE, config, hyper, sampled
 from tests.train import small as train_small
-from train.run_folder import RunFolder
+from train.run_folder import MetricsFile, RunFolder
 
 TWO = dataclasses.replace(train_small.DENSE, mtp=model.MTPConfig(depth=2))
 EXPERTS = dataclasses.replace(
@@ -106,4 +106,23 @@ def test_the_loss_of_the_modules_falls():
 def test_a_model_without_modules_is_refused(tmp_path, task):
   cfg = small.config(task, objective={"mtp_learning_rate": 0.02})
   with pytest.raises(ValueError, match="trains MTP modules, but the model has none: leave it out"):
+    run(cfg, tmp_path / "run", small.variables(), small.MODEL)
+
+
+@pytest.mark.parametrize("mtp_learning_rate", [None, 0.02])
+def test_rollouts_with_drafts_are_those_without(tmp_path, task, mtp_learning_rate):
+  kwargs = {"loop": {"steps": 2, "eval_problems": 4, "eval_samples": 2},
+            "objective": {"mtp_learning_rate": mtp_learning_rate}}
+  without = run(small.config(task, **kwargs), tmp_path / "without")
+  cfg = small.config(task, sampling={"drafts": 1}, **kwargs)
+  found = run(cfg, tmp_path / "with")
+  read = lambda name: MetricsFile(tmp_path / name / "completions.jsonl").read()
+  assert read("with") == read("without")
+  assert [row["reward"] for row in found.rows] == [row["reward"] for row in without.rows]
+  assert train_small.max_rel_diff(found.state.train.params, without.state.train.params) < 1e-4
+
+
+def test_drafts_without_modules_are_refused_before_the_first_step(tmp_path, task):
+  cfg = small.config(task, sampling={"drafts": 1})
+  with pytest.raises(ValueError, match="the model has no MTP modules to draft with"):
     run(cfg, tmp_path / "run", small.variables(), small.MODEL)
