@@ -160,6 +160,19 @@ def as_cache_dtype(dtype: Any) -> str | None:
   return name
 
 
+def as_chunk(chunk: Any) -> int | None:
+  """Returns the number of prompt tokens that are read at a time, or None.
+
+  Raises:
+    ValueError: if it is not an integer of at least 1.
+  """
+  if chunk is None:
+    return None
+  if not isinstance(chunk, int | np.integer) or chunk < 1:
+    raise ValueError(f"prefill_chunk={chunk!r} should be an integer >= 1, or None")
+  return int(chunk)
+
+
 def warn_past_context(cfg: ModelConfig, lengths_B: jax.Array, num_tokens: int, new: int) -> None:
   """Warns if rows may become longer than the context that the model's positions were made for.
 

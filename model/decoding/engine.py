@@ -16,6 +16,7 @@ Shape letters:  B rows  R rows that are inserted  T prompt tokens  V vocabulary 
 """
 
 import enum
+import functools
 from typing import NamedTuple
 
 import flax.struct
@@ -61,6 +62,7 @@ class Sampling:
     nucleus: whether the limits apply.
     drafts: D, tokens that MTP modules draft at a time.
     cache_dtype: format of the caches' entries; see `init_cache`.
+    chunk: prompt tokens of a row that are read at a time; None for all.
   """
 
   temperature: jax.Array | float
@@ -71,6 +73,7 @@ class Sampling:
   nucleus: bool = flax.struct.field(pytree_node=False, default=True)
   drafts: int = flax.struct.field(pytree_node=False, default=0)
   cache_dtype: str | None = flax.struct.field(pytree_node=False, default=None)
+  chunk: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass
@@ -138,7 +141,8 @@ def columns(start_B: jax.Array, count_B: jax.Array, num: int, width: int) -> jax
 
 def num_slots(num_tokens: int, sampling: Sampling) -> int:
   """Returns the slots that a cache needs for prompts of `num_tokens` and all that follows."""
-  return num_tokens + sampling.max_new_tokens + 2 * sampling.drafts
+  read = num_tokens if sampling.chunk is None else -(-num_tokens // sampling.chunk) * sampling.chunk
+  return max(read, num_tokens + sampling.max_new_tokens + 2 * sampling.drafts)
 
 
 def prefill(
@@ -176,9 +180,66 @@ def prefill(
       cache=output.cache.with_lengths(cache.lengths_B + lengths_B))
 
 
+def prefill_in_chunks(
+    model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, cache: Cache,
+    chunk: int) -> tuple[jax.Array, Output]:
+  """Does what `prefill` does, reading a number of tokens at a time, which takes less memory.
+
+  Args:
+    model, variables, prompts_BT, lengths_B: as in `prefill`.
+    cache: as in `prefill`; of an empty one, as many slots as T rounded up to whole chunks.
+    chunk: tokens of a row that are read at a time.
+
+  Returns:
+    What `prefill` returns; what a pass returned besides its cache is that of the last chunk.
+  """
+  num_tokens = prompts_BT.shape[1]
+  count = -(-num_tokens // chunk)
+  padding = [(0, 0), (0, count * chunk - num_tokens)]
+  chunks_CBP = jnp.moveaxis(
+      jnp.pad(prompts_BT, padding).reshape(len(prompts_BT), count, chunk), 1, 0)
+
+  def read(cache, index, prompts_BP):
+    # A row that has ended reads its first token again, which is not kept.
+    left_B = lengths_B - index * chunk
+    first_B1 = prompts_BT[:, :1]
+    logits_BV, output = prefill(
+        model, variables, jnp.where(left_B[:, None] > 0, prompts_BP, first_B1),
+        jnp.clip(left_B, 1, chunk), cache)
+    kept_B = cache.lengths_B + jnp.clip(left_B, 0, chunk)
+    return logits_BV, output.replace(cache=output.cache.with_lengths(kept_B))
+
+  def one(state, chunk_of):
+    cache, logits_BV = state
+    index, prompts_BP = chunk_of
+    new_BV, output = read(cache, index, prompts_BP)
+    return (output.cache, jnp.where((lengths_B > index * chunk)[:, None], new_BV, logits_BV)), None
+
+  start = cache, jnp.zeros((len(prompts_BT), model.cfg.vocab_size), jnp.float32)
+  (cache, logits_BV), _ = jax.lax.scan(
+      one, start, (jnp.arange(count - 1, dtype=jnp.int32), chunks_CBP[:-1]))
+  new_BV, output = read(cache, jnp.int32(count - 1), chunks_CBP[-1])
+  return jnp.where((lengths_B > (count - 1) * chunk)[:, None], new_BV, logits_BV), output
+
+
+def fork(cache: Cache, row_B: jax.Array, slots: int) -> Cache:
+  """Returns a cache of other rows, each a copy of one of these: of a prefix that several share.
+
+  Args:
+    cache: the cache, with no more than `slots` slots.
+    row_B: int32, the row that each new one copies.
+    slots: of the new cache.
+  """
+  rest = slots - cache.num_slots
+  copied = lambda x: jnp.pad(
+      x[:, row_B], [(0, 0), (0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 3))
+  return Cache(cache.lengths_B[row_B], jax.tree.map(copied, cache.entries))
+
+
 def begin(
     model: Transformer, variables: dict, sampling: Sampling, prompts_BT: jax.Array,
-    lengths_B: jax.Array, keys_B: jax.Array, slots: int | None = None) -> tuple[Rows, New]:
+    lengths_B: jax.Array, keys_B: jax.Array, slots: int | None = None,
+    prefix: Cache | None = None) -> tuple[Rows, New]:
   """Reads prompts, samples a token after each and drafts the next ones.
 
   Args:
@@ -189,12 +250,18 @@ def begin(
     keys_B: a jax.random key for each row.
     slots: of the caches; None for as many as `step` may need. Rows that are only inserted into
       others need T + 2 D.
+    prefix: a cache with the tokens before each prompt and room for all that follow (`fork`); None
+      if there are none. It cannot be used with drafts.
   """
   batch, num_tokens = prompts_BT.shape
   slots = num_slots(num_tokens, sampling) if slots is None else slots
-  logits_BV, read = prefill(
-      model, variables, prompts_BT, lengths_B,
-      init_cache(model.cfg, batch, slots, sampling.cache_dtype))
+  if prefix is None:
+    prefix = init_cache(model.cfg, batch, slots, sampling.cache_dtype)
+  elif sampling.drafts:
+    raise ValueError("a prefix has no cache of the MTP modules: leave drafts out")
+  read_prompts = prefill if sampling.chunk is None else functools.partial(
+      prefill_in_chunks, chunk=sampling.chunk)
+  logits_BV, read = read_prompts(model, variables, prompts_BT, lengths_B, prefix)
   zero_B = jnp.zeros(batch, jnp.int32)
   choose = _chooser(sampling, keys_B)
   token_B1, logprob_B1 = choose(logits_BV[:, None], zero_B[:, None])

@@ -41,7 +41,8 @@ def generate(
     model: Transformer, variables: dict, prompts_BT: jax.Array, lengths_B: jax.Array, *,
     max_new_tokens: int, key: jax.Array | None = None, temperature: float = 1.0,
     top_p: float = 1.0, stop_token: int | Sequence[int] | None = None, top_k: int = 0,
-    min_p: float = 0.0, cache_dtype: str | None = None) -> Generated:
+    min_p: float = 0.0, cache_dtype: str | None = None,
+    prefill_chunk: int | None = None) -> Generated:
   """Samples continuations of right-padded prompts.
 
   The random key of a row at a step is `fold_in(fold_in(key, row), step)`, so that samples depend
@@ -63,6 +64,8 @@ def generate(
     top_k: number of most likely tokens of which one is sampled; 0 for all.
     min_p: smallest probability, relative to that of the most likely token, in [0, 1].
     cache_dtype: format of the cache, "float8_e4m3fn" or "bfloat16"; None for the compute format.
+    prefill_chunk: prompt tokens of a row that are read at a time, at least 1; None for all. Long
+      prompts take less memory in chunks.
 
   Returns:
     The new tokens, their number in each row, and their log-probabilities.
@@ -73,7 +76,7 @@ def generate(
   sampling, prompts = checked(
       model, prompts_BT, lengths_B, max_new_tokens=max_new_tokens, key=key,
       temperature=temperature, limits=Limits(top_p, top_k, min_p), stop_token=stop_token,
-      cache_dtype=cache_dtype)
+      cache_dtype=cache_dtype, chunk=prefill_chunk)
   return run(model, variables, sampling, *prompts)[0]
 
 
@@ -81,7 +84,7 @@ def checked(
     model: Transformer, prompts_BT: jax.Array, lengths_B: jax.Array, *, max_new_tokens: int,
     key: jax.Array | None, temperature: float, limits: Limits,
     stop_token: int | Sequence[int] | None, drafts: int = 0, cache_dtype: str | None = None,
-) -> tuple[Sampling, tuple[jax.Array, jax.Array, jax.Array]]:
+    chunk: int | None = None) -> tuple[Sampling, tuple[jax.Array, jax.Array, jax.Array]]:
   """Checks the arguments of `generate`, and returns those of `engine.begin`.
 
   Returns:
@@ -95,7 +98,7 @@ def checked(
   sampling = Sampling(
       temperature, limits, stops_K, int(max_new_tokens), greedy,
       nucleus=checks.may_exclude(limits), drafts=int(drafts),
-      cache_dtype=checks.as_cache_dtype(cache_dtype))
+      cache_dtype=checks.as_cache_dtype(cache_dtype), chunk=checks.as_chunk(chunk))
   return sampling, (prompts_BT, lengths_B, keys_B)
 
 

@@ -1,6 +1,7 @@
 """Sampling treats every prompt independently of its batch, and stops where it should."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import tiny
 import model
 from model.decoding import engine
 from model.decoding.engine import prefill
-from model.decoding.sampling import sample_token, sampling_logits
+from model.decoding.sampling import Limits, sample_token, sampling_logits
 
 CFG = tiny.MQA  # compiles quickly; test_cache.py tests the caches of all attentions
 TRANSFORMER = model.Transformer(CFG)
@@ -366,3 +367,50 @@ def test_the_vocabulary_is_sorted_only_if_the_limits_may_exclude_a_token(limits)
   program = str(jax.make_jaxpr(lambda v: model.generate(
       TRANSFORMER, v, prompts(), LENGTHS, max_new_tokens=2, key=key, **limits))(v))
   assert (" sort[" in program) == (limits["top_p"] < 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 16])
+@pytest.mark.parametrize("cfg", [tiny.PLAIN_MLA, tiny.MQA])
+def test_prompts_read_in_chunks_are_continued_in_the_same_way(cfg, chunk):
+  net, v, texts = model.Transformer(cfg), tiny.variables(cfg), tiny.tokens(cfg, 3, 7)
+  kwargs = {"max_new_tokens": 4, "temperature": 0}
+  whole = model.generate(net, v, texts, LENGTHS, **kwargs)
+  parts = model.generate(net, v, texts, LENGTHS, prefill_chunk=chunk, **kwargs)
+  np.testing.assert_array_equal(parts.tokens_BN, whole.tokens_BN)
+  np.testing.assert_allclose(parts.logprobs_BN, whole.logprobs_BN, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.0])
+def test_impossible_chunks_are_refused(chunk):
+  with pytest.raises(ValueError, match="prefill_chunk="):
+    model.generate(TRANSFORMER, tiny.variables(CFG), prompts(), LENGTHS, max_new_tokens=1,
+                   temperature=0, prefill_chunk=chunk)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_that_share_a_prefix_are_continued_as_if_each_had_read_it(apart):
+  cfg = tiny.PLAIN_MLA
+  net, v, texts = model.Transformer(cfg), tiny.variables(cfg), tiny.tokens(cfg, 4, 9)
+  texts = texts.at[:, :5].set(texts[jnp.array([0, 1, 1, 0]), :5])  # two prefixes of 5 tokens
+  keys_B = engine.row_keys(jax.random.key(0), 4)
+  sampling = engine.Sampling(0.0, Limits(), jnp.zeros(0, jnp.int32), 3, True)
+  slots = engine.num_slots(9, sampling)
+  begin = jax.jit(functools.partial(engine.begin, net, v, sampling))
+  rows, new = begin(texts, jnp.array([9, 7, 8, 6]), keys_B)
+  _, read = jax.jit(lambda texts, cache: engine.prefill(
+      net, v, texts, jnp.array([5, 5]), cache))(texts[:2, :5], model.init_cache(cfg, 2, 5))
+  cache = read.cache.apart() if apart else read.cache
+  forked = engine.fork(cache, jnp.array([0, 1, 1, 0]), slots)
+  if apart:
+    assert forked.is_apart
+    forked = forked.replace(entries={
+        name: jnp.concatenate(each) for name, each in forked.entries.items()})
+  rows_of_prefix, new_of_prefix = begin(
+      texts[:, 5:], jnp.array([4, 2, 3, 1]), keys_B, prefix=forked)
+  np.testing.assert_array_equal(new_of_prefix.tokens_BP, new.tokens_BP)
+  np.testing.assert_array_equal(rows_of_prefix.cache.lengths_B, rows.cache.lengths_B)
+  step = jax.jit(functools.partial(engine.step, net, v, sampling))
+  for _ in range(2):
+    (rows, new), (rows_of_prefix, new_of_prefix) = step(rows), step(rows_of_prefix)
+    np.testing.assert_array_equal(new_of_prefix.tokens_BP, new.tokens_BP)
+    np.testing.assert_allclose(new_of_prefix.logprobs_BP, new.logprobs_BP, rtol=0, atol=1e-4)
