@@ -19,6 +19,8 @@ import numpy as np
 
 import model
 from model.checks import require
+from rl.extraction import lenient_answer
+from rl.tasks.equality import same_answer
 from train.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -140,6 +142,29 @@ def reply(
     pass
   growing.finish()
   return Reply(*growing.parts, status)
+
+
+def vote(replies: Sequence[Reply]) -> tuple[Reply, int]:
+  """Returns the first of the replies whose answer most of them give, and how many give it.
+
+  Answers are found by lenient matching and compared as rewards compare them. A reply without an
+  answer does not vote; if none has one, the first is returned with 0 votes.
+  """
+  classes: list[tuple[str, list[Reply]]] = []
+  for each in replies:
+    answer = lenient_answer(each.answer.text)
+    if answer is None:
+      continue
+    equal = next((same for known, same in classes
+                  if answer == known or same_answer(answer, known)), None)
+    if equal is None:
+      classes.append((answer, [each]))
+    else:
+      equal.append(each)
+  if not classes:
+    return replies[0], 0
+  _, most = max(classes, key=lambda found: len(found[1]))  # of equally many, the first
+  return most[0], len(most)
 
 
 class _Growing:

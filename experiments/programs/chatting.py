@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 import model
 from model.weights import cast_weights
-from rl.effort import Effort, Reply, reply
+from rl.effort import Effort, Reply, reply, vote
 from train.chat import ChatTemplate, PromptFormat, stop_tokens, with_system
 from train.loading import LoadedModel
 from train.templates import CHAT, Template, get_template, opens_thinking
@@ -83,8 +84,8 @@ class Chat:
 
   def _answer(self, messages: list[dict[str, str]]) -> Reply:
     """Prints the answer to the last message, and what thought and answer cost."""
-    text, prompt_T = self._prompt(messages)
-    cfg, thinking_before = self.cfg, []
+    prompt, cfg, thinking_before = self._prompt(messages), self.cfg, []
+    key = jax.random.fold_in(jax.random.key(cfg.seed), len(messages) // 2)
     dim = sys.stdout.isatty()
 
     def show(piece: str, thinking: bool) -> None:
@@ -93,24 +94,41 @@ class Chat:
         thinking_before.append(thinking)
       print(piece, end="", flush=True)
 
-    network = model.Transformer(
-        self.start.cfg if cfg.drafts else dataclasses.replace(self.start.cfg, mtp=None))
-    said = reply(
-        network, self._variables, self.tokenizer, prompt_T, stop_tokens=self._stop_tokens,
-        max_new_tokens=cfg.max_new_tokens, opens_thinking=opens_thinking(text),
-        effort=Effort(cfg.least_effort, cfg.effort), stop=cfg.stop, show=show,
-        key=jax.random.fold_in(jax.random.key(cfg.seed), len(messages) // 2),
-        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
-        drafts=cfg.drafts, cache_dtype=cfg.cache_dtype)
+    if cfg.votes == 1:
+      said = self._reply(prompt, key, show)
+      spent = [said]
+    else:
+      spent = [self._reply(prompt, jax.random.fold_in(key, i), lambda piece, thinking: None)
+               for i in range(cfg.votes)]
+      said, votes = vote(spent)
+      for part, thinking in ((said.thought, True), (said.answer, False)):
+        show(part.text, thinking)
     print(_PLAIN if dim and thinking_before[-1:] == [True] else "")
-    for name, part in (("thought", said.thought), ("answer", said.answer)):
-      if part.tokens:
-        print(f"{name}: {part.tokens} tokens in {part.seconds:.1f} s", file=sys.stderr)
+    if cfg.votes > 1:
+      print(f"{votes} of {cfg.votes} samples give this answer" if votes else
+            "no sample has an answer: this is the first of them", file=sys.stderr)
+    for name, parts in (("thought", [each.thought for each in spent]),
+                        ("answer", [each.answer for each in spent])):
+      if tokens := sum(part.tokens for part in parts):
+        print(f"{name}: {tokens} tokens in {sum(part.seconds for part in parts):.1f} s",
+              file=sys.stderr)
     if said.status == model.Status.LENGTH:
       print(f"cut off after max_new_tokens={cfg.max_new_tokens}", file=sys.stderr)
     if said.status == model.Status.INVALID:
       print(NOT_A_NUMBER, file=sys.stderr)
     return said
+
+  def _reply(self, prompt: tuple[str, np.ndarray], key: jax.Array,
+             show: Callable[[str, bool], None]) -> Reply:
+    (text, prompt_T), cfg = prompt, self.cfg
+    network = model.Transformer(
+        self.start.cfg if cfg.drafts else dataclasses.replace(self.start.cfg, mtp=None))
+    return reply(
+        network, self._variables, self.tokenizer, prompt_T, stop_tokens=self._stop_tokens,
+        max_new_tokens=cfg.max_new_tokens, opens_thinking=opens_thinking(text),
+        effort=Effort(cfg.least_effort, cfg.effort), stop=cfg.stop, show=show, key=key,
+        temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k, min_p=cfg.min_p,
+        drafts=cfg.drafts, cache_dtype=cfg.cache_dtype)
 
   def _prompt(self, messages: list[dict[str, str]]) -> tuple[str, np.ndarray]:
     """Returns the prompt for the answer to the last message, as text and as token ids."""

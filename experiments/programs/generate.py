@@ -38,6 +38,8 @@ class GenerateConfig:
       model answers; None for no limit.
     least_effort: in a chat, the number of tokens of thought before which its end is replaced by
       "Wait", so that the model thinks on.
+    votes: in a chat, the number of replies that are sampled; one is shown whose answer most of them
+      give.
     stop: strings before which the text ends.
     max_new_tokens: largest number of sampled tokens, unless a token that ends the text comes first:
       one that the Hugging Face folder names as `eos_token_id`, with `chat` also the one that the
@@ -62,6 +64,7 @@ class GenerateConfig:
   system: str = ""
   effort: int | None = None
   least_effort: int = 0
+  votes: int = 1
   stop: tuple[str, ...] = ()
   max_new_tokens: int = 200
   temperature: float = 0.8
@@ -82,6 +85,9 @@ class GenerateConfig:
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={self.max_new_tokens} must be positive")
     Effort(self.least_effort, self.effort)
+    if self.votes < 1 or (self.votes > 1 and self.temperature == 0):
+      raise ValueError(f"votes={self.votes} must be at least 1, and more than 1 need a temperature "
+                       "above 0, as all replies would be the same")
     if self.prompt is not None and not self.chat:
       self.require_no_chat("add --set chat=true, or leave the prompt out")
     if "" in self.stop:
@@ -92,7 +98,7 @@ class GenerateConfig:
 
   def require_no_chat(self, advice: str) -> None:
     """Raises ValueError if a setting is not the default that has a meaning in a chat only."""
-    for name, default in (("system", ""), ("effort", None), ("least_effort", 0)):
+    for name, default in (("system", ""), ("effort", None), ("least_effort", 0), ("votes", 1)):
       if getattr(self, name) != default:
         raise ValueError(f"{name}={getattr(self, name)!r} needs a chat: {advice}")
 

@@ -12,7 +12,7 @@ import tokenizers
 
 import model
 from rl import effort as module
-from rl.effort import Effort, divide, reply
+from rl.effort import Effort, Part, Reply, divide, reply, vote
 from tests.train import chat_model
 from train.tokenizer import Tokenizer
 
@@ -179,3 +179,13 @@ def test_tokens_of_a_text_are_kept_as_far_as_they_are_its_own():
 def test_impossible_efforts_are_refused(wrong):
   with pytest.raises(ValueError, match="impossible"):
     Effort(**wrong)
+
+
+def test_the_answer_that_most_replies_give_is_chosen():
+  said = lambda text: Reply(Part("thought"), Part(text), model.Status.STOP)
+  texts = ("<answer>12</answer>", "<answer>7</answer>", "nothing", "the answer is 7.0", "",
+           "<answer>12</answer> ", "<answer>14/2</answer>")
+  replies = [said(text) for text in texts]
+  assert vote(replies) == (replies[1], 3)
+  assert vote(replies[:2]) == (replies[0], 1)  # of equally many, the first
+  assert vote([replies[4], replies[2]]) == (replies[4], 0)

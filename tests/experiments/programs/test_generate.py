@@ -114,6 +114,20 @@ def test_a_model_of_a_run_is_asked_with_the_template_that_it_was_trained_with():
                  TOKENIZER, PromptFormat()) is None
 
 
+def test_several_replies_vote_and_their_cost_is_that_of_all(folder, capsys):
+  ask = lambda *how: generate.main(Options("generate", settings=(
+      f"checkpoint={folder}", "prompt=x", "max_new_tokens=8", *how)))
+  ask("chat=true", "votes=3", "temperature=0.01")
+  out, err = capsys.readouterr()
+  assert out == "abcabcab\n"
+  assert "no sample has an answer: this is the first of them" in err
+  assert "answer: 24 tokens in " in err
+  with pytest.raises(ValueError, match="votes=2 must be at least 1, and more than 1 need"):
+    ask("chat=true", "votes=2", "temperature=0")
+  with pytest.raises(ValueError, match="votes=2 needs a chat"):
+    ask("votes=2", "temperature=1")
+
+
 def test_a_model_whose_logits_are_nan_is_named(capsys):
   broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), chat_model.variables())
   assert write_continuation(CFG, broken, TOKENIZER, "x", max_new_tokens=8, temperature=0) == ""
