@@ -37,6 +37,7 @@ from pallas_kernels.ops.expert_rows import sort_by_expert
 CAPACITY_FACTOR = 1.125
 BLOCK = 256
 _FEW_ON_GPU = 16  # assignments
+_PART = 128  # products that a thread of a GPU adds up
 
 
 class ExpertWeights(NamedTuple):
@@ -165,9 +166,12 @@ def few_experts(
     if on_cpu:
       return numerics.einsum(equation, row, of_expert)
     # On a GPU, XLA makes this a sum of float32 products, and fuses it with the choice of weights if
-    # nothing is computed on the way.
-    wide = (x.astype(jnp.float32) for x in (row, of_expert))
-    return jnp.einsum(equation, *wide, precision=lax.Precision.HIGHEST).astype(row.dtype)
+    # nothing is computed on the way. Parts of the sum are added up by different threads.
+    parts = len(row) // _PART if len(row) % _PART == 0 else 1
+    wide = (x.astype(jnp.float32).reshape(parts, len(row) // parts, *x.shape[1:])
+            for x in (row, of_expert))
+    sums = jnp.einsum("pd,pd...->p...", *wide, precision=lax.Precision.HIGHEST)
+    return alone(sums).sum(0).astype(row.dtype)
 
   def up_and_down(row_D, gate, expert):
     hidden_F = gated(product("d,dgf->gf", row_D, weights.w_gate_up, expert))
