@@ -6,6 +6,7 @@ FOLDER receives a checkpoint, which is loaded with and without a mesh.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -65,6 +66,20 @@ def main(folder: str) -> None:
         "forward": max_rel_diff([value, hidden], [want, want_hidden]),
         "gradients": max_rel_diff(grads, want_grads),
         "loads_equal": bool((np.asarray(load) == np.asarray(want_load)).all())}
+
+  # Right-padded prompts, sampled on each mesh: the tokens are those of one device.
+  lengths_B = np.array([5, 2, 7, 4, 3, 6, 7, 2], np.int32)
+  sample = lambda net, variables: model.generate(
+      net, variables, tokens_BT[:, :7], lengths_B, max_new_tokens=5, key=jax.random.key(3))
+  want = sample(model.Transformer(CFG), variables)
+  results["generate"] = {}
+  for sizes in ({"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}):
+    sharded = ShardedModel(CFG, make_mesh(**sizes))
+    found = sharded.jit(functools.partial(sample, sharded.transformer()))(
+        jax.device_put(variables, sharded.variables()))
+    results["generate"][" ".join(sizes)] = {
+        "tokens_equal": bool((np.asarray(found.tokens_BN) == np.asarray(want.tokens_BN)).all()),
+        "logprobs": float(np.abs(np.asarray(found.logprobs_BN) - want.logprobs_BN).max())}
 
   mesh = make_mesh(data=2, fsdp=-1)
   dense = dataclasses.replace(tiny.MHA, d_model=32, num_layers=1)

@@ -39,6 +39,12 @@ def test_forward_and_gradients_on_eight_devices_equal_those_on_one(results, run)
   assert run["loads_equal"]
 
 
+@pytest.mark.parametrize("mesh", ["data", "data fsdp", "fsdp expert tensor"])
+def test_text_sampled_on_a_mesh_is_that_of_one_device(results, mesh):
+  found = results["generate"][mesh]
+  assert found["tokens_equal"] and found["logprobs"] < 1e-5
+
+
 def test_initialisation_does_not_depend_on_the_mesh(results):
   assert results["init"] == 0
 
