@@ -56,8 +56,8 @@ class InferenceConfig(RLStudyConfig):
   """Models that think, their budgets, and how they are evaluated.
 
   Attributes:
-    checkpoints: folders of models trained by r1_zero; empty to train some first. `rl.task` and
-      `rl.template` have to be those that they were trained with.
+    checkpoints: folders of models trained by r1_zero; empty to train some first. The task and the
+      template of `rl` have to be those that they were trained with.
     models: number of models to train, each with a base of its own.
     budgets: tokens of thought after which its end is written, ascending.
     problems: held-out problems.
