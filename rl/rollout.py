@@ -118,7 +118,7 @@ def rollout(
     model: Transformer, variables: dict, prompts: Prompts, *, max_new_tokens: int,
     stop_token: int | Sequence[int] | None, temperature: float = 1.0, top_p: float = 1.0,
     slots: int | None = None, record_experts: bool = False, mesh: Mesh | None = None,
-    drafts: int = 0, cache_dtype: str | None = None) -> Rollout:
+    drafts: int = 0, cache_dtype: str | None = None, group: int = 1) -> Rollout:
   """Samples a completion of every prompt.
 
   The n-th token of a sequence is drawn with the key `fold_in(key, n)`, where `key` is the
@@ -140,6 +140,8 @@ def rollout(
       all of them. None for the single device that holds the variables.
     drafts: tokens that MTP modules draft at a time, as in `model.speculate`; 0 for none.
     cache_dtype: format of the cache, as in `model.generate`.
+    group: consecutive sequences that have the same prompt; it is read once for all of them, unless
+      there are drafts, or too few slots for sequences of a group to begin together.
 
   Raises:
     ValueError: for arguments out of range, sequences longer than the model's context, a number of
@@ -157,6 +159,8 @@ def rollout(
   require(num_sequences % devices == 0,
           f"{num_sequences} sequences do not divide over {devices} devices: sample a multiple of "
           "the number of devices")
+  require(group >= 1 and num_sequences // devices % group == 0,
+          f"{num_sequences // devices} sequences of a device do not divide into groups of {group}")
   slots = num_sequences // devices if slots is None else min(slots, num_sequences // devices)
   require(slots >= 1, f"slots={slots} must be positive")
   if drafts:
@@ -166,16 +170,17 @@ def rollout(
       greedy=None, nucleus=temperature > 0 and top_p < 1, drafts=int(drafts),
       cache_dtype=as_cache_dtype(cache_dtype))
   if mesh is None:
-    return _rollout(model, variables, sampling, prompts, slots, record_experts)
-  return _rollout_on_mesh(mesh, model, variables, sampling, prompts, slots, record_experts)
+    return _rollout(model, variables, sampling, prompts, slots, record_experts, group)
+  return _rollout_on_mesh(
+      mesh, model, variables, sampling, prompts, slots, record_experts, group)
 
 
-@functools.partial(jit, static_argnames=("mesh", "model", "slots", "record"))
-def _rollout_on_mesh(mesh, model, variables, sampling, prompts, slots, record):
+@functools.partial(jit, static_argnames=("mesh", "model", "slots", "record", "group"))
+def _rollout_on_mesh(mesh, model, variables, sampling, prompts, slots, record, group):
   replicated, sharded = PartitionSpec(), PartitionSpec(mesh.axis_names)
 
   def on_one_device(prompts, variables, sampling):
-    out = _rollout(model, variables, sampling, prompts, slots, record)
+    out = _rollout(model, variables, sampling, prompts, slots, record, group)
     return out._replace(decode_steps=out.decode_steps[None])
 
   # No output is declared to be replicated, so check_vma has nothing to check.
@@ -197,13 +202,15 @@ class _Slots(NamedTuple):
   sequence_B: jax.Array
 
 
-@functools.partial(jit, static_argnames=("model", "slots", "record"))
-def _rollout(model, variables, sampling, prompts, slots, record):
+@functools.partial(jit, static_argnames=("model", "slots", "record", "group"))
+def _rollout(model, variables, sampling, prompts, slots, record, group):
   variables = cast_weights(model.cfg, variables)
   free, *others = _initial_state(model, sampling, prompts, slots, record)
   *unrolled, rows = engine.unrolled(model, variables, free.rows)
   num_sequences, prompt_tokens = prompts.tokens_SP.shape
   refill = max(1, slots // _REFILLS)
+  copies = group if group <= refill and not sampling.drafts else 1
+  refill -= refill % copies  # so that whole groups begin together
   longest = prompt_tokens + sampling.max_new_tokens
   running_B = lambda state: state[0].rows.running_B
 
@@ -225,8 +232,8 @@ def _rollout(model, variables, sampling, prompts, slots, record):
     row_R = jnp.minimum(sequence_R, num_sequences - 1)
     length_R = prompts.lengths_S[row_R]
     rows_R, new = engine.begin(
-        model, variables, sampling, prompts.tokens_SP[row_R], length_R, prompts.keys_S[row_R],
-        slots=prompt_tokens + 2 * sampling.drafts)
+        model, variables, sampling, prompts.tokens_SP[row_R[::copies]], length_R[::copies],
+        prompts.keys_S[row_R], slots=prompt_tokens + 2 * sampling.drafts, copies=copies)
     writer_R = jnp.where(slot_R < slots, sequence_R, num_sequences)
     out = _write(out, writer_R, jnp.zeros_like(row_R), new, rows_R)
     out = record_experts(out, writer_R, jnp.zeros_like(row_R), length_R, new.read)

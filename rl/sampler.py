@@ -31,6 +31,7 @@ from train.tokenizer import Tokenizer
 # A question of an unlimited split that is too long is replaced by that at an index which no run
 # reaches otherwise.
 _STRIDE, _ATTEMPTS = 2**40, 1000
+_LONG = 128  # tokens of prompts that are worth reading once for all completions of a group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +252,7 @@ class Sampler:
     index_S = np.asarray(indices)[problem_S]
     drawn = self._complete(
         variables, [tokens[p] for p in problem_S], self.cfg.sampling.max_prompt_length, index_S,
-        sample_S, step, temperature, top_p)
+        sample_S, step, temperature, top_p, group=num_samples)
     texts = self._texts(drawn)
     return Samples([problems[p] for p in problem_S], [prompts[p] for p in problem_S],
                    [tokens[p] for p in problem_S], texts, *drawn)
@@ -279,7 +280,7 @@ class Sampler:
     token_SN, length_S, logprob_SN, ended_S, *_ = self._complete(
         variables, [np.concatenate([drawn.prompt_tokens[row], begun[row]]) for row in row_S],
         sampling.max_prompt_length + max(longest, sampling.max_completion_length), row_S,
-        np.tile(np.arange(num_samples), len(drawn)), step)
+        np.tile(np.arange(num_samples), len(drawn)), step, group=num_samples)
     width = (len(row_S), longest + token_SN.shape[1])
     tokens_SN, logprobs_SN = np.zeros(width, token_SN.dtype), np.zeros(width, logprob_SN.dtype)
     first_S = np.array([len(begun[row]) for row in row_S], length_S.dtype)
@@ -299,8 +300,10 @@ class Sampler:
             zip(token_SN, length_S, ended_S, strict=True)]
 
   def _complete(self, variables, prompts, max_prompt, index_S, sample_S, step, temperature=None,
-                top_p=1.0) -> tuple[np.ndarray, ...]:
+                top_p=1.0, group=1) -> tuple[np.ndarray, ...]:
     """Samples any number of prompts, in batches of the compiled program's size.
+
+    Of these, each `group` consecutive ones are the same.
 
     Returns:
       The host arrays of `Rollout` but `decode_steps`; `experts_STLK` only if it was recorded.
@@ -308,6 +311,10 @@ class Sampler:
     variables = (jax.device_put(variables, self.mesh.replicated()) if self.mesh
                  else commit_to_device(variables))
     size, pieces = self.cfg.sampling.num_sequences, []
+    # A program for other groups takes longer to compile than short prompts take to read. Groups may
+    # also be divided between batches or devices.
+    if max_prompt < _LONG or size // (self.mesh.mesh.size if self.mesh else 1) % group:
+      group = 1
     starts = tqdm(range(0, len(prompts), size), "sampling", unit="batch", file=sys.stderr,
                   disable=not self.show)
     for start in starts:
@@ -317,17 +324,17 @@ class Sampler:
                              jnp.asarray(sample_S[padded]))
       pieces.append(self._rollout(
           variables, pad_prompts([prompts[row] for row in padded], max_prompt, keys_S),
-          temperature, top_p, len(rows)))
+          temperature, top_p, len(rows), group))
     return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
-  def _rollout(self, variables, prompts, temperature, top_p, count):
+  def _rollout(self, variables, prompts, temperature, top_p, count, group):
     sampling = self.cfg.sampling
     out = rollout(
         self.net, variables, prompts, max_new_tokens=sampling.max_completion_length,
         stop_token=self.stop_tokens, slots=sampling.slots, top_p=top_p,
         temperature=sampling.temperature if temperature is None else temperature,
         record_experts=self.cfg.objective.routing != "free", mesh=self.mesh and self.mesh.mesh,
-        drafts=sampling.drafts, cache_dtype=sampling.cache_dtype)
+        drafts=sampling.drafts, cache_dtype=sampling.cache_dtype, group=group)
     invalid = np.flatnonzero(np.asarray(out.invalid_S)[:count])
     require(not invalid.size, f"the logits of the next token of {invalid.size} of {count} "
             "completions are NaN: the model's weights are damaged, or its training has diverged")

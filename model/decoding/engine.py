@@ -239,7 +239,7 @@ def fork(cache: Cache, row_B: jax.Array, slots: int) -> Cache:
 def begin(
     model: Transformer, variables: dict, sampling: Sampling, prompts_BT: jax.Array,
     lengths_B: jax.Array, keys_B: jax.Array, slots: int | None = None,
-    prefix: Cache | None = None) -> tuple[Rows, New]:
+    prefix: Cache | None = None, copies: int = 1) -> tuple[Rows, New]:
   """Reads prompts, samples a token after each and drafts the next ones.
 
   Args:
@@ -247,11 +247,12 @@ def begin(
     sampling: how to sample.
     prompts_BT: int32, token ids; those past a prompt's length are ignored.
     lengths_B: int32, the prompts' lengths: at least 1 and at least D.
-    keys_B: a jax.random key for each row.
+    keys_B: a jax.random key for each row; with copies, for each copy of each prompt.
     slots: of the caches; None for as many as `step` may need. Rows that are only inserted into
       others need T + 2 D.
     prefix: a cache with the tokens before each prompt and room for all that follow (`fork`); None
       if there are none. It cannot be used with drafts.
+    copies: rows that continue each prompt, which is read once for them; with drafts 1.
   """
   batch, num_tokens = prompts_BT.shape
   slots = num_slots(num_tokens, sampling) if slots is None else slots
@@ -259,14 +260,19 @@ def begin(
     prefix = init_cache(model.cfg, batch, slots, sampling.cache_dtype)
   elif sampling.drafts:
     raise ValueError("a prefix has no cache of the MTP modules: leave drafts out")
+  if copies > 1 and sampling.drafts:
+    raise ValueError("copies of a prompt have no cache of the MTP modules: leave drafts out")
   read_prompts = prefill if sampling.chunk is None else functools.partial(
       prefill_in_chunks, chunk=sampling.chunk)
   logits_BV, read = read_prompts(model, variables, prompts_BT, lengths_B, prefix)
-  zero_B = jnp.zeros(batch, jnp.int32)
+  if copies > 1:
+    prompt_B = jnp.repeat(jnp.arange(batch), copies)
+    logits_BV, read = logits_BV[prompt_B], _copied(read, prompt_B)
+  zero_B = jnp.zeros(batch * copies, jnp.int32)
   choose = _chooser(sampling, keys_B)
   token_B1, logprob_B1 = choose(logits_BV[:, None], zero_B[:, None])
   count_B, status_B = _ends(sampling, token_B1, logprob_B1, zero_B + 1, zero_B)
-  drafts_BD, drafter = jnp.zeros((batch, 0), jnp.int32), None
+  drafts_BD, drafter = jnp.zeros((len(zero_B), 0), jnp.int32), None
   if sampling.drafts:
     drafts_BD, drafter = drafting.read_prompts(
         model, variables, prompts_BT, lengths_B, read, token_B1[:, 0], slots, sampling.drafts,
@@ -274,8 +280,17 @@ def begin(
   rows = Rows(
       cache=read.cache, keys_B=keys_B, pending_BP=jnp.concatenate([token_B1, drafts_BD], axis=1),
       position_B=count_B, status_B=status_B, drafter=drafter, passes_B=zero_B,
-      accepted_BD=jnp.zeros((batch, sampling.drafts), jnp.int32))
+      accepted_BD=jnp.zeros((len(zero_B), sampling.drafts), jnp.int32))
   return rows, New(token_B1, logprob_B1, count_B, read)
+
+
+def _copied(read: Output, row_B: jax.Array) -> Output:
+  """Returns what a pass over prompts returned, with a copy of a row in the place of each."""
+  return read.replace(
+      hidden_BTD=read.hidden_BTD[row_B],
+      mtp_input_BTD=None if read.mtp_input_BTD is None else read.mtp_input_BTD[row_B],
+      router=jax.tree.map(lambda x: x[:, row_B], read.router),  # of each layer
+      cache=fork(read.cache, row_B, read.cache.num_slots))
 
 
 def step(

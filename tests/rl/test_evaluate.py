@@ -9,6 +9,7 @@ import model
 from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import by_problem
 from rl import evaluate as evaluation
+from rl import sampler as sampler_module
 from rl.config import RewardConfig
 from rl.evaluate import evaluate, judge
 from rl.rollout import sequence_keys
@@ -190,3 +191,21 @@ def test_votes_for_the_same_number_are_pooled_however_it_is_written():
   answer = "<think>x</think><answer>{}</answer>".format
   drawn = samples(["7", "7"], [[answer(text) for text in ("7", "7.0", " 7 ", "8", "8")]] * 2)
   assert judge(drawn, 5)["cons@5"][0] == 1.0
+
+
+def test_long_prompts_are_read_once_for_all_samples_of_a_problem(task, monkeypatch):
+  cfg = small.config(task)
+  draw = lambda: Sampler(model.Transformer(small.MODEL), cfg, small.tokenizer()).sample(
+      small.variables(), "heldout", range(4), cfg.sampling.num_generations, step=1)
+  seen, rollout = [], sampler_module.rollout
+
+  def recorded(*args, **kwargs):
+    seen.append(kwargs["group"])
+    return rollout(*args, **kwargs)
+
+  monkeypatch.setattr(sampler_module, "rollout", recorded)
+  want = draw()
+  monkeypatch.setattr(sampler_module, "_LONG", 1)
+  found = draw()
+  assert seen[0] == 1 and seen[-1] == cfg.sampling.num_generations > 1
+  assert found.completions == want.completions

@@ -117,6 +117,37 @@ def test_slots_are_refilled_without_a_loop_over_layers_too(monkeypatch):
   assert check_same(prompts(), in_20_slots(), apart) <= 2
 
 
+@pytest.mark.parametrize("slots", [None, 24, 6])
+@pytest.mark.parametrize("record", [False, True])
+def test_the_prompt_of_a_group_is_read_once(monkeypatch, slots, record):
+  cfg = dataclasses.replace(tiny.V3, mtp=None, num_layers=2) if record else MLA
+  given, group = prompts(24), 3
+  first = np.arange(24) // group * group
+  given = given._replace(tokens_SP=given.tokens_SP[first], lengths_S=given.lengths_S[first])
+  read, begin = [], engine.begin
+
+  def counting(*args, **kwargs):
+    read.append(args[3].shape[0])
+    return begin(*args, **kwargs)
+
+  monkeypatch.setattr(engine, "begin", counting)
+  ask = lambda **how: jax.tree.map(np.asarray, rollout(
+      model.Transformer(cfg), tiny.variables(cfg), given, max_new_tokens=NEW, stop_token=STOP,
+      temperature=TEMPERATURE, slots=slots, record_experts=record, **how))
+  jax.clear_caches()
+  want = ask()
+  apart = list(read)
+  found = ask(group=group)
+  assert check_same(given, want, found, cfg) <= 1
+  if slots != 6:  # of which too few are refilled at a time
+    assert read[-1] * group == apart[-1] - apart[-1] % group
+  if record:
+    for row in range(24):
+      kept = int(given.lengths_S[row]) + int(found.lengths_S[row]) - 1
+      np.testing.assert_array_equal(
+          found.experts_STLK[row, :kept], want.experts_STLK[row, :kept])
+
+
 def test_a_difference_other_than_at_a_near_tie_is_noticed():
   _, lead_SN = margins(MLA, prompts(), at_once())
   row, position = np.unravel_index(np.where(at_once().mask_SN, lead_SN, 0).argmax(), lead_SN.shape)
