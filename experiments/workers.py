@@ -86,8 +86,10 @@ class Workers:
       process.stdin.flush()
       return json.loads(process.stdout.readline())
     except (OSError, ValueError) as error:  # it has ended
+      status = process.wait()
+      how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
       log = self._log(i).read_text(encoding="utf-8", errors="replace")
-      raise ValueError(f"a worker process failed:\n{log[-_LOG_SHOWN:]}") from error
+      raise ValueError(f"a worker process has ended {how}:\n{log[-_LOG_SHOWN:]}") from error
     finally:
       self._idle.put(i)
 

@@ -168,8 +168,8 @@ def few_experts(
     # On a GPU, XLA makes this a sum of float32 products, and fuses it with the choice of weights if
     # nothing is computed on the way. Parts of the sum are added up by different threads.
     parts = len(row) // _PART if len(row) % _PART == 0 else 1
-    wide = (x.astype(jnp.float32).reshape(parts, len(row) // parts, *x.shape[1:])
-            for x in (row, of_expert))
+    wide = (x.astype(numerics.compute_dtype).astype(jnp.float32).reshape(
+        parts, len(row) // parts, *x.shape[1:]) for x in (row, of_expert))
     sums = jnp.einsum("pd,pd...->p...", *wide, precision=lax.Precision.HIGHEST)
     return alone(sums).sum(0).astype(row.dtype)
 

@@ -208,9 +208,9 @@ class MoE(nn.Module):
     d_model, num_experts = x_BTD.shape[-1], moe.num_experts
     scores_BTE, routing = Router(cfg, name="router")(x_BTD, experts_BTK)
     weights = ExpertWeights(
-        weight(self, "w_gate_up", cfg, ("expert", "embed", None, "mlp"),
+        weight(self, "w_gate_up", cfg, ("expert", "expert_embed", None, "mlp"),
                (num_experts, d_model, 2, moe.expert_dim)),
-        weight(self, "w_down", cfg, ("expert", "mlp", "embed"),
+        weight(self, "w_down", cfg, ("expert", "mlp", "expert_embed"),
                (num_experts, moe.expert_dim, d_model)))
     name = self.experts or fastest_experts(cfg, x_BTD.shape[0] * x_BTD.shape[1])
     ffn = functools.partial(EXPERTS[name], numerics=cfg.numerics)

@@ -299,10 +299,12 @@ class Transformer(nn.Module):
     slow on a GPU if it is fused with a sum.
 
     Args:
-      params: the tree of parameters, as in `model.init(...)["params"]`.
+      params: the tree of parameters, as in `model.init(...)["params"]`; what is unstacked already
+        stays as it is.
     """
     unstacked = {name: {_layer(i): each for i, each in enumerate(unstack(params[name], count))}
-                 for name, count, _ in self.cfg.layer_stacks() if not self._loops(count)}
+                 for name, count, _ in self.cfg.layer_stacks()
+                 if not self._loops(count) and _layer(0) not in params[name]}
     return {**params, **unstacked}
 
   def _loops(self, count: int) -> bool:

@@ -62,7 +62,7 @@ def logical_axes(cfg: ModelConfig) -> dict:
   """Returns the tree of `init` with a PartitionSpec of logical axis names for every array.
 
   The names are: layers, embed, vocab, heads, kv_heads, head_dim, q_lora, kv_lora, mlp, expert,
-  norm.
+  expert_embed, norm.
   """
   return nn.get_partition_spec(jax.eval_shape(_boxed(cfg), jax.random.key(0)))
 
@@ -74,15 +74,15 @@ def shardings(cfg: ModelConfig, mesh: jax.sharding.Mesh, rules: Any = None) -> d
     cfg: the architecture.
     mesh: the devices.
     rules: a mesh axis (or several, or None) for every logical axis name: a mapping, a sequence of
-      pairs, or a dataclass such as `train.mesh.ShardingRules`. None shards `embed` over the mesh
-      axis `fsdp`, if there is one, and nothing else.
+      pairs, or a dataclass such as `train.mesh.ShardingRules`. None shards `embed` and
+      `expert_embed` over the mesh axis `fsdp`, if there is one, and nothing else.
 
   Raises:
     ValueError: if an array would use a mesh axis twice, or does not divide evenly over its mesh
       axes; all such arrays are named.
   """
   if rules is None:
-    rules = {"embed": "fsdp"} if "fsdp" in mesh.axis_names else {}
+    rules = dict.fromkeys(("embed", "expert_embed"), "fsdp") if "fsdp" in mesh.axis_names else {}
   rules, wrong = _pairs(rules), []
 
   def one(path, names, shape):

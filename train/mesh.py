@@ -75,6 +75,7 @@ class ShardingRules:
     kv_lora: width of MLA's key-value latent.
     mlp: hidden width of dense feed-forward networks and experts.
     expert: routed experts.
+    expert_embed: width of the model in the weights of routed experts.
     norm: weights of a normalisation.
   """
 
@@ -90,6 +91,7 @@ class ShardingRules:
   kv_lora: Axes = None
   mlp: Axes = "tensor"
   expert: Axes = "expert"
+  expert_embed: Axes = "fsdp"
   norm: Axes = None
 
   def __post_init__(self):
@@ -268,4 +270,15 @@ def make_sharded_model(cfg: model.ModelConfig, mesh: MeshConfig) -> ShardedModel
   """
   if mesh.is_single_device:
     return None
-  return ShardedModel(cfg, make_mesh(**dataclasses.asdict(mesh)))
+  devices = make_mesh(**dataclasses.asdict(mesh))
+  return ShardedModel(cfg, devices, _rules(cfg, devices))
+
+
+def _rules(cfg: model.ModelConfig, mesh: Mesh) -> ShardingRules:
+  """Returns the rules that suit a model: with `fsdp`, its experts are divided if they can be.
+
+  Gathering whole experts needs no transposes, which gathering parts of each does.
+  """
+  if cfg.moe is None or cfg.moe.num_experts % (mesh.shape["expert"] * mesh.shape["fsdp"]):
+    return ShardingRules()
+  return ShardingRules(expert=("expert", "fsdp"), expert_embed=None)

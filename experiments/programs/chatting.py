@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,7 @@ class Chat:
       self._answer([{"role": "user", "content": self.cfg.prompt}])
       return
     print(_HELP, file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a reply
     messages: list[dict[str, str]] = []
     while (question := _ask()) is not None:
       if question == "/new":
@@ -98,14 +100,18 @@ class Chat:
       said = self._reply(prompt, key, show)
       spent = [said]
     else:
-      spent = [self._reply(prompt, jax.random.fold_in(key, i), lambda piece, thinking: None)
-               for i in range(cfg.votes)]
+      spent = []
+      for i in range(cfg.votes):
+        spent.append(self._reply(
+            prompt, jax.random.fold_in(key, i), lambda piece, thinking: None))
+        if spent[-1].status == model.Status.RUNNING and not cfg.stop:
+          break  # it was interrupted
       said, votes = vote(spent)
       for part, thinking in ((said.thought, True), (said.answer, False)):
         show(part.text, thinking)
     print(_PLAIN if dim and thinking_before[-1:] == [True] else "")
     if cfg.votes > 1:
-      print(f"{votes} of {cfg.votes} samples give this answer" if votes else
+      print(f"{votes} of {len(spent)} samples give this answer" if votes else
             "no sample has an answer: this is the first of them", file=sys.stderr)
     for name, parts in (("thought", [each.thought for each in spent]),
                         ("answer", [each.answer for each in spent])):

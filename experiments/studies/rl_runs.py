@@ -16,6 +16,8 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 import model
 from experiments.reports.labels import metric_label
 from experiments.studies import rl_evaluation, rl_metrics, rl_tables, store
@@ -23,6 +25,7 @@ from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import by_problem, gains, metrics_of_rows
 from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
 from model.checks import require, require_positive
+from model.decoding.drafting import check_drafts
 from rl import extraction, loop, rewards
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
@@ -296,6 +299,9 @@ def _check_before_pretraining(configs: Mapping[str, RLStudyConfig],
       require_memory(problems, samples, rl.sampling.max_completion_length)
     if not cfg.init:
       require_context(rl.sampling, cfg.base.model.max_seq_len)
+      if rl.sampling.drafts:
+        check_drafts(model.Transformer(cfg.base.model), rl.sampling.drafts,
+                     np.array([rl.sampling.max_prompt_length]))
   names = sorted({cfg.rl.objective.name for cfg in configs.values()})
   unused = sorted({*overridden} & {f"rl.objective.{name}" for name in (
       "gae_lambda", "value_learning_rate")})

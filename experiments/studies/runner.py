@@ -55,7 +55,6 @@ from train.config_io import renamed_setting, upgrade
 from train.run_folder import RunFolder, read_run_json, write_json_atomic
 from train.signals import Signals
 
-_POLL_SECONDS = 1.0  # between looks for a signal, while several processes train
 _SMOKE = "a smoke run checks that everything runs, and is far too short for a verdict"
 _PILOT = "pilot seeds are never judged: their deviation tells how many seeds a claim needs"
 
@@ -322,8 +321,7 @@ class Runner:
       if self.deadline and time.monotonic() > self.deadline:
         return False
       self._announce(group)
-      part = train_group(self.study, self.runs, group, self.out.path, self._seconds())
-      if part is None:
+      if not (part := train_group(self.study, self.runs, group, self.out.path, self._seconds())):
         return False
       self._record(group, part)
     return True
@@ -333,31 +331,35 @@ class Runner:
     command = command_line(self.study, self.scale_name, self.options, self._configured,
                            self.out.path)
     training: dict[Future, list[Task]] = {}
-    stopped = False
+    stopped, told, failure = False, False, None
     with Signals() as signals, Workers(MODULE, command, count) as pool:
       signals.can_save()
       while True:
-        if signals.received and not stopped:
+        if (signals.received or failure) and not told:
           pool.stop()
+          told = stopped = True
         stopped |= bool(signals.received or (self.deadline and time.monotonic() > self.deadline))
         if not stopped:
           self._record_stored()
-          started = {task for group in training.values() for task in group}
-          left = [task for task in self._next(self.finished()) if task not in started]
+          left = [task for task in self._next(self.finished())
+                  if task not in itertools.chain(*training.values())]
           for group in itertools.islice(self._groups(left), count - len(training)):
             self._announce(group)
             training[pool.submit({"group": list(map(dataclasses.asdict, group)),
                                   "seconds": self._seconds()})] = group
         if not training:
+          if failure:
+            raise failure
           return not stopped
-        for future in wait(training, _POLL_SECONDS, FIRST_COMPLETED).done:
+        for future in wait(training, 1.0, FIRST_COMPLETED).done:  # or look for a signal again
           group = training.pop(future)
-          if signals.received and future.exception():
-            continue  # it had nothing to save
-          part = future.result()
-          stopped |= part is None
-          if part:
+          if error := future.exception():
+            if not told:  # otherwise it had nothing to save
+              failure = ValueError(f"{group[0].name}: {error}")
+          elif part := future.result():
             self._record(group, part)
+          else:
+            stopped = True
 
   def _groups(self, tasks: Sequence[Task]) -> Iterator[list[Task]]:
     """Yields groups of runs that train as one vmapped batch, at most `vmapped_runs` in each."""

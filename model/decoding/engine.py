@@ -141,8 +141,7 @@ def columns(start_B: jax.Array, count_B: jax.Array, num: int, width: int) -> jax
 
 def num_slots(num_tokens: int, sampling: Sampling) -> int:
   """Returns the slots that a cache needs for prompts of `num_tokens` and all that follows."""
-  read = num_tokens if sampling.chunk is None else -(-num_tokens // sampling.chunk) * sampling.chunk
-  return max(read, num_tokens + sampling.max_new_tokens + 2 * sampling.drafts)
+  return num_tokens + sampling.max_new_tokens + 2 * sampling.drafts
 
 
 def prefill(
@@ -169,6 +168,11 @@ def prefill(
   prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
   cache.require_fit(*prompts_BT.shape)
   checks.check_room(cache, lengths_B)
+  return _read(model, variables, prompts_BT, lengths_B, cache)
+
+
+def _read(model, variables, prompts_BT, lengths_B, cache):
+  """Does what `prefill` does, without its checks."""
   # Attention multiplies what it does not attend to by 0, which leaves NaN: padding is made of a
   # token of the row itself, so that no other token's embedding can spoil the row.
   inside_BT = jnp.arange(prompts_BT.shape[1]) < lengths_B[:, None]
@@ -187,13 +191,16 @@ def prefill_in_chunks(
 
   Args:
     model, variables, prompts_BT, lengths_B: as in `prefill`.
-    cache: as in `prefill`; of an empty one, as many slots as T rounded up to whole chunks.
+    cache: as in `prefill`.
     chunk: tokens of a row that are read at a time.
 
   Returns:
     What `prefill` returns; what a pass returned besides its cache is that of the last chunk.
   """
+  prompts_BT, lengths_B = checks.as_prompts(model.cfg, prompts_BT, lengths_B)
+  checks.check_room(cache, lengths_B)
   num_tokens = prompts_BT.shape[1]
+  chunk = min(chunk, num_tokens)
   count = -(-num_tokens // chunk)
   padding = [(0, 0), (0, count * chunk - num_tokens)]
   chunks_CBP = jnp.moveaxis(
@@ -203,7 +210,7 @@ def prefill_in_chunks(
     # A row that has ended reads its first token again, which is not kept.
     left_B = lengths_B - index * chunk
     first_B1 = prompts_BT[:, :1]
-    logits_BV, output = prefill(
+    logits_BV, output = _read(
         model, variables, jnp.where(left_B[:, None] > 0, prompts_BP, first_B1),
         jnp.clip(left_B, 1, chunk), cache)
     kept_B = cache.lengths_B + jnp.clip(left_B, 0, chunk)
@@ -260,8 +267,9 @@ def begin(
     prefix = init_cache(model.cfg, batch, slots, sampling.cache_dtype)
   elif sampling.drafts:
     raise ValueError("a prefix has no cache of the MTP modules: leave drafts out")
-  if copies > 1 and sampling.drafts:
-    raise ValueError("copies of a prompt have no cache of the MTP modules: leave drafts out")
+  if sampling.drafts and (copies > 1 or sampling.chunk):
+    raise ValueError("MTP modules read whole prompts of their own rows: leave drafts out, or "
+                     "copies and chunks")
   read_prompts = prefill if sampling.chunk is None else functools.partial(
       prefill_in_chunks, chunk=sampling.chunk)
   logits_BV, read = read_prompts(model, variables, prompts_BT, lengths_B, prefix)

@@ -59,7 +59,6 @@ def stream(
 
 def _stream(model, variables, sampling, prompts):
   rows, new = _begin(model, variables, sampling, *prompts)
-  model, variables, rows = engine.unrolled(model, variables, rows)
   for step in range(1, sampling.max_new_tokens + 1):
     # The next pass is started before the tokens of this one are read, so that the device does not
     # wait for the host. It changes nothing if the text has ended.

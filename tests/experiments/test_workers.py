@@ -38,3 +38,10 @@ def test_a_worker_that_fails_is_an_error_with_the_end_of_its_log(tmp_path, monke
   monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
   with workers.Workers("failing", [], 1) as pool, pytest.raises(ValueError, match="went wrong"):
     pool.submit({}).result()
+
+
+def test_a_worker_that_is_killed_is_named_by_its_signal(tmp_path, monkeypatch):
+  (tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+  monkeypatch.setenv("PYTHONPATH", f"{tmp_path}")
+  with workers.Workers("killed", [], 1) as pool, pytest.raises(ValueError, match="by SIGKILL"):
+    pool.submit({}).result()

@@ -234,7 +234,7 @@ def test_a_step_with_sharded_experts_and_heads_equals_that_on_one_device(eight_d
   mixed, whole = eight_devices["mixed"], eight_devices["whole"]
   assert max(mixed["params"], mixed["metrics"]) < 1e-5 and mixed["router"] == 0
   layers, experts, hidden, width = whole
-  assert mixed["as_declared"] and mixed["shard"] == [layers, experts // 2, hidden // 2, width // 2]
+  assert mixed["as_declared"] and mixed["shard"] == [layers, experts // 4, hidden // 2, width]
 
 
 def test_sample_masking_changes_the_loss_of_documents_that_share_a_row(eight_devices):
@@ -243,7 +243,8 @@ def test_sample_masking_changes_the_loss_of_documents_that_share_a_row(eight_dev
 
 def test_the_state_keeps_the_shardings_of_abstract_state(eight_devices):
   assert eight_devices["as_declared"]
-  assert eight_devices["shard"] == [*eight_devices["whole"][:-1], eight_devices["whole"][-1] // 4]
+  layers, experts, *widths = eight_devices["whole"]
+  assert eight_devices["shard"] == [layers, experts // 4, *widths]
 
 
 def test_micro_batches_that_do_not_divide_over_the_mesh_are_an_error(eight_devices):

@@ -104,7 +104,9 @@ def _timer(cfg: DecodeConfig, variables: dict, rows: int, prompt: int, new: int)
 def _bytes_of_a_pass(cfg: ModelConfig, rows: int, prompt: int, new: int) -> float:
   """Returns the bytes that a pass over one token of each row has to read."""
   size = jnp.dtype(cfg.numerics.compute_dtype).itemsize
-  numbers = cfg.param_count() - cfg.vocab_size * cfg.d_model  # of the embedding only a few rows
+  numbers = cfg.param_count()
+  if not cfg.tie_embeddings:
+    numbers -= cfg.vocab_size * cfg.d_model  # of the embedding only a few rows are read
   if cfg.moe is not None:
     moe = cfg.moe
     missed = (1 - moe.experts_per_token / moe.num_experts) ** rows

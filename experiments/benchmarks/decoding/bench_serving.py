@@ -62,6 +62,7 @@ class ServingConfig:
   def __post_init__(self):
     require_positive(self, "rows", "shared", "own", "new", "price", "rounds")
     require(self.rounds % 2 == 0, f"rounds={self.rounds} must be even: rounds are paired")
+    require(self.new >= 2, f"new={self.new} must be at least 2: the first comes with the prompt")
     longest = self.shared + self.own + self.new
     require(longest <= self.model.max_seq_len,
             f"requests of {longest} tokens are longer than the model's context of "

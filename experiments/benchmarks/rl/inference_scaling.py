@@ -34,6 +34,9 @@ from experiments.reports.summary import bench_summary, target
 from experiments.studies.rl_runs import RLStudyConfig
 from experiments.studies.rl_scales import R1_ZERO
 from model.checks import require, require_positive
+from model.decoding.drafting import check_drafts
+from rl.config import RLConfig
+from rl.documents import DocumentsConfig
 from rl.effort import divide
 from rl.evaluate import draw, majority_by_problem, verdicts
 from rl.loading import load_model
@@ -41,6 +44,7 @@ from rl.pass_rates import estimate
 from rl.reflection import tokens_up_to
 from rl.sampler import Sampler, Samples
 from rl.stages import BaseConfig, pretrain_base, run_rl
+from train.config import RunConfig
 from train.loading import LoadedModel
 from train.run_folder import RunFolder
 from train.templates import opens_thinking
@@ -49,13 +53,17 @@ _STEP = 2**31 - 3  # no training step reaches this number, so the random keys ar
 _END, _WAIT = "</think>\n", "\nwait "  # as the documents of bases have them
 _NATURAL, _LONGER = "unlimited", "wait once"
 _TIMED = 7  # rounds
+_FORCED = 16  # tokens that the texts above take at most
 
 
 @dataclasses.dataclass(frozen=True)
-class InferenceConfig(RLStudyConfig):
+class InferenceConfig:
   """Models that think, their budgets, and how they are evaluated.
 
   Attributes:
+    base: how the bases are pretrained; generated documents replace its `data.sources`.
+    documents: the documents on which they are pretrained.
+    rl: the RL runs that follow, with the task and how completions are sampled.
     checkpoints: folders of models trained by r1_zero; empty to train some first. The task and the
       template of `rl` have to be those that they were trained with.
     models: number of models to train, each with a base of its own.
@@ -64,6 +72,9 @@ class InferenceConfig(RLStudyConfig):
     samples: samples of each problem, a power of two; votes are those of 1, 2, 4 ... of them.
   """
 
+  base: RunConfig
+  documents: DocumentsConfig
+  rl: RLConfig
   checkpoints: tuple[str, ...] = ()
   models: int = 3
   budgets: tuple[int, ...] = (0, 4, 8, 12, 16, 20)
@@ -71,7 +82,6 @@ class InferenceConfig(RLStudyConfig):
   samples: int = 16
 
   def __post_init__(self):
-    super().__post_init__()
     require_positive(self, "models")
     require(self.problems >= 2, f"problems={self.problems} must be at least 2, for an interval")
     require(self.samples >= 4 and self.samples.bit_count() == 1,
@@ -79,11 +89,19 @@ class InferenceConfig(RLStudyConfig):
     require(bool(self.budgets) and self.budgets[0] >= 0
             and tuple(sorted(set(self.budgets))) == self.budgets,
             f"budgets={self.budgets} must be numbers of tokens, ascending")
+    if not self.checkpoints:
+      sampling, context = self.rl.sampling, self.base.model.max_seq_len
+      longest = sampling.max_prompt_length + 2 * sampling.max_completion_length + _FORCED
+      require(longest <= context, f"a prompt, a thought and its continuation may take {longest} "
+              f"tokens, more than the context of {context}: lower a limit of rl.sampling, or raise "
+              "base.model.max_seq_len")
+      if sampling.drafts:
+        check_drafts(model.Transformer(self.base.model), sampling.drafts,
+                     np.array([sampling.max_prompt_length]))
 
 
 def _of(cfg: RLStudyConfig, **changes: Any) -> InferenceConfig:
-  return InferenceConfig(**{field.name: getattr(cfg, field.name)
-                            for field in dataclasses.fields(RLStudyConfig)} | changes)
+  return InferenceConfig(cfg.base, cfg.documents, cfg.rl, **changes)
 
 
 SCALES = {
@@ -98,6 +116,10 @@ def main(options: Options) -> None:
   options.require_supported("seeds", "a", "b", "arms", "profile", "max_minutes")
   scale = options.scale_of(SCALES)
   cfg = settings.apply(SCALES[scale], options.settings, named={"base.model": model.get_config})
+  ignored = [name for name in settings.assigned(options.settings)
+             if name.split(".")[0] in ("base", "documents", "models")]
+  require(not (cfg.checkpoints and ignored), f"{', '.join(sorted(ignored))} would have no effect, "
+          "as checkpoints replaces the models that are trained: leave out one or the other")
   result = {"scale": scale, "task": cfg.rl.task, "budgets": list(cfg.budgets), "models": []}
   for seed, start in _models(cfg):
     measured = _measure(cfg, start, seed)

@@ -1,15 +1,18 @@
 """Several runs of a study train at a time, each in a process of its own."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import pytest
 
 from experiments.options import Options
+from experiments.reports import provenance
 from experiments.studies import runner, training
 from experiments.studies.v3.load_balancing import STUDY
 
@@ -54,8 +57,42 @@ def test_a_signal_stops_all_processes_and_the_same_command_goes_on(alone, tmp_pa
   assert metrics(found) == alone
 
 
+class Pool:
+  """Stands for workers of which the first fails, while another goes on until it is told to stop."""
+
+  def __init__(self, *args):
+    self.futures, self.told = [], False
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc):
+    pass
+
+  def submit(self, task):
+    future = Future()
+    self.futures.append((future, task["group"]))
+    if len(self.futures) == 2:
+      self.futures[0][0].set_exception(ValueError("out of memory"))
+    return future
+
+  def stop(self):
+    assert not self.told
+    self.told = True
+    future, group = self.futures[1]
+    run = group[0] | {"status": "finished", "cost": {}, "metrics": {"validation_loss": 1.0}}
+    future.set_result({"provenance": provenance.describe(), "measured_by": None, "runs": [run]})
+
+
+def test_the_failure_of_a_process_leaves_the_others_time_to_finish(tmp_path, monkeypatch):
+  monkeypatch.setattr(runner, "Workers", Pool)
+  with pytest.raises(ValueError, match=r"loss_free-lr0\.001-seed1000: out of memory"):
+    runner.execute(STUDY, "smoke", options(tmp_path, processes=2))
+  (part,) = (tmp_path / "parts").iterdir()
+  assert [run["learning_rate"] for run in json.loads(part.read_text())["runs"]] == [0.003]
+
+
 def test_a_study_that_other_processes_do_not_find_is_refused(tmp_path):
-  import dataclasses
   unknown = dataclasses.replace(STUDY, name="unknown")
   with pytest.raises(ValueError, match="--processes: other processes find no study 'unknown'"):
     training.command_line(unknown, "smoke", options(tmp_path), ["loss_free"], tmp_path)

@@ -350,15 +350,17 @@ def test_without_a_loop_over_layers_the_same_text_comes_out(monkeypatch, drafts)
   run = lambda: (model.speculate if drafts else model.generate)(
       net, v, tiny.tokens(cfg, 3, 7), LENGTHS, **kwargs)
   looped = run()
-  stream = list(model.stream(net, v, tiny.tokens(cfg, 3, 7)[0, :5].tolist(), **kwargs))
   monkeypatch.setattr(engine, "_unrolls", lambda cfg: True)
   jax.clear_caches()
   apart = run()
   jax.tree.map(np.testing.assert_array_equal, *(
       getattr(each, "generated", each)._replace(logprobs_BN=None) for each in (looped, apart)))
-  assert list(model.stream(
-      net, v, tiny.tokens(cfg, 3, 7)[0, :5].tolist(), **kwargs)) == stream
+  by_layer = net.clone(unroll=4)
+  v, net = {**v, "params": by_layer.by_layer(v["params"])}, by_layer  # what is apart stays so
+  again = run()
   jax.clear_caches()
+  np.testing.assert_array_equal(getattr(again, "generated", again).tokens_BN,
+                                getattr(apart, "generated", apart).tokens_BN)
 
 
 @pytest.mark.parametrize("limits", [{"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {"top_p": 0.5}])

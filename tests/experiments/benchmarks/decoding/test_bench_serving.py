@@ -37,8 +37,8 @@ def test_dollars_are_those_of_the_seconds():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"rounds": 3}, "rounds=3"), ({"rows": 0}, "rows"), ({"price": 0}, "price"),
-    ({"shared": 10**6}, "longer than the model's context")])
+    ({"rounds": 3}, "rounds=3"), ({"new": 1}, "new=1"), ({"rows": 0}, "rows"),
+    ({"price": 0}, "price"), ({"shared": 10**6}, "longer than the model's context")])
 def test_impossible_requests_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(bench_serving.SCALES["cpu"], **changes)

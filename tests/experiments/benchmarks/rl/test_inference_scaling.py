@@ -12,6 +12,9 @@ from experiments.reports import provenance
 from rl.sampler import Sampler, Samples
 from tests.rl import small
 
+RL = inference_scaling.SCALES["cpu"].rl
+LONG, DRAFTING = (dataclasses.replace(RL, sampling=dataclasses.replace(RL.sampling, **changes))
+                  for changes in ({"max_completion_length": 248}, {"drafts": 1}))
 TEXTS = ("<think>1+1=2\n2+3=5</think>\n<answer>5</answer>", "<think>1</think>\n<answer>1</answer>",
          "no thought", "<think>without an end")
 
@@ -80,6 +83,12 @@ def test_votes_of_shorter_thoughts_are_compared_at_the_tokens_of_one_thought():
   assert found["tables"][0]["rows"][1][:2] == ["4 tokens", 8.0]
 
 
+def test_settings_of_models_that_are_not_trained_are_refused():
+  how = ("checkpoints=a,b", "base.train.steps=5", "models=2")
+  with pytest.raises(ValueError, match=r"base\.train\.steps, models would have no effect"):
+    inference_scaling.main(Options("inference_scaling", settings=how))
+
+
 def test_a_smoke_run_writes_a_report_with_its_figure(tmp_path, capsys):
   inference_scaling.main(Options("inference_scaling", out=tmp_path))
   assert "unlimited" in capsys.readouterr().out
@@ -89,7 +98,8 @@ def test_a_smoke_run_writes_a_report_with_its_figure(tmp_path, capsys):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"budgets": (4, 4)}, "budgets="), ({"budgets": ()}, "budgets="), ({"samples": 6}, "samples=6"),
-    ({"samples": 2}, "samples=2"), ({"problems": 1}, "problems=1"), ({"models": 0}, "models=0")])
+    ({"samples": 2}, "samples=2"), ({"problems": 1}, "problems=1"), ({"models": 0}, "models=0"),
+    ({"rl": LONG}, "may take 528 tokens"), ({"rl": DRAFTING}, "no MTP modules to draft with")])
 def test_impossible_settings_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(inference_scaling.SCALES["cpu"], **changes)
