@@ -30,7 +30,7 @@ def test_runs_train_in_several_processes_and_a_second_command_goes_on(tmp_path, 
 
 def test_a_process_that_fails_is_an_error_with_its_log():
   cfg = bench_length.SCALES["cpu"].without_extras()
-  with pytest.raises(ValueError, match=r"failed:(.|\n)*Error"):
+  with pytest.raises(ValueError, match=r"ended with status 1:(.|\n)*Error"):
     list(bench_length._train(cfg, [(-1, 0, False)], 0x7FFFFFFF, 1))
 
 
