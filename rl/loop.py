@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from model import ModelConfig, Transformer
 from model.checks import require
-from model.decoding.drafting import check_drafts
 from rl.advantages import are_equal, group_advantages
 from rl.config import RLConfig
 from rl.evaluate import evaluate
 from rl.mtp import join_mtp, policy_config, save_mtp, split_mtp
 from rl.objective import denominator
 from rl.rewards import Scored
-from rl.sampler import Sampler, Samples, join, reward_function
+from rl.sampler import Sampler, Samples, join, require_drafts, reward_function
 from rl.step import (
   Experience,
   RLState,
@@ -139,9 +138,7 @@ class _Run:
     check_installed(cfg.loop.log_to)
     self.cfg, self.model_cfg, self.path, self.show = cfg, model_cfg, folder.path, show
     self.drafts = cfg.sampling.drafts > 0
-    if self.drafts:
-      check_drafts(Transformer(model_cfg), cfg.sampling.drafts,
-                   np.array([cfg.sampling.max_prompt_length]))
+    require_drafts(cfg.sampling, model_cfg)
     self.sampler = Sampler(
         Transformer(model_cfg if self.drafts else policy_config(model_cfg)), cfg, tokenizer, form)
     self.score = reward_function(cfg.rewards, cfg.sampling.max_completion_length)

@@ -16,8 +16,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from model import Transformer
+from model import ModelConfig, Transformer
 from model.checks import require
+from model.decoding.drafting import check_drafts
 from rl import rewards
 from rl.config import RewardConfig, RLConfig, SamplingConfig
 from rl.rollout import pad_prompts, rollout, sequence_keys
@@ -340,6 +341,12 @@ class Sampler:
             "completions are NaN: the model's weights are damaged, or its training has diverged")
     kept = (out.tokens_SN, out.lengths_S, out.logprobs_SN, out.ended_S, out.experts_STLK)
     return tuple(np.asarray(part)[:count] for part in kept if part is not None)
+
+
+def require_drafts(sampling: SamplingConfig, cfg: ModelConfig) -> None:
+  """Raises ValueError if a model's MTP modules cannot draft what the sampling asks of them."""
+  if sampling.drafts:
+    check_drafts(Transformer(cfg), sampling.drafts, np.array([sampling.max_prompt_length]))
 
 
 def require_context(sampling: SamplingConfig, max_seq_len: int) -> None:

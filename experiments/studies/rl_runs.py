@@ -16,8 +16,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
 import model
 from experiments.reports.labels import metric_label
 from experiments.studies import rl_evaluation, rl_metrics, rl_tables, store
@@ -25,13 +23,12 @@ from experiments.studies.rl_evaluation import EvaluationConfig, Evaluator
 from experiments.studies.rl_metrics import by_problem, gains, metrics_of_rows
 from experiments.studies.runs import Score, Task, binned_curve, remaining_seconds
 from model.checks import require, require_positive
-from model.decoding.drafting import check_drafts
 from rl import extraction, loop, rewards
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
 from rl.evaluate import require_memory
 from rl.loading import load_model
-from rl.sampler import Sampler, require_context, reward_function
+from rl.sampler import Sampler, require_context, require_drafts, reward_function
 from rl.stages import BaseConfig, pretrain_base, run_rl
 from rl.tasks import get_task
 from train import cost
@@ -299,9 +296,7 @@ def _check_before_pretraining(configs: Mapping[str, RLStudyConfig],
       require_memory(problems, samples, rl.sampling.max_completion_length)
     if not cfg.init:
       require_context(rl.sampling, cfg.base.model.max_seq_len)
-      if rl.sampling.drafts:
-        check_drafts(model.Transformer(cfg.base.model), rl.sampling.drafts,
-                     np.array([rl.sampling.max_prompt_length]))
+      require_drafts(rl.sampling, cfg.base.model)
   names = sorted({cfg.rl.objective.name for cfg in configs.values()})
   unused = sorted({*overridden} & {f"rl.objective.{name}" for name in (
       "gae_lambda", "value_learning_rate")})

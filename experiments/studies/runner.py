@@ -12,6 +12,7 @@ command, has trained on this machine are taken from its store (`experiments.stud
 import dataclasses
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ from experiments.studies.judging.comparing import (
 )
 from experiments.studies.judging.planning import expected_power
 from experiments.studies.judging.printing import verdict_lines
-from experiments.studies.runs import Task
+from experiments.studies.runs import Task, group_folder, group_name
 from experiments.studies.store import Parts, RunStore
 from experiments.studies.study import Study
 from experiments.studies.training import MODULE, command_line, runs_of, train_group
@@ -320,7 +321,7 @@ class Runner:
     for group in self._groups(tasks):
       if self.deadline and time.monotonic() > self.deadline:
         return False
-      self._announce(group)
+      print(f"{self.study.name}: {group_name(group)}", file=sys.stderr, flush=True)
       if not (part := train_group(self.study, self.runs, group, self.out.path, self._seconds())):
         return False
       self._record(group, part)
@@ -344,7 +345,7 @@ class Runner:
           left = [task for task in self._next(self.finished())
                   if task not in itertools.chain(*training.values())]
           for group in itertools.islice(self._groups(left), count - len(training)):
-            self._announce(group)
+            print(f"{self.study.name}: {group_name(group)}", file=sys.stderr, flush=True)
             training[pool.submit({"group": list(map(dataclasses.asdict, group)),
                                   "seconds": self._seconds()})] = group
         if not training:
@@ -355,7 +356,7 @@ class Runner:
           group = training.pop(future)
           if error := future.exception():
             if not told:  # otherwise it had nothing to save
-              failure = ValueError(f"{group[0].name}: {error}")
+              failure = ValueError(f"{group_name(group)}: {error}")
           elif part := future.result():
             self._record(group, part)
           else:
@@ -370,10 +371,6 @@ class Runner:
       for start in range(0, len(batch), self.scale.vmapped_runs):
         yield batch[start:start + self.scale.vmapped_runs]
 
-  def _announce(self, group: Sequence[Task]) -> None:
-    more = f"-and-{len(group) - 1}-more" if len(group) > 1 else ""
-    print(f"{self.study.name}: {group[0].name}{more}", file=sys.stderr, flush=True)
-
   def _seconds(self) -> float | None:
     """Returns what is left of the time limit, at least one second; None without a limit."""
     return self.deadline and max(1.0, self.deadline - time.monotonic())
@@ -385,6 +382,8 @@ class Runner:
     if self.store:
       (task,) = group
       self.store.keep(task, part)
+    if not self.study.keep_runs:
+      shutil.rmtree(group_folder(self.out.path, group, False) / "checkpoints", ignore_errors=True)
 
   def where_it_ran(self) -> dict:
     """Returns the merged provenance of all parts, with a command that reproduces all of them."""

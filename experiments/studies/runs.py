@@ -141,6 +141,11 @@ def group_folder(out: pathlib.Path, tasks: Sequence[Task], kept: bool) -> pathli
   return out / "runs" / f"vmapped-{digest}"
 
 
+def group_name(tasks: Sequence[Task]) -> str:
+  """Returns the name of a run, or of the first of several and how many others there are."""
+  return tasks[0].name + (f"-and-{len(tasks) - 1}-more" if len(tasks) > 1 else "")
+
+
 def remaining_seconds(max_seconds: float | None, began: float) -> float | None:
   """Returns what remains of a time limit, at least a millisecond, as callees take 0 for no limit.
 

@@ -7,7 +7,6 @@ the "group" of each task for at most "seconds", and answers what `train_group` r
 import dataclasses
 import json
 import pathlib
-import shutil
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from train.loop import TrainingError
 from train.run_folder import RunFolder
 
 MODULE = "experiments.studies.training"  # its name as a worker process is another
+
 
 def runs_of(study: Study, scale_name: str, options: Options, arms: Collection[str],
             folder: pathlib.Path) -> Runs:
@@ -76,8 +76,6 @@ def train_group(study: Study, runs: Runs, tasks: Sequence[Task], out: pathlib.Pa
     return None
   spent = cost.total(folder.path)
   per_run = {key: None if value is None else value / len(tasks) for key, value in spent.items()}
-  if not study.keep_runs:
-    shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
   return {"provenance": provenance.describe(),
           "measured_by": rules.syntax_hash(study.kind.measuring),
           "runs": [{**dataclasses.asdict(task), "status": status, "cost": per_run, **result}

@@ -190,8 +190,7 @@ def prefill_in_chunks(
   """Does what `prefill` does, reading a number of tokens at a time, which takes less memory.
 
   Args:
-    model, variables, prompts_BT, lengths_B: as in `prefill`.
-    cache: as in `prefill`.
+    model, variables, prompts_BT, lengths_B, cache: as in `prefill`.
     chunk: tokens of a row that are read at a time.
 
   Returns:
@@ -263,13 +262,11 @@ def begin(
   """
   batch, num_tokens = prompts_BT.shape
   slots = num_slots(num_tokens, sampling) if slots is None else slots
+  if sampling.drafts and (prefix is not None or copies > 1 or sampling.chunk):
+    raise ValueError("MTP modules read whole prompts of their own rows: leave drafts out, or the "
+                     "prefix, copies and chunks")
   if prefix is None:
     prefix = init_cache(model.cfg, batch, slots, sampling.cache_dtype)
-  elif sampling.drafts:
-    raise ValueError("a prefix has no cache of the MTP modules: leave drafts out")
-  if sampling.drafts and (copies > 1 or sampling.chunk):
-    raise ValueError("MTP modules read whole prompts of their own rows: leave drafts out, or "
-                     "copies and chunks")
   read_prompts = prefill if sampling.chunk is None else functools.partial(
       prefill_in_chunks, chunk=sampling.chunk)
   logits_BV, read = read_prompts(model, variables, prompts_BT, lengths_B, prefix)

@@ -138,31 +138,33 @@ def _phases(cfg: ServingConfig) -> dict[str, CallTimer]:
       "answer": lambda: answer(variables, rows)}.items()}
 
 
-def _costs(result: dict) -> list[tuple[str, float, float, float]]:
-  """Returns dollars per million tokens with an interval: of input missed, input hit and output."""
+def _seconds_per_token(result: dict) -> dict[str, np.ndarray]:
+  """Returns the seconds of a token in each round: of input missed, input hit and output."""
   took = {name: np.asarray(seconds) for name, seconds in result["seconds"].items()}
   hit = took["read the own part after a shared one"] - took["read the own part alone"]
   shared = result["rows"] * result["shared"]
-  per_token = {"input, cache miss": took["read the shared part"] / shared,
-               "input, cache hit": hit / shared,
-               "output": took["answer"] / (result["rows"] * (result["new"] - 1))}
+  return {"input, cache miss": took["read the shared part"] / shared,
+          "input, cache hit": hit / shared,
+          "output": took["answer"] / (result["rows"] * (result["new"] - 1))}
+
+
+def _costs(result: dict) -> list[tuple[str, float, float, float]]:
+  """Returns dollars per million tokens with an interval: of input missed, input hit and output."""
   return [(name, *timing.median_interval(seconds * result["price"] / 3600 * 1e6))
-          for name, seconds in per_token.items()]
+          for name, seconds in _seconds_per_token(result).items()]
 
 
 def summary(result: dict) -> dict:
   """Returns the summary of a result, as read from results.json."""
-  took = {name: np.asarray(seconds) for name, seconds in result["seconds"].items()}
   costs = {name: values for name, *values in _costs(result)}
-  shared, basis = result["rows"] * result["shared"], f"{len(took['answer'])} rounds"
-  hit = took["read the own part after a shared one"] - took["read the own part alone"]
-  per_output = took["answer"] / (result["rows"] * (result["new"] - 1))
+  miss, hit, output = _seconds_per_token(result).values()
+  basis = f"{len(output)} rounds"
   claims = [
       target("input that the cache holds against other input, as in R1's prices", "ratio of costs",
-             timing.median_interval(hit / took["read the shared part"]),
+             timing.median_interval(hit / miss),
              at_most=round(_R1[0] / _R1[1], 3), n=basis),
       claim("output against input that the cache does not hold", "ratio of costs",
-            *timing.median_interval(per_output / (took["read the shared part"] / shared)),
+            *timing.median_interval(output / miss),
             reference=f"{_R1[2] / _R1[1]:.2f} in R1's prices", n=basis)]
   return bench_summary(
       "bench_serving", f"{backend(result)}-{result['numerics']}",

@@ -34,7 +34,6 @@ from experiments.reports.summary import bench_summary, target
 from experiments.studies.rl_runs import RLStudyConfig
 from experiments.studies.rl_scales import R1_ZERO
 from model.checks import require, require_positive
-from model.decoding.drafting import check_drafts
 from rl.config import RLConfig
 from rl.documents import DocumentsConfig
 from rl.effort import divide
@@ -42,7 +41,7 @@ from rl.evaluate import draw, majority_by_problem, verdicts
 from rl.loading import load_model
 from rl.pass_rates import estimate
 from rl.reflection import tokens_up_to
-from rl.sampler import Sampler, Samples
+from rl.sampler import Sampler, Samples, require_drafts
 from rl.stages import BaseConfig, pretrain_base, run_rl
 from train.config import RunConfig
 from train.loading import LoadedModel
@@ -95,9 +94,7 @@ class InferenceConfig:
       require(longest <= context, f"a prompt, a thought and its continuation may take {longest} "
               f"tokens, more than the context of {context}: lower a limit of rl.sampling, or raise "
               "base.model.max_seq_len")
-      if sampling.drafts:
-        check_drafts(model.Transformer(self.base.model), sampling.drafts,
-                     np.array([sampling.max_prompt_length]))
+      require_drafts(sampling, self.base.model)
 
 
 def _of(cfg: RLStudyConfig, **changes: Any) -> InferenceConfig:
@@ -178,7 +175,7 @@ def _thoughts(sampler: Sampler, drawn: Samples) -> list[tuple[int, int] | None]:
     if parts.thought is None or parts.answer is None:
       found.append(None)
       continue
-    begin = text.index(parts.thought, 0 if opens else text.index("<think>") + len("<think>"))
+    begin = 0 if opens else text.index("<think>") + len("<think>")
     up_to = functools.partial(tokens_up_to, sampler.tokenizer, tokens_N[:length])
     found.append((up_to(begin), up_to(begin + len(parts.thought))))
   return found
