@@ -335,11 +335,15 @@ class MTPConfig:
       the embedding, as in the released weights.
     hidden: whether a module reads the previous depth's hidden state after ("post_norm") or before
       its final norm. The paper does not say; the released weights are used with "post_norm".
+    form: "sequential" for V3's causal chain, in which M_k reads the depth before and token i + k;
+      "parallel" for independent heads as in arXiv:2404.19737, each of which reads nothing but the
+      trunk's hidden state, in both halves of its input, so that it has as many parameters.
   """
 
   depth: int = 1
   concat: Literal["hidden_first", "embedding_first"] = "hidden_first"
   hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+  form: Literal["sequential", "parallel"] = "sequential"
 
   def __post_init__(self):
     require_positive(self, "depth")
@@ -347,6 +351,8 @@ class MTPConfig:
             f"MTPConfig.concat={self.concat!r} must be 'hidden_first' or 'embedding_first'")
     require(self.hidden in ("post_norm", "pre_norm"),
             f"MTPConfig.hidden={self.hidden!r} must be 'post_norm' or 'pre_norm'")
+    require(self.form in ("sequential", "parallel"),
+            f"MTPConfig.form={self.form!r} must be 'sequential' or 'parallel'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,8 +171,10 @@ class MTPModule(nn.Module):
     """Computes this depth's hidden states.
 
     Args:
-      previous_BTD: hidden states of the depth before, or of the trunk for the first.
-      embedded_BTD: at position i, the embedding of token i + k, k being this depth.
+      previous_BTD: hidden states of the depth before, or of the trunk for the first module, and for
+        all parallel ones.
+      embedded_BTD: at position i, the embedding of token i + k, k being this depth. A parallel
+        module ignores it.
       context: what all layers share.
       cache: the cache of all modules, or None.
       layer: index of this module in it.
@@ -183,7 +185,8 @@ class MTPModule(nn.Module):
     """
     cfg, d_model = self.cfg, self.cfg.d_model
     hidden = RMSNorm(cfg, name="hidden_norm")(previous_BTD)
-    embedded = RMSNorm(cfg, name="embedding_norm")(embedded_BTD)
+    embedded = RMSNorm(cfg, name="embedding_norm")(
+        previous_BTD if cfg.mtp.form == "parallel" else embedded_BTD)
     pair = (hidden, embedded) if cfg.mtp.concat == "hidden_first" else (embedded, hidden)
     w_proj = weight(self, "w_proj", cfg, (None, "embed"), (2 * d_model, d_model))
     h_BTD = cfg.numerics.linear("btc,cd->btd", jnp.concatenate(pair, axis=-1), w_proj)
@@ -403,11 +406,17 @@ class Transformer(nn.Module):
     context = self._context(tokens_BT, None, None, cache, None)
     raw_BTD, normed_BTD, _, cache = self.mtp[module - 1](
         previous_BTD, self.embedding.embed(tokens_BT), context, cache, module - 1)
-    return self._mtp_input(raw_BTD, normed_BTD), normed_BTD, cache
+    return self._next_mtp_input(previous_BTD, raw_BTD, normed_BTD), normed_BTD, cache
 
   def _mtp_input(self, raw_BTD, normed_BTD):
     """Returns the one of a depth's hidden states, before or after its norm, that the next reads."""
     return normed_BTD if self.cfg.mtp.hidden == "post_norm" else raw_BTD
+
+  def _next_mtp_input(self, previous_BTD, raw_BTD, normed_BTD):
+    """Returns what the module after one reads, which parallel modules read alike."""
+    if self.cfg.mtp.form == "parallel":
+      return previous_BTD
+    return self._mtp_input(raw_BTD, normed_BTD)
 
   def _mtp(self, previous_BTD, embedded_BTD, context, router):
     """Runs the MTP modules one after another, and adds their statistics to `router`.
@@ -424,7 +433,7 @@ class Transformer(nn.Module):
       real_k = jnp.broadcast_to(real_k, embedded_BTD.shape[:2])
       raw_BTD, normed_BTD, stats, _ = module(
           previous_BTD, ahead_BTD, context.replace(real_BT=real_k, experts_LBTK=None))
-      previous_BTD = self._mtp_input(raw_BTD, normed_BTD)
+      previous_BTD = self._next_mtp_input(previous_BTD, raw_BTD, normed_BTD)
       normed.append(normed_BTD)
       if stats is not None:
         router[f"mtp_{k}"] = stats

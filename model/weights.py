@@ -1,5 +1,6 @@
 """Weights cast to the compute format once, rather than in every product."""
 
+import flax.linen as nn
 import jax
 
 from model.config import ModelConfig
@@ -16,8 +17,10 @@ def cast_weights(cfg: ModelConfig, variables: dict) -> dict:
 
   Args:
     cfg: the architecture.
-    variables: its variables; weights in that format are returned as they are.
+    variables: its variables, as `Transformer.init` returns them or without Flax's boxes. Weights in
+      that format are returned as they are.
   """
+  variables = nn.unbox(variables)
   if cfg.numerics.recipe is not None:
     return variables
   dtype = cfg.numerics.compute_dtype

@@ -314,6 +314,8 @@ def mean_evaluation(evaluation: Evaluation) -> dict:
   if several:
     row["per_seed"] = {"mean_bits_per_byte": evaluation.mean_bits_per_byte.tolist(),
                        "mean_loss": evaluation.mean_loss.tolist(),
+                       "mtp_acceptance": None if evaluation.mtp_acceptance is None
+                                         else evaluation.mtp_acceptance.tolist(),
                        "max_violation": None if evaluation.max_violation is None
                                         else evaluation.max_violation.tolist()}
   return row

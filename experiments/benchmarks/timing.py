@@ -6,7 +6,9 @@ contender leaves the machine hot for the next one. The reported values are media
 pairs of rounds, with intervals that assume nothing about the distribution of the ratios.
 """
 
+import concurrent.futures
 import json
+import os
 import select
 import subprocess
 import sys
@@ -39,17 +41,19 @@ class CallTimer:
     run: the function, which may return before its work is done. The constructor calls it, so that
       it is compiled and warm when it is timed.
     wait: blocks until the value that `run` returned is ready.
-    seconds: approximate duration of a measurement.
+    seconds: approximate duration of a measurement; 0 for a single call.
   """
 
   def __init__(self, run: Callable[[], Any], wait: Callable[[Any], Any], seconds: float):
     self._run, self._wait = run, wait
     self.result = run()
     wait(self.result)
-    self._calls = 3
-    # The first calls find the GPU idle and are slow: if they set the count, too few calls would be
-    # timed.
-    self._calls = max(1, round(seconds / min(self() for _ in range(5))))
+    self._calls = 1
+    if seconds:
+      # The first calls find the GPU idle and are slow: if they set the count, too few calls would
+      # be timed.
+      self._calls = 3
+      self._calls = max(1, round(seconds / min(self() for _ in range(5))))
 
   def __call__(self) -> float:
     started = time.perf_counter()
@@ -57,6 +61,19 @@ class CallTimer:
       result = self._run()
     self._wait(result)
     return (time.perf_counter() - started) / self._calls
+
+
+def call_timers[Name](runs: Mapping[Name, Callable[[], Any]],
+                      wait: Callable[[Any], Any]) -> dict[Name, CallTimer]:
+  """Returns timers of single calls, whose functions have compiled at the same time.
+
+  Args:
+    runs: the functions by name.
+    wait: blocks until the value that one of them returned is ready.
+  """
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    list(pool.map(lambda run: wait(run()), runs.values()))
+  return {name: CallTimer(run, wait, 0.0) for name, run in runs.items()}
 
 
 def turns[Name](names: Iterable[Name], rounds: int) -> list[Name]:

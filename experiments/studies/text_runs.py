@@ -111,8 +111,21 @@ class TextRuns:
     if result.status == "stopped":
       return None
     runs = range(len(tasks)) if len(tasks) > 1 else [None]
-    return [{"metrics": measure(result, run), "flops": _flops(self._config(task)),
-             **_curves(result, run)} for task, run in zip(tasks, runs, strict=True)]
+    return [{"metrics": self._measure(self._config(task), result, run),
+             "flops": _flops(self._config(task)), **self._curves(result, run)}
+            for task, run in zip(tasks, runs, strict=True)]
+
+  def _measure(self, cfg: RunConfig, result: Result, run: int | None) -> dict[str, float]:
+    """Returns the metrics of a finished run by name; see `measure` for the arguments."""
+    del cfg  # for subclasses
+    return measure(result, run)
+
+  def _curves(self, result: Result, run: int | None) -> dict[str, list[list[float]]]:
+    """Returns the training loss, averaged over bins of steps, and the loss of every evaluation."""
+    loss = lambda row: row["loss"] if run is None else row["per_seed"]["loss"][run]
+    evaluations = [[e["step"], float(np.mean(list(e["loss"].values()))) if run is None
+                    else e["per_seed"]["mean_loss"][run]] for e in result.evaluations]
+    return {"curve": binned_curve(result.rows, loss), "validation_curve": evaluations}
 
   def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Returns the metrics of every arm by seed, and curves of the training loss."""
@@ -120,7 +133,9 @@ class TextRuns:
     metrics = dict.fromkeys(name for by_seed in runs.values() for run in by_seed
                             for name in run["metrics"])
     return {"outcomes": {name: {arm: [run["metrics"].get(name) for run in by_seed]
-                                for arm, by_seed in runs.items()} for name in metrics},
+                                for arm, by_seed in runs.items()
+                                if any(name in run["metrics"] for run in by_seed)}
+                         for name in metrics},
             "panels": [loss_panel(runs)] if runs else []}
 
   def _config(self, task: Task) -> RunConfig:
@@ -139,14 +154,6 @@ class TextRuns:
 def _flops(cfg: RunConfig) -> float:
   """Returns the FLOPs of training, without those of steps that were repeated after a kill."""
   return cfg.train.steps * cfg.train.batch_size * cfg.data.seq_len * cfg.flops_per_token
-
-
-def _curves(result: Result, run: int | None) -> dict:
-  """Returns the training loss, averaged over bins of steps, and the loss of every evaluation."""
-  loss = lambda row: row["loss"] if run is None else row["per_seed"]["loss"][run]
-  evaluations = [[e["step"], float(np.mean(list(e["loss"].values()))) if run is None
-                  else e["per_seed"]["mean_loss"][run]] for e in result.evaluations]
-  return {"curve": binned_curve(result.rows, loss), "validation_curve": evaluations}
 
 
 def loss_panel(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -45,9 +45,10 @@ def check_drafts(model: Transformer, drafts: int, lengths_B: Any) -> None:
   """Raises ValueError unless the model can draft so many tokens after prompts of these lengths."""
   modules = model.cfg.mtp.depth if model.cfg.mtp else 0
   require(modules > 0, "the model has no MTP modules to draft with: leave drafts out")
-  require(drafts >= 1 and (drafts <= modules or modules == 1),
+  again = modules == 1 and model.cfg.mtp.form == "sequential"  # it can read its own output
+  require(drafts >= 1 and (drafts <= modules or again),
           f"drafts={drafts} should be at least 1"
-          + (f" and at most {modules}, the model's MTP modules" if modules > 1 else ""))
+          + ("" if again else f" and at most {modules}, the model's MTP modules"))
   lengths = checks.known(lengths_B)
   require(lengths is None or lengths.min() >= drafts,
           f"drafts={drafts} needs prompts of at least {drafts} tokens: draft fewer")

@@ -273,6 +273,7 @@ def _check_deepseek(cfg: ModelConfig, unsupported: list[str]) -> str:
     unsupported.append("a softmax router with balancing bias or normalised gates")
   if not v3 and cfg.rope.layout != "interleaved":
     unsupported.append("a softmax router with rotary layout 'half'")
-  if cfg.mtp and (not v3 or cfg.mtp.hidden != "post_norm"):
-    unsupported.append("MTP with a softmax router, or on hidden states before the final norm")
+  if cfg.mtp and (not v3 or cfg.mtp.hidden != "post_norm" or cfg.mtp.form != "sequential"):
+    unsupported.append(
+        "MTP with a softmax router, on hidden states before the final norm, or with parallel heads")
   return "deepseek_v3" if v3 else "deepseek_v2"

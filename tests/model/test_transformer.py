@@ -42,6 +42,25 @@ def test_mtp_depth_k_reads_k_tokens_ahead_and_no_more():
     assert float(jnp.abs(other[:, 7 - k] - one[:, 7 - k]).max()) > 1e-3
 
 
+def test_parallel_heads_read_the_trunk_alone_and_have_as_many_parameters():
+  cfg = dataclasses.replace(tiny.V3, mtp=model.MTPConfig(depth=2, form="parallel"))
+  sizes = [sum(x.size for x in jax.tree.leaves(tiny.variables(c)["params"]))
+           for c in (cfg, dataclasses.replace(cfg, mtp=model.MTPConfig(depth=2)))]
+  assert sizes[0] == sizes[1] == cfg.param_count(mtp=True)
+  tokens_BT = tiny.tokens(cfg)
+  changed = tokens_BT.at[:, 5].add(1)
+  before, after = (tiny.apply(cfg)(tiny.variables(cfg), t).mtp_logits for t in (tokens_BT, changed))
+  for k in range(2):
+    same = (before[k] == after[k]).all((0, 2))
+    assert same[:5].all() and not same[5]
+  # Each head is the first module of a network that has no other.
+  one = dataclasses.replace(cfg, mtp=model.MTPConfig(form="parallel"))
+  alone = {kind: {name: tree.get("mtp_2") if name == "mtp_1" else x
+                  for name, x in tree.items() if name != "mtp_2"}
+           for kind, tree in tiny.variables(cfg).items()}
+  close(tiny.apply(one)(alone, tokens_BT).mtp_logits[0], before[1])
+
+
 def test_mtp_shares_the_trunks_embedding_and_head():
   cfg = dataclasses.replace(DENSE, mtp=model.MTPConfig(depth=1))
   v = tiny.variables(cfg)

@@ -6,6 +6,7 @@ that tokens choose if they choose at random, and of the cache at its mean length
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ import numpy as np
 import model
 from experiments import settings
 from experiments.benchmarks import timing
-from experiments.benchmarks.timing import CallTimer
 from experiments.benchmarks.training.contenders import random_variables
 from experiments.options import Options, writes_results
 from experiments.reports import results
@@ -74,11 +74,11 @@ def main(options: Options) -> None:
   cfg = settings.apply(SCALES[options.scale_of(SCALES)], options.settings,
                        named={"model": get_config})
   variables = random_variables(cfg.model)
-  timers = {}
+  runs = {}
   for shape in cfg.shapes:
     rows, prompt, new = map(int, shape.split("x"))
-    timers |= {(shape, count): _timer(cfg, variables, rows, prompt, count) for count in (1, new)}
-  seconds = timing.alternate(timers, cfg.rounds)
+    runs |= {(shape, count): _run(cfg, variables, rows, prompt, count) for count in (1, new)}
+  seconds = timing.alternate(timing.call_timers(runs, jax.block_until_ready), cfg.rounds)
   result = {"parameters": cfg.model.param_count(), "numerics": cfg.model.numerics.compute,
             "bandwidth": cfg.bandwidth, "share": cfg.share, "cases": [
                 {"shape": shape, "read": seconds[shape, 1],
@@ -92,13 +92,13 @@ def main(options: Options) -> None:
     results.record(options.out, result, summary)
 
 
-def _timer(cfg: DecodeConfig, variables: dict, rows: int, prompt: int, new: int) -> CallTimer:
+def _run(cfg: DecodeConfig, variables: dict, rows: int, prompt: int,
+         new: int) -> Callable[[], model.Generated]:
   prompts = np.random.default_rng(0).integers(
       0, cfg.model.vocab_size, (rows, prompt)).astype(np.int32)
-  return CallTimer(
-      lambda: model.generate(model.Transformer(cfg.model), variables, prompts,
-                             np.full(rows, prompt), max_new_tokens=new, key=jax.random.key(0)),
-      jax.block_until_ready, 0.0)
+  return lambda: model.generate(
+      model.Transformer(cfg.model), variables, prompts, np.full(rows, prompt),
+      max_new_tokens=new, key=jax.random.key(0))
 
 
 def _bytes_of_a_pass(cfg: ModelConfig, rows: int, prompt: int, new: int) -> float:

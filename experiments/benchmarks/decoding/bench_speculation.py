@@ -15,11 +15,11 @@ import model
 from experiments import settings
 from experiments.benchmarks import timing
 from experiments.benchmarks.decoding.models import heldout, loaded_or_trained
-from experiments.benchmarks.timing import CallTimer
 from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim
 from experiments.stats import paired
+from experiments.studies.mtp_runs import spread_prompts
 from model.checks import require, require_positive
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.loading import LoadedModel
@@ -104,17 +104,13 @@ def main(options: Options) -> None:
 
 
 def _prompts(cfg: SpeculationConfig, start: LoadedModel) -> tuple[list[str], np.ndarray]:
-  """Returns beginnings of held-out rows, of each domain in turn, and their domains."""
-  width = cfg.prompt_tokens
-  pieces = {domain: rows.tokens[:, :rows.tokens.shape[1] // width * width].reshape(-1, width)
-            for domain, rows in heldout(cfg.data, start).items()}
+  """Returns the held-out texts that are continued, and their domains."""
   needed = max(cfg.batches)
-  require(sum(map(len, pieces.values())) >= needed,
-          f"batches={cfg.batches} needs {needed} pieces of held-out text of {width} tokens: raise "
-          "data.heldout_bytes, or lower prompt_tokens or batches")
-  found = sorted(((index / len(rows), domain, row) for domain, rows in pieces.items()
-                  for index, row in enumerate(rows)), key=lambda piece: piece[:2])[:needed]
-  return [domain for _, domain, _ in found], np.stack([row for *_, row in found])
+  domains, prompts_BT = spread_prompts(heldout(cfg.data, start), cfg.prompt_tokens, needed)
+  require(len(domains) == needed,
+          f"batches={cfg.batches} needs {needed} pieces of held-out text of {cfg.prompt_tokens} "
+          "tokens: raise data.heldout_bytes, or lower prompt_tokens or batches")
+  return domains, prompts_BT
 
 
 def _measure(cfg: SpeculationConfig, start: LoadedModel, domains: list[str],
@@ -125,13 +121,11 @@ def _measure(cfg: SpeculationConfig, start: LoadedModel, domains: list[str],
          "key": jax.random.key(cfg.train.seed)}
   operands = start.variables, prompts_BT, np.full(batch, length)
   plain = model.Transformer(dataclasses.replace(start.cfg, mtp=None))
-  timers = {_PLAIN: CallTimer(lambda: model.generate(plain, *operands, **how),
-                              jax.block_until_ready, 0.0)}
+  runs = {_PLAIN: lambda: model.generate(plain, *operands, **how)}
   for drafts in cfg.drafts:
-    timers[drafts] = CallTimer(
-        lambda drafts=drafts: model.speculate(
-            model.Transformer(start.cfg), *operands, drafts=drafts, **how),
-        jax.block_until_ready, 0.0)
+    runs[drafts] = lambda drafts=drafts: model.speculate(
+        model.Transformer(start.cfg), *operands, drafts=drafts, **how)
+  timers = timing.call_timers(runs, jax.block_until_ready)
   seconds = timing.alternate(timers, cfg.rounds)
   rows, want = [], np.asarray(timers[_PLAIN].result.tokens_BN)
   for drafts in cfg.drafts:

@@ -18,9 +18,10 @@ V3 = dataclasses.replace(tiny.V3, num_layers=2)
 ONE = dataclasses.replace(
     tiny.PLAIN_MLA, num_layers=1, mtp=model.MTPConfig(depth=1, hidden="pre_norm"))
 GQA = dataclasses.replace(tiny.GQA, mtp=model.MTPConfig(depth=2, concat="embedding_first"))
+HEADS = dataclasses.replace(ONE, mtp=model.MTPConfig(depth=2, form="parallel"))
 NEW = 9
 LENGTHS = np.array([5, 2, 7])
-CASES = [(V3, 2), (ONE, 1), (ONE, 2), (GQA, 2)]
+CASES = [(V3, 2), (ONE, 1), (ONE, 2), (GQA, 2), (HEADS, 2)]
 
 
 def prompts(cfg):
@@ -189,7 +190,9 @@ def test_stop_tokens_and_the_most_new_tokens_end_rows_within_a_pass():
 
 @pytest.mark.parametrize(("cfg", "drafts", "message"), [
     (tiny.GQA, 1, "no MTP modules"), (V3, 3, "at most 2, the model's MTP modules"),
-    (V3, 0, "at least 1"), (ONE, 3, "prompts of at least 3 tokens")])
+    (V3, 0, "at least 1"), (ONE, 3, "prompts of at least 3 tokens"),
+    (HEADS, 3, "at most 2, the model's MTP modules"),
+    (dataclasses.replace(HEADS, mtp=model.MTPConfig(form="parallel")), 2, "at most 1,")])
 def test_drafts_that_a_model_or_prompt_does_not_allow_are_refused(cfg, drafts, message):
   with pytest.raises(ValueError, match=message):
     speculated(cfg, drafts, temperature=0)
