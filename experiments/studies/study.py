@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.stats import Claim
 from experiments.studies.runs import Runs
-from experiments.studies.text_runs import TextRuns
+from experiments.studies.text.text_runs import TextRuns
 
 
 @dataclasses.dataclass(frozen=True)

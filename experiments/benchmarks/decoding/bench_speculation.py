@@ -19,7 +19,7 @@ from experiments.options import Options, writes_results
 from experiments.reports import results
 from experiments.reports.summary import backend, bench_summary, claim
 from experiments.stats import paired
-from experiments.studies.mtp_runs import spread_prompts
+from experiments.studies.text.mtp_runs import spread_prompts
 from model.checks import require, require_positive
 from train.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.loading import LoadedModel

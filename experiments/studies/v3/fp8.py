@@ -23,8 +23,8 @@ import math
 
 import model
 from experiments.stats import Claim
-from experiments.studies.precision_runs import PrecisionRuns
 from experiments.studies.study import Arm, Comparison, Scale, Study
+from experiments.studies.text.precision_runs import PrecisionRuns
 from train.config import BalanceConfig, DataConfig, RunConfig, TrainConfig
 
 # The rate with which the committed results were made.

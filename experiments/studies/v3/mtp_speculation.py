@@ -18,8 +18,8 @@ import dataclasses
 
 import model
 from experiments.stats import Claim
-from experiments.studies.mtp_runs import MTPRuns
 from experiments.studies.study import Arm, Comparison, Scale, Study
+from experiments.studies.text.mtp_runs import MTPRuns
 from experiments.studies.v3.load_balancing import REAL_DOMAINS, gpu_model
 from train.config import DataConfig, RunConfig, TrainConfig
 

@@ -15,7 +15,7 @@ from experiments.studies.judging import rules
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Score, Task
 from experiments.studies.study import Arm, Comparison, Scale, Study
-from experiments.studies.text_runs import TextRuns
+from experiments.studies.text.text_runs import TextRuns
 from train.config import DataConfig, RunConfig, Source
 from train.loop import TrainingError
 

@@ -19,7 +19,7 @@ from experiments.studies.judging.comparing import compare, corrected, without_an
 from experiments.studies.runner import Runner, execute
 from experiments.studies.runs import Task
 from experiments.studies.study import Arm, Comparison, Scale, Study
-from experiments.studies.text_runs import TextRuns
+from experiments.studies.text.text_runs import TextRuns
 from experiments.studies.v3 import load_balancing
 from train.config import DataConfig, RunConfig, Source
 

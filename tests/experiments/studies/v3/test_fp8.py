@@ -9,7 +9,7 @@ import pytest
 
 import model
 from experiments import settings
-from experiments.studies import precision_runs
+from experiments.studies.text import precision_runs
 from experiments.studies.v3 import fp8
 from pallas_kernels import RECIPES, implementations
 

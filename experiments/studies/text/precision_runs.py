@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from experiments.stats import paired
 from experiments.studies.runs import Task
-from experiments.studies.text_runs import TextRuns, banded
+from experiments.studies.text.text_runs import TextRuns, banded
 from train.run_folder import RunFolder
 
 _BASELINE = "bf16"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.studies import specialisation
+from experiments.studies.text import specialisation
 
 
 @pytest.mark.parametrize(("loads", "nats"), [

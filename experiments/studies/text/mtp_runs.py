@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import model
-from experiments.studies.text_runs import TextRuns, banded
+from experiments.studies.text.text_runs import TextRuns, banded
 from train.config import RunConfig
 from train.data import HeldOut
 from train.loop import Result

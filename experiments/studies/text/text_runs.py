@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments.studies import specialisation
 from experiments.studies.runs import Score, Task, binned_curve
+from experiments.studies.text import specialisation
 from model.checks import require
 from train.config import TOKENIZERS, RunConfig
 from train.config_io import to_dict

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.studies import text_runs
+from experiments.studies.text import text_runs
 
 
 def run(seed: int, losses: list[float]) -> dict:

@@ -8,7 +8,7 @@ import pytest
 
 import model
 from experiments import settings
-from experiments.studies import mtp_runs
+from experiments.studies.text import mtp_runs
 from experiments.studies.v3 import mtp_speculation
 from train.data import HeldOut
 
