@@ -23,49 +23,6 @@ _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 64
 _FIRST, _TWO = 1, 2  # numbers of drafts
 
 
-class MTPRuns(TextRuns):
-  """Runs that train on text with MTP modules, with metrics of their drafts.
-
-  Their metrics are those of `TextRuns`, of `agreement` and of `acceptance`, and "agreement_gain",
-  the agreement after training minus that at the first evaluation during it.
-  """
-
-  measuring: ClassVar = (*TextRuns.measuring, mtp_mask, model.generate, model.speculate)
-
-  def _measure(self, cfg: RunConfig, result: Result, run: int | None) -> dict[str, float]:
-    variables = result.state.variables
-    if run is not None:
-      variables = jax.tree.map(lambda x: x[run], variables)
-    metrics = super()._measure(cfg, result, run)
-    metrics |= agreement(cfg.model, variables, self.data.heldout)
-    metrics |= acceptance(cfg.model, variables, self.data.heldout)
-    during = [value for step, value in _agreement_curve(result, run) if step]
-    if len(during) > 1:
-      metrics["agreement_gain"] = during[-1] - during[0]
-    return metrics
-
-  def _curves(self, result: Result, run: int | None) -> dict[str, list[list[float]]]:
-    return super()._curves(result, run) | {"agreement_curve": _agreement_curve(result, run)}
-
-  def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    parts = super().report_parts(runs)
-    curves = {arm: banded([step for step, _ in by_seed[0]["agreement_curve"]],
-                          [[value for _, value in run["agreement_curve"]] for run in by_seed])
-              for arm, by_seed in runs.items() if by_seed}
-    if not curves:
-      return parts
-    return parts | {"panels": [*parts["panels"], {
-        "name": "agreement", "caption": "Agreement of the first module with the model, in training",
-        "curves": {"fraction of held-out tokens": curves},
-        "note": "Lines are means over seeds, bands go from the lowest to the highest."}]}
-
-
-def _agreement_curve(result: Result, run: int | None) -> list[list[float]]:
-  """Returns [step, agreement of the first module] of every evaluation."""
-  return [[e["step"], e["mtp_acceptance"] if run is None else e["per_seed"]["mtp_acceptance"][run]]
-          for e in result.evaluations]
-
-
 def agreement(cfg: model.ModelConfig, variables: dict,
               heldout: Mapping[str, HeldOut]) -> dict[str, float]:
   """Returns how often the first module predicts the model's own likeliest token on held-out text.
@@ -176,3 +133,47 @@ def spread_prompts(heldout: Mapping[str, HeldOut], width: int,
   found = sorted(((index / len(rows), domain, row) for domain, rows in pieces.items()
                   for index, row in enumerate(rows)), key=lambda piece: piece[:2])[:count]
   return [domain for _, domain, _ in found], np.stack([row for *_, row in found])
+
+
+class MTPRuns(TextRuns):
+  """Runs that train on text with MTP modules, with metrics of their drafts.
+
+  Their metrics are those of `TextRuns`, of `agreement` and of `acceptance`, and "agreement_gain",
+  the agreement after training minus that at the first evaluation during it.
+  """
+
+  measuring: ClassVar = (*TextRuns.measuring, mtp_mask, agreement, _predictions, acceptance,
+                         spread_prompts)
+
+  def _measure(self, cfg: RunConfig, result: Result, run: int | None) -> dict[str, float]:
+    variables = result.state.variables
+    if run is not None:
+      variables = jax.tree.map(lambda x: x[run], variables)
+    metrics = super()._measure(cfg, result, run)
+    metrics |= agreement(cfg.model, variables, self.data.heldout)
+    metrics |= acceptance(cfg.model, variables, self.data.heldout)
+    during = [value for step, value in _agreement_curve(result, run) if step]
+    if len(during) > 1:
+      metrics["agreement_gain"] = during[-1] - during[0]
+    return metrics
+
+  def _curves(self, result: Result, run: int | None) -> dict[str, list[list[float]]]:
+    return super()._curves(result, run) | {"agreement_curve": _agreement_curve(result, run)}
+
+  def report_parts(self, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    parts = super().report_parts(runs)
+    curves = {arm: banded([step for step, _ in by_seed[0]["agreement_curve"]],
+                          [[value for _, value in run["agreement_curve"]] for run in by_seed])
+              for arm, by_seed in runs.items() if by_seed}
+    if not curves:
+      return parts
+    return parts | {"panels": [*parts["panels"], {
+        "name": "agreement", "caption": "Agreement of the first module with the model, in training",
+        "curves": {"fraction of held-out tokens": curves},
+        "note": "Lines are means over seeds, bands go from the lowest to the highest."}]}
+
+
+def _agreement_curve(result: Result, run: int | None) -> list[list[float]]:
+  """Returns [step, agreement of the first module] of every evaluation."""
+  return [[e["step"], e["mtp_acceptance"] if run is None else e["per_seed"]["mtp_acceptance"][run]]
+          for e in result.evaluations]
