@@ -12,10 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from model.blockwise import Visibility, blockwise_attention
 from model.config import ModelConfig
 from model.decoding.cache import Cache
 from model.layers import RMSNorm, bias, weight
 from model.rope import rotate
+
+IMPLEMENTATIONS = ("xla", "blockwise", "cudnn")
+_MANY_PAIRS = 2**18  # of a query and a key, of a head, from which on blocks are faster on CPUs
+_MANY_BYTES = 2**31  # of attention weights
 
 
 @flax.struct.dataclass
@@ -63,9 +68,10 @@ def attend(
     context: says which slots are visible to which token.
     scale: multiplies the scores.
     cfg: gives the numerics.
-    implementation: "xla", which holds the attention weights of all pairs of tokens; "cudnn", which
-      does not; None for cuDNN where it supports the device and the operands, else "xla". The device
-      is this process's first one, while tracing.
+    implementation: "xla", which holds the attention weights of all pairs of tokens; "blockwise"
+      (`model.blockwise`) or "cudnn", which do not; None for cuDNN where it supports the device and
+      the operands, else "blockwise" where that is faster or the weights would take much memory,
+      else "xla". The device is this process's first one, while tracing.
 
   Returns:
     [B, T, H, V].
@@ -74,15 +80,28 @@ def attend(
     ValueError: if there is no such implementation, or if "cudnn" is named and does not support the
       device or the operands.
   """
-  if implementation not in (None, "xla", "cudnn"):
-    raise ValueError(f"attention has no implementation {implementation!r}; there are: xla, cudnn")
-  if implementation != "xla":
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(f"attention has no implementation {implementation!r}; there are: "
+                     f"{', '.join(IMPLEMENTATIONS)}")
+  if implementation in (None, "cudnn"):
     reason = _cudnn_unsupported_reason(max(q_BTHK.shape[-1], v_BSGV.shape[-1]), context, cfg)
     if not reason:
       return _cudnn(q_BTHK, k_BSGK, v_BSGV, scale, cfg)
     if implementation:
-      raise ValueError(f"attention by cuDNN {reason}; use 'xla', or None to choose automatically")
+      raise ValueError(f"attention by cuDNN {reason}; use 'xla' or 'blockwise', or None to choose "
+                       "automatically")
+    implementation = "blockwise" if _many_pairs(q_BTHK, k_BSGK) else "xla"
+  if implementation == "blockwise":
+    return _blockwise(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg)
   return checkpoint_name(_xla(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg), "attention")
+
+
+def _many_pairs(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
+  """Whether blocks are faster than the weights of all pairs (CPUs), or these take much memory."""
+  batch, queries, heads, _ = q_BTHK.shape
+  if jax.default_backend() == "cpu":
+    return queries * k_BSGK.shape[1] >= _MANY_PAIRS
+  return 4 * batch * heads * queries * k_BSGK.shape[1] >= _MANY_BYTES
 
 
 def _cudnn_unsupported_reason(width: int, context: Context, cfg: ModelConfig) -> str | None:
@@ -137,6 +156,18 @@ def is_fused_forward(primitive: Any, *_: Any, **__: Any) -> bool:
   backward pass reads.
   """
   return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def _blockwise(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg):
+  batch, num_tokens, heads, _ = q_BTHK.shape
+  groups = k_BSGK.shape[2]
+  q, k, v = (x.astype(cfg.numerics.compute_dtype) for x in (q_BTHK, k_BSGK, v_BSGV))
+  slots_BT = jnp.broadcast_to(context.slots_BT, (batch, num_tokens))
+  segments = context.segment_ids_BT
+  out = blockwise_attention(
+      q.reshape(batch, num_tokens, groups, heads // groups, -1), k, v,
+      Visibility(slots_BT, segments, segments), scale=scale, numerics=cfg.numerics)
+  return out.reshape(batch, num_tokens, heads, -1)
 
 
 def _xla(q_BTHK, k_BSGK, v_BSGV, context, scale, cfg):

@@ -59,7 +59,7 @@ class SamplingConfig:
   max_completion_length: int = 96
   slots: int | None = None
   drafts: int = 0
-  cache_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None
+  cache_dtype: Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"] | None = None
 
   def __post_init__(self):
     require_positive(self, "num_prompts", "num_generations", "temperature", "max_prompt_length",

@@ -309,8 +309,8 @@ class TrainConfig:
     max_skipped_steps: how many steps may be skipped because their loss or gradient is not finite;
       one more stops the run.
     remat: which activations the backward pass recomputes: a key of `model.REMAT`.
-    attend: implementation of attention: "xla", "cudnn", or None for the fastest on this hardware;
-      see `model.attention.attend`.
+    attend: implementation of attention: "xla", "blockwise", "cudnn", or None for the fastest on
+      this hardware; see `model.attention.attend`.
     unroll: layers per iteration of the loop over layers, compiled one after another; on a CPU,
       unrolling makes the steps of a shallow model 10 % faster, but compilation slower.
     log_to: trackers to which metrics are sent besides `metrics.jsonl`, some of "tensorboard",
@@ -332,7 +332,7 @@ class TrainConfig:
   keep_checkpoints: int = 2
   max_skipped_steps: int = 10
   remat: Literal["none", "v3", "dots", "full"] = "none"
-  attend: Literal["xla", "cudnn"] | None = None
+  attend: Literal["xla", "blockwise", "cudnn"] | None = None
   unroll: int = 1
   log_to: tuple[str, ...] = ("tensorboard",)
 

@@ -42,6 +42,7 @@ class EvaluateConfig:
     long_prompts: whether a longer one is an "error" or its question is left out, "skip".
     max_completion_length: number of tokens after which a completion is truncated.
     slots: number of completions that are decoded at a time.
+    cache_dtype: format of the cache; None for the format that the model computes in.
     seed: seed of the sampling.
     tokenizer: path of a tokenizer.json, for folders without one.
   """
@@ -60,6 +61,7 @@ class EvaluateConfig:
   long_prompts: Literal["error", "skip"] = "error"
   max_completion_length: int = 128
   slots: int = 256
+  cache_dtype: Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"] | None = None
   seed: int = 0
   tokenizer: str | None = None
 
@@ -96,7 +98,7 @@ def main(options: Options) -> None:
       sampling=SamplingConfig(
           num_prompts=pairs, num_generations=2, max_prompt_length=cfg.max_prompt_length,
           long_prompts=cfg.long_prompts, max_completion_length=cfg.max_completion_length,
-          slots=cfg.slots))
+          slots=cfg.slots, cache_dtype=cfg.cache_dtype))
   start = load_model(cfg.checkpoint)
   tokenizer = start.tokenizer(cfg.tokenizer)
   found, drawn = evaluate(

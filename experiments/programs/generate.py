@@ -73,7 +73,7 @@ class GenerateConfig:
   min_p: float = 0.0
   seed: int = 0
   drafts: int = 0
-  cache_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = None
+  cache_dtype: Literal["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"] | None = None
   tokenizer: str | None = None
 
   def __post_init__(self):

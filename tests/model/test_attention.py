@@ -114,7 +114,7 @@ def test_without_a_gpu_cudnn_is_refused(monkeypatch):
   q = heads(0, 16, 2, 16)
   with pytest.raises(ValueError, match="needs an NVIDIA GPU, and this is cpu"):
     attend(q, q, q, context(16), 1.0, BF16["v3"], "cudnn")
-  with pytest.raises(ValueError, match="no implementation 'flash'; there are: xla, cudnn"):
+  with pytest.raises(ValueError, match="no implementation 'flash'; there are: xla, blockwise"):
     attend(q, q, q, context(16), 1.0, BF16["v3"], "flash")
 
 

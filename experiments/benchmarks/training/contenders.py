@@ -92,7 +92,7 @@ class BenchConfig:
   batch_size: int
   optimizer: OptimizerConfig
   remat: Literal["none", "v3", "dots", "full"] = "none"
-  attend: Literal["xla", "cudnn"] | None = None
+  attend: Literal["xla", "blockwise", "cudnn"] | None = None
   unroll: int | None = None
 
   @property
