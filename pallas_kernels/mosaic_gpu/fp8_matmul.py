@@ -2,7 +2,8 @@
 
 A result of many tiles is dealt to multiprocessors tile by tile. Tiles of a last round that leaves
 many multiprocessors idle, or all tiles if they are few, are summed in parts by several
-multiprocessors each. For few rows the transpose of the result is computed.
+multiprocessors each; few tiles by equally many each, if that leaves few idle. For few rows the
+transpose of the result is computed.
 
 Shape letters:  M, N rows of the operands  K contracted width  P parts of a tile
 """
@@ -89,7 +90,10 @@ class _Cut(NamedTuple):
     whole = tuple(start or size for start, size in zip(first, grid, strict=True))
     rest = tuple(size - start for start, size in zip(first, grid, strict=True))
     most = math.prod(rest) * (blocks if tiling.shared else min(blocks, MOST_PARTS))
-    return cls(whole, first, rest, blocks, programs, min(programs, most))
+    sharing = min(programs, most)
+    if tiling.shared:
+      programs = sharing = schedule.sharers(math.prod(rest), blocks, sharing)
+    return cls(whole, first, rest, blocks, programs, sharing)
 
   @property
   def most_parts(self) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.mosaic_gpu import schedule
 from pallas_kernels.mosaic_gpu.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS
 from pallas_kernels.quantized import BLOCK, Quantized
 
@@ -44,8 +45,8 @@ class Tiling:
     cluster, cluster_m: thread blocks in a cluster along N and along M, each 1, 2 or 4. Blocks along
       N have the same rows of lhs, and blocks along M the same rows of rhs: each is fetched once and
       multicast to them. Grouped products have clusters along N only.
-    shared: whether several multiprocessors may sum parts of a tile, for results of few tiles. Each
-      then has the same number of blocks of 128 of K, and the parts are added afterwards.
+    shared: whether several multiprocessors may sum parts of a tile, for results of few tiles; see
+      `schedule.sharers`. The parts are added afterwards.
     share_last: whether several multiprocessors sum parts of the tiles that are left after as many
       whole rounds of tiles as there are. The parts are added afterwards, too.
     swapped: whether the transpose of the result is computed, rhs @ lhs.T, for an lhs of few rows:
@@ -129,7 +130,8 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
               * _microseconds(width, (1, 1), m, n, k) for width in _MICROSECONDS}
   if m <= _CLUSTERED_ROWS:
     expected |= {tiling(width, *clusters): _microseconds(width, clusters, m, n, k)
-                 for width, worthwhile in _CLUSTERS.items() for clusters in worthwhile}
+                 for width, worthwhile in _CLUSTERS.items() for clusters in worthwhile
+                 if m > BLOCK or width == BLOCK}
   if BLOCK < m <= 256:
     expected[Tiling(block_m=256, depth=1)] = _tall_microseconds(n, k)
   shared_last = {dataclasses.replace(tiling(width), share_last=True):
@@ -137,22 +139,32 @@ def dense_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Til
   if min(shared_last.values()) < 0.97 * min(expected.values()):
     expected = shared_last
   best = min(expected, key=expected.get)
-  if BLOCK < m <= 160 and _swapped_microseconds(m, n, k) < expected[best]:
-    return _fill(Tiling(block_n=160, depth=1, shared=True, swapped=True), jnp.float32)
-  if _shared_microseconds(m, n, k) < 0.9 * expected[best]:
-    return _fill(Tiling(shared=True), jnp.float32)
-  return _fill(best, dtype)
+  widths = () if m <= 96 else (BLOCK,) if m <= BLOCK else (BLOCK, 192)
+  shared = {_fill(dataclasses.replace(tiling(width), shared=True), jnp.float32):
+            _shared_microseconds(width, m, n, k) for width in widths}
+  if m <= _SWAPPED_ROWS:
+    shared[_swapped_tiling(m)] = (1.05 if m <= BLOCK else 1.0) * _swapped_microseconds(m, n, k)
+  fastest = min(shared, key=shared.get)
+  return fastest if shared[fastest] < expected[best] else _fill(best, dtype)
 
 
 def _few_rows_tiling(dtype: jnp.dtype, vectors: bool, m: int, n: int, k: int) -> Tiling:
   """Returns `dense_tiling` for products of few rows, most of whose time goes into reading rhs."""
-  swapped = Tiling(block_n=32 if m <= 32 else 64, shared=True, swapped=True)
-  expected = {_fill(swapped, jnp.float32): _swapped_microseconds(m, n, k)}
+  expected = {_swapped_tiling(m): _swapped_microseconds(m, n, k)}
   if not vectors:
     for width in _DIRECT_MICROSECONDS:
       tiling = Tiling(block_n=width, cluster=2 if width == BLOCK else 1)
       expected[_fill(tiling, dtype)] = _direct_microseconds(width, n, k)
   return min(expected, key=expected.get)
+
+
+def _swapped_tiling(m: int) -> Tiling:
+  """Returns the tiling of a product with swapped operands, for at most 160 rows."""
+  # Tiles of 128 columns and a depth of 2 were slow: 15 blocks of K took 23 us, where 13 took 14
+  # with 160 columns and a depth of 1.
+  width = next(width for width in (32, 64, 96, 160) if m <= width)
+  return _fill(Tiling(block_n=width, depth=2 if width < BLOCK else 1, shared=True, swapped=True),
+               jnp.float32)
 
 
 def grouped_tiling(dtype: jnp.dtype, n: int) -> Tiling:
@@ -176,21 +188,34 @@ def gradient_tiling(dtype: jnp.dtype, groups: int, k: int, n: int) -> Tiling:
   return _fill(Tiling(block_m=128 if short else 256, depth=1), dtype)
 
 
-_FEW_ROWS = 64
+_FEW_ROWS, _SWAPPED_ROWS = 64, 160
 MOST_PARTS = 6  # of a tile of the last round; each is written and read again
 # By the columns of a tile of 128 rows: microseconds before the first round of tiles on all
 # multiprocessors, for each round, and for each block of 128 of K in a round. Fitted to 60 shapes of
 # 65 to 16384 rows.
 _MICROSECONDS = {32: (2.3, 0.1, 0.257), 64: (2.5, 0.1, 0.325), 96: (3.5, 0.3, 0.38),
                  128: (3.0, 0.45, 0.42), 192: (2.5, 0.55, 0.63)}
+# For at most 128 rows, whose products take as long as it takes to read rhs: microseconds of a block
+# of K for each tile of the round, if that is more than the tile's own time. By the columns of a
+# tile; and with 128 columns by the thread blocks of a cluster. Fitted to 24 shapes.
+_READING_MICROSECONDS = {32: 0.0028, 64: 0.0033, 96: 0.0035, 128: 0.0055, 192: 0.0071}
+_CLUSTERS_READING_MICROSECONDS = {1: 0.0055, 2: 0.0048, 4: 0.0047}
 # For at most 64 rows, by the columns of a tile: microseconds before the first round, and for each
-# block of 128 of K in a round. The latter is a tile's own time or, if more, the time that memory
-# needs, which is the third number for each tile of the round. Fitted to 78 shapes, as was
-# `_swapped_microseconds`.
-_DIRECT_MICROSECONDS = {32: (2.2, 0.195, 0.0043), 64: (1.6, 0.27, 0.0055),
-                        128: (3.0, 0.32, 0.0058)}
+# block of 128 of K in a round. The latter is a tile's own time, the second number, or if more the
+# third number and, for each tile of the round, the fourth. Fitted to 27 shapes, and 78 before.
+_DIRECT_MICROSECONDS = {32: (2.6, 0.195, 0.0, 0.0043), 64: (2.3, 0.19, 0.09, 0.0047),
+                        128: (3.45, 0.295, 0.0, 0.0058)}
+# With swapped operands, by the most rows: microseconds where all tiles have equally many parts, and
+# otherwise; and those of a block of K, which are no less than what it takes to read rhs. Fitted to
+# 25 shapes with equally many parts, and 97 others.
+_SWAPPED_MICROSECONDS = {32: (3.5, 4.3, 0.4), 64: (4.0, 5.2, 0.4), 96: (5.3, 8.0, 0.4),
+                         160: (5.3, 9.5, 0.78)}
+_READING_BY_ALL = 0.584  # microseconds in which all multiprocessors read 128 x 128 of rhs each
+# With shared tiles of 128 rows, by their columns: microseconds, and those of a block of K, where
+# all tiles have equally many parts; and the same otherwise. Fitted to 31 and 24 shapes.
+_SHARED_MICROSECONDS = {128: ((5.9, 0.44), (9.5, 0.42)), 192: ((5.9, 0.63), (10.5, 0.63))}
 # By the columns of a tile: clusters of thread blocks along M and N that are worth their cost.
-_CLUSTERS = {128: ((1, 2), (2, 2), (1, 4)), 192: ((1, 2), (2, 2))}
+_CLUSTERS = {128: ((1, 2), (1, 4), (2, 2)), 192: ((1, 2), (2, 2))}
 # With more rows clusters gain little, and one product of 1216 rows took a quarter longer.
 _CLUSTERED_ROWS = 1024
 
@@ -234,16 +259,33 @@ def first_of_last_round(grid: tuple[int, int], programs: int) -> tuple[int, int]
 def _microseconds(width: int, clusters: tuple[int, int], m: int, n: int, k: int) -> float:
   """Returns the expected time with tiles of 128 rows and `width` columns, in these clusters."""
   start, per_round, per_block = _MICROSECONDS[width]
-  tiles_m, tiles_n = pl.cdiv(m, 128), pl.cdiv(n, width)
-  groups = math.prod(pl.cdiv(tiles, size)
-                     for tiles, size in zip((tiles_m, tiles_n), clusters, strict=True))
-  size = math.prod(clusters)
-  rounds = pl.cdiv(groups, clusters_at_once(size))
-  slower = {1: 1.0, 2: 0.98 if tiles_m > 1 and rounds > 1 else 1.03, 4: 1.08}[size]
+  grid = pl.cdiv(m, 128), pl.cdiv(n, width)
+  tiles, size = math.prod(grid), math.prod(clusters)
+  groups = math.prod(map(pl.cdiv, grid, clusters))
+  at_once = clusters_at_once(size)
+  rounds = pl.cdiv(groups, at_once)
+  if width <= 64 and tiles <= MULTIPROCESSORS // 2:
+    per_block *= 0.87  # the idle half leaves them memory and L2
+  if grid[0] == 1:
+    return (start + 0.5 * (size > 1) + rounds * per_round + pl.cdiv(k, BLOCK) * sum(
+        max(per_block * (1.03 if size > 1 else 1.0), _reading_microseconds(width, size, count))
+        for count in (min(at_once, groups - done) for done in range(0, groups, at_once))))
+  slower = {1: 1.0, 2: 1.03, 4: 1.08}[size]
+  if size == 2 and rounds > 1:
+    slower = 0.98
+  elif size == 2 and width == BLOCK and tiles >= 100 and k >= 4096:
+    slower = 0.97
   if width > BLOCK and size > 1:  # each of which fetches more for the same rows
     slower *= 0.95
-  slower *= _drift(m, tiles_m * tiles_n, size)
+  slower *= _drift(m, tiles, size, most=60 if width in (96, BLOCK) else 100)
   return start + rounds * (per_round + slower * per_block * pl.cdiv(k, BLOCK))
+
+
+def _reading_microseconds(width: int, cluster: int, clusters: int = 0) -> float:
+  """Returns the time in which so many clusters, or all multiprocessors, read a block of K each."""
+  each = (_CLUSTERS_READING_MICROSECONDS[cluster] if width == BLOCK
+          else _READING_MICROSECONDS[width])
+  return each * cluster * (clusters or MULTIPROCESSORS)
 
 
 def _tall_microseconds(n: int, k: int) -> float:
@@ -251,14 +293,14 @@ def _tall_microseconds(n: int, k: int) -> float:
   return 3.5 + 0.85 * pl.cdiv(k, BLOCK) * pl.cdiv(pl.cdiv(n, 128), MULTIPROCESSORS)
 
 
-def _drift(m: int, tiles: int, cluster: int) -> float:
+def _drift(m: int, tiles: int, cluster: int, most: int = 100) -> float:
   """Returns how much longer tiles take where some have rows for one of two warpgroups only.
 
   Those take less time than the others. Multiprocessors then drift apart, and fetch weights from
-  memory again; clusters keep them together.
+  memory again; clusters keep them together. Up to `most` tiles showed nothing of it.
   """
   tiles_m = pl.cdiv(m, 128)
-  if tiles_m == 1 or not 0 < m % 128 <= ROWS or tiles <= 100:
+  if tiles_m == 1 or not 0 < m % 128 <= ROWS or tiles <= most:
     return 1.0
   return 1 + {1: 2.0, 2: 0.7, 4: 0.1}[cluster] / tiles_m**2
 
@@ -266,37 +308,55 @@ def _drift(m: int, tiles: int, cluster: int) -> float:
 def _swapped_microseconds(m: int, n: int, k: int) -> float:
   """Returns the expected time of a swapped product, including the sum of the parts of its tiles.
 
-  It has one tile of the transpose for each 128 columns: m is at most 64, or 129 to 160.
+  It has one tile of the transpose for each 128 columns: m is at most 160.
   """
-  most, parts = _shares(pl.cdiv(n, 128), k)
-  start, per_block = (4.2, 0.584) if m <= 32 else (5.1, 0.584) if m <= 64 else (9.5, 0.78)
-  return start + per_block * most + 0.2e-6 * parts * m * n * 4
+  even_start, start, own = next(
+      fitted for rows, fitted in _SWAPPED_MICROSECONDS.items() if m <= rows)
+  most, parts, programs, even = _shares(pl.cdiv(n, 128), k)
+  per_block = max(own, _READING_BY_ALL * programs / MULTIPROCESSORS)
+  per_part = 0.12 if even and 8 < m <= _FEW_ROWS else 0.0  # of the sum and its transposition
+  return ((even_start if even else start) + per_block * most
+          + parts * (per_part + 0.2e-6 * m * n * 4))
 
 
-def _shares(tiles: int, k: int, programs: int = MULTIPROCESSORS) -> tuple[int, int]:
-  """Returns the blocks of K that a program sums of shared tiles, and the parts of a tile.
+def _shares(tiles: int, k: int) -> tuple[int, int, int, bool]:
+  """Returns what programs have to do where all tiles are shared.
 
-  Both are the most that any has.
+  Returns:
+    The blocks of K that a program sums, and the parts of a tile: the most that any has. The number
+    of programs, and whether all tiles have equally many parts.
   """
   blocks = pl.cdiv(k, BLOCK)
+  programs = schedule.sharers(tiles, blocks, min(MULTIPROCESSORS, tiles * blocks))
   most = pl.cdiv(tiles * blocks, programs)
-  return most, pl.cdiv(blocks, most) + 1
+  if programs % tiles:
+    return most, pl.cdiv(blocks, most) + 1, programs, False
+  return pl.cdiv(blocks, programs // tiles), programs // tiles, programs, True
 
 
 def _direct_microseconds(width: int, n: int, k: int) -> float:
   """Returns the expected time of a product of one row of tiles that are not shared."""
-  start, per_block, per_tile = _DIRECT_MICROSECONDS[width]
-  start += 0.4 if k > 12 * BLOCK else 0  # by then the ring has been filled, and loads wait
+  start, own, before, per_tile = _DIRECT_MICROSECONDS[width]
   rounds, left = divmod(pl.cdiv(n, width), MULTIPROCESSORS)
-  round_of = lambda tiles: max(per_block, per_tile * tiles) if tiles else 0
+  round_of = lambda tiles: max(own, before + per_tile * tiles) if tiles else 0
   return start + pl.cdiv(k, BLOCK) * (rounds * round_of(MULTIPROCESSORS) + round_of(left))
 
 
-def _shared_microseconds(m: int, n: int, k: int) -> float:
-  """Returns the expected time with shared tiles of 128 x 128, including the sum of their parts."""
-  tiles = pl.cdiv(m, 128) * pl.cdiv(n, 128)
-  most, parts = _shares(tiles, k)
-  return 9.5 + 0.42 * _drift(m, tiles, 1) * most + parts * m * n * 4 / 2e6
+def _shared_microseconds(width: int, m: int, n: int, k: int) -> float:
+  """Returns the expected time with shared tiles of 128 rows, including the sum of their parts.
+
+  It is 3 % more than the fit where all tiles have equally many parts, and 10 % otherwise, as far as
+  the fit may err: other tilings are taken unless these gain more.
+  """
+  tiles = pl.cdiv(m, 128) * pl.cdiv(n, width)
+  most, parts, programs, even = _shares(tiles, k)
+  start, per_block = _SHARED_MICROSECONDS[width][0 if even else 1]
+  if m <= BLOCK:
+    per_block = max(per_block, _READING_BY_ALL * programs / MULTIPROCESSORS)
+  if even:
+    return 1.03 * (start + per_block * most + parts * m * n * 4 / 5e6)
+  rate = 2e6 if width == BLOCK else 5e6  # bytes of the parts, a microsecond
+  return 1.1 * (start + per_block * _drift(m, tiles, 1) * most + parts * m * n * 4 / rate)
 
 
 def _shared_last_microseconds(width: int, m: int, n: int, k: int) -> float:
@@ -305,14 +365,18 @@ def _shared_last_microseconds(width: int, m: int, n: int, k: int) -> float:
   It includes the sum of the last tiles' parts. Fitted to 30 shapes.
   """
   start, per_round, per_block = _MICROSECONDS[width]
+  if m <= BLOCK:
+    per_block = max(per_block, _reading_microseconds(width, 1))
   grid = pl.cdiv(m, 128), pl.cdiv(n, width)
   first = first_of_last_round(grid, MULTIPROCESSORS)
   rest = math.prod(size - start for size, start in zip(grid, first, strict=True))
   rounds = pl.cdiv(math.prod(grid) - rest, MULTIPROCESSORS)
   if not rest or not 1 <= rounds <= 8:  # after many rounds multiprocessors have drifted apart
     return math.inf
-  most, parts = _shares(rest, k, min(MULTIPROCESSORS, rest * MOST_PARTS))
-  time = (start + 5 + rounds * (per_round + per_block * pl.cdiv(k, BLOCK)) + per_block * most
+  blocks = pl.cdiv(k, BLOCK)
+  most = pl.cdiv(rest * blocks, min(MULTIPROCESSORS, rest * MOST_PARTS))
+  parts = pl.cdiv(blocks, most) + 1
+  time = (start + 5 + rounds * (per_round + per_block * blocks) + per_block * most
           + parts * rest * 128 * width * 4 / 2.5e6)
   return time if width == BLOCK else 0.98 * time
 

@@ -186,6 +186,27 @@ def share[Carry](
   return lax.fori_loop(lax.div(begin, blocks), last + 1, turn, carry)
 
 
+_MOST_MORE = 8  # blocks
+
+
+def sharers(num_tiles: int, blocks: int, programs: int) -> int:
+  """Returns how many of the programs should share the blocks of all tiles; see `share`.
+
+  With equally many programs for each tile, a program sums and writes a part of one tile only, and
+  all tiles have equally many parts. On an H200 that gained 1 to 5 us of 10 to 30, and 0.2 to 1 of 5
+  to 7 with 64 rows or less, although the programs that are left over idle and the others sum more
+  blocks each. With 11 blocks more it was the faster way once, and the slower one once.
+
+  Args:
+    num_tiles, blocks: see `share`.
+    programs: the most that there may be.
+  """
+  each = programs // num_tiles
+  if each < 2 or -(-blocks // each) > -(-num_tiles * blocks // programs) + _MOST_MORE:
+    return programs
+  return each * num_tiles
+
+
 def most_parts(num_tiles: int, blocks: int, programs: int) -> int:
   """Returns the largest number of parts into which `share` divides a tile."""
   program = lambda block: ((block + 1) * programs - 1) // (num_tiles * blocks)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Quantized, dequantize, fp8_matmul, implementations, quantize
 from pallas_kernels.mosaic_gpu import fp8_matmul as kernel
-from pallas_kernels.mosaic_gpu import fp8_tiling
+from pallas_kernels.mosaic_gpu import fp8_tiling, schedule
 from pallas_kernels.mosaic_gpu import hopper as hopper_module
 from pallas_kernels.quantized import error, round_to
 
@@ -102,7 +102,8 @@ def test_few_rows_and_shared_tiles_lower(shape, tile):
 
 @pytest.mark.parametrize(("shape", "swapped"), [
     ((20, 18432, 7168), True), ((63, 18432, 7168), True), ((7, 512, 7168), True),
-    ((63, 13952, 2048), False), ((33, 1664, 1280), False), ((7, 1024, 512), False)])
+    ((63, 13952, 2048), False), ((33, 1664, 1280), False), ((7, 1024, 512), False),
+    ((2, 4032, 1408), True), ((17, 4416, 1792), True), ((15, 1664, 2048), False)])
 def test_few_rows_take_the_tiling_that_was_measured_to_be_faster(shape, swapped):
   tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
   assert tiling.swapped is swapped and tiling.shared is swapped
@@ -111,11 +112,32 @@ def test_few_rows_take_the_tiling_that_was_measured_to_be_faster(shape, swapped)
 @pytest.mark.parametrize(("shape", "taken"), [
     ((136, 11904, 13056), {"swapped": True, "block_n": 160}),
     ((180, 16384, 8192), {"block_m": 256, "shared": False}),
-    ((256, 7168, 16384), {"block_m": 128})])
+    ((256, 7168, 16384), {"block_m": 128}),
+    ((72, 6848, 5248), {"swapped": True, "block_n": 96}),
+    ((76, 13952, 11520), {"cluster": 4, "shared": False})])
 def test_up_to_256_rows_of_large_weights_read_them_once(shape, taken):
   tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
   assert {name: getattr(tiling, name) for name in taken} == taken
   lower(*shape)
+
+
+@pytest.mark.parametrize(("shape", "width"), [
+    ((404, 576, 10240), 192), ((552, 1728, 9472), 192), ((616, 1024, 8576), 128),
+    ((708, 1984, 5632), None), ((1388, 640, 3328), None)])
+def test_few_tiles_of_a_long_contraction_are_shared_where_that_was_measured_to_be_faster(
+    shape, width):
+  tiling = fp8_tiling.dense_tiling(jnp.bfloat16, False, *shape)
+  assert tiling.shared is bool(width) and (not width or tiling.block_n == width)
+  lower(*shape)
+
+
+@pytest.mark.parametrize(("tiles", "blocks", "sharers"), [
+    (20, 80, 120), (44, 45, 132), (45, 74, 132), (67, 80, 132), (200, 80, 132)])
+def test_programs_share_tiles_evenly_unless_that_takes_them_many_blocks_more(
+    tiles, blocks, sharers):
+  assert schedule.sharers(tiles, blocks, 132) == sharers
+  if sharers % tiles == 0:
+    assert schedule.most_parts(tiles, blocks, sharers) == sharers // tiles
 
 
 @pytest.mark.parametrize(("shape", "shared"), [
