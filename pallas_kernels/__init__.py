@@ -1,4 +1,6 @@
-"""Kernels for FP8 training and mixture-of-experts layers: quantisation, products, SwiGLU, gathers.
+"""Kernels for FP8 training, mixture-of-experts layers and decoding.
+
+They are quantisation, products, SwiGLU, gathers, and attention over a cache of latents.
 
 Each operation has one public function, in `ops`, and one file per backend that has a kernel for it,
 in `mosaic_gpu` and `mosaic_tpu`. Operations with kernels take the keyword `implementation`:
@@ -25,6 +27,7 @@ from pallas_kernels.ops.fp8_matmul import fp8_matmul
 from pallas_kernels.ops.fp8_swiglu import fp8_swiglu
 from pallas_kernels.ops.gather_rows import gather_rows
 from pallas_kernels.ops.grouped_matmul import grouped_matmul, grouped_weight_gradient
+from pallas_kernels.ops.mla_decode import mla_decode
 from pallas_kernels.ops.moe_down_proj import moe_down_proj
 from pallas_kernels.ops.quantize import (
     quantize,
@@ -65,6 +68,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_weight_gradient",
     "layout_expert_rows",
+    "mla_decode",
     "moe_down_proj",
     "quantize",
     "quantize_both",

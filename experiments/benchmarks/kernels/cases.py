@@ -72,7 +72,7 @@ class Shapes(NamedTuple):
 
 # The first eight digits of the commits that fixed the rules by which tilings are chosen, of dense
 # and of grouped products: no shape that is drawn with them was known to the rules.
-DENSE_SEED, GROUPED_SEED = 0xbc48df09, 0x4664f85b
+DENSE_SEED, GROUPED_SEED = 0x283d4fbe, 0x4664f85b
 _RANDOM = 24  # shapes of each kind
 _RANDOM_OURS = ("ours", "ours, float32 result")  # contenders on random shapes, besides torch
 
