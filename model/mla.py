@@ -19,6 +19,7 @@ from model.config import MLAConfig, ModelConfig
 from model.decoding.cache import Cache
 from model.layers import RMSNorm, weight
 from model.rope import rotate
+from pallas_kernels import mla_decode
 
 # The latent norms use this epsilon whatever the model's, as the released code and transformers do.
 LATENT_NORM_EPS = 1e-6
@@ -108,6 +109,32 @@ def attend_absorbed(
   return einsum("bthc,chv->bthv", mixed_BTHC[..., :latent_BSC.shape[-1]], w_uv_CHV)
 
 
+def attend_cached(
+    q_BTHK: jax.Array, q_BTHR: jax.Array, cache: Cache, layer: jax.Array, w_uk_CHK: jax.Array,
+    w_uv_CHV: jax.Array, cfg: ModelConfig) -> jax.Array:
+  """Computes `attend_absorbed` of the newest tokens over the cache, by `mla_decode`.
+
+  It reads the entries where they are, up to each row's length, and a latent once for all heads.
+
+  Args:
+    q_BTHK, q_BTHR, w_uk_CHK, w_uv_CHV: as in `attend_expanded`.
+    cache: latents, to which those of these tokens have been added, with the lengths from before.
+    layer: int32 scalar, the layer's index in the cache.
+    cfg: gives the softmax scale and the numerics.
+
+  Returns:
+    [B, T, H, V].
+  """
+  einsum = cfg.numerics.einsum
+  q_BTHC = einsum("bthk,chk->bthc", q_BTHK, w_uk_CHK)
+  queries = jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
+  entries = cache.entries["latent"]
+  mixed_BTHC, _ = mla_decode(
+      queries, entries, 0 if len(entries) == 1 else layer, cache.lengths_B,
+      value_width=w_uk_CHK.shape[0], scale=softmax_scale(cfg))
+  return einsum("bthc,chv->bthv", mixed_BTHC, w_uv_CHV)
+
+
 _FORMS = {"expanded": attend_expanded, "absorbed": attend_absorbed}
 
 
@@ -119,7 +146,8 @@ class MultiHeadLatentAttention(nn.Module):
   Attributes:
     cfg: the architecture; its `attention` must be an MLAConfig.
     form: "expanded" or "absorbed"; None for the one that `choose_form` returns.
-    implementation: implementation of attention; see `model.attention.attend`.
+    implementation: implementation of attention, see `model.attention.attend`; or "mla_decode" for
+      that kernel where the absorbed form reads a cache, and the default elsewhere.
   """
 
   cfg: ModelConfig
@@ -161,8 +189,12 @@ class MultiHeadLatentAttention(nn.Module):
         self, name, cfg, ("kv_lora", "heads", "head_dim"), (a.kv_lora_rank, a.num_heads, width))
     w_uk, w_uv = up("w_uk", a.qk_nope_head_dim), up("w_uv", a.v_head_dim)
     form = self.form or choose_form(a, x_BTD.shape[1], latent_BSC.shape[1])
-    out_BTHV = _FORMS[form](q_BTHK, q_BTHR, latent_BSC, k_BSR, w_uk, w_uv, context, cfg,
-                            self.implementation)
+    kernel = self.implementation == "mla_decode"
+    if kernel and form == "absorbed" and cache is not None:
+      out_BTHV = attend_cached(q_BTHK, q_BTHR, cache, layer, w_uk, w_uv, cfg)
+    else:
+      out_BTHV = _FORMS[form](q_BTHK, q_BTHR, latent_BSC, k_BSR, w_uk, w_uv, context, cfg,
+                              None if kernel else self.implementation)
 
     w_o = weight(self, "w_o", cfg, ("heads", "head_dim", "embed"),
                  (a.num_heads, a.v_head_dim, x_BTD.shape[-1]))

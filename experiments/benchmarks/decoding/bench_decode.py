@@ -7,7 +7,7 @@ that tokens choose if they choose at random, and of the cache at its mean length
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class DecodeConfig:
     shapes: of each case, the rows, the prompt tokens of a row and its new tokens, as "BxTxN".
     bandwidth: what the device's memory can be copied at, in GB/s, read and written together; 0 if
       it is not known.
+    attend: implementation of attention over the cache, see `model.mla.MultiHeadLatentAttention`.
     share: the least share of the time that memory allows which is aimed at, for several rows.
     rounds: rounds, in each of which every case is timed once; an even number.
   """
@@ -40,6 +41,7 @@ class DecodeConfig:
   model: ModelConfig
   shapes: tuple[str, ...] = ("1x128x128", "32x128x128", "256x128x128", "64x2048x64")
   bandwidth: float = 0.0
+  attend: Literal["xla", "blockwise", "mla_decode"] | None = None
   share: float = 0.4
   rounds: int = 12
 
@@ -97,7 +99,7 @@ def _run(cfg: DecodeConfig, variables: dict, rows: int, prompt: int,
   prompts = np.random.default_rng(0).integers(
       0, cfg.model.vocab_size, (rows, prompt)).astype(np.int32)
   return lambda: model.generate(
-      model.Transformer(cfg.model), variables, prompts, np.full(rows, prompt),
+      model.Transformer(cfg.model, attend=cfg.attend), variables, prompts, np.full(rows, prompt),
       max_new_tokens=new, key=jax.random.key(0))
 
 

@@ -1,6 +1,7 @@
 """The operations that `bench_kernels` times, on shapes of real models or random ones.
 
-Shape letters:  M, R rows  N, K widths  G groups  F hidden units
+Shape letters:  M, R rows  N, K widths  G groups  F hidden units  B batch  T query positions
+                H heads  S slots  C width of a cache's entry
 """
 
 import dataclasses
@@ -62,12 +63,14 @@ class Shapes(NamedTuple):
     grouped: rows, groups, K and N of each grouped product, and how even its groups are.
     quantised: rows and columns of each matrix of activations.
     experts: tokens, experts per token, width and hidden units of each MoE layer.
+    decoded: rows of the batch, query positions, heads and tokens of each latent cache.
   """
 
   products: tuple[tuple[int, int, int], ...]
   grouped: tuple[tuple[int, int, int, int, str], ...]
   quantised: tuple[tuple[int, int], ...]
   experts: tuple[tuple[int, int, int, int], ...]
+  decoded: tuple[tuple[int, int, int, int], ...] = ()
 
 
 # The first eight digits of the commits that fixed the rules by which tilings are chosen, of dense
@@ -106,11 +109,12 @@ def _both(*shapes: tuple[int, int, int, int]) -> tuple[tuple[int, int, int, int,
 
 SHAPES = {
     "smoke": Shapes(((128, 256, 384),), _both((300, 4, 128, 256)), ((256, 256),),
-                    ((64, 2, 256, 128),)),
+                    ((64, 2, 256, 128),), ((2, 1, 4, 70),)),
     "gpu": Shapes(
         ((8192, 8192, 8192), (4096, 4096, 7168), (4096, 24576, 1536), (4096, 7168, 16384)),
         _both((65536, 64, 2048, 1408), (65536, 32, 7168, 2048)), ((16384, 7168), (65536, 2048)),
-        ((16384, 6, 1024, 512), (16384, 6, 2048, 1408))),
+        ((16384, 6, 1024, 512), (16384, 6, 2048, 1408)),
+        ((256, 1, 16, 4096), (32, 1, 16, 4096), (128, 4, 16, 4096), (64, 1, 128, 4096))),
     "gpu_random": random_shapes(GROUPED_SEED)._replace(
         products=random_shapes(DENSE_SEED).products),
 }
@@ -129,6 +133,8 @@ def cases(scale: str, implementation: str | None) -> Iterator[Case]:
     yield from _quantised(*shape, implementation)
   for shape in shapes.experts:
     yield from _experts(*shape, implementation)
+  for shape in shapes.decoded:
+    yield _mla_decode(*shape, implementation)
 
 
 def _of_products(shapes: Shapes, implementation: str | None) -> Iterator[Case]:
@@ -268,3 +274,22 @@ def _experts(tokens: int, chosen: int, width: int, hidden: int,
         name, shape, moved, "GB/s", operands,
         {"ours": functools.partial(run, implementation=implementation),
          "XLA": functools.partial(run, implementation="xla")})
+
+
+_ENTRY, _VALUES = 576, 512  # widths of V2's and V3's latents with the rotated key, and without
+
+
+def _mla_decode(batch, positions, heads, tokens, implementation) -> Case:
+  """Attention over a cache. With few query rows it is bound by reading the cache once."""
+  rows = positions * heads
+  flops = 2 * batch * rows * tokens * (_ENTRY + _VALUES)
+  work, unit = ((flops, "TFLOP/s") if rows > 64 else (2 * batch * tokens * _ENTRY, "GB/s"))
+  run = lambda implementation, q_BTHC, cache, lengths_B: ops.mla_decode(
+      q_BTHC, cache, 0, lengths_B, value_width=_VALUES, scale=_ENTRY**-0.5,
+      implementation=implementation)
+  return Case(
+      "mla_decode", f"{batch} x {tokens} tokens, {positions} x {heads} query rows", work, unit,
+      lambda: (normal(batch, positions, heads, _ENTRY), normal(1, batch, tokens, _ENTRY, seed=1),
+               jnp.full(batch, tokens - positions, jnp.int32)),
+      {"ours": functools.partial(run, implementation), "XLA": functools.partial(run, "xla")},
+      reference=functools.partial(run, "xla"), targets=(Target("XLA", 2.0),))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 import model
+from model import mla
 from model.decoding import engine
 from model.decoding.engine import prefill
 from model.decoding.sampling import Limits, sample_token, sampling_logits
@@ -361,6 +362,27 @@ def test_without_a_loop_over_layers_the_same_text_comes_out(monkeypatch, drafts)
   jax.clear_caches()
   np.testing.assert_array_equal(getattr(again, "generated", again).tokens_BN,
                                 getattr(apart, "generated", apart).tokens_BN)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_attention_that_reads_the_cache_in_place_gives_the_same_text(monkeypatch, drafts, apart):
+  cfg = dataclasses.replace(tiny.V3, num_layers=3)
+  monkeypatch.setattr(engine, "_unrolls", lambda cfg: apart)
+  seen = []
+  kernel = mla.mla_decode
+  monkeypatch.setattr(mla, "mla_decode", lambda q, cache, *args, **options: (
+      seen.append((q.shape[1], len(cache))) or kernel(q, cache, *args, **options)))
+  run = lambda **fields: (model.speculate if drafts else model.generate)(
+      model.Transformer(cfg, **fields), tiny.variables(cfg), tiny.tokens(cfg, 3, 7), LENGTHS,
+      max_new_tokens=6, temperature=0, **({"drafts": drafts} if drafts else {}))
+  jax.clear_caches()
+  plain, ours = (getattr(x, "generated", x) for x in (run(), run(attend="mla_decode")))
+  jax.clear_caches()
+  np.testing.assert_array_equal(ours.tokens_BN, plain.tokens_BN)
+  np.testing.assert_allclose(ours.logprobs_BN, plain.logprobs_BN, atol=1e-4)
+  # The trunk's layers apart or together, and the modules' cache.
+  assert {(1 + drafts, 1 if apart else 3)} <= set(seen)
 
 
 @pytest.mark.parametrize("limits", [{"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {"top_p": 0.5}])
