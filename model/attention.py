@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.decoding.cache import Cache
 from model.layers import RMSNorm, bias, weight
 from model.rope import rotate
+from pallas_kernels.targets import target
 
 IMPLEMENTATIONS = ("xla", "blockwise", "cudnn")
 _MANY_PAIRS = 2**18  # of a query and a key, of a head, from which on blocks are faster on CPUs
@@ -99,25 +100,24 @@ def attend(
 def _many_pairs(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
   """Whether blocks are faster than the weights of all pairs (CPUs), or these take much memory."""
   batch, queries, heads, _ = q_BTHK.shape
-  if jax.default_backend() == "cpu":
+  if target().platform == "cpu":
     return queries * k_BSGK.shape[1] >= _MANY_PAIRS
   return 4 * batch * heads * queries * k_BSGK.shape[1] >= _MANY_BYTES
 
 
 def _cudnn_unsupported_reason(width: int, context: Context, cfg: ModelConfig) -> str | None:
   """Returns why cuDNN does not support attention with heads of this width, or None if it does."""
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-    return f"needs an NVIDIA GPU, and this is {device.device_kind}"
-  capability = float(device.compute_capability)
-  if capability < 8:
-    return f"needs compute capability 8.0 or more, and {device.device_kind} has {capability}"
+  device = target()
+  if not device.capability:
+    return f"needs an NVIDIA GPU, and this is {device.kind}"
+  if device.capability < 8:
+    return f"needs compute capability 8.0 or more, and {device.kind} has {device.capability}"
   if cfg.numerics.compute == "float32":
     return "needs numerics that compute in bfloat16 or float16, not float32"
   if not context.causal or context.segment_ids_BT is not None:
     return "supports only whole causal sequences, with neither cache nor segments"
-  if width > (widest := 256 if capability >= 9 else 128):
-    return f"supports heads up to {widest} wide on {device.device_kind}, and these are {width} wide"
+  if width > (widest := 256 if device.capability >= 9 else 128):
+    return f"supports heads up to {widest} wide on {device.kind}, and these are {width} wide"
   return None
 
 

@@ -17,6 +17,7 @@ import jax
 from jax.extend.core import get_opaque_trace_state
 
 from model.config import ModelConfig
+from pallas_kernels.targets import target
 
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 _LARGE = 2**24  # parameters
@@ -35,14 +36,14 @@ def is_tuned(cfg: ModelConfig, unroll: int) -> bool:
 
 
 def compiler_options(*, tuned: bool = False) -> dict[str, bool]:
-  """Returns the compiler options of a program for the default backend.
+  """Returns the compiler options of a program for the device that it is traced for.
 
   An option that the environment variable XLA_FLAGS names is left to it.
 
   Args:
     tuned: whether XLA tunes the program's matrix products on a GPU.
   """
-  if tuned or jax.default_backend() != "gpu" or (
+  if tuned or target().platform != "gpu" or (
       _TRITON_PRODUCTS in os.environ.get("XLA_FLAGS", "")):
     return {}
   return {_TRITON_PRODUCTS: False}
@@ -56,14 +57,19 @@ class Jitted:
     # JAX does not accept compiler options for a function that is part of another program.
     self._nested = jax.jit(function, **kwargs)
     self._tuned, self._kwargs = tuned, kwargs
+    self._with_options: dict[tuple, Callable] = {}
 
-  @functools.cached_property
+  @property
   def _program(self) -> Callable:
     # Not at import, when asking for the backend would initialise the devices.
     options = compiler_options(tuned=self._tuned)
     if not options:
       return self._nested
-    return jax.jit(self.__wrapped__, compiler_options=options, **self._kwargs)
+    key = tuple(options.items())
+    if key not in self._with_options:
+      self._with_options[key] = jax.jit(
+          self.__wrapped__, compiler_options=options, **self._kwargs)
+    return self._with_options[key]
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     top_level = get_opaque_trace_state() == _TOP_LEVEL

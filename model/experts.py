@@ -31,6 +31,7 @@ from pallas_kernels import (
     moe_down_proj,
 )
 from pallas_kernels.ops.expert_rows import sort_by_expert
+from pallas_kernels.targets import target
 
 # Slots per expert as a multiple of the mean load, and rows of an overflow block. Both were chosen
 # by measurement: see experiments/results/bench/bench_moe.
@@ -158,7 +159,7 @@ def few_experts(
   gates_R = jnp.where(valid_NK, gates_NK, 0).reshape(-1)
   expert_R = jnp.where(valid_NK, experts_NK, 0).reshape(-1)
   rows_RD = jnp.repeat(x_ND.astype(numerics.compute_dtype), chosen, axis=0)
-  on_cpu = jax.default_backend() == "cpu"
+  on_cpu = target().platform == "cpu"
   alone = (lambda x: x) if on_cpu else lax.optimization_barrier
 
   def product(equation, row, w, expert):
@@ -372,7 +373,7 @@ def fastest_experts(cfg: ModelConfig, num_tokens: int) -> str:
   """
   if cfg.numerics.recipe:
     return "grouped"
-  most = {"cpu": cfg.moe.num_experts, "gpu": _FEW_ON_GPU}.get(jax.default_backend(), 0)
+  most = {"cpu": cfg.moe.num_experts, "gpu": _FEW_ON_GPU}.get(target().platform, 0)
   if num_tokens * cfg.moe.experts_per_token <= most:
     return "few"
   kernel = (implementations.local_backend() == "mosaic_gpu" and cfg.numerics.compute == "bfloat16"

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels import targets
+
 BACKENDS = {"mosaic_gpu": "an NVIDIA GPU of compute capability 9.0 (Hopper)",
             "mosaic_tpu": "a TPU"}
 _PROVEN = frozenset({"mosaic_gpu"})  # backends whose kernels have been run on hardware
@@ -84,9 +86,9 @@ def auto_partitioned() -> bool:
 
 
 def local_backend() -> str | None:
-  """Returns the backend whose kernels this process' first device runs, or None if there is none."""
-  device = jax.devices()[0]
-  if device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0":
+  """Returns the backend whose kernels `targets.target` runs, or None if there is none."""
+  device = targets.target()
+  if device.platform == "gpu" and device.capability == 9.0:
     return "mosaic_gpu"
   return "mosaic_tpu" if device.platform == "tpu" else None
 
@@ -133,7 +135,7 @@ def _named(operation, implementation, kernels, *operands, **options) -> Callable
         f"{operation} has no implementation {implementation!r}; there are: {available}")
   if local_backend() != implementation:
     raise ValueError(f"{operation}: {implementation!r} needs {BACKENDS[implementation]}, and this "
-                     f"device is {jax.devices()[0].device_kind}; use 'xla', which runs everywhere")
+                     f"device is {targets.target().kind}; use 'xla', which runs everywhere")
   if auto_partitioned():
     raise ValueError(f"{operation}: {implementation!r} runs on one device, and here the compiler "
                      "partitions the program over a mesh: call the operation inside jax.shard_map, "

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from model import Transformer, balance
+from pallas_kernels.targets import target
 from train.config import OptimizerConfig
 from train.optimizer import Moments, adamw, init_moments
 
@@ -89,7 +90,7 @@ def unstack_layers(net: Transformer) -> Callable[[Tree], Tree]:
 
   On other backends, joining the gradients of single layers is an additional pass over them.
   """
-  return net.by_layer if jax.default_backend() == "gpu" else lambda params: params
+  return net.by_layer if target().platform == "gpu" else lambda params: params
 
 
 def make_train_step(

@@ -28,6 +28,7 @@ from model.decoding import checks, drafting
 from model.decoding.cache import Cache, init_cache
 from model.decoding.sampling import Limits, sample_token
 from model.transformer import Output, Transformer
+from pallas_kernels.targets import target
 
 # Parameters of networks whose layers `unrolled` takes apart.
 _UNROLLED = 2**24, 2**32
@@ -342,7 +343,7 @@ def unrolled(
 
 
 def _unrolls(cfg: ModelConfig) -> bool:
-  return jax.default_backend() == "gpu" and _UNROLLED[0] <= cfg.param_count() <= _UNROLLED[1]
+  return target().platform == "gpu" and _UNROLLED[0] <= cfg.param_count() <= _UNROLLED[1]
 
 
 def insert(rows: Rows, begun: Rows, place_R: jax.Array) -> Rows:

@@ -41,8 +41,7 @@ from pallas_kernels.mosaic_gpu.mla_schedule import (
 def run(
     q_BTHC: jax.Array, cache: jax.Array, layer: jax.Array, lengths_B: jax.Array, *,
     value_width: int, scale: float, programs: int | None = None, many: bool | None = None,
-    interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
+    interpret: Any = None) -> tuple[jax.Array, jax.Array]:
   """Returns weighted sums of values and log-sum-exps; see `pallas_kernels.mla_decode`.
 
   Args:

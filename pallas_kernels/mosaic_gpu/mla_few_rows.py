@@ -84,12 +84,15 @@ def fetch(refs: Refs, job: Job, layer, each_row) -> None:
   """The producer: loads the entries of all blocks."""
   shape = job.shape
 
+  def await_empty(step):
+    plgpu.barrier_wait(refs.empty.at[lax.rem(step, shape.stages)])
+
   def visit(row, length, first, count, step):
     del length
 
     def stage(i, _):
       slot = lax.rem(step + i, shape.stages)
-      pl.when(step + i >= shape.stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
+      pl.when(step + i >= shape.stages)(lambda: await_empty(step + i))
       block, group = first + lax.div(i, shape.groups), lax.rem(i, shape.groups)
       for k in range(shape.together):
         # TMA fills what lies past the last slot or past an entry's end with zeros.
@@ -102,7 +105,8 @@ def fetch(refs: Refs, job: Job, layer, each_row) -> None:
     lax.fori_loop(0, count * shape.groups, stage, None)
     return step + count * shape.groups
 
-  each_row(visit)
+  steps = each_row(visit)
+  pl.loop(jnp.maximum(steps - shape.stages, 0), steps)(await_empty)  # the releases that are left
 
 
 def compute(refs: Refs, job: Job, wg, each_row) -> None:

@@ -82,11 +82,6 @@ def _rest(shape: shared.Shape) -> int:
   return shape.chunks - _HALVES * shape.value_chunks
 
 
-def _loads() -> list[tuple[int, int]]:
-  """Returns pairs of a block and one of its halves, in the order in which they are released."""
-  return [(0, 0), (1, 1), (0, 1), (1, 0)]
-
-
 def fetch(refs: Refs, job: Job, layer, each_row) -> None:
   """The producer: loads the entries of all blocks."""
   shape = job.shape
@@ -104,7 +99,8 @@ def fetch(refs: Refs, job: Job, layer, each_row) -> None:
 
     def one(pair, _):
       used = step + pair > 0
-      for block, half in _loads():
+      # Halves in the order in which they are released.
+      for block, half in ((0, 0), (1, 1), (0, 1), (1, 0)):
         index = _HALVES * block + half
         pl.when(used)(functools.partial(plgpu.barrier_wait, refs.empty.at[index]))
         for chunk in range(half * shape.value_chunks, (half + 1) * shape.value_chunks):
@@ -118,7 +114,12 @@ def fetch(refs: Refs, job: Job, layer, each_row) -> None:
     lax.fori_loop(0, pairs, one, None)
     return step + pairs
 
-  each_row(visit)
+  @pl.when(each_row(visit) > 0)
+  def _():  # the releases that are left
+    for index in range(_PAIR * _HALVES):
+      plgpu.barrier_wait(refs.empty.at[index])
+    for block in range(_PAIR):
+      plgpu.barrier_wait(refs.rest_empty.at[block])
 
 
 def compute(refs: Refs, job: Job, wg: int, each_row) -> None:

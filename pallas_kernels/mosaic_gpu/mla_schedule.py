@@ -157,8 +157,11 @@ class Job(NamedTuple):
   interpreted: bool
 
 
-def each_row(lengths_B: jax.Ref, ends_B: jax.Ref, plan: jax.Ref, visit: Callable) -> None:
-  """Calls step = visit(row, length, first block, blocks, step) for this thread block's rows."""
+def each_row(lengths_B: jax.Ref, ends_B: jax.Ref, plan: jax.Ref, visit: Callable) -> jax.Array:
+  """Calls step = visit(row, length, first block, blocks, step) for this thread block's rows.
+
+  Returns the last step.
+  """
   program = lax.axis_index("program")
   begin, stop = plan[program, 2], plan[program, 3]
 
@@ -168,7 +171,7 @@ def each_row(lengths_B: jax.Ref, ends_B: jax.Ref, plan: jax.Ref, visit: Callable
     count = jnp.minimum(stop, ends_B[row]) - start - first
     return visit(row, lengths_B[row], first, count, step)
 
-  lax.fori_loop(plan[program, 0], plan[program, 1] + 1, one, jnp.int32(0))
+  return lax.fori_loop(plan[program, 0], plan[program, 1] + 1, one, jnp.int32(0))
 
 
 def meet(barrier: jax.Ref) -> None:

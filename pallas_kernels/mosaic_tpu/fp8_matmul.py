@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import implementations
+from pallas_kernels import implementations, targets
 from pallas_kernels.mosaic_tpu.tiles import KINDS, ROWS, divisor, pad, whole
 from pallas_kernels.quantized import BLOCK, Quantized
 
@@ -109,8 +109,8 @@ def unsupported_formats(lhs: Quantized, rhs: Quantized, dtype: jnp.dtype) -> str
 
 
 def has_fp8() -> bool:
-  """Whether this process' first TPU multiplies FP8 in hardware."""
-  return "TPU7" in jax.devices()[0].device_kind
+  """Whether the TPU that the program is traced for multiplies FP8 in hardware."""
+  return "TPU7" in targets.target().kind
 
 
 def add_part(

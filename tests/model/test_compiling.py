@@ -5,6 +5,7 @@ import pytest
 
 from model import compiling, get_config
 from model.compiling import jit
+from pallas_kernels.targets import Target, compiled_for
 
 # An option that compilers for CPUs accept as well, so that it can be told apart there.
 _OPTIONS = {"xla_llvm_disable_expensive_passes": True}
@@ -46,11 +47,11 @@ def test_within_transformations_a_jitted_function_has_no_options(with_options):
 def test_gpu_programs_are_not_tuned_unless_the_environment_says_so(monkeypatch):
   monkeypatch.delenv("XLA_FLAGS", raising=False)
   assert compiling.compiler_options() == {}
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert compiling.compiler_options() == {"xla_gpu_enable_triton_gemm": False}
-  assert compiling.compiler_options(tuned=True) == {}
-  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-  assert compiling.compiler_options() == {}
+  with compiled_for(Target("gpu", "NVIDIA H200", 9.0)):
+    assert compiling.compiler_options() == {"xla_gpu_enable_triton_gemm": False}
+    assert compiling.compiler_options(tuned=True) == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert compiling.compiler_options() == {}
 
 
 @pytest.mark.parametrize(("name", "unroll", "expected"), [
