@@ -72,7 +72,8 @@ def attend(
     implementation: "xla", which holds the attention weights of all pairs of tokens; "blockwise"
       (`model.blockwise`) or "cudnn", which do not; None for cuDNN where it supports the device and
       the operands, else "blockwise" where that is faster or the weights would take much memory,
-      else "xla". The device is this process's first one, while tracing.
+      else "xla", which alone has second derivatives. The device is that of
+      `pallas_kernels.targets.target`.
 
   Returns:
     [B, T, H, V].
@@ -81,6 +82,9 @@ def attend(
     ValueError: if there is no such implementation, or if "cudnn" is named and does not support the
       device or the operands.
   """
+  if implementation == "mla_decode":
+    raise ValueError("attention by 'mla_decode' needs multi-head latent attention, whose absorbed "
+                     "form it computes over a cache; use None for other networks")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"attention has no implementation {implementation!r}; there are: "
                      f"{', '.join(IMPLEMENTATIONS)}")

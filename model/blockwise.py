@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from model.numerics import Numerics
+from pallas_kernels.implementations import varying_as
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # the score of a key that a query does not see
 
@@ -68,6 +69,7 @@ def blockwise_attention(
     [B, T, G, Q, V] in the compute format.
   """
   num_queries, num_keys = q_BTGQK.shape[1], k_BSGK.shape[1]
+  visible = visible._replace(slots_BT=jnp.minimum(visible.slots_BT, num_keys - 1))
   blocks = _Blocks(min(block, num_queries), min(block, num_keys), scale, numerics)
   padded = _pad(visible, -num_queries % blocks.queries, -num_keys % blocks.keys)
   ends_N = _visited(padded, blocks)
@@ -138,6 +140,7 @@ def _attention(blocks, q, k, v, visible, ends_N):
 def _forward(blocks, q, k, v, visible, ends_N):
   """Returns the result, and the logarithms of the sums of exponentials [N, B, G, Q, X]."""
   batch, _, groups, heads, _ = q.shape
+  all_operands = q, k, v, visible, ends_N
 
   def of_block(operands):
     x, first, stop = operands
@@ -154,8 +157,8 @@ def _forward(blocks, q, k, v, visible, ends_N):
       return (sums * shrink[..., None] + added, total * shrink + weights.sum(-1), higher)
 
     shape = (batch, groups, heads, blocks.queries)
-    sums, total, highest = lax.fori_loop(first, stop, visit, (
-        jnp.zeros((*shape, v.shape[-1])), jnp.zeros(shape), jnp.full(shape, _LOWEST)))
+    sums, total, highest = lax.fori_loop(first, stop, visit, varying_as(all_operands, (
+        jnp.zeros((*shape, v.shape[-1])), jnp.zeros(shape), jnp.full(shape, _LOWEST))))
     out = (sums / total[..., None]).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4), highest + jnp.log(total)
 
@@ -195,11 +198,10 @@ def _backward(blocks, saved, dout):
               add(dk, einsum_f32("bgqxy,bxgqk->bygk", dscores, own)),
               add(dv, einsum_f32("bgqxy,bxgqv->bygv", weights, down)))
 
-    dq, dk, dv = lax.fori_loop(
-        first, stop, visit, (jnp.zeros(own.shape, jnp.float32), *gradients))
+    dq, dk, dv = lax.fori_loop(first, stop, visit, (zeros(own), *gradients))
     return (dk, dv), dq.astype(q.dtype)
 
-  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+  zeros = lambda x: varying_as((saved, dout), jnp.zeros(x.shape, jnp.float32))
   (dk, dv), dq_N = lax.scan(
       lambda gradients, operands: of_block(operands, gradients), (zeros(k), zeros(v)),
       (jnp.arange(len(lse_N)), *ends_N, lse_N))

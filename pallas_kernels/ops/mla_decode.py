@@ -23,7 +23,8 @@ def mla_decode(
 
   The entries of the T new tokens must be in the cache already, from slot lengths_B on. Position t
   of row b sees the slots before lengths_B[b] + t + 1: those of earlier tokens, and of new ones up
-  to itself. What later slots hold does not matter, even if it is NaN. New tokens past slot S - 1
+  to itself. What slots after the T new tokens hold does not matter, even if it is NaN; NaN in the
+  entry of a new token reaches the results of all new tokens of its row. New tokens past slot S - 1
   have no entry.
 
   Scores and their softmax are in float32.
@@ -47,11 +48,20 @@ def mla_decode(
     ValueError: if the shapes do not match, `scales` are given, or the named implementation cannot
       run here.
   """
-  if (q_BTHC.ndim != 4 or cache.ndim != 4 or lengths_B.shape != q_BTHC.shape[:1]
-      or cache.shape[1] != q_BTHC.shape[0] or cache.shape[3] != q_BTHC.shape[3]):
+  lengths_B = jnp.asarray(lengths_B)
+  if (q_BTHC.ndim != 4 or not q_BTHC.shape[1] or cache.ndim != 4
+      or lengths_B.shape != q_BTHC.shape[:1] or cache.shape[1] != q_BTHC.shape[0]
+      or cache.shape[3] != q_BTHC.shape[3]):
     raise ValueError(
         "mla_decode takes queries [B, T, H, C], a cache [L, B, S, C] and lengths [B], not "
         f"{q_BTHC.shape}, {cache.shape} and {lengths_B.shape}")
+  if not jnp.issubdtype(lengths_B.dtype, jnp.integer) or not jnp.issubdtype(
+      q_BTHC.dtype, jnp.floating):
+    raise ValueError("mla_decode takes lengths of integers and queries of floating-point numbers, "
+                     f"not {lengths_B.dtype} and {q_BTHC.dtype}")
+  if jnp.ndim(layer) or (isinstance(layer, int) and not 0 <= layer < len(cache)):
+    raise ValueError(f"layer={layer} should be a scalar, at least 0 and below {len(cache)}, the "
+                     "layers of the cache")
   if not 0 < value_width <= cache.shape[3]:
     raise ValueError(f"value_width={value_width} must be positive and at most the width of an "
                      f"entry, which is {cache.shape[3]}")

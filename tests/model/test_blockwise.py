@@ -106,6 +106,28 @@ def test_a_cache_is_read_up_to_each_rows_length_and_what_lies_behind_is_not():
   np.testing.assert_allclose(ours, want, atol=1e-5)
 
 
+def test_queries_past_the_last_slot_see_all_slots_once():
+  q, k, v = operands(0, 2, 5, 200, 4, 1, 8, 8)
+  slots_BT = jnp.asarray([[0], [197]], jnp.int32) + jnp.arange(5)
+  want, ours = (attend(q, k, v, context(5, slots=slots_BT), SCALE, FP32, name)
+                for name in ("xla", "blockwise"))
+  np.testing.assert_allclose(ours, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "packed"])
+def test_it_runs_on_each_device_of_a_mesh_on_its_own_rows(kind):
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec("data")
+  inputs, ids = operands(0, 2, 150, 150, 2, 2, 8, 8), segments(3, 2, 150, kind)
+  where = () if ids is None else (ids,)
+  loss = lambda q, k, v, *ids: (attend(
+      q, k, v, context(150, *ids), SCALE, FP32, "blockwise") ** 2).sum(1)
+  shared = jax.shard_map(loss, mesh=mesh, in_specs=(spec,) * (3 + len(where)), out_specs=spec)
+  grads = [jax.jit(jax.grad(lambda *x, run=run: run(*x).sum(), argnums=(0, 1, 2)))(*inputs, *where)
+           for run in (loss, shared)]
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *grads)
+
+
 def test_several_seeds_at_a_time_give_what_each_gives():
   each = [operands(seed, 2, 70, 70, 2, 2, 8, 8) for seed in range(3)]
   ids = jnp.stack([segments(seed, 2, 70, "packed") for seed in range(3)])

@@ -5,6 +5,7 @@ Shape letters:  L layers  B batch  S slots  T query positions  H heads  C width 
 """
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -200,20 +201,24 @@ def test_unsupported_operands_are_refused_with_the_reason(width, dtypes, batch, 
   refused = kernel.unsupported_reason(
       jnp.zeros((batch, 1, 64, width), q_dtype), jnp.zeros((1, batch, 64, width), cache_dtype),
       jnp.int32(0), jnp.zeros(batch, jnp.int32), value_width=32, scale=1.0)
-  with pytest.raises(ValueError, match=reason):
-    raise ValueError(refused)
+  assert re.search(reason, refused)
 
 
 @pytest.mark.parametrize(("shapes", "more", "message"), [
     (((2, 1, 4, 48), (1, 2, 8, 32), (2,)), {}, r"queries \[B, T, H, C\]"),
     (((2, 1, 4, 48), (1, 3, 8, 48), (2,)), {}, r"queries \[B, T, H, C\]"),
     (((2, 1, 4, 48), (1, 2, 8, 48), (3,)), {}, r"lengths \[B\]"),
+    (((2, 0, 4, 48), (1, 2, 8, 48), (2,)), {}, r"queries \[B, T, H, C\]"),
+    (((2, 1, 4, 48), (1, 2, 8, 48), (2,)), {"layer": 1}, "layer=1 should be a scalar, at least 0"),
+    (((2, 1, 4, 48), (1, 2, 8, 48), (2,)), {"layer": jnp.zeros(1, int)}, "should be a scalar"),
+    (((2, 1, 4, 48), (1, 2, 8, 48), (2,)), {"lengths_B": jnp.zeros(2)}, "lengths of integers"),
     (((2, 1, 4, 48), (1, 2, 8, 48), (2,)), {"value_width": 49}, "value_width=49 must be"),
     (((2, 1, 4, 48), (1, 2, 8, 48), (2,)), {"scales": jnp.ones(2)}, "does not support scales")])
 def test_mismatched_operands_are_refused(shapes, more, message):
   q_BTHC, cache, lengths_B = map(jnp.zeros, shapes)
+  how = {"layer": 0, "lengths_B": lengths_B.astype(jnp.int32), "value_width": 32, "scale": 1.0}
   with pytest.raises(ValueError, match=message):
-    mla_decode(q_BTHC, cache, 0, lengths_B, **{"value_width": 32, "scale": 1.0} | more)
+    mla_decode(q_BTHC, cache, **how | more)
 
 
 @ON_HOPPER

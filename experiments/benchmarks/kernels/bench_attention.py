@@ -114,6 +114,7 @@ def _measure(cfg: AttentionConfig, shape: str) -> list[dict[str, Any]]:
         programs[case], memory[case] = _program(cfg, rng, case, jnp.asarray(documents_BT))
       except (ValueError, jax.errors.JaxRuntimeError) as error:  # unsupported, or too large
         print(f"excluded: {shape}, {name}{', packed' * packed}: {str(error).splitlines()[0]}")
+  require(programs, f"implementations={cfg.implementations}: none of them runs here")
   seconds = timing.alternate(timing.call_timers(programs, jax.block_until_ready), cfg.rounds)
   return [{"shape": case.shape, "packed": case.packed, "implementation": case.implementation,
            "pairs": pairs[case.packed], "bytes": memory[case], "seconds": seconds[case]}

@@ -98,7 +98,8 @@ def acceptance(cfg: model.ModelConfig, variables: dict,
     "identical", the fraction of texts that are the same as without drafts.
   """
   cfg = dataclasses.replace(cfg, numerics=model.NUMERICS["fp32"])
-  _, prompts_PT = spread_prompts(heldout, _PROMPT_TOKENS, _PROMPTS)
+  shortest = min(rows.tokens.shape[1] for rows in heldout.values())
+  _, prompts_PT = spread_prompts(heldout, min(_PROMPT_TOKENS, shortest), _PROMPTS)
   operands = variables, prompts_PT, np.full(len(prompts_PT), prompts_PT.shape[1])
   how = {"max_new_tokens": _NEW_TOKENS, "temperature": 0.0}
   plain = model.generate(

@@ -13,7 +13,8 @@ SMOKE = mla_cache.SCALES["smoke"]
 
 
 @pytest.mark.parametrize(("name", "elements", "every"), [
-    ("deepseek_v3", 61 * 576, 2 * 61 * 128 * 320), ("deepseek_v2_lite", 27 * 576, 2 * 27 * 16 * 320),
+    ("deepseek_v3", 61 * 576, 2 * 61 * 128 * 320),
+    ("deepseek_v2_lite", 27 * 576, 2 * 27 * 16 * 320),
     ("llama3_8b", 32 * 2 * 8 * 128, 2 * 32 * 32 * 256)])
 def test_bytes_are_those_of_the_papers(name, elements, every):
   assert mla_cache.cache_bytes(model.get_config(name)) == (2 * elements, every)
