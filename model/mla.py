@@ -80,6 +80,12 @@ def attend_expanded(
   return attend(queries, keys, v_BSHV, context, softmax_scale(cfg), cfg, implementation)
 
 
+def _absorbed_queries(q_BTHK, q_BTHR, w_uk_CHK, cfg):
+  """Returns the queries of the absorbed form: those of latents, then the rotated ones."""
+  q_BTHC = cfg.numerics.einsum("bthk,chk->bthc", q_BTHK, w_uk_CHK)
+  return jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
+
+
 def attend_absorbed(
     q_BTHK: jax.Array, q_BTHR: jax.Array, latent_BSC: jax.Array, k_BSR: jax.Array,
     w_uk_CHK: jax.Array, w_uv_CHV: jax.Array, context: Context, cfg: ModelConfig,
@@ -98,15 +104,14 @@ def attend_absorbed(
   Returns:
     [B, T, H, V].
   """
-  einsum = cfg.numerics.einsum
-  q_BTHC = einsum("bthk,chk->bthc", q_BTHK, w_uk_CHK)
-  queries = jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
+  queries = _absorbed_queries(q_BTHK, q_BTHR, w_uk_CHK, cfg)
   keys_BS1C = jnp.concatenate([latent_BSC, k_BSR], axis=-1)[:, :, None]
   # The keys are the values, too: summing the rotated ones as well takes less time than copying the
   # others out of the cache.
   mixed_BTHC = attend(
       queries, keys_BS1C, keys_BS1C, context, softmax_scale(cfg), cfg, implementation)
-  return einsum("bthc,chv->bthv", mixed_BTHC[..., :latent_BSC.shape[-1]], w_uv_CHV)
+  return cfg.numerics.einsum(
+      "bthc,chv->bthv", mixed_BTHC[..., :latent_BSC.shape[-1]], w_uv_CHV)
 
 
 def attend_cached(
@@ -125,14 +130,12 @@ def attend_cached(
   Returns:
     [B, T, H, V].
   """
-  einsum = cfg.numerics.einsum
-  q_BTHC = einsum("bthk,chk->bthc", q_BTHK, w_uk_CHK)
-  queries = jnp.concatenate([q_BTHC, q_BTHR.astype(q_BTHC.dtype)], axis=-1)
+  queries = _absorbed_queries(q_BTHK, q_BTHR, w_uk_CHK, cfg)
   entries = cache.entries["latent"]
   mixed_BTHC, _ = mla_decode(
       queries, entries, 0 if len(entries) == 1 else layer, cache.lengths_B,
       value_width=w_uk_CHK.shape[0], scale=softmax_scale(cfg))
-  return einsum("bthc,chv->bthv", mixed_BTHC, w_uv_CHV)
+  return cfg.numerics.einsum("bthc,chv->bthv", mixed_BTHC, w_uv_CHV)
 
 
 _FORMS = {"expanded": attend_expanded, "absorbed": attend_absorbed}

@@ -204,7 +204,8 @@ class Transformer(nn.Module):
       which `model.experts.fastest_experts` returns.
     dispatch: how tokens reach experts on other devices; see `model.moe`.
     mla_form: "expanded" or "absorbed"; None for the cheaper one at the given shapes.
-    attend: implementation of attention; see `model.attention.attend`.
+    attend: implementation of attention; see `model.attention.attend`, and for "mla_decode"
+      `model.mla.MultiHeadLatentAttention`.
     unroll: layers in one iteration of the loop over layers. More make steps faster and compilation
       slower. If it is at least the number of layers, there is no loop, and no copying of parameters
       and results out of and into arrays of all layers.

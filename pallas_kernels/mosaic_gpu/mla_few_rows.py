@@ -176,15 +176,10 @@ def _block(refs: Refs, job: Job, wg, step, mask, clean, carry):
                   refs.weights.at[wg].T)
 
   values = [each * shrink for each in values]
-  if job.interpreted:  # the interpreter has no accumulators with initial values
-    more = lambda *sums: (add(sums), tuple(each[...] for each in sums))[1]
-    products = pl.run_scoped(more, *[plgpu.ACC(each.shape, jnp.float32) for each in values])
-    values = [each + product for each, product in zip(values, products, strict=True)]
-  else:
-    values = pl.run_state(add)(tuple(map(plgpu.ACC.init, values)))
+  values = shared.accumulated(job, add, values)
   for group in range(shape.groups):
     plgpu.barrier_arrive(refs.empty.at[slot(group)])
-  return largest_N, sums_KN, tuple(values)
+  return largest_N, sums_KN, values
 
 
 def _clean(refs: Refs, job: Job, wg, tokens, place) -> None:

@@ -203,15 +203,10 @@ def _pair(refs: Refs, job: Job, wg, mask, clean, carry):
     plgpu.wgmma_wait(shape.value_chunks)  # the products of the first block are complete
     plgpu.barrier_arrive(refs.empty.at[_HALVES * wg + wg])
 
-  if job.interpreted:  # the interpreter has no accumulators with initial values
-    more = lambda *sums: (add(sums), tuple(each[...] for each in sums))[1]
-    products = pl.run_scoped(more, *[plgpu.ACC(each.shape, jnp.float32) for each in values])
-    values = [each + product for each, product in zip(values, products, strict=True)]
-  else:
-    values = pl.run_state(add)(tuple(map(plgpu.ACC.init, values)))
+  values = shared.accumulated(job, add, values)
   plgpu.barrier_arrive(refs.empty.at[_HALVES * other + wg])
   plgpu.barrier_arrive(refs.rest_empty.at[other])
-  return largest_N, sum_N, tuple(values)
+  return largest_N, sum_N, values
 
 
 def _load_rows(refs: Refs, wg) -> jax.Array:

@@ -8,7 +8,7 @@ Shape letters:  B batch  S slots  T query positions  H heads  C width of an entr
                 tile  R tiles  P parts  G thread blocks
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -226,6 +226,16 @@ def masked(job: Job, scores: jax.Array, length, visible, at, rows_axis: int) -> 
     row = iota(rows_axis) + lax.axis_index("tile") * job.shape.rows
     end += lax.div(row, jnp.int32(job.heads))
   return jnp.where(iota(1 - rows_axis) + at < jnp.minimum(end, visible), scores, -jnp.inf)
+
+
+def accumulated(job: Job, add: Callable, values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+  """Returns what add(accumulators) makes of accumulators that begin with these values."""
+  if not job.interpreted:
+    return tuple(pl.run_state(add)(tuple(map(plgpu.ACC.init, values))))
+  # The interpreter has no accumulators with initial values.
+  more = lambda *sums: (add(sums), tuple(each[...] for each in sums))[1]
+  products = pl.run_scoped(more, *[plgpu.ACC(each.shape, jnp.float32) for each in values])
+  return tuple(each + product for each, product in zip(values, products, strict=True))
 
 
 def zero_values(chunk: jax.Ref, tokens) -> None:

@@ -23,14 +23,15 @@ _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 64
 _FIRST, _TWO = 1, 2  # numbers of drafts
 
 
-def agreement(cfg: model.ModelConfig, variables: dict,
-              heldout: Mapping[str, HeldOut]) -> dict[str, float]:
+def agreement(cfg: model.ModelConfig, variables: dict, heldout: Mapping[str, HeldOut],
+              loss: Mapping[str, float]) -> dict[str, float]:
   """Returns how often the first module predicts the model's own likeliest token on held-out text.
 
   Args:
     cfg: the architecture, with MTP modules.
     variables: its variables.
     heldout: held-out rows by domain.
+    loss: the model's mean loss by domain.
 
   Returns:
     "agreement", over all tokens that both predict; "agreement_DOMAIN"; "agreement_certain" minus
@@ -40,15 +41,13 @@ def agreement(cfg: model.ModelConfig, variables: dict,
     highest.
   """
   joined = lambda name: np.concatenate([getattr(rows, name) for rows in heldout.values()])
-  mask_RT, agrees_RT, entropy_RT, nll_RT = map(np.asarray, _predictions(
+  mask_RT, agrees_RT, entropy_RT = map(np.asarray, _predictions(
       model.Transformer(cfg), variables, joined("tokens"), joined("loss_mask")))
   domain_R = np.repeat(list(heldout), [len(rows.tokens) for rows in heldout.values()])
   found = {"agreement": agrees_RT[mask_RT].mean()}
-  loss = {}
   for domain in heldout:
     own = (domain_R == domain)[:, None]
     found[f"agreement_{domain}"] = agrees_RT[mask_RT & own].mean()
-    loss[domain] = nll_RT[joined("loss_mask") & own].mean()
   if len(heldout) > 1:
     found["domain_effect"] = (found[f"agreement_{min(loss, key=loss.get)}"]
                               - found[f"agreement_{max(loss, key=loss.get)}"])
@@ -62,10 +61,10 @@ def agreement(cfg: model.ModelConfig, variables: dict,
 @functools.partial(jax.jit, static_argnums=0)
 def _predictions(net: model.Transformer, variables: dict, tokens_RL: jax.Array,
                  loss_mask_RT: jax.Array) -> tuple[jax.Array, ...]:
-  """Returns [R, T] arrays: the mask of the first module, whether it agrees, entropy and loss.
+  """Returns [R, T] arrays: the mask of the first module, whether it agrees, and the entropy.
 
-  All but the loss are at position i those of token i + 2, which the module predicts there, and the
-  model one position later. The loss is that of token i + 1.
+  At position i they are those of token i + 2, which the module predicts there, and the model one
+  position later.
   """
   def of_row(row):
     batch = Batch(row[0][None], row[1][None])
@@ -73,9 +72,8 @@ def _predictions(net: model.Transformer, variables: dict, tokens_RL: jax.Array,
     logits = lambda hidden: net.apply(variables, hidden, method="unembed")
     logp_BTV = jax.nn.log_softmax(logits(output.hidden_BTD))
     entropy_BT = -(jnp.exp(logp_BTV) * logp_BTV).sum(-1)
-    nll_BT = -jnp.take_along_axis(logp_BTV, batch.tokens[:, 1:, None], axis=-1)[..., 0]
     agrees_BT = jnp.roll(logp_BTV.argmax(-1), -1, axis=1) == logits(output.mtp_hidden[0]).argmax(-1)
-    found = mtp_mask(batch, 1), agrees_BT, jnp.roll(entropy_BT, -1, axis=1), nll_BT
+    found = mtp_mask(batch, 1), agrees_BT, jnp.roll(entropy_BT, -1, axis=1)
     return jax.tree.map(lambda x: x[0], found)
 
   return jax.lax.map(of_row, (tokens_RL, loss_mask_RT))
@@ -151,7 +149,9 @@ class MTPRuns(TextRuns):
     if run is not None:
       variables = jax.tree.map(lambda x: x[run], variables)
     metrics = super()._measure(cfg, result, run)
-    metrics |= agreement(cfg.model, variables, self.data.heldout)
+    pick = lambda x: np.asarray(x) if run is None else np.asarray(x)[run]
+    loss = {domain: float(pick(x)) for domain, x in result.evaluation.loss.items()}
+    metrics |= agreement(cfg.model, variables, self.data.heldout, loss)
     metrics |= acceptance(cfg.model, variables, self.data.heldout)
     during = [value for step, value in _agreement_curve(result, run) if step]
     if len(during) > 1:

@@ -32,7 +32,6 @@ def rows(seed, count, masked=0):
 
 def test_agreement_counts_tokens_that_the_module_and_the_model_both_predict(variables):
   heldout = {"a": rows(1, 2, masked=7), "b": rows(2, 3)}
-  found = mtp_runs.agreement(NANO, variables, heldout)
   counts, losses, entropies, agreements = {}, {}, [], []
   for domain, own in heldout.items():
     output = model.Transformer(NANO).apply(variables, own.tokens[:, :-1])
@@ -47,6 +46,7 @@ def test_agreement_counts_tokens_that_the_module_and_the_model_both_predict(vari
           entropies.append(-(np.exp(logp[row, t + 1]) * logp[row, t + 1]).sum())
     counts[domain], losses[domain] = np.mean(hits), np.mean(nll)
     agreements += hits
+  found = mtp_runs.agreement(NANO, variables, heldout, losses)
   assert 0 < np.mean(agreements) < 1
   assert found["agreement"] == pytest.approx(np.mean(agreements))
   easy, hard = sorted(losses, key=losses.get)
@@ -56,7 +56,7 @@ def test_agreement_counts_tokens_that_the_module_and_the_model_both_predict(vari
   certain, uncertain = np.array_split(np.array(agreements)[np.argsort(entropies)], 2)
   assert found["agreement_certain"] == pytest.approx(certain.mean(), abs=0.01)
   assert found["certainty_effect"] == pytest.approx(certain.mean() - uncertain.mean(), abs=0.02)
-  assert "domain_effect" not in mtp_runs.agreement(NANO, variables, {"a": heldout["a"]})
+  assert "domain_effect" not in mtp_runs.agreement(NANO, variables, {"a": heldout["a"]}, losses)
 
 
 def test_acceptance_is_that_of_greedy_continuations(variables):
